@@ -1,0 +1,64 @@
+# Everything a person does with a checkout. The first target that needs the environment builds it; later ones reuse it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-by-make
+# Telemetry and download notices have no place in these commands, and two workers with one thread each fill two cores.
+export HF_HUB_DISABLE_TELEMETRY := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format lint types docs docs-serve tests build bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## the environment in .venv, from constraints.txt (the other commands do this when needed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"$(PYTHON) is Python {v[0]}.{v[1]}, but deradiff needs 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || { echo "==> Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> Installing deradiff and the versions of constraints.txt (once; needs a package index and a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## turn the dial on the digits model that ships with the package; images in demo/
+	@echo "==> Realigning the digits (about a minute on two cores)"
+	@$(BIN)/deradiff demo --out demo
+
+test: lint types docs tests ## everything that has to hold: format, lint, types, documentation, tests
+
+lint: $(STAMP) ## ruff: rules and formatting
+	@echo "==> ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(STAMP) ## mypy
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+docs: $(STAMP) ## the documentation, strictly, into site/
+	@echo "==> mkdocs build --strict"
+	@$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP) ## the documentation in a browser, rebuilt as you write
+	@$(BIN)/mkdocs serve
+
+tests: $(STAMP) ## pytest alone
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest
+
+format: $(STAMP) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+build: $(STAMP) ## wheel and source distribution into dist/
+	@echo "==> Building into dist/"
+	@$(BIN)/python -m build --no-isolation
+
+bench: $(STAMP) ## the costs, as ratios measured side by side (minutes)
+	@$(BIN)/python benchmarks/realignment.py
+
+clean: ## remove what the other commands made, the environment included
+	rm -rf $(VENV) build demo dist site .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,34 @@
+"""One dial for how aligned a diffusion model is: realigned sampling for any diffusers pipeline, without training."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deradiff import schedules as schedules
+    from deradiff.anchors import load_anchor as load_anchor
+    from deradiff.realignment import Dial as Dial
+    from deradiff.realignment import lam_for_beta as lam_for_beta
+    from deradiff.realignment import realign as realign
+
+__version__ = "0.1.0"
+
+# torch and diffusers take seconds to import: a name is fetched from its module when somebody asks for it.
+_HOME = {
+    "Dial": "deradiff.realignment",
+    "lam_for_beta": "deradiff.realignment",
+    "load_anchor": "deradiff.anchors",
+    "realign": "deradiff.realignment",
+}
+__all__ = ["Dial", "lam_for_beta", "load_anchor", "realign", "schedules"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedules":
+        return import_module("deradiff.schedules")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'deradiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
