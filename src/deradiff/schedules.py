@@ -1,0 +1,376 @@
+"""λ as a function of sampling progress: constant, power, step, sigmoid, spline; one value or one per image or anchor.
+
+Annealed importance guidance (AIG, §3.3 and appendix A.7.3) mixes `γ(t) base + (1 - γ(t)) aligned` with a monotone γ,
+`γ(0) = 0` at the image and `γ(T) = 1` at pure noise. Here the same functions are written as `λ(s) = lam · (1 - γ)` of
+the progress `s = (T - t)/T`, which runs from 0 (noise) to 1 (image); `lam` is the λ that is reached in the end, 1 in
+the paper.
+
+AIG leaves open what `t/T` is. `over="steps"`, the default, reads it as the fraction of sampling steps left, as the
+original implementation does (`w_aligned = (i/N)**p` at step i = 0..N-1 of N: the first step is always at s = 0, and no
+step reaches s = 1). `over="time"` reads it as diffusion time, which spaces the same curve differently wherever a
+scheduler's timesteps are not uniform.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from functools import lru_cache
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+Over = Literal["steps", "time"]
+
+Number = float | int
+"""Spelled out because a run-time type checker takes `float` literally."""
+
+ROUNDING = 1e-9
+"""Two progresses closer than this are the same one: `i/N` and `1 - p` are rounded differently."""
+
+
+class Progress(NamedTuple):
+    """How far a sampling run has come, by either clock; 0 is pure noise, 1 the image.
+
+    `steps` is the fraction of steps done, `i/N` at step i = 0..N-1; `time` is `1 - t/T` of the diffusion time t.
+    """
+
+    steps: float
+    time: float
+
+
+def finite(value: object, name: str) -> float:
+    """Read `value` as a finite float; raises `ValueError` naming it otherwise. Booleans and strings are no numbers."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}.")
+    return number
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule(ABC):
+    """λ as a function of progress. Schedules are values: equal when their parameters are, with a `repr` to paste.
+
+    Every family takes `over`: `"steps"` (the fraction of steps done, the default) or `"time"` (diffusion time).
+    """
+
+    over: Over = field(default="steps", kw_only=True)
+
+    families: ClassVar[dict[str, type[Schedule]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Schedule.families[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        if self.over not in get_args(Over):
+            raise ValueError(f"over must be 'steps' or 'time', got {self.over!r}.")
+
+    def _read(self, *names: str) -> None:
+        """Validate and store the parameters `names` as floats."""
+        for name in names:
+            object.__setattr__(self, name, finite(getattr(self, name), f"{type(self).__name__}'s {name}"))
+
+    def __repr__(self) -> str:
+        given = [f for f in dataclasses.fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
+        # `over` is the base's field and so comes first, but it can only be given by name.
+        given.sort(key=lambda f: f.name == "over")
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+    @abstractmethod
+    def _value(self, s: float) -> float:
+        """λ at progress s in [0, 1]."""
+
+    def __call__(self, s: Number) -> float:
+        """λ at progress `s`, 0 (noise) to 1 (image). Raises `ValueError` for an s outside [0, 1]."""
+        s = finite(s, "progress")
+        if not -ROUNDING <= s <= 1 + ROUNDING:
+            raise ValueError(f"progress runs from 0 (noise) to 1 (image), got {s}.")
+        return self._value(min(max(s, 0.0), 1.0))
+
+    def at(self, progress: Progress) -> float:
+        """λ at `progress`, by this schedule's own clock (`over`)."""
+        return self(getattr(progress, self.over))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw λ against progress on `ax`, a new figure's when there is none, and return it."""
+        if ax is None:
+            from matplotlib import pyplot
+
+            _, ax = pyplot.subplots(figsize=(4.8, 3.2), layout="constrained")
+        # A grid fine enough that the jump of a `Step` looks vertical.
+        progress = [i / 2000 for i in range(2001)]
+        ax.plot(progress, [self(s) for s in progress], linewidth=2, label=str(self))
+        ax.set_xlim(0, 1)
+        ax.set_xlabel({"steps": "fraction of steps done", "time": "diffusion time, 1 − t/T"}[self.over])
+        ax.set_ylabel("λ")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize="small")
+        return ax
+
+    def to_dict(self) -> dict[str, Any]:
+        """The schedule as plain data for a JSON record: its family under `"schedule"`, and its parameters."""
+        return {"schedule": type(self).__name__} | dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(record: Mapping[str, Any]) -> Schedule:
+        """The schedule that `to_dict` (possibly through JSON) wrote. Raises `ValueError` for anything else."""
+        parameters = dict(record)
+        name = parameters.pop("schedule", None)
+        family = Schedule.families.get(name) if isinstance(name, str) else None
+        if family is None:
+            raise ValueError(f"no schedule is called {name!r}; there are {', '.join(sorted(Schedule.families))}.")
+        try:
+            return family(**parameters)
+        except TypeError as error:
+            raise ValueError(f"{name} does not take the parameters {sorted(parameters)}: {error}.") from None
+
+
+@dataclass(frozen=True, repr=False)
+class Constant(Schedule):
+    """The same λ from noise to image, as in DeRaDiff. Negative values move away from the anchor."""
+
+    lam: Number
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read("lam")
+
+    def __str__(self) -> str:
+        return f"λ = {self.lam:g}"
+
+    def _value(self, s: float) -> float:
+        return self.lam
+
+
+@dataclass(frozen=True, repr=False)
+class Power(Schedule):
+    """`λ(s) = lam · s**p`, from `γ = 1 - ((T - t)/T)**p` (AIG, appendix A.7.3).
+
+    The paper uses p = 1, 1.25, 1.5, 2, 3, 4, 5 and p = 2 for its qualitative study. A larger p keeps the reference in
+    charge for longer. `p` must be positive.
+    """
+
+    p: Number
+    lam: Number = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read("p", "lam")
+        if self.p <= 0:
+            raise ValueError(f"Power's p must be positive (the paper uses 1 to 5), got {self.p}.")
+
+    def __str__(self) -> str:
+        return f"power, p = {self.p:g}{_reaching(self.lam)}"
+
+    def _value(self, s: float) -> float:
+        return self.lam * s**self.p
+
+
+@dataclass(frozen=True, repr=False)
+class Step(Schedule):
+    """λ = 0 while `t/T > p`, `lam` from `t/T = p` on, from `γ = H(t/T - p)` with `H(0) = 0` (AIG, appendix A.7.3).
+
+    `p` in [0, 1] is the remaining fraction of the run that the anchor gets: 1 is the anchor throughout, and at 0 the
+    anchor only enters at s = 1, which no sampling step over steps reaches.
+    """
+
+    p: Number
+    lam: Number = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read("p", "lam")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"Step's p is a fraction of the run, 0 to 1, got {self.p}.")
+
+    def __str__(self) -> str:
+        return f"step, p = {self.p:g}{_reaching(self.lam)}"
+
+    def _value(self, s: float) -> float:
+        return self.lam if s >= 1 - self.p - ROUNDING else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Sigmoid(Schedule):
+    """`λ = lam · (1 - γ)` with `γ ∝ σ(κ (t/T - 1/2))`, made to run from exactly 0 to exactly 1 (AIG, appendix A.7.3).
+
+    The paper writes `σ(κ (t - T/2))`, so its κ is ours divided by T, and its ends are only near 0 and 1; here
+    `γ = (σ(κ (t/T - 1/2)) - σ(-κ/2)) / (σ(κ/2) - σ(-κ/2))`. `kappa` must be positive: small is almost the straight
+    line of `Power(1)`, large almost `Step(0.5)`.
+    """
+
+    kappa: Number
+    lam: Number = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read("kappa", "lam")
+        if self.kappa < 1e-6:
+            raise ValueError(f"Sigmoid's kappa must be positive, 1e-6 at least, got {self.kappa}.")
+
+    def __str__(self) -> str:
+        return f"sigmoid, κ = {self.kappa:g}{_reaching(self.lam)}"
+
+    def _value(self, s: float) -> float:
+        # σ(x) = (1 + tanh(x/2))/2 turns the normalised sigmoid into a quotient of two tanh, exact at both ends.
+        return self.lam * (1 + math.tanh(self.kappa * (s - 0.5) / 2) / math.tanh(self.kappa / 4)) / 2
+
+
+@dataclass(frozen=True, repr=False)
+class Spline(Schedule):
+    """A smooth curve through `points` `(s, λ)`, shape-preserving (SciPy's PCHIP; AIG, conclusion).
+
+    At least two points, in any order, with distinct s in [0, 1]. The curve is monotone between neighbouring points and
+    never leaves the interval of their two values, so points that rise give a λ that rises, as AIG's do; points that
+    rise and fall are legal too. Before the first point and after the last one λ stays at that point's value.
+    """
+
+    points: Sequence[Sequence[Number]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            pairs = [(finite(s, "a point's s"), finite(lam, "a point's λ")) for s, lam in self.points]
+        except TypeError:
+            raise ValueError(f"Spline's points are pairs (s, λ), got {self.points!r}.") from None
+        object.__setattr__(self, "points", tuple(sorted(pairs)))
+        places = [s for s, _ in self.points]
+        if len(places) < 2:
+            raise ValueError(f"Spline needs at least two points (s, λ), got {len(places)}.")
+        if places[0] < 0 or places[-1] > 1:
+            raise ValueError(f"Spline's points need s between 0 (noise) and 1 (image), got {places}.")
+        if len(set(places)) < len(places):
+            raise ValueError(f"Spline's points need distinct s, got {places}.")
+
+    def __str__(self) -> str:
+        return "spline through " + ", ".join(f"({s:g}, {lam:g})" for s, lam in self.points)
+
+    def _value(self, s: float) -> float:
+        first, last = self.points[0][0], self.points[-1][0]
+        return float(_pchip(self)(min(max(s, first), last)))
+
+
+@lru_cache(maxsize=64)
+def _pchip(spline: Spline) -> Any:
+    from scipy.interpolate import PchipInterpolator
+
+    places, values = zip(*spline.points, strict=True)
+    return PchipInterpolator(places, values)
+
+
+def _reaching(lam: float) -> str:
+    return "" if lam == 1 else f", up to λ = {lam:g}"
+
+
+class Lams:
+    """The λ of every anchor and image, as functions of progress: what `parse_lam` understood of what it was given.
+
+    `raw` is what the user gave, `anchors` the names in the order of the rows of `at`.
+    """
+
+    def __init__(self, raw: Any, rows: Mapping[str, Schedule | tuple[Schedule, ...]]) -> None:
+        self.raw = raw
+        self.anchors = tuple(rows)
+        self._rows = tuple(rows.values())
+
+    def __repr__(self) -> str:
+        return f"Lams({self.raw!r}, anchors={self.anchors})"
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no λ changes along the run (images and anchors may still differ from one another)."""
+        schedules = [s for row in self._rows for s in (row if isinstance(row, tuple) else (row,))]
+        return all(isinstance(schedule, Constant) for schedule in schedules)
+
+    @property
+    def images(self) -> int | None:
+        """How many images the λ are for, None where every image has the same."""
+        return next((len(row) for row in self._rows if isinstance(row, tuple)), None)
+
+    def at(self, progress: Progress, batch: int) -> Float[Tensor, "anchor batch"]:
+        """λ of every anchor (rows, in the order of `anchors`) for each of the `batch` images, float64 on the CPU.
+
+        The images are in diffusers' order: `batch` = prompts x `num_images_per_prompt`, all images of the first prompt
+        first, then those of the second. Raises `ValueError` where a list does not have one λ per image.
+        """
+        import torch
+
+        rows = []
+        for anchor, row in zip(self.anchors, self._rows, strict=True):
+            if isinstance(row, Schedule):
+                rows.append([row.at(progress)] * batch)
+            elif len(row) == batch:
+                rows.append([schedule.at(progress) for schedule in row])
+            else:
+                raise ValueError(
+                    f"λ of {anchor!r} is a list of {len(row)} values, but the batch holds {batch} images. Give one λ "
+                    f"for all, or one for each image; there are prompts x num_images_per_prompt of them, and diffusers "
+                    f"keeps the images of one prompt together (all images of the first prompt come first)."
+                )
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), batch)
+
+
+def parse_lam(lam: Any, anchors: Sequence[str]) -> Lams:
+    """Check λ in any of its forms and make it ready to be asked for at every step.
+
+    Args:
+        lam: a number (a negative one is legal and moves away from the anchor) or a `Schedule`; or a list, tuple, 1-D
+            tensor or array of these, one for each image of the batch; or `{anchor: any of those}`, which is the only
+            form when there are several anchors.
+
+            A per-image list follows diffusers' order: the batch holds prompts x `num_images_per_prompt` images, and
+            all images of the first prompt come first. So one prompt with `num_images_per_prompt=11` and eleven λ is a
+            sweep in one call; with two prompts and `num_images_per_prompt=3` the list holds the λ of the first
+            prompt's three images, then those of the second's.
+        anchors: the anchors' names, in the order in which `Lams.at` answers.
+
+    Raises:
+        ValueError: for NaN, infinities, strings, booleans, None, empty lists, lists of different lengths for different
+            anchors, and a dictionary whose keys are not exactly the anchors' names. Whether a list fits the batch is
+            only known at the first step: `Lams.at` raises then.
+    """
+    if isinstance(lam, Mapping):
+        unknown, missing = [name for name in lam if name not in anchors], [name for name in anchors if name not in lam]
+        if unknown or missing:
+            raise ValueError(
+                f"λ must be given for exactly the anchors {list(anchors)}"
+                + (f"; unknown: {unknown}" if unknown else "")
+                + (f"; missing: {missing}" if missing else "")
+                + "."
+            )
+        rows = {name: _per_image(lam[name], f"λ of {name!r}") for name in anchors}
+    elif len(anchors) == 1:
+        rows = {anchors[0]: _per_image(lam, "λ")}
+    else:
+        example = ", ".join(f"{name!r}: ..." for name in anchors)
+        raise ValueError(f"with {len(anchors)} anchors λ is a dictionary, {{{example}}}; got {lam!r}.")
+    lengths = {name: len(row) for name, row in rows.items() if isinstance(row, tuple)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the lists of λ have different lengths, {lengths}; each needs one λ per image of the batch.")
+    return Lams(lam, rows)
+
+
+def _per_image(lam: Any, name: str) -> Schedule | tuple[Schedule, ...]:
+    if getattr(lam, "ndim", 0) > 0 and hasattr(lam, "tolist"):
+        lam = lam.tolist()
+    if isinstance(lam, Sequence) and not isinstance(lam, str | bytes):
+        if not lam:
+            raise ValueError(f"{name} is an empty list; give one λ, or one for each image of the batch.")
+        return tuple(_schedule(value, f"{name}[{i}]") for i, value in enumerate(lam))
+    return _schedule(lam, name)
+
+
+def _schedule(lam: Any, name: str) -> Schedule:
+    return lam if isinstance(lam, Schedule) else Constant(finite(lam, name))
