@@ -1,0 +1,132 @@
+"""Anchors: the aligned model, in whatever form it comes, made a counterpart of a pipeline's own denoiser.
+
+A full-weight anchor is a second denoiser beside the reference; a LoRA anchor is an adapter inside it, left inactive.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from deradiff.anchors import adapters, checks, full_weights, reading, sources
+from deradiff.anchors.checks import denoiser_of
+from deradiff.anchors.errors import (
+    AnchorError,
+    AnchorNotFound,
+    CorruptAnchor,
+    IncompatibleAnchor,
+    PickledAnchor,
+    PipelineWithoutDenoiser,
+)
+
+__all__ = [
+    "Anchor",
+    "AnchorError",
+    "AnchorNotFound",
+    "CorruptAnchor",
+    "IncompatibleAnchor",
+    "PickledAnchor",
+    "PipelineWithoutDenoiser",
+    "denoiser_of",
+    "load_anchor",
+]
+
+Source = str | os.PathLike[str] | nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Anchor:
+    """A loaded anchor: either `module` or `adapter` is set."""
+
+    name: str
+    source: str
+    """Where it came from, for messages and records."""
+    module: nn.Module | None = None
+    """A denoiser with weights of its own: eval mode, no gradients, on the reference's device and dtype."""
+    adapter: str | None = None
+    """The inactive PEFT adapter, inside the reference's denoiser, that turns it into the anchor."""
+    _restore: Callable[[], None] | None = field(default=None, repr=False)
+
+    def unload(self, denoiser: nn.Module) -> None:
+        """Undo the loading: `denoiser`, the reference, is without the adapter; a given module trains as it did."""
+        if self.adapter is not None:
+            adapters.remove_adapter(checks.unwrapped(denoiser), self.adapter)
+        if self._restore is not None:
+            self._restore()
+
+
+def load_anchor(
+    source: Source,
+    pipe: DiffusionPipeline,
+    *,
+    name: str = "anchor",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+) -> Anchor:
+    """Load an aligned model as a counterpart of `pipe`'s denoiser.
+
+    The reference predicts the same afterwards, bit for bit; if loading fails, the pipeline is as it was.
+
+    Args:
+        source: one of
+            a loaded denoiser (moved in place to the reference's device and dtype, and frozen until `Anchor.unload`);
+            the folder of a denoiser, or of a whole pipeline, whose denoiser is taken;
+            a LoRA in diffusers', kohya's or PEFT's form (LoKr, LoHa and DoRA in PEFT's), as file or folder;
+            one `.safetensors` file of a whole model, in diffusers' or in the original layout;
+            the hub id of any of these, `owner/name`, or of one file, `owner/name/file.safetensors`.
+        pipe: the pipeline with the reference.
+        name: what the anchor is called in messages.
+        subfolder: the folder inside `source` to look in.
+        revision: the branch, tag or commit of a hub id.
+        allow_pickle: also read pickled weights (`.bin`, `.ckpt`, `.pt`), of tensors only.
+        local_files_only: take a hub id from the cache, without asking the hub.
+
+    Raises:
+        AnchorError: for anything that keeps the source from being an anchor: `AnchorNotFound`, `CorruptAnchor`,
+            `PickledAnchor`, `IncompatibleAnchor` (architecture, channels, prediction type, keys without a place) or
+            `PipelineWithoutDenoiser`.
+
+    Warns about an anchor equal to the reference, text encoders that differ, and parts of a LoRA that are left out.
+    """
+    component, denoiser = denoiser_of(pipe)
+    reference = checks.unwrapped(denoiser)
+    if isinstance(source, nn.Module):
+        module = checks.unwrapped(source)
+        module, restore = full_weights.adopt(module, reference)
+        full_weights.warn_if_equal(module, f"anchor {name!r}", reference)
+        return Anchor(name, f"a loaded {type(module).__name__}", module=module, _restore=restore)
+
+    repository = sources.locate(source, subfolder, revision, local_files_only)
+    files = sources.select(repository, component, reference.dtype, allow_pickle)
+    if files.pipeline is not None:
+        _check_pipeline(files.pipeline, files.label, pipe)
+    tensors = reading.read_tensors(files.weights)
+    if files.kind == "peft" or adapters.is_adapter(tensors):
+        adapter = adapters.load_adapter(
+            tensors, files.weights[0], files.config, files.label, pipe, component, reference, name
+        )
+        adapters.warn_if_zero(reference, adapter, files.label)
+        return Anchor(name, files.label, adapter=adapter)
+    module = full_weights.load_denoiser(tensors, files.config, files.label, pipe, reference)
+    full_weights.warn_if_equal(module, files.label, reference)
+    return Anchor(name, files.label, module=module)
+
+
+def _check_pipeline(folder: Path, label: str, pipe: DiffusionPipeline) -> None:
+    """What else a whole pipeline says about its denoiser: what it predicts, and the encoders it was trained with."""
+    predicted = checks.scheduler_prediction(folder)
+    if predicted is not None:
+        checks.require_same_prediction(predicted, label, pipe)
+    differing = checks.differing_text_encoders(folder, pipe)
+    if differing:
+        warnings.warn(
+            f"{label} has another {' and '.join(differing)} than the reference pipeline, whose own serves both models: "
+            "only denoisers are mixed, so this anchor sees prompts in another code than it was trained on.",
+            stacklevel=3,
+        )

@@ -1,0 +1,181 @@
+"""Is this model a counterpart of the reference? Configuration, tensors, prediction type, text encoders, weights."""
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from deradiff.anchors.errors import IncompatibleAnchor, PipelineWithoutDenoiser
+from deradiff.anchors.reading import read_json, read_tensors
+from deradiff.anchors.sources import choose_checkpoint
+
+# Settings that do not enter the function computed: a numerical safeguard, and one that acts in training only.
+_NEUTRAL = {"upcast_attention", "dropout"}
+_SHOWN = 5
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """The name and module of what `pipe` denoises with: its `unet` or its `transformer`.
+
+    Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components.
+    """
+    for name in ("unet", "transformer"):
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise PipelineWithoutDenoiser(
+        f"{type(pipe).__name__} has no `unet` and no `transformer` to realign; its components are "
+        f"{', '.join(sorted(getattr(pipe, 'components', {}))) or 'none'}."
+    )
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module itself where `torch.compile` has put another around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def base_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers under the names they have without adapters around their layers."""
+    for named in (module.named_parameters(), module.named_buffers()):
+        for name, tensor in named:
+            yield name.replace(".base_layer.", "."), tensor
+
+
+def require_class(name: str, label: str, reference: ModelMixin) -> None:
+    """Raise `IncompatibleAnchor` unless `name` is the class of the reference."""
+    own = type(reference).__name__
+    # The first PixArt and DiT models call themselves by the class that theirs was later split from.
+    if name != own and not (name == "Transformer2DModel" and own.endswith("Transformer2DModel")):
+        raise IncompatibleAnchor(f"{label} is a {name}, the reference a {own}: another architecture.")
+
+
+def require_same_config(config: Mapping[str, Any], label: str, reference: ModelMixin) -> None:
+    """Raise `IncompatibleAnchor` naming the first settings in which an anchor's configuration differs.
+
+    Settings left out have the class's defaults; those that do not enter the function computed may differ.
+    """
+    require_class(config.get("_class_name", type(reference).__name__), label, reference)
+    defaults = {
+        name: parameter.default
+        for name, parameter in list(inspect.signature(type(reference).__init__).parameters.items())[1:]
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    ours = dict(reference.config)
+    # The default image size, except where a positional embedding is made from it.
+    neutral = _NEUTRAL if hasattr(reference, "pos_embed") else _NEUTRAL | {"sample_size"}
+    differing = [
+        f"{name} is {theirs!r}, the reference's {own!r}{_meaning(name, theirs, own)}"
+        for name, default in defaults.items()
+        if name not in neutral and not _same(theirs := config.get(name, default), own := ours.get(name, default))
+    ]
+    if differing:
+        more = f"; and {len(differing) - _SHOWN} more settings" if len(differing) > _SHOWN else ""
+        raise IncompatibleAnchor(f"{label} is another architecture: {'; '.join(differing[:_SHOWN])}{more}.")
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equal as JSON, and a value for all blocks equal to a list of it."""
+    left, right = json.loads(json.dumps(left, default=str)), json.loads(json.dumps(right, default=str))
+    if isinstance(left, list) != isinstance(right, list):
+        several, single = (left, right) if isinstance(left, list) else (right, left)
+        return all(value == single for value in several)
+    return left == right
+
+
+def _meaning(name: str, theirs: Any, own: Any) -> str:
+    if name == "in_channels" and 9 in (theirs, own):
+        return f" (9 channels are an inpainting model: {'the anchor' if theirs == 9 else 'the reference'} is one)"
+    if name in ("guidance_embeds", "time_cond_proj_dim"):
+        return f" (guidance-distilled: {'the anchor' if theirs else 'the reference'} is)"
+    return ""
+
+
+def require_same_shapes(
+    theirs: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]], label: str, extra_allowed: bool = False
+) -> None:
+    """Raise `IncompatibleAnchor` naming the first tensors that are of another shape, missing, or one too many."""
+    reshaped = [
+        f"{name} is {list(theirs[name])}, the reference's {list(shape)}"
+        for name, shape in own.items()
+        if name in theirs and tuple(theirs[name]) != tuple(shape)
+    ]
+    missing = [name for name in own if name not in theirs]
+    extra = [] if extra_allowed else [name for name in theirs if name not in own]
+    problems = [
+        f"{what}: {'; '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
+        for what, found in (("other shapes", reshaped), ("missing tensors", missing), ("unknown tensors", extra))
+        if found
+    ]
+    if problems:
+        raise IncompatibleAnchor(f"the weights of {label} do not fit the reference. {'. '.join(problems)}.")
+
+
+def require_same_prediction(found: str, label: str, pipe: DiffusionPipeline) -> None:
+    """Raise `IncompatibleAnchor` if an anchor predicts something else than the pipeline expects."""
+    own = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
+    if found != own:
+        raise IncompatibleAnchor(
+            f"{label} predicts {found!r}, the reference's scheduler ({type(pipe.scheduler).__name__}) expects {own!r}: "
+            "predictions of different kinds cannot be mixed."
+        )
+
+
+def prediction_type(scheduler: str, config: Mapping[str, Any]) -> str:
+    """What a denoiser driven by a scheduler of this class and configuration predicts."""
+    stated = config.get("prediction_type", "epsilon")
+    return "flow" if "FlowMatch" in scheduler or stated == "flow_prediction" else stated
+
+
+def scheduler_prediction(folder: Path) -> str | None:
+    """The prediction type of the scheduler in a pipeline's folder; None where it has none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    return prediction_type(config.get("_class_name", ""), config)
+
+
+def differing_text_encoders(folder: Path, pipe: DiffusionPipeline) -> list[str]:
+    """Names of the pipeline's text encoders that a pipeline folder holds with other weights.
+
+    Reads tensor by tensor and stops at the first difference; an encoder the folder does not hold counts as the same.
+    """
+    differing = []
+    for name, encoder in pipe.components.items():
+        if not name.startswith("text_encoder") or not isinstance(encoder, nn.Module):
+            continue
+        files = [path.name for path in sorted(folder.glob(f"{name}/*.safetensors"))]
+        if files:
+            chosen = choose_checkpoint(files, ("model",), next(encoder.parameters()).dtype, False, str(folder / name))
+            if _encoders_differ([folder / name / file for file in chosen], encoder):
+                differing.append(name)
+    return differing
+
+
+def _encoders_differ(files: list[Path], encoder: nn.Module) -> bool:
+    own = {name.removeprefix("text_model."): tensor for name, tensor in base_tensors(encoder)}
+    theirs = {name.removeprefix("text_model."): tensor for name, tensor in read_tensors(files).items()}
+    shared = [name for name in theirs if name in own and theirs[name].is_floating_point() and not own[name].is_meta]
+    return any(not _equal(theirs[name], own[name]) for name in shared) or not shared
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Equal, up to the rounding of the coarser of two different precisions."""
+    if left.shape != right.shape or left.dtype == right.dtype:
+        return torch.equal(left.to(right.device), right)
+    coarse = max(torch.finfo(left.dtype).eps, torch.finfo(right.dtype).eps)
+    return torch.allclose(left.to(right.device).float(), right.float(), rtol=coarse, atol=1e-7)
+
+
+def same_weights(module: nn.Module, reference: ModelMixin) -> bool:
+    """Whether every tensor of `module` equals the reference's; stops at the first that does not."""
+    own = dict(base_tensors(reference))
+    return all(
+        name in own and not own[name].is_meta and torch.equal(tensor, own[name])
+        for name, tensor in base_tensors(module)
+    )

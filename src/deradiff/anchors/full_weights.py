@@ -1,0 +1,171 @@
+"""Anchors with weights of their own: a denoiser folder, a bare state dict, a checkpoint in the original layout."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from deradiff.anchors.checks import (
+    base_tensors,
+    require_class,
+    require_same_config,
+    require_same_prediction,
+    require_same_shapes,
+    same_weights,
+)
+from deradiff.anchors.errors import AnchorError, IncompatibleAnchor
+from deradiff.anchors.reading import read_json
+
+# Where checkpoints in the layout of Stable Diffusion's own code keep the denoiser.
+_ORIGINAL_PREFIX = "model.diffusion_model."
+
+
+def adopt(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], None]]:
+    """Take a loaded denoiser as an anchor: checked, on the reference's device and dtype, in eval mode, frozen.
+
+    It is changed in place, like a pipeline's component; the second value gives back its training mode and gradients.
+    Raises `IncompatibleAnchor` for another architecture, `AnchorError` for the reference itself.
+    """
+    if module is reference:
+        raise AnchorError(
+            "the anchor is the reference itself, the pipeline's own denoiser: pass an aligned copy, loaded separately."
+        )
+    label = f"the given {type(module).__name__}"
+    if not hasattr(module, "config") or not hasattr(reference, "config"):
+        raise IncompatibleAnchor(f"{label} is not a diffusers model; the reference is a {type(reference).__name__}.")
+    require_class(type(module).__name__, label, reference)
+    require_same_config(module.config, label, reference)
+    shapes = {name: tuple(tensor.shape) for name, tensor in base_tensors(module)}
+    require_same_shapes(shapes, _shapes(empty_copy(reference)), label, extra_allowed=True)
+
+    mode, gradients = module.training, [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+
+    def restore() -> None:
+        module.train(mode)
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)
+
+    if module.dtype.itemsize > reference.dtype.itemsize:
+        warnings.warn(
+            f"{label} is in {module.dtype}; it is cast in place to the reference's {reference.dtype}.", stacklevel=4
+        )
+    return _conform(module, reference), restore
+
+
+def load_denoiser(
+    tensors: Mapping[str, Tensor], config_file: Path | None, label: str, pipe: DiffusionPipeline, reference: ModelMixin
+) -> ModelMixin:
+    """A new denoiser with these weights, which may be in diffusers' or in the original layout.
+
+    Memory holds the new weights once: the module is built empty, and each tensor is read, cast and put into place.
+    Raises `IncompatibleAnchor`, before any weight is read, where names or shapes do not fit the reference.
+    """
+    config = None
+    if config_file is not None:
+        config = read_json(config_file)
+        require_same_config(config, label, reference)
+    module = empty_copy(reference, config)
+    own = _shapes(module)
+    # A few names are the same in every layout.
+    if config is None and 2 * len(own.keys() & tensors.keys()) < len(tensors):
+        return _from_original_layout(tensors, label, pipe, reference)
+    # Buffers that are made, not stored.
+    stored = set(module.state_dict())
+    require_same_shapes(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: shape for name, shape in own.items() if name in stored},
+        label,
+    )
+    dtypes = _dtypes(reference)
+    weights = {name: t.to(_device(reference), dtypes.get(name, t.dtype), copy=True) for name, t in tensors.items()}
+    module.load_state_dict(weights, assign=True)
+    return _conform(module, reference)
+
+
+def warn_if_equal(module: nn.Module, label: str, reference: ModelMixin) -> None:
+    """Warn about an anchor whose weights are the reference's: λ has no effect then."""
+    if same_weights(module, reference):
+        warnings.warn(f"{label} has the same weights as the reference: every λ gives the same images.", stacklevel=4)
+
+
+def _from_original_layout(
+    tensors: Mapping[str, Tensor], label: str, pipe: DiffusionPipeline, reference: ModelMixin
+) -> ModelMixin:
+    """Convert a checkpoint in the original layout to the reference's configuration: diffusers' `from_single_file`."""
+    cls = type(reference)
+    if not hasattr(cls, "from_single_file"):
+        raise IncompatibleAnchor(
+            f"{label} is not in diffusers' layout for {cls.__name__} (it starts with {', '.join(list(tensors)[:3])}), "
+            "and diffusers knows no other layout for that class."
+        )
+    if "v_pred" in tensors:  # how SDXL checkpoints mark v-prediction
+        require_same_prediction("v_prediction", label, pipe)
+    denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith(_ORIGINAL_PREFIX)} or dict(tensors)
+    first = denoiser.get(f"{_ORIGINAL_PREFIX}input_blocks.0.0.weight")
+    if first is not None:
+        require_same_config({**reference.config, "in_channels": first.shape[1]}, label, reference)
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(_config(reference), default=str), encoding="utf-8")
+        try:
+            module = cls.from_single_file(
+                dict(denoiser), config=folder, torch_dtype=reference.dtype, local_files_only=True
+            )
+        except Exception as error:  # diffusers raises whatever the conversion stumbles over
+            raise IncompatibleAnchor(
+                f"{label} cannot be read as a {cls.__name__} of the reference's configuration: "
+                f"{type(error).__name__}: {str(error)[:300]}"
+            ) from error
+    unset = [name for name, tensor in base_tensors(module) if tensor.is_meta]
+    # The conversion drops what it does not know; it only splits and renames the rest.
+    left_over = sum(t.numel() for t in denoiser.values()) - sum(t.numel() for t in module.state_dict().values())
+    if unset or left_over:
+        raise IncompatibleAnchor(
+            f"{label} does not fit the reference: "
+            + (f"it lacks {', '.join(unset[:5])}" if unset else f"{left_over:,} of its weights have no place there")
+            + "."
+        )
+    return _conform(module, reference)
+
+
+def empty_copy(reference: ModelMixin, config: Mapping[str, Any] | None = None) -> ModelMixin:
+    """A denoiser of the reference's class without weights (parameters on the meta device)."""
+    with init_empty_weights():
+        return type(reference).from_config(_config(reference) if config is None else dict(config)).eval()
+
+
+def _config(reference: ModelMixin) -> dict[str, Any]:
+    return {key: value for key, value in reference.config.items() if key != "_use_default_values"}
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in base_tensors(module)}
+
+
+def _dtypes(reference: ModelMixin) -> dict[str, torch.dtype]:
+    """The reference's precision, tensor by tensor: some stay in float32 when the rest is cast.
+
+    Where it is stored in 8 bits (layerwise casting), the precision it computes in.
+    """
+    stored = {name: tensor.dtype for name, tensor in base_tensors(reference)}
+    return {name: reference.dtype if dtype.itemsize == 1 else dtype for name, dtype in stored.items()}
+
+
+def _device(reference: ModelMixin) -> torch.device:
+    """Where the reference's weights are; the CPU where sequential offload holds them out of sight."""
+    device = next(reference.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _conform(module: nn.Module, reference: ModelMixin) -> ModelMixin:
+    """Put `module` on the reference's device and dtypes, in eval mode, without gradients."""
+    device, dtypes = _device(reference), _dtypes(reference)
+    for name, tensor in base_tensors(module):
+        tensor.data = tensor.data.to(device, dtypes.get(name, tensor.dtype))
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,246 @@
+"""The reference and its anchors, evaluated at one input.
+
+Every evaluation returns what the reference alone would return, with the predictions of M models *interleaved* along the
+batch: row r of the input becomes rows rM .. rM+M-1, one per model. A pipeline's own arithmetic (splitting the batch for
+classifier-free guidance, rescaling per sample, dropping learned variances) then acts on each model's rows separately.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import CpuOffload
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from deradiff.anchors import Anchor
+from deradiff.anchors.adapters import adapter_layers
+from deradiff.mirroring import Mirror, UnmirroredState
+
+_UNBATCHED = ("img_ids", "txt_ids")  # position tables of Flux: their first axis is the sequence, not the batch
+
+
+class Denoisers:
+    """The models of a mixture, reference first.
+
+    Models with full weights are evaluated one after the other. LoRA anchors share the reference's weights: they and the
+    reference go through one forward pass of a repeated batch, each row with its own adapter (PEFT's mixed batches), or
+    through one pass per model where `batched` is false or PEFT cannot (DoRA, LoKr, LoHa; a style LoRA active beside).
+    """
+
+    def __init__(self, reference: Any, anchors: Sequence[Anchor], batched: bool = True):
+        self.reference, self.anchors, self.batched = reference, tuple(anchors), batched
+        self.names = ("reference", *(anchor.name for anchor in anchors))
+        # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
+        self._reference_call = reference._compiled_call_impl or reference._call_impl
+        self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
+        self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
+        self._row_adapters: list[str] | None = None
+        self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
+        self._handles = [
+            layer.register_forward_pre_hook(self._name_row_adapters, with_kwargs=True)
+            for _, layer in adapter_layers(reference)
+            if self._mixes_batches(layer)
+        ]
+
+    def undo(self) -> None:
+        """Leave reference and anchors as they were found."""
+        for handle in self._handles:
+            handle.remove()
+        for mirror in self._mirrors.values():
+            mirror.undo()
+        for anchor in self.anchors:
+            anchor.unload(self.reference)
+
+    def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The argument `name` of a call to the denoiser; "input" is its first one, the noisy latents."""
+        position = 0 if name == "input" else self._parameters.index(name)
+        return args[position] if position < len(args) else kwargs[self._parameters[position]]
+
+    def predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Evaluate `models` (0 is the reference, k the k-th anchor) and interleave their predictions.
+
+        Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
+        """
+        self._onload()
+        adapters = [k for k in models if k and self.anchors[k - 1].adapter]
+        if len(models) > 1 and adapters and self._can_batch(models, kwargs):
+            return self._predict_batched(models, args, kwargs)
+        outputs = [self._predict_one(model, args, kwargs) for model in models]
+        for model, output in zip(models, outputs, strict=True):
+            _require_finite(_tensor(output), self.names[model])
+        if len(models) == 1:
+            return outputs[0]
+        return _replaced(outputs[0], torch.stack([_tensor(output) for output in outputs], dim=1).flatten(0, 1))
+
+    def predict_interpolated(self, weights: Mapping[int, float], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One forward pass of the weight-interpolated model, `Σ weights[k] θ_k`; a LoRA at scale `weights[k]`.
+
+        The first-order approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
+        """
+        self._onload()
+        anchors = {self.anchors[k - 1]: weight for k, weight in weights.items() if k}
+        with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}):
+            if any(a.module for a in anchors):
+                carrier, blend = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
+                output = torch.func.functional_call(carrier, blend, args, kwargs)
+            else:
+                output = self._reference_call(*args, **kwargs)
+        _require_finite(_tensor(output), "weight-interpolated model")
+        return output
+
+    def forget_blend(self) -> None:
+        """Drop the interpolated weights kept between steps (the models moved, or were cast)."""
+        self._blended = None
+
+    def load_style(self, *args: Any, **kwargs: Any) -> None:
+        """`load_lora_adapter` of the reference, beside LoRA anchors.
+
+        PEFT activates a denoiser's first LoRA and leaves later ones to `set_adapters`. The anchors' adapters, inactive
+        between steps, must not count as first: a person's own first LoRA is active as on a denoiser without anchors.
+        """
+        anchors = {anchor.adapter for anchor in self.anchors}
+        before = set(self.reference.peft_config)
+        type(self.reference).load_lora_adapter(self.reference, *args, **kwargs)
+        if before <= anchors:
+            styles = [name for name in self.reference.peft_config if name not in before]
+            for _, layer in adapter_layers(self.reference):
+                layer._active_adapter = [name for name in styles if name in layer.scaling]
+
+    def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A module to run, and the parameters to run it with: kept while λ stays."""
+        modules = [(anchor.module, weight) for anchor, weight in weights]
+        for anchor, _ in weights:
+            self._mirrors[anchor.name].sync()
+        if self._blended is None or self._blended[0] != weights:
+            parameters = [(dict(module.named_parameters()), weight) for module, weight in modules]
+            rest = 1 - sum(weight for _, weight in modules)  # LoRA anchors live on the reference's weights
+            blend = {}
+            for name, theta in self.reference.named_parameters():
+                if any(own[name] is not theta for own, _ in parameters):  # a style LoRA's are shared
+                    wide = rest * theta.float() + sum(weight * own[name].float() for own, weight in parameters)
+                    blend[name] = wide.to(theta.dtype)
+            self._blended = (weights, blend)
+        return modules[0][0], self._blended[1]
+
+    def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # Pipelines hand over lists that a UNet empties as it reads them (T2I-Adapter's features): one copy per model.
+        kwargs = {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+        if model == 0:
+            return self._reference_call(*args, **kwargs)
+        anchor = self.anchors[model - 1]
+        if anchor.module is not None:
+            self._mirrors[anchor.name].sync()
+            return anchor.module(*args, **kwargs)
+        with self._adapters_at({anchor.adapter: 1.0}):
+            return self._reference_call(*args, **kwargs)
+
+    def _onload(self) -> None:
+        """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run."""
+        hook = getattr(self.reference, "_hf_hook", None)
+        if hook is None:
+            return
+        if not isinstance(hook, CpuOffload):
+            raise UnmirroredState(
+                f"the reference is placed by accelerate's {type(hook).__name__} (sequential offload or a device_map), "
+                "which cannot place an anchor beside it: use pipe.enable_model_cpu_offload() or "
+                "pipe.enable_group_offload(...) instead"
+            )
+        hook.pre_forward(self.reference)
+
+    @contextmanager
+    def _adapters_at(self, scales: Mapping[str | None, float]) -> Iterator[None]:
+        """Activate anchors' adapters, scaled, beside whatever style adapters are active."""
+        if not scales:
+            yield
+            return
+        if lost := [name for name in scales if name not in getattr(self.reference, "peft_config", {})]:
+            raise UnmirroredState(
+                f"the anchor's LoRA {lost[0]!r} is gone from the denoiser: unload_lora_weights() removes every LoRA, "
+                'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
+            )
+        layers = [layer for _, layer in adapter_layers(self.reference)]
+        found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in layers]
+        try:
+            for layer in layers:
+                styles = [] if layer._disable_adapters else layer.active_adapters
+                layer._active_adapter, layer._disable_adapters = [*styles, *scales], False
+                for name in scales:
+                    if name in layer.scaling:
+                        layer.scaling[name] *= scales[name]
+            yield
+        finally:
+            for layer, (active, disabled, scaling) in zip(layers, found, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+                layer.scaling.update(scaling)
+
+    def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
+        if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
+            return False
+        extra = [
+            kwargs.get(key) or {} for key in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+        ]
+        if any(set(entry) - {"scale"} for entry in extra):
+            return False  # e.g. masks of an IP-Adapter, whose axes only their processor knows
+        layers = [layer for _, layer in adapter_layers(self.reference)]
+        return all(self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in layers)
+
+    def _mixes_batches(self, layer: Any) -> bool:
+        names = [anchor.adapter for anchor in self.anchors if anchor.adapter]
+        return isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
+
+    def _name_row_adapters(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        return None if self._row_adapters is None else (args, {**kwargs, "adapter_names": self._row_adapters})
+
+    def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+        rows, copies = len(self.argument("input", args, kwargs)), len(models)
+        args = _repeated(args, rows, copies)
+        kwargs = {key: value if key in _UNBATCHED else _repeated(value, rows, copies) for key, value in kwargs.items()}
+        self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
+        with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}):
+            try:
+                output = self._reference_call(*args, **kwargs)
+            finally:
+                self._row_adapters = None
+        predictions = _tensor(output)
+        if not torch.isfinite(predictions).all():
+            for k, model in enumerate(models):
+                _require_finite(predictions[k::copies], self.names[model])
+        return output
+
+
+class NonFinitePrediction(FloatingPointError):
+    """A model predicted NaN or infinity. `model` names it."""
+
+    def __init__(self, model: str):
+        super().__init__(f"the prediction of the {model} contains NaN or infinity")
+        self.model = model
+
+
+def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> None:
+    if not torch.isfinite(prediction).all():
+        raise NonFinitePrediction(model)
+
+
+def _repeated(value: Any, rows: int, copies: int) -> Any:
+    """`value` with every tensor in it whose first axis is the batch repeated `copies` times, row by row."""
+    if isinstance(value, Tensor):
+        return value.repeat_interleave(copies, dim=0) if value.ndim and len(value) == rows else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_repeated(entry, rows, copies) for entry in value)
+    if isinstance(value, dict):
+        return {key: _repeated(entry, rows, copies) for key, entry in value.items()}
+    return value
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0]  # a tuple, or a diffusers ModelOutput whose first field is the sample
+
+
+def _replaced(output: Any, prediction: Tensor) -> Any:
+    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)

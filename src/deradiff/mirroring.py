@@ -1,0 +1,180 @@
+"""What a person sets on the reference acts on a full-weight anchor too.
+
+A pipeline knows one denoiser. Attention processors, an IP-Adapter, FreeU, a style LoRA or group offload therefore reach
+the reference alone, and two models that differ in more than their alignment must not be mixed. `Mirror` brings one
+anchor in line before it is evaluated. It compares by identity and does nothing in the usual case, so that it can run at
+every step, and whatever was set before or after `realign` is treated alike. (Device and dtype follow on another way:
+`realignment.Dial` passes every `.to(...)` of the reference on.)
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from deradiff.anchors.adapters import adapter_layers
+
+_FREEU = ("s1", "s2", "b1", "b2")
+_IMAGE_PROMPT = (
+    "encoder_hid_proj",
+    "image_proj",
+)  # where UNets and Flux, and where SD3 keep an IP-Adapter's projection
+_GROUP_OFFLOAD = (
+    "onload_device",
+    "offload_device",
+    "offload_type",
+    "num_blocks_per_group",
+    "non_blocking",
+    "record_stream",
+    "low_cpu_mem_usage",
+    "block_modules",
+    "exclude_kwargs",
+)
+
+
+class UnmirroredState(RuntimeError):
+    """The reference is in a state that its anchor cannot be given."""
+
+
+class Mirror:
+    """Keeps `anchor` in the state of `reference`, weights apart.
+
+    `sync` raises `UnmirroredState` where that is impossible: a LoRA fused into the reference's weights, or a style LoRA
+    beside an anchor that carries LoRA layers of its own.
+    """
+
+    def __init__(self, reference: nn.Module, anchor: nn.Module, name: str):
+        self.reference, self.anchor, self.name = reference, anchor, name
+        modules = dict(anchor.named_modules())
+        self._attention: list[tuple[Any, Any]] = [
+            (module, modules[path])
+            for path, module in reference.named_modules()
+            if hasattr(module, "set_processor") and path in modules
+        ]
+        self._up_blocks = list(zip(getattr(reference, "up_blocks", ()), getattr(anchor, "up_blocks", ()), strict=True))
+        self._own_processors = [(mine, mine.processor) for _, mine in self._attention]
+        self._own_projection = {part: getattr(anchor, part, None) for part in _IMAGE_PROMPT}
+        self._own_projection_type = getattr(anchor.config, "encoder_hid_dim_type", None)
+        self._adapters: tuple[str, ...] = ()
+        self._borrowed: list[tuple[Any, Any]] = []
+        self._offloaded = False
+
+    def sync(self) -> None:
+        """Bring the anchor in line; called before each of its evaluations."""
+        self._sync_image_prompt()
+        self._sync_attention()
+        self._sync_freeu()
+        self._sync_adapters()
+        self._sync_offload()
+
+    def undo(self) -> None:
+        """Give the anchor back what it had of its own (its weights were never touched)."""
+        self._return_layers()
+        for part, own in self._own_projection.items():
+            self._set_image_prompt(part, own, self._own_projection_type)
+        for module, processor in self._own_processors:
+            if module.processor is not processor:
+                module.set_processor(processor)
+        for _, mine in self._up_blocks:
+            for factor in _FREEU:
+                if getattr(mine, factor, None) is not None:
+                    setattr(mine, factor, None)
+
+    def _sync_image_prompt(self) -> None:
+        for part, own in self._own_projection.items():
+            theirs = getattr(self.reference, part, None)
+            if part == "image_proj" or isinstance(theirs, MultiIPAdapterImageProjection):
+                self._set_image_prompt(part, theirs, getattr(self.reference.config, "encoder_hid_dim_type", None))
+            else:
+                self._set_image_prompt(part, own, self._own_projection_type)
+
+    def _set_image_prompt(self, part: str, projection: nn.Module | None, kind: str | None) -> None:
+        if getattr(self.anchor, part, None) is not projection:
+            setattr(self.anchor, part, projection)
+            self.anchor.config.encoder_hid_dim_type = kind
+
+    def _sync_attention(self) -> None:
+        for theirs, mine in self._attention:
+            if getattr(theirs, "fused_projections", False) != getattr(mine, "fused_projections", False):
+                mine.fuse_projections() if theirs.fused_projections else mine.unfuse_projections()
+            if mine.processor is not theirs.processor:
+                mine.set_processor(theirs.processor)
+
+    def _sync_freeu(self) -> None:
+        for theirs, mine in self._up_blocks:
+            for factor in _FREEU:
+                wanted = getattr(theirs, factor, None)
+                if getattr(mine, factor, None) != wanted:
+                    setattr(mine, factor, wanted)
+
+    def _sync_adapters(self) -> None:
+        adapters = tuple(getattr(self.reference, "peft_config", ()))
+        if adapters != self._adapters:
+            self._return_layers()
+            self._borrow_layers()
+            self._adapters = adapters
+        for theirs, mine in self._borrowed:
+            if theirs.merged:
+                raise UnmirroredState(
+                    f"a LoRA ({', '.join(theirs.merged_adapters)}) was fused into the reference's weights, which the "
+                    f"anchor {self.name!r} does not share: call pipe.unfuse_lora() and keep the LoRA loaded instead; "
+                    "it then acts on both models"
+                )
+            if mine._active_adapter != theirs._active_adapter or mine._disable_adapters != theirs._disable_adapters:
+                mine._active_adapter, mine._disable_adapters = theirs._active_adapter, theirs._disable_adapters
+
+    def _borrow_layers(self) -> None:
+        """Wrap the anchor's layers in the reference's LoRA layers.
+
+        Each wrapper is a shallow copy: it shares the LoRA's matrices and scales (so that `set_adapters` reaches both
+        models and nothing is stored twice) and differs in the layer underneath.
+        """
+        for path, theirs in list(adapter_layers(self.reference)):
+            parent, child = _parent(self.anchor, path)
+            base = parent._modules[child]
+            if isinstance(base, BaseTunerLayer):
+                raise UnmirroredState(
+                    f"the anchor {self.name!r} already carries LoRA layers (at {path}), so a style LoRA on the "
+                    "reference cannot be set on it too: pass the LoRA file itself as the anchor, or fuse it first"
+                )
+            mine = copy.copy(theirs)
+            mine._modules = {**theirs._modules, "base_layer": base}
+            parent._modules[child] = mine
+            self._borrowed.append((theirs, mine))
+
+    def _return_layers(self) -> None:
+        borrowed = {id(mine) for _, mine in self._borrowed}
+        for path, layer in list(adapter_layers(self.anchor)):
+            if id(layer) in borrowed:
+                parent, child = _parent(self.anchor, path)
+                parent._modules[child] = layer.base_layer
+        self._borrowed, self._adapters = [], ()
+
+    def _sync_offload(self) -> None:
+        if self._offloaded or (config := _group_offload(self.reference)) is None:
+            return
+        settings = {key: getattr(config, key) for key in _GROUP_OFFLOAD}
+        if config.offload_to_disk_path:
+            settings["offload_to_disk_path"] = str(Path(config.offload_to_disk_path) / self.name)
+        apply_group_offloading(self.anchor, use_stream=config.stream is not None, **settings)
+        self._offloaded = True
+
+
+def _parent(denoiser: nn.Module, path: str) -> tuple[Any, str]:
+    parent, _, child = path.rpartition(".")
+    return denoiser.get_submodule(parent), child
+
+
+def _group_offload(denoiser: nn.Module) -> Any | None:
+    """Settings of the group offload on `denoiser`, None without one."""
+    for module in denoiser.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
+            return hook.config
+    return None

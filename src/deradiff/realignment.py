@@ -1,0 +1,391 @@
+"""Realigned sampling: two (or more) models behind one pipeline, and the dial that turns λ.
+
+DeRaDiff's Algorithm 1 needs, at every step, the guided prediction of each model at the same `x_t`. A pipeline computes
+one. So its denoiser is made to answer for all models at once, their predictions interleaved along the batch
+(`denoisers`), and the pipeline's own guidance acts on each model's rows separately. The scheduler's `step` then holds
+exactly lines 7 to 14: the guided predictions, `x_t` and the noise level. Everything else of the pipeline is untouched.
+
+Where calls are intercepted, and why there:
+
+- The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
+  `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
+- The scheduler by a subclass of its own class, given to that one instance: a deep copy or a replaced scheduler is no
+  trap, since `step` finds its own `self`, and a scheduler that the pipeline gets later is adopted at its first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff import posteriors
+from deradiff.anchors import denoiser_of, load_anchor
+from deradiff.denoisers import Denoisers, NonFinitePrediction
+from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
+from deradiff.schedules import Lams, Progress, Schedule, parse_lam
+
+Source = str | Path | nn.Module
+Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
+Method = Literal["mixture", "weights"]
+Where = Literal["auto", "prediction", "posterior"]
+
+
+def realign(
+    pipe: DiffusionPipeline,
+    anchor: Source | Mapping[str, Source],
+    lam: Lam | Mapping[str, Lam] = 1.0,
+    *,
+    method: Method = "mixture",
+    path: Where = "auto",
+    batched: bool = True,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+) -> Dial:
+    """Make `pipe` sample from the geometric mixture of its own model and aligned ones (DeRaDiff, Algorithm 1).
+
+    The pipeline is changed in place and used as before; the handle turns λ and undoes everything.
+
+    Args:
+        pipe: any diffusers pipeline with a `unet` or `transformer`, the reference.
+        anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
+            named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`).
+        lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
+            less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
+            per image of the batch, or, with several anchors, a dictionary of any of those (`schedules.parse_lam`).
+        method: "mixture" mixes predictions, one evaluation per model and step. "weights" runs one model with
+            interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
+        path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them
+            (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
+            "posterior" insist on one.
+        batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
+        subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
+        revision: the hub revision of the anchor.
+        allow_pickle: permit `.bin` and `.ckpt` weights, which can run code when they are read.
+        local_files_only: take hub ids from the cache alone.
+
+    Raises:
+        ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
+            with a scheduler that has no per-step posterior; `anchors.AnchorError` for an anchor that cannot be used.
+        RuntimeError: `pipe` is already realigned.
+    """
+    for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    _, denoiser = denoiser_of(pipe)
+    reference = getattr(denoiser, "_orig_mod", denoiser)
+    if (dial := reference.__dict__.get(_DIAL)) is not None:
+        raise RuntimeError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
+    if _dial_of(pipe.scheduler) is not None:
+        raise RuntimeError(
+            "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
+            "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+        )
+    space_of(pipe.scheduler, path)
+    sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if not sources:
+        raise ValueError("realign() needs at least one anchor, got an empty dictionary")
+    lams = parse_lam(lam, tuple(sources))
+    _require_one_lam(lams, method)
+    anchors = []
+    try:
+        for name, source in sources.items():
+            anchors.append(
+                load_anchor(
+                    source,
+                    pipe,
+                    name=name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    allow_pickle=allow_pickle,
+                    local_files_only=local_files_only,
+                )
+            )
+        return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path)
+    except BaseException:
+        for loaded in anchors:
+            loaded.unload(reference)
+        raise
+
+
+def lam_for_beta(anchor_beta: float, target_beta: float) -> float:
+    """The λ at which an anchor aligned at `anchor_beta` stands for strength `target_beta`: their quotient.
+
+    Realignment at λ samples strength β/λ (DeRaDiff, §4.1). Both must be positive and finite, else `ValueError`.
+    """
+    for name, beta in (("anchor_beta", anchor_beta), ("target_beta", target_beta)):
+        if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
+            raise ValueError(f"{name} is a KL strength, positive and finite; got {beta!r}")
+    return anchor_beta / target_beta
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Predictions on their way from the denoiser to the scheduler."""
+
+    progress: Progress
+    models: tuple[int, ...]
+    weights: Float[Tensor, "model #batch"]
+
+
+class Dial:
+    """The handle of a realigned pipeline. Made by `realign`.
+
+    `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
+    context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        reference: nn.Module,
+        denoisers: Denoisers,
+        lams: Lams,
+        method: Method,
+        path: Where,
+    ):
+        self.method: Method = method
+        self.last: StepRecord | None = None
+        self._lams, self._path = lams, path
+        self._reference, self._denoisers = reference, denoisers
+        self._pending: _Evaluation | None = None
+        self._pipes: list[weakref.ref[DiffusionPipeline]] = []
+        self._schedulers: list[tuple[SchedulerMixin, type]] = []
+        self._removed = False
+        self._intercept()
+        self.attach(pipe)
+
+    def __repr__(self) -> str:
+        anchors = {anchor.name: anchor.source for anchor in self._denoisers.anchors}
+        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, method={self.method!r})"
+
+    @property
+    def lam(self) -> Any:
+        """λ as it was set; see `realign`. Setting a bad value raises `ValueError` and leaves the old one in force."""
+        return self._lams.raw
+
+    @lam.setter
+    def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
+        lams = parse_lam(lam, self.anchors)
+        _require_one_lam(lams, self.method)
+        self._lams = lams
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The names of the anchors."""
+        return self._denoisers.names[1:]
+
+    @property
+    def path(self) -> Space:
+        """Where the mixture is taken with the present scheduler: in mixed predictions or explicit posteriors."""
+        return space_of(self._scheduler, self._path)[0]
+
+    @property
+    def why(self) -> str:
+        """Why `path` is what it is, in words."""
+        return space_of(self._scheduler, self._path)[1]
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own."""
+        self._pipes.append(weakref.ref(pipe))
+        self._adopt(pipe.scheduler)
+
+    def remove(self) -> None:
+        """Give the pipeline back as it was. Calling it again does nothing."""
+        if self._removed:
+            return
+        self._removed = True
+        for name in (_DIAL, *_INTERCEPTED):
+            self._reference.__dict__.pop(name, None)
+        if self._compiled_call is not None:
+            self._reference._compiled_call_impl = self._compiled_call
+        for scheduler, own_class in self._schedulers:
+            scheduler.__class__ = own_class
+        self._denoisers.undo()
+
+    def __enter__(self) -> Dial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise TypeError(
+            "a realigned pipeline or denoiser cannot be copied or pickled, the copy would still run the original's "
+            "models: call dial.remove() first, copy, and realign both"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__({})
+
+    # -- the denoiser: evaluate every model that has a weight ---------------------------------------------------------
+
+    def _intercept(self) -> None:
+        reference = self._reference
+        self._compiled_call = reference._compiled_call_impl
+        call = torch.compiler.disable(self._call, recursive=False)
+        reference.__dict__.update({_DIAL: self, "_call_impl": call, "_apply": self._apply})
+        if any(anchor.adapter for anchor in self._denoisers.anchors):
+            reference.__dict__["save_pretrained"] = self._refuse_saving
+            reference.__dict__["load_lora_adapter"] = self._load_style
+        if self._compiled_call is not None:
+            reference._compiled_call_impl = call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers for the reference whenever a pipeline calls its denoiser."""
+        for pipe in filter(None, (ref() for ref in self._pipes)):
+            self._adopt(pipe.scheduler)
+        timestep = self._denoisers.argument("timestep", args, kwargs)
+        progress = posteriors.progress(self._scheduler, timestep)
+        evaluation = self._evaluation(progress, len(self._denoisers.argument("input", args, kwargs)))
+        try:
+            if self.method == "weights" and len(evaluation.models) > 1:
+                weights = {k: float(w[0]) for k, w in zip(evaluation.models, evaluation.weights, strict=True)}
+                return self._denoisers.predict_interpolated(weights, args, kwargs)
+            self._pending = evaluation
+            return self._denoisers.predict(evaluation.models, args, kwargs)
+        except NonFinitePrediction as error:
+            self._pending = None
+            raise FloatingPointError(
+                f"{error} at {progress.steps:.0%} of the sampling steps (timestep {_first(timestep):g}): sampling "
+                "stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+            ) from None
+
+    def _evaluation(self, progress: Progress, rows: int) -> _Evaluation:
+        """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
+        if (pending := self._pending) is not None:
+            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
+                return pending
+            if len(pending.models) > 1:
+                raise RuntimeError(
+                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
+                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
+                )
+        images = self._lams.images or 1
+        lams = self._lams.at(progress, images)
+        if rows % images:
+            raise _wrong_length(images, rows)
+        weights = with_reference(lams)
+        models = tuple(k for k in range(len(weights)) if weights[k].any())
+        return _Evaluation(progress, models, weights[list(models)])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
+        module = type(self._reference)._apply(self._reference, *args, **kwargs)
+        for anchor in self._denoisers.anchors:
+            if anchor.module is not None:
+                anchor.module._apply(*args, **kwargs)
+        self._denoisers.forget_blend()
+        return module
+
+    def _load_style(self, *args: Any, **kwargs: Any) -> Any:
+        """A style LoRA loaded beside a LoRA anchor becomes active, as it would on a denoiser without one."""
+        return self._denoisers.load_style(*args, **kwargs)
+
+    def _refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(
+            "this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first"
+        )
+
+    # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
+
+    def _adopt(self, scheduler: SchedulerMixin) -> None:
+        if (owner := _dial_of(scheduler)) is not None:
+            if owner is not self:
+                raise RuntimeError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
+            return
+        own_class = type(scheduler)
+        self._schedulers.append((scheduler, own_class))
+        self._scheduler, self._pending = scheduler, None
+        scheduler.__class__ = _realigned_class(own_class, self)
+
+    def _begin(self, scheduler: SchedulerMixin) -> None:
+        """A run begins (`set_timesteps`): whatever an interrupted one left behind is void."""
+        self._scheduler, self._pending = scheduler, None
+
+    def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
+        evaluation, self._pending = self._pending, None
+        if evaluation is None:  # another model's step through this scheduler, or interpolated weights
+            return own_step(**arguments)
+        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
+        predictions = output.unflatten(0, (-1, len(evaluation.models))).movedim(1, 0)
+        if predictions.shape[1] != len(sample):
+            raise RuntimeError(
+                f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
+                "pipeline rearranges its batch in a way that realignment cannot follow"
+            )
+        if evaluation.weights.shape[1] not in (1, len(sample)):
+            raise _wrong_length(evaluation.weights.shape[1], len(sample))
+        self.last = StepRecord(
+            models=tuple(self._denoisers.names[k] for k in evaluation.models),
+            predictions=predictions,
+            weights=evaluation.weights,
+            sample=sample,
+            timestep=timestep,
+            log_snr=posteriors.log_snr(scheduler, timestep),
+            progress=evaluation.progress,
+        )
+        if len(evaluation.models) == 1:
+            return own_step(**arguments)
+        space, _ = space_of(scheduler, self._path)
+        return mixed_step(scheduler, own_step, arguments, self.last, space)
+
+
+def _wrong_length(given: int, batch: int) -> ValueError:
+    return ValueError(
+        f"λ is given for {given} images, but the batch holds {batch}: give one λ, or one per image (prompts x "
+        "num_images_per_prompt of them, all images of the first prompt first)"
+    )
+
+
+def _require_one_lam(lams: Lams, method: Method) -> None:
+    if method == "weights" and lams.images is not None:
+        raise ValueError(
+            f"λ per image ({lams.images} of them) needs method='mixture': interpolated weights are one model for all"
+        )
+
+
+# -- interception -----------------------------------------------------------------------------------------------------
+
+_DIAL = "_deradiff_dial"
+_INTERCEPTED = ("_call_impl", "_compiled_call_impl", "_apply", "save_pretrained", "load_lora_adapter")
+
+
+def _dial_of(scheduler: SchedulerMixin) -> Dial | None:
+    return getattr(type(scheduler), _DIAL, None)
+
+
+def _realigned_class(own_class: Any, dial: Dial) -> type:
+    """A subclass that asks `dial` at every step. It bears the name of `own_class`, which is saved in configurations."""
+    signature = inspect.signature(own_class.step)
+
+    @functools.wraps(own_class.step)
+    def step(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments.pop("self")
+        extra = arguments.pop("kwargs", {})  # of schedulers that take **kwargs
+        return dial._step(self, functools.partial(own_class.step, self, **extra), dict(arguments))
+
+    @functools.wraps(own_class.set_timesteps)
+    def set_timesteps(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
+        dial._begin(self)
+        return own_class.set_timesteps(self, *args, **kwargs)
+
+    members = {"step": step, "set_timesteps": set_timesteps, "__module__": own_class.__module__, _DIAL: dial}
+    return type(own_class.__name__, (own_class,), members)
+
+
+def _first(timestep: Any) -> float:
+    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
