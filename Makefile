@@ -18,7 +18,7 @@ install: $(STAMP) ## the environment in .venv, from constraints.txt (the other c
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"$(PYTHON) is Python {v[0]}.{v[1]}, but deradiff needs 3.11, 3.12 or 3.13. Name one: make PYTHON=python3.12 ...")'
-	@test -x $(BIN)/python || { echo "==> Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "==> Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "==> Installing deradiff and the versions of constraints.txt (once; needs a package index and a few minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

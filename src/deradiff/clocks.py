@@ -78,9 +78,10 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
     t = first(timestep)
     distances = [abs(entry - t) for entry in timesteps]
     if max(timesteps) > 1 >= t >= 0:  # may be t/T
-        scaled = [abs(entry - t * scheduler.config.num_train_timesteps) for entry in timesteps]
+        scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
         distances = min(distances, scaled, key=min)
-    nearest = [i for i, distance in enumerate(distances) if distance == min(distances)]
+    least = min(distances)
+    nearest = [i for i, distance in enumerate(distances) if distance == least]
     # Of equal timesteps diffusers' `index_for_timestep` takes the second, for runs that start in mid-schedule.
     return nearest[min(1, len(nearest) - 1)]
 
@@ -112,9 +113,14 @@ def _time(scheduler: SchedulerMixin, i: int, timestep: float) -> float:
         start, now, end = (math.log(s) if exponential else s ** (1 / rho) for s in (most, _sigma(scheduler, i), least))
         time = (start - now) / (start - end)
     else:
-        time = 1 - timestep / config.num_train_timesteps
+        time = 1 - timestep / _duration(scheduler)
         time = 1 - time if config.get("invert_sigmas") else time
     return min(max(time, 0.0), 1.0)
+
+
+def _duration(scheduler: SchedulerMixin) -> float:
+    """T, the timestep of pure noise; schedulers that count no training steps (Würstchen's) let t run from 1 to 0."""
+    return float(scheduler.config.get("num_train_timesteps", 1))
 
 
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:

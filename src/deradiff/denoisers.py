@@ -112,6 +112,7 @@ class Denoisers:
             for _, layer in adapter_layers(self.reference):
                 layer._active_adapter = [name for name in styles if name in layer.scaling]
 
+    @torch.compiler.disable
     def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module to run, and the parameters to run it with: kept while λ stays."""
         modules = [(anchor.module, weight) for anchor, weight in weights]
@@ -140,6 +141,7 @@ class Denoisers:
         with self._adapters_at({anchor.adapter: 1.0}):
             return self._reference_call(*args, **kwargs)
 
+    @torch.compiler.disable
     def _onload(self) -> None:
         """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run."""
         hook = getattr(self.reference, "_hf_hook", None)
@@ -179,6 +181,7 @@ class Denoisers:
                 layer._active_adapter, layer._disable_adapters = active, disabled
                 layer.scaling.update(scaling)
 
+    @torch.compiler.disable
     def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
         if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
             return False
@@ -222,6 +225,7 @@ class NonFinitePrediction(FloatingPointError):
         self.model = model
 
 
+@torch.compiler.disable
 def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> None:
     if not torch.isfinite(prediction).all():
         raise NonFinitePrediction(model)

@@ -96,8 +96,7 @@ def log_normalizer(
         difference = means[i].to(precisions.dtype) - means[j].to(precisions.dtype)
         exponent = exponent - torch.where(coupling != 0, coupling * difference.square(), 0) / 2
     # log s² - Σ w_i log s_i² = -log total + Σ w_i log r_i, since the weights sum to one.
-    weighted_logs = (mixture.weights * mixture.log_relative).sum(0)
-    volume = (weighted_logs - torch.log(mixture.total)) / 2
+    volume = ((mixture.weights * mixture.log_relative).sum(0) - mixture.log_total) / 2
     return _sum_latent(exponent + volume, batch_dims)
 
 
@@ -128,6 +127,7 @@ class _Precisions(NamedTuple):
     """Its logarithm, zero for a model of weight zero."""
     total: Tensor
     """`Σ w_i relative_i`: the mixture's precision times `scale`."""
+    log_total: Tensor
 
 
 def _precisions(means: Tensor, variances: Tensor, weights: Tensor) -> _Precisions:
@@ -140,12 +140,13 @@ def _precisions(means: Tensor, variances: Tensor, weights: Tensor) -> _Precision
     # 1 - r_i and log r_i without cancellation where variances are nearly equal, and 0/0 = 1 where they are equal.
     deficit = torch.where(taking_part & (variances != scale), (variances - scale) / variances, 0)
     ratio = torch.where(variances == scale, 1, scale / variances)
-    total = 1 - (weights * deficit).sum(0)
+    shortfall = (weights * deficit).sum(0)
+    total = 1 - shortfall
     if not bool(((total > 0) & (scale >= 0)).all()):
         raise _ill_conditioned(variances, weights, total)
     relative = torch.where(taking_part, ratio, 0)
     log_relative = torch.where(taking_part, _log1p(-deficit, ratio), 0)
-    return _Precisions(weights, scale, relative, log_relative, total)
+    return _Precisions(weights, scale, relative, log_relative, total, _log1p(-shortfall, total))
 
 
 def _log1p(x: Tensor, one_plus_x: Tensor) -> Tensor:
@@ -190,14 +191,13 @@ def _ill_conditioned(variances: Tensor, weights: Tensor, total: Tensor) -> Value
     if not all(0 <= variance < float("inf") for variance in s2):
         return ValueError(f"variances must be finite and not negative, got {s2} (one per model, the reference first).")
     # Σ w_i / s_i² = 1/s_0² · (1 - Σ λ_i (1 - s_0²/s_i²)) is positive while all λ are multiplied by less than `factor`.
-    excess = sum(lam * (1 - _quotient(s2[0], variance)) for lam, variance in zip(w[1:], s2[1:], strict=True))
-    factor = 1 / excess
+    factor = 1 / sum(lam * (1 - _quotient(s2[0], variance)) for lam, variance in zip(w[1:], s2[1:], strict=True))
     if len(w) == 2:
         side = "under" if s2[1] > s2[0] else "above"
         return IllConditionedMixture(
             f"λ = {w[1]:g} leaves the mixture without a distribution: its precision (1 - λ)/s_0² + λ/s_1² is not "
             f"positive for the reference's variance s_0² = {s2[0]:g} and the anchor's s_1² = {s2[1]:g}. With these, "
-            f"λ must stay strictly {side} s_1²/(s_1² - s_0²) = {w[1] * factor:g}."
+            f"λ must stay strictly {side} s_1²/(s_1² - s_0²) = {w[1] * factor + 0.0:g}."
         )
     return IllConditionedMixture(
         f"λ = {[float(f'{lam:g}') for lam in w[1:]]} leave the mixture without a distribution: its precision "
@@ -209,5 +209,5 @@ def _ill_conditioned(variances: Tensor, weights: Tensor, total: Tensor) -> Value
 
 
 def _quotient(a: float, b: float) -> float:
-    """`a / b` with the limits `0/0 = 1` and `a/0 = ∞`."""
-    return 1.0 if a == b else a / b if b else float("inf")
+    """`a / b` with the limits `0/0 = 1` and `a/0 = ∞`, the latter as a number that can be subtracted from itself."""
+    return 1.0 if a == b else a / b if b else 1e300

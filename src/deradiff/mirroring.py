@@ -13,6 +13,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -65,6 +66,7 @@ class Mirror:
         self._borrowed: list[tuple[Any, Any]] = []
         self._offloaded = False
 
+    @torch.compiler.disable
     def sync(self) -> None:
         """Bring the anchor in line; called before each of its evaluations."""
         self._sync_image_prompt()

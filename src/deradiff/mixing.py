@@ -29,9 +29,9 @@ class StepRecord:
     """
 
     models: tuple[str, ...]
-    predictions: Float[Tensor, "model batch *latent"]
+    predictions: Float[Tensor, "model batch predicted *latent"]
     weights: Float[Tensor, "model #batch"]
-    sample: Float[Tensor, "batch *latent"]
+    sample: Float[Tensor, "batch channel *latent"]
     timestep: Any
     log_snr: float
     progress: Progress
@@ -103,7 +103,7 @@ def with_reference(lams: Float[Tensor, "anchor batch"]) -> Float[Tensor, "model 
 
 
 def per_element(
-    weights: Float[Tensor, "model #batch"], predictions: Float[Tensor, "model batch *latent"]
+    weights: Float[Tensor, "model #batch"], predictions: Float[Tensor, "model batch predicted *latent"]
 ) -> Float[Tensor, "model #batch ..."]:
     """`weights` on the predictions' device, with as many axes as they have."""
     return weights.to(predictions.device).reshape(*weights.shape, *[1] * (predictions.ndim - 2))

@@ -243,7 +243,7 @@ def has_posterior(scheduler: SchedulerMixin) -> bool:
 
 
 def affine(scheduler: SchedulerMixin) -> tuple[bool, str]:
-    """Whether mixing predictions gives the mixture of posteriors, and why, in words (THEORY: one reverse step).
+    """Whether mixing predictions gives the mixture of posteriors, and why, in words.
 
     True where the step is affine in the model output with a variance that does not depend on it: then both models have
     the same variance, and one step with the mixed output is the mixture. Also true where a step has no posterior of its

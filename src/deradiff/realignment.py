@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from deradiff import posteriors
 from deradiff.anchors import denoiser_of, load_anchor
+from deradiff.clocks import first
 from deradiff.denoisers import Denoisers, NonFinitePrediction
 from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
 from deradiff.schedules import Lams, Progress, Schedule, parse_lam
@@ -189,12 +190,12 @@ class Dial:
     @property
     def path(self) -> Space:
         """Where the mixture is taken with the present scheduler: in mixed predictions or explicit posteriors."""
-        return space_of(self._scheduler, self._path)[0]
+        return space_of(self._current_scheduler(), self._path)[0]
 
     @property
     def why(self) -> str:
         """Why `path` is what it is, in words."""
-        return space_of(self._scheduler, self._path)[1]
+        return space_of(self._current_scheduler(), self._path)[1]
 
     def attach(self, pipe: DiffusionPipeline) -> None:
         """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own."""
@@ -244,11 +245,8 @@ class Dial:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Answers for the reference whenever a pipeline calls its denoiser."""
-        for pipe in filter(None, (ref() for ref in self._pipes)):
-            self._adopt(pipe.scheduler)
         timestep = self._denoisers.argument("timestep", args, kwargs)
-        progress = posteriors.progress(self._scheduler, timestep)
-        evaluation = self._evaluation(progress, len(self._denoisers.argument("input", args, kwargs)))
+        evaluation = self._evaluation(timestep)
         try:
             if self.method == "weights" and len(evaluation.models) > 1:
                 weights = {k: float(w[0]) for k, w in zip(evaluation.models, evaluation.weights, strict=True)}
@@ -258,12 +256,14 @@ class Dial:
         except NonFinitePrediction as error:
             self._pending = None
             raise FloatingPointError(
-                f"{error} at {progress.steps:.0%} of the sampling steps (timestep {_first(timestep):g}): sampling "
-                "stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+                f"{error} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
+                "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
             ) from None
 
-    def _evaluation(self, progress: Progress, rows: int) -> _Evaluation:
+    @torch.compiler.disable
+    def _evaluation(self, timestep: Any) -> _Evaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
+        progress = posteriors.progress(self._current_scheduler(), timestep)
         if (pending := self._pending) is not None:
             if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
                 return pending
@@ -272,10 +272,7 @@ class Dial:
                     "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
                     "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
                 )
-        images = self._lams.images or 1
-        lams = self._lams.at(progress, images)
-        if rows % images:
-            raise _wrong_length(images, rows)
+        lams = self._lams.at(progress, self._lams.images or 1)  # how many images the batch holds, only `step` knows
         weights = with_reference(lams)
         models = tuple(k for k in range(len(weights)) if weights[k].any())
         return _Evaluation(progress, models, weights[list(models)])
@@ -299,6 +296,12 @@ class Dial:
         )
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
+
+    def _current_scheduler(self) -> SchedulerMixin:
+        """The scheduler of the present run; one that a pipeline was given meanwhile is adopted first."""
+        for pipe in filter(None, (ref() for ref in self._pipes)):
+            self._adopt(pipe.scheduler)
+        return self._scheduler
 
     def _adopt(self, scheduler: SchedulerMixin) -> None:
         if (owner := _dial_of(scheduler)) is not None:
@@ -385,7 +388,3 @@ def _realigned_class(own_class: Any, dial: Dial) -> type:
 
     members = {"step": step, "set_timesteps": set_timesteps, "__module__": own_class.__module__, _DIAL: dial}
     return type(own_class.__name__, (own_class,), members)
-
-
-def _first(timestep: Any) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)

@@ -116,7 +116,7 @@ class Schedule(ABC):
         ax.set_xlabel({"steps": "fraction of steps done", "time": "diffusion time, 1 − t/T"}[self.over])
         ax.set_ylabel("λ")
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(fontsize="small")
         return ax
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,9 +242,10 @@ class Spline(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            pairs = [(finite(s, "a point's s"), finite(lam, "a point's λ")) for s, lam in self.points]
-        except TypeError:
+            pairs = [(s, lam) for s, lam in self.points]
+        except (TypeError, ValueError):
             raise ValueError(f"Spline's points are pairs (s, λ), got {self.points!r}.") from None
+        pairs = [(finite(s, "a point's s"), finite(lam, "a point's λ")) for s, lam in pairs]
         object.__setattr__(self, "points", tuple(sorted(pairs)))
         places = [s for s, _ in self.points]
         if len(places) < 2:
@@ -255,7 +256,13 @@ class Spline(Schedule):
             raise ValueError(f"Spline's points need distinct s, got {places}.")
 
     def __str__(self) -> str:
-        return "spline through " + ", ".join(f"({s:g}, {lam:g})" for s, lam in self.points)
+        return f"spline through {len(self.points)} points"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw λ against progress, and the points, on `ax`, a new figure's when there is none, and return it."""
+        ax = super().plot(ax)
+        ax.plot(*zip(*self.points, strict=True), "o", color=ax.lines[-1].get_color())
+        return ax
 
     def _value(self, s: float) -> float:
         first, last = self.points[0][0], self.points[-1][0]

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -81,10 +82,9 @@ def remove_adapter(denoiser: ModelMixin, adapter: str) -> None:
     """Delete an adapter; a layer left without any, and a denoiser left without any, is what it was before the first."""
     gradients = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
     for path, layer in list(adapter_layers(denoiser)):
-        if adapter not in adapters_of(layer):
-            continue
-        layer.set_adapter([active for active in layer.active_adapters if active != adapter])
-        layer.delete_adapter(adapter)
+        if adapter in adapters_of(layer):
+            layer.set_adapter([active for active in layer.active_adapters if active != adapter])
+            layer.delete_adapter(adapter)
         if not adapters_of(layer):
             parent, _, child = path.rpartition(".")
             setattr(denoiser.get_submodule(parent), child, layer.base_layer)
@@ -121,10 +121,15 @@ def _require_ready(denoiser: ModelMixin, label: str) -> None:
             f"{label} cannot be loaded while another LoRA is fused into the denoiser, for PEFT would unfuse it: call "
             "pipe.unfuse_lora() and keep it loaded, or pipe.unload_lora_weights() to keep it fused for good."
         )
+    if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
+        raise AnchorError(
+            f"{label} cannot be loaded into a denoiser with fused projections, whose attention would pass it by: call "
+            "pipe.unfuse_qkv_projections() first."
+        )
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise AnchorError(
             f"{label} cannot be loaded into a denoiser whose weights are out of reach (sequential CPU offload): "
-            "realign first, or use pipe.enable_model_cpu_offload()."
+            "use pipe.enable_model_cpu_offload() or pipe.enable_group_offload() instead."
         )
 
 
@@ -174,14 +179,16 @@ def _diffusers_form(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The denoiser's tensors under PEFT's names, and the alphas and metadata that `load_lora_adapter` wants beside."""
     _require_convertible(tensors, label)
-    if not hasattr(denoiser, "load_lora_adapter") or not hasattr(pipe, "lora_state_dict"):
+    # Some pipelines (T2I-Adapter's) load no LoRA themselves; their UNet is Stable Diffusion's all the same.
+    reader = type(pipe) if hasattr(pipe, "lora_state_dict") else StableDiffusionLoraLoaderMixin
+    if not hasattr(denoiser, "load_lora_adapter") or (reader is not type(pipe) and component != "unet"):
         raise AnchorError(
             f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
             "form (adapter_config.json with adapter_model.safetensors)."
         )
-    accepted = inspect.signature(type(pipe).lora_state_dict).parameters
+    accepted = inspect.signature(reader.lora_state_dict).parameters
     try:
-        state, *rest = type(pipe).lora_state_dict(
+        state, *rest = reader.lora_state_dict(
             str(file) if file.suffix == ".safetensors" else dict(tensors),
             unet_config=denoiser.config,
             use_safetensors=True,
@@ -212,7 +219,7 @@ def _diffusers_form(
             stacklevel=5,
         )
     if metadata:
-        metadata = {key: 0.0 if key.endswith("lora_dropout") else value for key, value in metadata.items()}
+        metadata = {key: 0.0 if key.endswith("dropout") else value for key, value in metadata.items()}
     weights = convert_unet_state_dict_to_peft(ours)
     return weights, {"network_alphas": _alphas(alphas or {}, weights, component), "metadata": metadata or None}
 
@@ -297,7 +304,7 @@ def _no_place(
 def _unobtrusive(denoiser: ModelMixin, adapter: str, label: str) -> Iterator[None]:
     """Inject an adapter so that nothing else changes; if that fails, nothing at all.
 
-    PEFT activates what it injects, freezes the base weights, and starts new layers in training mode.
+    PEFT activates what it injects and freezes the base weights.
     """
     before = {layer: list(layer.active_adapters) for _, layer in adapter_layers(denoiser)}
     active = list(dict.fromkeys(name for names in before.values() for name in names))
@@ -312,7 +319,7 @@ def _unobtrusive(denoiser: ModelMixin, adapter: str, label: str) -> Iterator[Non
             # A style LoRA counts as active on the denoiser's new layers too, where it has no weights.
             layer.set_adapter(before.get(layer, active))
             if layer not in before:
-                layer.train(layer.base_layer.training)
+                layer.training = False  # LoKr and LoHa layers in training mode draw random numbers at each call
         succeeded = True
     except AnchorError:
         raise

@@ -42,14 +42,6 @@ def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form header of a .safetensors file; empty for other formats."""
-    if path.suffix != ".safetensors":
-        return {}
-    with _opened(path) as file:
-        return file.metadata() or {}
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

@@ -138,7 +138,7 @@ def _hub_names(repo: str, revision: str | None, local_files_only: bool) -> list[
     unreachable: Exception | None = None
     if not local_files_only and not constants.HF_HUB_OFFLINE:
         try:
-            return [entry.rfilename for entry in HfApi().model_info(repo, revision=revision).siblings or []]
+            return sorted(entry.rfilename for entry in HfApi().model_info(repo, revision=revision).siblings or [])
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             raise
         except Exception as error:  # the transport library's own errors, or a server in trouble
@@ -150,7 +150,7 @@ def _hub_names(repo: str, revision: str | None, local_files_only: bool) -> list[
             f"{repo} is not in the cache ({constants.HF_HUB_CACHE}) and the hub may not be asked "
             f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE is set'})."
         ) from unreachable
-    return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file())
 
 
 @contextmanager

@@ -1,0 +1,337 @@
+"""What people attach to a pipeline beside an anchor: style LoRAs, IP-Adapters, FreeU, attention processors, PAG."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deradiff import realign
+from oracle import lock_step
+from tiny import Counter, assert_close, denoiser, denoiser_name, distance, make, sample, trio, with_denoiser
+from tiny_parts import load_ip_adapter, noise
+
+BEFORE_AND_AFTER = pytest.mark.parametrize("order", ["before", "after"])
+
+
+def lora_weights(pipe: DiffusionPipeline, seed: int = 0, strength: float = 0.3) -> dict[str, Tensor]:
+    """A random LoRA of rank 2 on the attention layers, in diffusers' layout."""
+    module, name, weights = denoiser(pipe), denoiser_name(pipe), {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and path.split(".")[-1] in ("to_q", "to_k", "to_v"):
+            down, up = noise(2, layer.in_features, seed=seed), noise(layer.out_features, 2, seed=seed + 1)
+            weights[f"{name}.{path}.lora_A.weight"] = strength * down
+            weights[f"{name}.{path}.lora_B.weight"] = strength * up
+            seed += 2
+    return weights
+
+
+def fused(pipe: DiffusionPipeline, weights: dict[str, Tensor], scale: float = 1.0) -> DiffusionPipeline:
+    """The pipeline with that LoRA added to its weights by hand."""
+    module, name = denoiser(pipe), denoiser_name(pipe)
+    for key, down in weights.items():
+        if key.endswith("lora_A.weight"):
+            up = weights[key.replace("lora_A", "lora_B")]
+            layer = module.get_submodule(key.removeprefix(f"{name}.").removesuffix(".lora_A.weight"))
+            layer.weight.data += scale * up @ down
+    return pipe
+
+
+def apply(change: Any, order: str, pipe: DiffusionPipeline, anchor: Any, own: list[DiffusionPipeline], lam: Any) -> Any:
+    """The change on both pristine pipelines, and on the realigned one before or after it is realigned."""
+    for each in own:
+        change(each)
+    if order == "before":
+        change(pipe)
+    dial = realign(pipe, anchor, lam)
+    if order == "after":
+        change(pipe)
+    return dial
+
+
+def agrees(
+    pipe: DiffusionPipeline, dial: Any, own: list[DiffusionPipeline], call: dict[str, Any], tolerance: float = 1e-5
+) -> None:
+    """λ at both ends, and between them Algorithm 1."""
+    for lam in (0.0, 1.0, 0.37):
+        dial.lam = lam
+        expected = lock_step(own, call, lam) if lam == 0.37 else sample(own[int(lam)], call)
+        assert_close(sample(pipe, call), expected, tolerance)
+
+
+# --- style LoRAs act on both models -----------------------------------------------------------------------------------
+
+
+@BEFORE_AND_AFTER
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+def test_a_style_lora_acts_on_both_models(kind, order):
+    pipe, anchor, call, own = trio(kind)
+    plain, unstyled = sample(pipe, call), lock_step(own, call, 0.37)
+    style = lora_weights(pipe)
+    dial = apply(lambda each: each.load_lora_weights(dict(style), adapter_name="style"), order, pipe, anchor, own, 0.37)
+    assert distance(lock_step(own, call, 0.37), unstyled) > 1e-2
+    agrees(pipe, dial, own, call)
+
+    for each in (pipe, *own):
+        each.set_adapters(["style"], [0.3])
+    agrees(pipe, dial, own, call)
+    for each in (pipe, *own):
+        each.disable_lora()
+    agrees(pipe, dial, own, call)
+    for each in (pipe, *own):
+        each.enable_lora()
+    agrees(pipe, dial, own, call)
+
+    for each in (pipe, *own):
+        each.unload_lora_weights()
+    dial.lam = 0.37
+    assert_close(sample(pipe, call), unstyled)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), plain)
+
+
+def test_a_style_lora_loaded_while_realigned_stays_on_the_reference_and_leaves_the_anchor():
+    pipe, anchor, call, own = trio()
+    aligned, style = sample(own[1], call), lora_weights(pipe)
+    own[0].load_lora_weights(dict(style), adapter_name="style")
+    dial = realign(pipe, anchor, 0.37)
+    pipe.load_lora_weights(dict(style), adapter_name="style")
+    sample(pipe, call)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+    assert_close(sample(with_denoiser("sd", anchor), call), aligned)
+
+
+def test_two_styles_with_weights():
+    pipe, anchor, call, own = trio()
+    one, two = lora_weights(pipe, seed=50), lora_weights(pipe, seed=90)
+
+    def load(each: DiffusionPipeline) -> None:
+        each.load_lora_weights(dict(one), adapter_name="one")
+        each.load_lora_weights(dict(two), adapter_name="two")
+        each.set_adapters(["one", "two"], [0.7, -0.4])
+
+    dial = apply(load, "after", pipe, anchor, own, 0.37)
+    agrees(pipe, dial, own, call)
+    for each in (pipe, *own):
+        each.delete_adapters("one")
+    agrees(pipe, dial, own, call)
+    call["cross_attention_kwargs"] = {"scale": 0.5}
+    agrees(pipe, dial, own, call)
+
+
+def test_a_style_lora_fused_while_realigned_works_or_is_refused():
+    pipe, anchor, call, own = trio()
+    for each in own:
+        each.load_lora_weights(lora_weights(each), adapter_name="style")
+        each.fuse_lora()
+    dial = realign(pipe, anchor, 0.37)
+    try:
+        pipe.load_lora_weights(lora_weights(pipe), adapter_name="style")
+        pipe.fuse_lora()
+        latents = sample(pipe, call)
+    except (ValueError, RuntimeError, NotImplementedError) as refusal:
+        assert "fuse" in str(refusal) or "merge" in str(refusal)
+    else:
+        assert_close(latents, lock_step(own, call, 0.37))
+    dial.remove()
+
+
+# --- LoRA anchors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_anchor(tmp_path):
+    """For a pipeline: the path of a LoRA file, and the same LoRA's weights."""
+
+    def write(pipe: DiffusionPipeline) -> tuple[Any, dict[str, Tensor]]:
+        weights = lora_weights(pipe, seed=20)
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(weights, path)
+        return path, weights
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_adapter", "sd_controlnet", "sd_ip_adapter", "sd3", "flux"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_lora_anchor_is_the_full_model_with_the_lora_fused(kind, batched, lora_anchor):
+    pipe, _, call = make(kind)
+    path, weights = lora_anchor(pipe)
+    own = [make(kind)[0], fused(make(kind)[0], weights)]
+    plain, state = sample(pipe, call), set(denoiser(pipe).state_dict())
+    assert distance(sample(own[1], call), plain) > 1e-2
+    dial = realign(pipe, path, 0.0, batched=batched)
+    with Counter(denoiser(pipe)) as passes:
+        assert torch.equal(sample(pipe, call), plain)
+        once, passes.number = passes.number, 0
+        dial.lam = 0.37
+        assert_close(sample(pipe, call), lock_step(own, call, 0.37), tolerance=3e-5)
+        assert passes.number == (once if batched else 2 * once)
+    for lam in (1.0, 1.4, [0.2, -0.3]):
+        dial.lam = lam
+        by_hand = torch.tensor(lam) if isinstance(lam, list) else lam
+        assert_close(sample(pipe, call), lock_step(own, call, by_hand), tolerance=3e-5)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), plain)
+    assert set(denoiser(pipe).state_dict()) == state
+
+
+@BEFORE_AND_AFTER
+def test_a_lora_anchor_beside_a_style_lora(order, lora_anchor):
+    pipe, _, call = make("sd")
+    path, weights = lora_anchor(pipe)
+    own = [make("sd")[0], fused(make("sd")[0], weights)]
+    style = lora_weights(pipe, seed=70)
+    dial = apply(lambda each: each.load_lora_weights(dict(style), adapter_name="style"), order, pipe, path, own, 0.37)
+    agrees(pipe, dial, own, call, tolerance=3e-5)
+    for each in (pipe, *own):
+        each.set_adapters(["style"], [0.4])
+    agrees(pipe, dial, own, call, tolerance=3e-5)
+    dial.remove()
+    assert_close(sample(pipe, call), sample(own[0], call))
+
+
+def test_a_lora_and_a_full_model_as_anchors(lora_anchor):
+    pipe, anchor, call, own = trio()
+    path, weights = lora_anchor(pipe)
+    own.append(fused(make("sd")[0], weights))
+    with realign(pipe, {"full": anchor, "lora": path}, {"full": 0.3, "lora": 0.5}):
+        assert_close(sample(pipe, call), lock_step(own, call, [0.3, 0.5]), tolerance=3e-5)
+
+
+# --- weight interpolation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+def test_weight_interpolation_is_one_model_with_interpolated_weights(kind):
+    pipe, anchor, call, own = trio(kind)
+    plain, aligned = sample(own[0], call), sample(own[1], call)
+    between = make(kind)[0]
+    dial = realign(pipe, anchor, 0.37, method="weights")
+    with Counter(denoiser(pipe)) as reference, Counter(anchor) as anchors:
+        for lam in (0.37, 1.4):
+            with torch.no_grad():
+                for weight, a, b in zip(
+                    denoiser(between).parameters(), denoiser(own[0]).parameters(), anchor.parameters(), strict=True
+                ):
+                    weight.copy_((1 - lam) * a + lam * b)
+            reference.number = anchors.number = 0
+            dial.lam = lam
+            assert_close(sample(pipe, call), sample(between, call), tolerance=3e-5)
+            with Counter(denoiser(between)) as once:
+                sample(between, call)
+            assert reference.number + anchors.number == once.number
+    dial.lam = 0.0
+    assert_close(sample(pipe, call), plain)
+    dial.lam = 1.0
+    assert_close(sample(pipe, call), aligned)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), plain)
+    assert torch.equal(sample(with_denoiser(kind, anchor), call), aligned)
+
+
+def test_lora_scaling_is_one_pass_at_that_scale(lora_anchor):
+    pipe, _, call = make("sd")
+    path, weights = lora_anchor(pipe)
+    dial = realign(pipe, path, 0.37, method="weights")
+    with Counter(denoiser(pipe)) as passes:
+        assert_close(sample(pipe, call), sample(fused(make("sd")[0], weights, scale=0.37), call))
+        assert passes.number == call["num_inference_steps"]
+    dial.remove()
+    assert torch.equal(sample(pipe, call), sample(make("sd")[0], call))
+
+
+# --- set on one model, meant for both ---------------------------------------------------------------------------------
+
+
+class Halved(AttnProcessor):
+    """Attention whose output is halved: a processor whose presence can be seen."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 0.5 * super().__call__(*args, **kwargs)
+
+
+SWITCHES = {
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
+    "attention processor": lambda pipe: pipe.unet.set_attn_processor(Halved()),
+    "attention processors": lambda pipe: pipe.unet.set_attn_processor(
+        {name: Halved() if "attn2" in name else AttnProcessor() for name in pipe.unet.attn_processors}
+    ),
+    "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+}
+
+
+@BEFORE_AND_AFTER
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_set_on_the_denoiser_is_set_on_both_models(switch, order):
+    pipe, anchor, call, own = trio()
+    plain, aligned = sample(own[0], call), sample(own[1], call)
+    dial = apply(SWITCHES[switch], order, pipe, anchor, own, 0.37)
+    agrees(pipe, dial, own, call)
+    if switch in ("FreeU", "attention processor", "attention processors"):
+        assert distance(sample(own[0], call), plain) > 1e-3
+    dial.remove()
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+    assert_close(sample(with_denoiser("sd", anchor), call), aligned)
+
+
+def test_freeu_switched_off_again():
+    pipe, anchor, call, own = trio()
+    expected = lock_step(own, call, 0.37)
+    with realign(pipe, anchor, 0.37):
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+        assert distance(sample(pipe, call), expected) > 1e-3
+        pipe.disable_freeu()
+        assert_close(sample(pipe, call), expected)
+
+
+@BEFORE_AND_AFTER
+def test_an_ip_adapter_acts_on_both_models(order):
+    pipe, anchor, call, own = trio()
+    for each in (pipe, *own):
+        each.register_modules(image_encoder=make("sd_ip_adapter")[0].image_encoder)
+    call |= {"prompt": "a red fox", "negative_prompt": "dull", "num_images_per_prompt": 2}
+
+    def load(each: DiffusionPipeline) -> None:
+        load_ip_adapter(each)
+        each.set_ip_adapter_scale(0.8)
+
+    dial = apply(load, order, pipe, anchor, own, 0.37)
+    with_image = call | {"ip_adapter_image": noise(1, 3, 16, 16, seed=6)}
+    agrees(pipe, dial, own, with_image)
+    for each in (pipe, *own):
+        each.set_ip_adapter_scale(0.3)
+    agrees(pipe, dial, own, with_image)
+    for each in (pipe, *own):
+        each.unload_ip_adapter()
+    agrees(pipe, dial, own, call)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+
+
+def test_perturbed_attention_guidance_works_or_is_refused():
+    def pag(unet: nn.Module) -> DiffusionPipeline:
+        parts = {**make("sd")[0].components, "unet": unet}
+        pipe = StableDiffusionPAGPipeline(**parts, pag_applied_layers="mid")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    plain, anchor, call = make("sd")
+    pipe, own = pag(plain.unet), [pag(make("sd")[0].unet), pag(make("sd")[1])]
+    call["pag_scale"] = 3.0
+    dial = realign(pipe, anchor, 0.37)
+    try:
+        latents = sample(pipe, call)
+    except (ValueError, RuntimeError, NotImplementedError) as refusal:
+        assert "attention" in str(refusal)
+    else:
+        assert_close(latents, lock_step(own, call, 0.37))
+        agrees(pipe, dial, own, call)
+    dial.remove()
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
