@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPAGPipeline
+from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionPAGPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -335,3 +335,13 @@ def test_perturbed_attention_guidance_works_or_is_refused():
         agrees(pipe, dial, own, call)
     dial.remove()
     assert torch.equal(sample(pipe, call), sample(own[0], call))
+
+
+def test_a_step_cache_is_refused():
+    pipe, anchor, call = make("flux")
+    with realign(pipe, anchor, 0.5) as dial:
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+        with pytest.raises(RuntimeError, match="disable_cache"):
+            sample(pipe, call)
+        pipe.transformer.disable_cache()
+        assert dial.lam == 0.5 and sample(pipe, call).isfinite().all()

@@ -155,6 +155,22 @@ def test_from_pipe(order):
         assert torch.equal(sample(one, its_call), sample(own_one, its_call))
 
 
+def test_a_second_pipeline_with_a_scheduler_of_its_own_is_noticed_and_can_be_attached():
+    pipe, anchor, call, own = trio()
+    with realign(pipe, anchor, 0.37) as dial:
+        other = StableDiffusionPipeline.from_pipe(pipe)
+        other.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+        with pytest.raises(
+            RuntimeError, match=r"did not reach.*dial\.attach"
+        ):  # not broadcast to two images in silence
+            sample(other, call | {"prompt": call["prompt"][:1], "negative_prompt": call["negative_prompt"][:1]})
+        dial.attach(other)
+        for each in own:
+            each.scheduler = EulerAncestralDiscreteScheduler.from_config(each.scheduler.config)
+        assert_close(sample(other, call), lock_step(own, call, 0.37))
+        assert not torch.equal(sample(pipe, call), sample(other, call))
+
+
 def test_what_a_realigned_pipeline_saves_is_the_plain_reference(tmp_path):
     pipe, anchor, call, own = trio()
     with realign(pipe, anchor, 0.37):

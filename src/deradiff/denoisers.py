@@ -67,7 +67,7 @@ class Denoisers:
 
         Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
         """
-        self._onload()
+        self._make_ready()
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs):
             return self._predict_batched(models, args, kwargs)
@@ -83,7 +83,7 @@ class Denoisers:
 
         The first-order approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
         """
-        self._onload()
+        self._make_ready()
         anchors = {self.anchors[k - 1]: weight for k, weight in weights.items() if k}
         with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}):
             if any(a.module for a in anchors):
@@ -115,7 +115,7 @@ class Denoisers:
     @torch.compiler.disable
     def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
         """A module to run, and the parameters to run it with: kept while λ stays."""
-        modules = [(anchor.module, weight) for anchor, weight in weights]
+        modules: list[tuple[Any, float]] = [(anchor.module, weight) for anchor, weight in weights]
         for anchor, _ in weights:
             self._mirrors[anchor.name].sync()
         if self._blended is None or self._blended[0] != weights:
@@ -142,8 +142,16 @@ class Denoisers:
             return self._reference_call(*args, **kwargs)
 
     @torch.compiler.disable
-    def _onload(self) -> None:
-        """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run."""
+    def _make_ready(self) -> None:
+        """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run.
+
+        Raises `UnmirroredState` for what cannot serve two models: sequential offload, a device_map, a step cache.
+        """
+        if getattr(self.reference, "is_cache_enabled", False):
+            raise UnmirroredState(
+                "a step cache is enabled on the denoiser (enable_cache): it would hand one model what it remembers of "
+                "another. Call pipe.transformer.disable_cache() to realign"
+            )
         hook = getattr(self.reference, "_hf_hook", None)
         if hook is None:
             return

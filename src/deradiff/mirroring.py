@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -50,8 +51,10 @@ class Mirror:
     beside an anchor that carries LoRA layers of its own.
     """
 
-    def __init__(self, reference: nn.Module, anchor: nn.Module, name: str):
-        self.reference, self.anchor, self.name = reference, anchor, name
+    def __init__(self, reference: ModelMixin, anchor: ModelMixin, name: str):
+        self.reference: Any = reference
+        self.anchor: Any = anchor
+        self.name = name
         modules = dict(anchor.named_modules())
         self._attention: list[tuple[Any, Any]] = [
             (module, modules[path])

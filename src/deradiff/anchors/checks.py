@@ -176,6 +176,9 @@ def same_weights(module: nn.Module, reference: ModelMixin) -> bool:
     """Whether every tensor of `module` equals the reference's; stops at the first that does not."""
     own = dict(base_tensors(reference))
     return all(
-        name in own and not own[name].is_meta and torch.equal(tensor, own[name])
+        name in own
+        and own[name].dtype == tensor.dtype
+        and own[name].device == tensor.device
+        and torch.equal(tensor, own[name])
         for name, tensor in base_tensors(module)
     )
