@@ -1,0 +1,177 @@
+"""The aligned half of the digits build: preference pairs, six anchors with all their weights, and a LoRA."""
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deradiff.alignment import digits_models
+from deradiff.alignment.digits_reference import decode
+from deradiff.alignment.digits_settings import Report, Settings, save_folder, write_json
+from deradiff.alignment.loop import Curve, Plan, train
+from deradiff.alignment.loop import Report as Progress
+from deradiff.alignment.objectives import bradley_terry, diffusion_dpo, squared_error
+from deradiff.rewards.digits import DigitsReward
+from deradiff.worlds.digits import captions
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two latents per prompt, their rewards, and whether the first won."""
+
+    latents: Float[Tensor, "pair 2 4 8 8"]
+    tokens: Int[Tensor, "pair token"]
+    rewards: Float[Tensor, "pair 2"]
+    first_wins: Bool[Tensor, " pair"]
+
+    def ordered(self) -> Float[Tensor, "pair 2 4 8 8"]:
+        """The latents with the winner first."""
+        return torch.where(self.first_wins[:, None, None, None, None], self.latents, self.latents.flip(1))
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"pairs-{number:03d}.safetensors"
+
+
+def draw_pairs(folder: Path, settings: Settings, number: int, report: Report) -> None:
+    """One chunk of pairs: the reference's own samples (guidance 1), labelled by Bradley-Terry over the reward."""
+    path, start = _chunk(folder, number), number * settings.pairs_chunk
+    if not path.exists():
+        pipe = _reference(folder)
+        prompts = captions.sample_prompts(settings.pairs, settings.seed + 5)[start : start + settings.pairs_chunk]
+        texts = [prompt for prompt in prompts for _ in range(2)]
+        generator = torch.Generator().manual_seed((settings.seed + 6 << 32) + number)
+        noise = torch.randn(len(texts), 4, 8, 8, generator=generator)
+        latents = sample(pipe, texts, noise, settings.sampling_steps)
+        rewards = DigitsReward()(decode(pipe.vae, latents), texts).view(-1, 2)
+        wins = bradley_terry(rewards[:, 0], rewards[:, 1], settings.reward_temperature, generator)
+        chunk = {"latents": latents.view(-1, 2, 4, 8, 8), "rewards": rewards, "first_wins": wins}
+        save_file(chunk, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    report("preference pairs", len(list(folder.glob("pairs-*.safetensors"))), settings.chunks, f"chunk {number}")
+
+
+def load_pairs(folder: Path, settings: Settings) -> Pairs:
+    """All chunks together."""
+    chunks = [load_file(_chunk(folder, number)) for number in range(settings.chunks)]
+    together = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    prompts = captions.sample_prompts(settings.pairs, settings.seed + 5)
+    return Pairs(tokens=digits_models.token_ids(prompts), **together)
+
+
+def _reference(folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "reference", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionPipeline, prompts: list[str], noise: Float[Tensor, "batch 4 8 8"], steps: int,
+    guidance_scale: float = 1.0, batch: int = 250,
+) -> Float[Tensor, "batch 4 8 8"]:  # fmt: skip
+    """Latents drawn by `pipe`, one per prompt, from the given noise."""
+    return torch.cat(
+        [
+            pipe(
+                prompts[i : i + batch], latents=noise[i : i + batch], num_inference_steps=steps,
+                guidance_scale=guidance_scale, output_type="latent",
+            ).images
+            for i in range(0, len(prompts), batch)
+        ]
+    )  # fmt: skip
+
+
+def align(
+    model: UNet2DConditionModel, pipe: StableDiffusionPipeline, pairs: Pairs, beta: float, plan: Plan,
+    settings: Settings, checkpoint: Path, report: Progress,
+) -> Curve:  # fmt: skip
+    """Diffusion-DPO of `model`, a copy of the pipeline's UNet, against that UNet; keeps the best held-out weights."""
+    reference, scheduler = pipe.unet, digits_models.scheduler()
+    latents, tokens = pairs.ordered(), pairs.tokens
+    with torch.no_grad():
+        embedded = torch.cat([pipe.text_encoder(t).last_hidden_state for t in tokens.split(256)])
+        empty = pipe.text_encoder(digits_models.token_ids([""])).last_hidden_state
+    trained_on = len(latents) - settings.held_out_pairs
+
+    def errors(denoiser: UNet2DConditionModel, noisy: Tensor, t: Tensor, text: Tensor, noise: Tensor) -> Tensor:
+        return squared_error(denoiser(noisy, t, text).sample, noise).view(2, -1)
+
+    def noised(index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Winners then losers, with the same noise and timestep in both halves."""
+        clean = latents[index].transpose(0, 1).flatten(0, 1)
+        noise = torch.randn(len(index), 4, 8, 8, generator=generator).repeat(2, 1, 1, 1)
+        timesteps = torch.randint(1000, (len(index),), generator=generator).repeat(2)
+        dropped = torch.rand(len(index), generator=generator) < settings.caption_dropout
+        text = torch.where(dropped[:, None, None], empty, embedded[index]).repeat(2, 1, 1)
+        return scheduler.add_noise(clean, noise, timesteps), timesteps, text, noise
+
+    def objective(inputs: tuple[Tensor, Tensor, Tensor, Tensor], known: Tensor) -> Tensor:
+        winner, loser = errors(model, *inputs)
+        return diffusion_dpo(winner, loser, known[0], known[1], beta)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(trained_on, (settings.batch // 2,), generator=generator)
+        inputs = noised(index, generator)
+        with torch.no_grad():
+            known = errors(reference, *inputs)
+        return objective(inputs, known)
+
+    fixed = torch.Generator().manual_seed(settings.seed + 7)
+    held_out = torch.arange(trained_on, len(latents)).split(settings.batch // 2)
+    batches = [noised(index, fixed) for index in held_out]
+    with torch.no_grad():
+        known_errors = [errors(reference, *inputs) for inputs in batches]
+
+    def held_out_loss() -> float:
+        losses = [
+            objective(inputs, known) * inputs[1].numel() for inputs, known in zip(batches, known_errors, strict=True)
+        ]
+        return (torch.stack(losses).sum() / sum(inputs[1].numel() for inputs in batches)).item()
+
+    plan = replace(plan, learning_rate=plan.learning_rate / beta)
+    return train(model, loss, held_out_loss, plan, seed=settings.seed + 3, checkpoint=checkpoint, report=report)
+
+
+def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) -> None:
+    """All weights of the UNet, aligned at `beta`."""
+    name = f"beta-{beta:g}"
+    path = folder / "anchors" / name
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    pipe, pairs = _reference(folder), load_pairs(folder, settings)
+    model = copy.deepcopy(pipe.unet).requires_grad_(True)
+    checkpoint = folder / f"{name}.pt"
+    curve = align(model, pipe, pairs, beta, settings.dpo, settings, checkpoint, partial(report, f"anchor β = {beta:g}"))
+    write_json(folder / f"{name}-curve.json", asdict(curve))
+    save_folder(model.save_pretrained, path)
+    checkpoint.unlink(missing_ok=True)
+
+
+def train_lora(folder: Path, settings: Settings, report: Report) -> None:
+    """A LoRA on the attention, feed-forward and convolution weights of the UNet, aligned at `lora_beta`."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    beta = settings.lora_beta
+    path = folder / f"lora-beta-{beta:g}"
+    if path.exists():
+        return
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+    torch.manual_seed(settings.seed + 2)
+    pipe, pairs = _reference(folder), load_pairs(folder, settings)
+    model = copy.deepcopy(pipe.unet).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_rank, target_modules=targets))
+    checkpoint = folder / "lora.pt"
+    curve = align(model, pipe, pairs, beta, settings.lora, settings, checkpoint, partial(report, f"LoRA β = {beta:g}"))
+    write_json(folder / f"lora-beta-{beta:g}-curve.json", asdict(curve))
+    layers = get_peft_model_state_dict(model)
+    save_folder(partial(StableDiffusionPipeline.save_lora_weights, unet_lora_layers=layers), path)
+    checkpoint.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""Objectives of alignment: what to minimise so that a model prefers what people, or a reward, prefer."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def squared_error(
+    prediction: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"]
+) -> Float[Tensor, " batch"]:
+    """The squared error of a prediction of ε, averaged over the elements of each latent."""
+    return (prediction - noise).square().flatten(1).mean(1)
+
+
+def diffusion_dpo(
+    winner: Float[Tensor, " pair"],
+    loser: Float[Tensor, " pair"],
+    winner_reference: Float[Tensor, " pair"],
+    loser_reference: Float[Tensor, " pair"],
+    beta: float,
+) -> Float[Tensor, ""]:
+    """Diffusion-DPO: `-mean log σ(-½ β [(e_w - e_w^ref) - (e_l - e_l^ref)])` (Wallace et al. 2023, equation 14).
+
+    Each argument is an ε-error `e` per pair (see `squared_error`): of the model and of the reference, on the winner and
+    on the loser of the pair. Winner and loser share noise and timestep.
+
+    Convention for `beta`: the errors are *means* over the elements of the latent, and the ½ is written out, as in the
+    authors' released code. Equation 14 in the paper, with sums and the factor T ω, has another β for the same loss.
+    """
+    margin = (winner - winner_reference) - (loser - loser_reference)
+    return -F.logsigmoid(-0.5 * beta * margin).mean()
+
+
+def bradley_terry(
+    first: Float[Tensor, " pair"], second: Float[Tensor, " pair"], temperature: float, generator: torch.Generator
+) -> Bool[Tensor, " pair"]:
+    """Whether the first of each pair wins, drawn with probability `σ((first - second) / temperature)`.
+
+    The arguments are rewards; the temperature is in their unit (Bradley and Terry 1952).
+    """
+    probability = torch.sigmoid((first - second) / temperature)
+    return torch.rand(probability.shape, generator=generator, dtype=probability.dtype) < probability
