@@ -110,8 +110,9 @@ def adapters_of(layer: Any) -> set[str]:
 
 def warn_if_zero(denoiser: ModelMixin, adapter: str, label: str) -> None:
     """Warn about a LoRA that changes nothing: its second factors are all zero, as before training."""
-    factors = [t for key, t in get_peft_model_state_dict(denoiser, adapter_name=adapter).items() if "lora_B" in key]
-    if factors and not any(factor.any() for factor in factors):
+    state = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    factors = [tensor for key, tensor in state.items() if "lora_A" not in key]  # a DoRA's magnitudes count, too
+    if not any(factor.any() for factor in factors):
         warnings.warn(f"{label} changes nothing (its B matrices are zero): it equals the reference.", stacklevel=4)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deradiff.cli import talking
+
 if TYPE_CHECKING:
     from deradiff.worlds.digits.quality import Quality
 
@@ -37,6 +39,7 @@ def build(
 
     console = Console()
     with console.status("Loading torch and diffusers …"):
+        talking.silence_other_bars()
         from deradiff.alignment import digits
 
     columns = (
@@ -77,6 +80,7 @@ def quality(
 
     console = Console()
     with console.status("Loading torch and diffusers …"):
+        talking.silence_other_bars()
         from deradiff.worlds.digits import load_pipeline
         from deradiff.worlds.digits.quality import measure
 
