@@ -24,7 +24,7 @@ Posterior = Callable[..., tuple[Tensor, Tensor]]
 
 def weights_of(lams: Lams, like: Tensor) -> Tensor:
     """Exponents of the models, reference first: `(model, batch, 1, ...)` in double precision, summing to one."""
-    per_anchor = lams if isinstance(lams, (list, tuple)) else [lams]
+    per_anchor: Any = lams if isinstance(lams, (list, tuple)) else [lams]
     ones = torch.ones(like.shape[0], dtype=torch.float64)
     anchors = torch.stack([lam * ones for lam in per_anchor])
     everybody = torch.cat([1 - anchors.sum(0, keepdim=True), anchors])
@@ -209,8 +209,7 @@ def ddpm(scheduler: Any, output: Tensor, t: Any, x: Tensor, **_: Any) -> tuple[T
         output, v = output.chunk(2, dim=1)
         log_small, log_large = small.clamp(min=1e-20).log(), large.log()
         variance = (log_small + (v + 1) / 2 * (log_large - log_small)).exp()
-    x0, _ = origin(scheduler, output, abar, x)
-    x0 = bounded(scheduler, x0)
+    x0 = bounded(scheduler, origin(scheduler, output, abar, x)[0])
     mean = before.sqrt() * (1 - alpha) / (1 - abar) * x0 + alpha.sqrt() * (1 - before) / (1 - abar) * x
     return mean, (variance if int(t) > 0 else torch.zeros_like(variance)).reshape(
         [1] * 4 if variance.dim() == 0 else variance.shape

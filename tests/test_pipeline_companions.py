@@ -35,7 +35,7 @@ def fused(pipe: DiffusionPipeline, weights: dict[str, Tensor], scale: float = 1.
     for key, down in weights.items():
         if key.endswith("lora_A.weight"):
             up = weights[key.replace("lora_A", "lora_B")]
-            layer = module.get_submodule(key.removeprefix(f"{name}.").removesuffix(".lora_A.weight"))
+            layer: Any = module.get_submodule(key.removeprefix(f"{name}.").removesuffix(".lora_A.weight"))
             layer.weight.data += scale * up @ down
     return pipe
 

@@ -1,6 +1,7 @@
 """What people do with a pipeline call, on a realigned pipeline: guidance, callbacks, λ in all its forms, bad input."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,38 @@ def test_dynamic_cfg_cutoff_in_a_callback():
         assert_close(sample(pipe, call, **cutoff), lock_step(own, call, 0.37, **cutoff))
 
 
+def test_the_record_of_a_step_holds_what_it_was_taken_from():
+    """Both guided predictions, x_t and the noise level, against the two models asked by hand."""
+    pipe, anchor, call, own = trio()
+    records: list[Any] = []
+
+    def keep(_, step, timestep, tensors):
+        records.append(dial.last)
+        return {}
+
+    with realign(pipe, anchor, 0.37) as dial:
+        assert dial.last is None
+        sample(pipe, call, callback_on_step_end=keep)
+        dial.lam = 0.0
+        sample(pipe, call)
+        alone: Any = dial.last
+        assert alone.models == ("reference",) and alone.predictions.shape == (1, 2, 4, 8, 8)
+
+    prompt, null = own[0].encode_prompt(call["prompt"], "cpu", 1, True, call["negative_prompt"])
+    abar = pipe.scheduler.alphas_cumprod.double()
+    assert len(records) == 4
+    for i, (record, t) in enumerate(zip(records, pipe.scheduler.timesteps, strict=True)):
+        assert record.models == ("reference", "anchor") and record.timestep == t and record.progress.steps == i / 4
+        assert record.weights.flatten().tolist() == pytest.approx([0.63, 0.37])
+        assert record.log_snr == pytest.approx(float((abar[t] / (1 - abar[t])).log()), rel=1e-5)
+        for prediction, each in zip(record.predictions, own, strict=True):
+            with torch.no_grad():
+                both = each.unet(torch.cat([record.sample] * 2), t, torch.cat([null, prompt])).sample
+            uncond, cond = both.chunk(2)
+            assert_close(prediction, uncond + call["guidance_scale"] * (cond - uncond))
+    assert torch.equal(records[0].sample, torch.randn(2, 4, 8, 8, generator=generators(11)[0]))
+
+
 # --- λ in all its forms -----------------------------------------------------------------------------------------------
 
 
@@ -241,7 +274,7 @@ def test_a_list_of_the_wrong_length_names_both_lengths():
 @pytest.mark.parametrize("culprit", ["reference", "anchor"])
 def test_nan_in_a_prediction_stops_the_run(culprit, lam):
     pipe, anchor, call, _ = trio()
-    model = anchor if culprit == "anchor" else denoiser(pipe)
+    model: Any = anchor if culprit == "anchor" else denoiser(pipe)
     if lam == 1.0 and culprit == "reference":
         lam = 0.0
     calls = 0

@@ -119,11 +119,13 @@ def test_a_schedule_is_read_at_the_fraction_of_steps_done(case):
 @pytest.mark.parametrize("name", ["Heun", "PNDM", "KDPM2", "flow Heun"])
 def test_a_schedule_stays_in_place_where_a_step_evaluates_twice(name):
     """λ jumps from 0 to 1 between the second and the third of four noise levels, however often each is evaluated."""
+    step_of = AFFINE[name].step_of
+    assert step_of is not None
     pipe, anchor, call, own = build(AFFINE[name])
     call["num_inference_steps"] = 4
     with realign(pipe, anchor, Step(0.5)):
         realigned = sample(pipe, call)
-    assert_close(realigned, oracle.lock_step(own, call, lambda n: float(AFFINE[name].step_of(n) >= 2)), tolerance=3e-5)
+    assert_close(realigned, oracle.lock_step(own, call, lambda n: float(step_of(n) >= 2)), tolerance=3e-5)
 
 
 LISTING = {

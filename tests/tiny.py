@@ -71,7 +71,7 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
     return "unet" if "unet" in pipe.components else "transformer"
 
 
-def denoiser(pipe: DiffusionPipeline) -> nn.Module:
+def denoiser(pipe: DiffusionPipeline) -> Any:
     """The pipeline's UNet or transformer."""
     return getattr(pipe, denoiser_name(pipe))
 

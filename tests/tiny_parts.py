@@ -39,7 +39,7 @@ def perturbed(module: nn.Module, seed: int, scale: float = 0.05) -> nn.Module:
     with torch.no_grad():
         for name, weight in other.named_parameters():
             if "_ip." not in name and "encoder_hid_proj" not in name:
-                weight += scale * torch.randn(weight.shape, generator=generator)
+                weight.add_(scale * torch.randn(weight.shape, generator=generator))
     return other.eval()
 
 

@@ -102,6 +102,11 @@ def load_anchor(
         full_weights.warn_if_equal(module, f"anchor {name!r}", reference)
         return Anchor(name, f"a loaded {type(module).__name__}", module=module, _restore=restore)
 
+    if not isinstance(source, str | os.PathLike):
+        hint = f", its .{component} for instance" if isinstance(source, DiffusionPipeline) else ""
+        raise AnchorError(
+            f"the anchor must be a denoiser, a path or a hub id, got a {type(source).__name__}: pass a denoiser{hint}"
+        )
     repository = sources.locate(source, subfolder, revision, local_files_only)
     files = sources.select(repository, component, reference.dtype, allow_pickle)
     if files.pipeline is not None:
