@@ -126,14 +126,22 @@ def test_an_interrupted_or_broken_run_does_not_reach_the_next():
         assert torch.equal(sample(pipe, call), undisturbed)
 
 
-def test_a_run_that_fails_between_denoiser_and_step_does_not_reach_the_next(monkeypatch):
-    pipe, anchor, call, _ = trio()
-    with realign(pipe, anchor, 0.5):
-        undisturbed = sample(pipe, call)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_run_that_fails_between_denoiser_and_step_does_not_reach_the_next(monkeypatch, steps_before):
+    pipe, anchor, call, own = trio()
+    done = 0
+
+    def fail(prediction, *_, **__):
+        nonlocal done
+        done += 1
+        return prediction if done <= steps_before else 1 / 0
+
+    with realign(pipe, anchor, 0.5) as dial:
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(pipeline_stable_diffusion, "rescale_noise_cfg", lambda *_, **__: 1 / 0)
+            patch.setattr(pipeline_stable_diffusion, "rescale_noise_cfg", fail)
             sample(pipe, call, guidance_rescale=0.5)
-        assert torch.equal(sample(pipe, call), undisturbed)
+        dial.lam = 0.1
+        assert_close(sample(pipe, call), lock_step(own, call, 0.1))
 
 
 def test_dynamic_cfg_cutoff_in_a_callback():

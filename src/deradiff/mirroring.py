@@ -10,6 +10,7 @@ every step, and whatever was set before or after `realign` is treated alike. (De
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Mirror:
         self._own_processors = [(mine, mine.processor) for _, mine in self._attention]
         self._own_projection = {part: getattr(anchor, part, None) for part in _IMAGE_PROMPT}
         self._own_projection_type = getattr(anchor.config, "encoder_hid_dim_type", None)
+        self._modules = tuple(self.reference.modules())  # walking the tree anew at every step would show in the time
         self._adapters: tuple[str, ...] = ()
         self._borrowed: list[tuple[Any, Any]] = []
         self._offloaded = False
@@ -123,7 +125,7 @@ class Mirror:
         if adapters != self._adapters:
             self._return_layers()
             self._borrow_layers()
-            self._adapters = adapters
+            self._adapters, self._modules = adapters, tuple(self.reference.modules())
         for theirs, mine in self._borrowed:
             if theirs.merged:
                 raise UnmirroredState(
@@ -162,7 +164,7 @@ class Mirror:
         self._borrowed, self._adapters = [], ()
 
     def _sync_offload(self) -> None:
-        if self._offloaded or (config := _group_offload(self.reference)) is None:
+        if self._offloaded or (config := _group_offload(self._modules)) is None:
             return
         settings = {key: getattr(config, key) for key in _GROUP_OFFLOAD}
         if config.offload_to_disk_path:
@@ -176,9 +178,9 @@ def _parent(denoiser: nn.Module, path: str) -> tuple[Any, str]:
     return denoiser.get_submodule(parent), child
 
 
-def _group_offload(denoiser: nn.Module) -> Any | None:
-    """Settings of the group offload on `denoiser`, None without one."""
-    for module in denoiser.modules():
+def _group_offload(modules: Iterable[nn.Module]) -> Any | None:
+    """Settings of the group offload on one of `modules`, None without one."""
+    for module in modules:
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and (hook := registry.get_hook("group_offloading")) is not None:
             return hook.config

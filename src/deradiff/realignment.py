@@ -159,6 +159,7 @@ class Dial:
         self.method: Method = method
         self.last: StepRecord | None = None
         self._lams, self._path = lams, path
+        self._weights: Tensor | None = None
         self._reference, self._denoisers = reference, denoisers
         self._pending: _Evaluation | None = None
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
@@ -180,7 +181,7 @@ class Dial:
     def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
         lams = parse_lam(lam, self.anchors)
         _require_one_lam(lams, self.method)
-        self._lams = lams
+        self._lams, self._weights = lams, None
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -272,8 +273,10 @@ class Dial:
                     "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
                     "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
                 )
-        lams = self._lams.at(progress, self._lams.images or 1)  # how many images the batch holds, only `step` knows
-        weights = with_reference(lams)
+        if self._weights is None or not self._lams.is_constant:
+            # How many images the batch holds, only `step` knows.
+            self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
+        weights = self._weights
         models = tuple(k for k in range(len(weights)) if weights[k].any())
         return _Evaluation(progress, models, weights[list(models)])
 
