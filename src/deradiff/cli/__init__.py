@@ -1,0 +1,35 @@
+"""The command line. Commands are thin: they parse, call the library, and print; torch is imported by the call."""
+
+from typing import Annotated
+
+import typer
+
+from deradiff import __version__
+from deradiff.cli import demo, digits, generate
+
+app = typer.Typer(
+    name="deradiff",
+    help="One dial for how aligned a diffusion model is: realigned sampling for any diffusers pipeline.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate.generate)
+app.command()(demo.demo)
+app.add_typer(digits.app, name="digits")
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass

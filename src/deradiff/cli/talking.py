@@ -1,0 +1,71 @@
+"""How the commands talk: a progress bar, warnings as one line, a wrong input as one clear sentence."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+messages = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def refusing_wrong_input() -> Iterator[None]:
+    """Print what the library says about a wrong input, in red and without a traceback, and exit with status 2."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        messages.print(f"error: {_sentence(error)}", style="bold red", markup=False)
+        raise typer.Exit(2) from None
+
+
+def _sentence(error: Exception) -> str:
+    import pydantic
+
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}."
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A Rich progress bar on stderr; yields the function that moves it, `on_step(done, total)`.
+
+    Warnings of deradiff are printed above the bar, a line each; those of other libraries, and their own bars, are not
+    what the person asked for.
+    """
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with warnings.catch_warnings(), Progress(*columns, console=messages, transient=True) as bar:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"deradiff(\.|$)")
+        warnings.showwarning = lambda message, *_, **__: messages.print(
+            f"warning: {message}", style="yellow", markup=False
+        )
+        silence_other_bars()
+        task = bar.add_task("loading the models", total=None)
+
+        def on_step(done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield on_step
+
+
+def silence_other_bars() -> None:
+    """Keep the loading bars and notices of diffusers and transformers off the terminal."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+def files(paths: Iterable[Any]) -> None:
+    """Print where the results are, one path a line, on stdout."""
+    for path in paths:
+        typer.echo(str(path))

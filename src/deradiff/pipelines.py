@@ -1,0 +1,111 @@
+"""A reference pipeline from the words of a command line: which model, which scheduler, which device."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp-1": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1}),
+    "dpmpp-3": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpmpp-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "edm": ("EDMEulerScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "flow-euler-sde": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+}
+"""Short names of diffusers' schedulers. Latents are not pixels, so none of them clips its sample."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_pipeline(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    scheduler: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, or of `digits`, the model that ships with deradiff, with `scheduler`.
+
+    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it.
+    """
+    if source == "digits":
+        from deradiff.worlds import digits
+
+        pipe: DiffusionPipeline = digits.load_pipeline(torch_dtype=dtype)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(
+            source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
+        )
+    if scheduler:
+        pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
+    return pipe
+
+
+def anchor_source(source: str) -> str | Path:
+    """What `digits:BETA` and `digits:lora` stand for; any other source as it is."""
+    if not source.startswith("digits:"):
+        return source
+    from deradiff.worlds import digits
+
+    chosen = source.removeprefix("digits:")
+    if chosen == "lora":
+        return digits.lora_path()
+    known = {f"{beta:g}": beta for beta in digits.BETAS}
+    if chosen not in known:
+        raise ValueError(f"{source!r} is unknown; the digits have the anchors {', '.join(known)} and lora.")
+    return digits.anchor_path(known[chosen])
+
+
+def known_beta(source: str) -> float | None:
+    """The β that an anchor of the digits was aligned at; None for any other source, whose β nobody wrote down."""
+    if not source.startswith("digits:"):
+        return None
+    from deradiff.worlds import digits
+
+    return float(digits.LORA_BETA if source == "digits:lora" else source.removeprefix("digits:"))
+
+
+def scheduler_like(present: Any, name: str) -> Any:
+    """The scheduler called `name` in `SCHEDULERS`, configured like `present`.
+
+    Raises `ValueError` for an unknown name and for the scheduler of another kind of model (diffusion, flow matching,
+    EDM).
+    """
+    import diffusers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    class_name, options = SCHEDULERS[name]
+    kind = _kind(type(present).__name__)
+    if _kind(class_name) != kind:
+        fitting = [other for other, (its_class, _) in SCHEDULERS.items() if _kind(its_class) == kind]
+        raise ValueError(
+            f"{class_name} does not fit this model, whose own scheduler is {type(present).__name__}; "
+            f"choose one of {', '.join(fitting)}."
+        )
+    return getattr(diffusers, class_name).from_config(present.config, **options)
+
+
+def _kind(class_name: str) -> str:
+    return next((kind for kind in ("FlowMatch", "EDM") if class_name.startswith(kind)), "diffusion")
+
+
+def best_device() -> str:
+    """The accelerator that torch sees, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,117 @@
+"""What a run leaves behind: images that carry their settings, a contact sheet, a JSON record; each whole or absent."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+CHUNK = "deradiff"
+"""The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, renamed to it if the block succeeds and removed if it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `record` to `path` as indented JSON, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Write `image` to `path` with `settings` inside, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_png(path: str | Path) -> dict[str, Any]:
+    """The settings that `write_png` put into an image. Raises `ValueError` where there are none."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(CHUNK)
+    if text is None:
+        raise ValueError(
+            f"{path} carries no deradiff settings: it was not written by deradiff, or was saved anew since."
+        )
+    return json.loads(text)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an image looks like."""
+    found = {}
+    for name in ("deradiff", "torch", "diffusers", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """`text` as a piece of a file name: lower case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "prompt"
+
+
+class RunFolder:
+    """The folder of one run: `sheet.png`, `record.json` and `images/`.
+
+    A folder that holds anything is refused (`FileExistsError`), unless `force` is set and every file in it is a run's.
+    Nothing is touched before the first image: a run that fails early leaves the older one as it was.
+    """
+
+    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+        self.path = Path(path)
+        self.images, self.sheet, self.record = self.path / "images", self.path / "sheet.png", self.path / "record.json"
+        self._cleared = False
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file; --out needs a folder.")
+        older = self._files()
+        if older and not force:
+            raise FileExistsError(
+                f"{self.path} already holds files. Name another folder, or replace its run with --force."
+            )
+        foreign = next((file for file in older if not self._is_ours(file)), None)
+        if foreign:
+            raise FileExistsError(f"{foreign} was not written by a run, so --force does not replace {self.path}.")
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.path.rglob("*") if not file.is_dir()) if self.path.exists() else []
+
+    def _is_ours(self, file: Path) -> bool:
+        if file in (self.sheet, self.record) or file.name.endswith(".partial"):
+            return True
+        try:
+            return file.parent == self.images and bool(read_png(file))
+        except (ValueError, OSError):
+            return False
+
+    def add(self, name: str, image: Image.Image, settings: Mapping[str, Any]) -> str:
+        """Write one image of the run; returns its path relative to the folder."""
+        if not self._cleared:
+            for file in self._files():
+                file.unlink()
+            self.images.mkdir(parents=True, exist_ok=True)
+            self._cleared = True
+        file = self.images / name
+        write_png(file, image, settings)
+        return file.relative_to(self.path).as_posix()
+
+    def finish(self, sheet: Image.Image, record: Mapping[str, Any]) -> None:
+        """Write the contact sheet and, last of all, the record: a folder with a record is a finished run."""
+        write_png(self.sheet, sheet, record)
+        write_json(self.record, record)

@@ -1,0 +1,275 @@
+"""A sweep: some prompts and seeds through one realigned pipeline at many λ, from the same noise for every λ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import Parameter, signature
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from deradiff import records
+from deradiff.pipelines import DTYPES, anchor_source, best_device, load_pipeline
+from deradiff.realignment import Dial, realign
+from deradiff.schedules import Schedule, Spline
+from deradiff.sheets import contact_sheet
+
+Strength = float | dict[str, float]
+"""λ of one column: a number for one anchor, or one for each of several anchors by name."""
+
+
+class Column(BaseModel):
+    """One column of a sweep: a λ, and how it is reached if it is annealed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lam: Strength
+    schedule: dict[str, Any] | None = None
+    """A `Schedule.to_dict()` whose values are multiplied with `lam`; None for a λ that stays the same."""
+
+    def dial(self) -> Any:
+        """This column's λ in the form that a dial takes."""
+        if isinstance(self.lam, dict):
+            return {name: self._of(lam) for name, lam in self.lam.items()}
+        return self._of(self.lam)
+
+    def _of(self, lam: float) -> float | Schedule:
+        if self.schedule is None:
+            return lam
+        shape = Schedule.from_dict(self.schedule)
+        if isinstance(shape, Spline):
+            return replace(shape, points=[(s, lam * value) for s, value in shape.points])
+        return replace(shape, lam=lam)  # type: ignore[call-arg]
+
+    def beta(self, anchor_beta: float | None) -> float | None:
+        """The strength β/λ; None where it has no meaning: λ <= 0 or annealed, several anchors, an unknown β."""
+        if anchor_beta is None or self.schedule is not None or isinstance(self.lam, dict) or self.lam <= 0:
+            return None
+        return anchor_beta / self.lam
+
+    def label(self, anchor_beta: float | None) -> str:
+        """What stands over the column: λ, and below it what that is."""
+        annealed = [] if self.schedule is None else [str(Schedule.from_dict(self.schedule))]
+        if isinstance(self.lam, dict):
+            return "\n".join([*(f"{name} {lam:g}" for name, lam in self.lam.items()), *annealed])
+        if annealed:
+            return f"λ → {self.lam:g}\n{annealed[0]}"
+        beta = self.beta(anchor_beta)
+        if self.lam <= 0:
+            meaning = "reference" if self.lam == 0 else "away from the anchor"
+        elif self.lam == 1:
+            meaning = "anchor" if beta is None else f"anchor, β = {beta:.4g}"
+        else:
+            meaning = "" if beta is None else f"β/λ = {beta:.4g}"
+        return f"λ = {self.lam:g}\n{meaning}".strip()
+
+    def slug(self) -> str:
+        """The column in a file name."""
+        lams = self.lam if isinstance(self.lam, dict) else {"lam": self.lam}
+        name = "-".join(f"{name}{lam:g}" for name, lam in lams.items())
+        return name if self.schedule is None else f"{name}-{records.slug(self.schedule['schedule'])}"
+
+
+class Settings(BaseModel):
+    """Everything that decides a sweep's images; its JSON form stands in the record and in every image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reference: str
+    anchors: dict[str, str]
+    prompts: tuple[str, ...] = Field(min_length=1)
+    columns: tuple[Column, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    scheduler: str | None = None
+    steps: int = Field(default=25, ge=1)
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    method: Literal["mixture", "weights"] = "mixture"
+    path: Literal["auto", "prediction", "posterior"] = "auto"
+    anchor_beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    offload: bool = False
+    revision: str | None = None
+    anchor_revision: str | None = None
+    allow_pickle: bool = False
+    batch_size: int = Field(default=8, ge=1)
+
+    @property
+    def rows(self) -> list[tuple[str, int]]:
+        """A prompt and a seed for every row of the sheet."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+
+class Shot(NamedTuple):
+    """One image of a sweep: which prompt, which seed, which column (an index)."""
+
+    prompt: str
+    seed: int
+    column: int
+
+
+@contextmanager
+def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
+    """The pipeline of `settings` with its anchors on a dial, on its device; raises what that raises."""
+    device = best_device() if settings.device == "auto" else settings.device
+    automatic = "float32" if device == "cpu" else "float16"
+    pipe = load_pipeline(
+        settings.reference,
+        dtype=DTYPES[automatic if settings.dtype == "auto" else settings.dtype],
+        scheduler=settings.scheduler,
+        revision=settings.revision,
+        allow_pickle=settings.allow_pickle,
+    )
+    with realign(
+        pipe,
+        {name: anchor_source(source) for name, source in settings.anchors.items()},
+        dict.fromkeys(settings.anchors, 1.0),
+        method=settings.method,
+        path=settings.path,
+        revision=settings.anchor_revision,
+        allow_pickle=settings.allow_pickle,
+    ) as dial:
+        if settings.offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        yield pipe, dial
+
+
+def draw(
+    settings: Settings,
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    folder: records.RunFolder,
+    on_step: Callable[[int, int], None] | None = None,
+    **further: Any,
+) -> None:
+    """Sample the sweep with what `realigned` gave, and write images, contact sheet and record into `folder`.
+
+    `on_step(done, total)` is told about every sampling step of every image; `further` goes into the record as it is.
+    """
+    scheduler = type(pipe.scheduler).__name__
+    chosen = {name: getattr(settings, name) for name in ("guidance_scale", "height", "width", "negative_prompt")}
+    call = {name: value for name, value in chosen.items() if value is not None}
+    made = {
+        "settings": settings.model_dump(),
+        "mixed": dial.path if settings.method == "mixture" else "weights",
+        "scheduler": scheduler,
+        "guidance_scale": call.get("guidance_scale", _default(pipe, "guidance_scale")),
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": records.versions(),
+    }
+    shots = [Shot(*row, column) for row in settings.rows for column in range(len(settings.columns))]
+    lams = [column.dial() for column in settings.columns]
+    images: dict[Shot, Image.Image] = {}
+    listed: list[dict[str, Any]] = []
+    for shot, image in sample(
+        pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step, **call
+    ):
+        column = settings.columns[shot.column]
+        about = {"prompt": shot.prompt, "seed": shot.seed, **column.model_dump()}
+        about["beta"] = column.beta(settings.anchor_beta)
+        prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
+        name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{column.slug()}.png"
+        listed.append({"file": folder.add(name, image, about | made)} | about)
+        images[shot] = image
+    sheet = contact_sheet(
+        [[images[Shot(*row, column)] for column in range(len(lams))] for row in settings.rows],
+        [column.label(settings.anchor_beta) for column in settings.columns],
+        [f"{prompt}\nseed {seed}" for prompt, seed in settings.rows],
+        _caption(settings, scheduler, made["guidance_scale"]),
+    )
+    folder.finish(sheet, made | further | {"sheet": folder.sheet.name, "images": listed})
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    shots: Sequence[Shot],
+    lams: Sequence[Any],
+    *,
+    steps: int,
+    batch_size: int,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments: Any,
+) -> Iterator[tuple[Shot, Image.Image]]:
+    """Yield every shot's image; `lams[shot.column]` is its λ, and its noise is decided by its seed alone.
+
+    Shots of different λ, prompts and seeds share a batch (`batch_size` images), each with a generator of its own, made
+    on the CPU so that every device draws the same noise. Interpolated weights are one model for a whole batch: there
+    the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that it
+    does not take.
+    """
+    accepted = signature(pipe.__call__).parameters
+    if unknown := [name for name in arguments if name not in accepted]:
+        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out.")
+    groups = [list(shots)]
+    if dial.method == "weights":
+        groups = [[shot for shot in shots if shot.column == column] for column in range(len(lams))]
+    pipe.set_progress_bar_config(disable=True)
+    done, total = 0, len(shots) * steps
+    for batch in (group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)):
+        dial.lam = _together([lams[shot.column] for shot in batch], per_image=dial.method == "mixture")
+        own = dict(arguments)
+        if "negative_prompt" in own:
+            own["negative_prompt"] = [own["negative_prompt"]] * len(batch)
+        if on_step and "callback_on_step_end" in accepted:
+            own["callback_on_step_end"] = _reporter(on_step, done, len(batch), total)
+        output = pipe(
+            prompt=[shot.prompt for shot in batch],
+            generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
+            num_inference_steps=steps,
+            **own,
+        )
+        done += len(batch) * steps
+        if on_step:
+            on_step(done, total)
+        yield from zip(batch, output.images, strict=True)
+
+
+def _together(lams: Sequence[Any], per_image: bool) -> Any:
+    """λ of a batch as a dial takes it, from the λ of each of its images."""
+    if not per_image:
+        return lams[0]
+    if isinstance(lams[0], Mapping):
+        return {name: [lam[name] for lam in lams] for name in lams[0]}
+    return list(lams)
+
+
+def _reporter(on_step: Callable[[int, int], None], done: int, images: int, total: int) -> Callable[..., dict[str, Any]]:
+    def report(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(min(done + (step + 1) * images, total), total)
+        return tensors
+
+    return report
+
+
+def _default(pipe: DiffusionPipeline, argument: str) -> Any:
+    """What the pipeline's call takes for an argument that is not given."""
+    parameter = signature(pipe.__call__).parameters.get(argument)
+    return None if parameter is None or parameter.default is Parameter.empty else parameter.default
+
+
+def _caption(settings: Settings, scheduler: str, guidance_scale: float | None) -> str:
+    """What stands under a sheet: the models and how they were sampled."""
+    anchors = [source if name == "anchor" else f"{name}: {source}" for name, source in settings.anchors.items()]
+    parts = [
+        f"{settings.reference} → {' + '.join(anchors)}",
+        f"{scheduler.removesuffix('Scheduler')}, {settings.steps} steps",
+    ]
+    if guidance_scale is not None:
+        parts.append(f"guidance {guidance_scale:g}")
+    if clocks := sorted({column.schedule["over"] for column in settings.columns if column.schedule is not None}):
+        parts.append(f"λ annealed over {' and '.join(clocks)}")
+    if settings.method == "weights":
+        parts.append("interpolated weights")
+    return " · ".join(parts)
