@@ -55,6 +55,15 @@ def load_pipeline(
     return pipe
 
 
+def usual_guidance(reference: str) -> float | None:
+    """The guidance scale at which the digits are measured, far from a pipeline's default; None for other references."""
+    if reference != "digits":
+        return None
+    from deradiff.worlds.digits.quality import GUIDANCE
+
+    return GUIDANCE
+
+
 def anchor_source(source: str) -> str | Path:
     """What `digits:BETA` and `digits:lora` stand for; any other source as it is."""
     if not source.startswith("digits:"):

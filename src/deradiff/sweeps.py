@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from deradiff import records
-from deradiff.pipelines import DTYPES, anchor_source, best_device, load_pipeline
+from deradiff.pipelines import DTYPES, anchor_source, best_device, load_pipeline, usual_guidance
 from deradiff.realignment import Dial, realign
 from deradiff.schedules import Schedule, Spline
 from deradiff.sheets import contact_sheet
@@ -158,6 +158,8 @@ def draw(
     """
     scheduler = type(pipe.scheduler).__name__
     chosen = {name: getattr(settings, name) for name in ("guidance_scale", "height", "width", "negative_prompt")}
+    if settings.guidance_scale is None:
+        chosen["guidance_scale"] = usual_guidance(settings.reference)
     call = {name: value for name, value in chosen.items() if value is not None}
     made = {
         "settings": settings.model_dump(),

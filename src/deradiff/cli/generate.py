@@ -117,7 +117,7 @@ def generate(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)] = 25,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="The pipeline's own by default.", rich_help_panel=SAMPLING)
+        float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=SAMPLING)] = None,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
