@@ -20,7 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from rich.console import Console
@@ -220,11 +222,14 @@ def report(figures: list[Figure]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per comparison, at least 2 (default: 9)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds per comparison, at least 2 (default: 15)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("quartiles need at least two rounds")
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     figures = [
         *sampling_costs(options.rounds),
         lora_memory(),

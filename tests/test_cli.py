@@ -231,6 +231,7 @@ def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> N
         (["-p", "a", "--scheduler", "nope"], "no scheduler 'nope'"),
         (["-p", "a", "--scheduler", "edm"], "does not fit this model"),
         (["-p", "a", "--anchor-beta", "-5"], "greater than 0"),
+        (["-p", "a", "--device", "abacus"], "knows no device 'abacus'"),
         (["-p", "a", "--path", "posterior", "--scheduler", "unipc"], "no per-step posterior"),
     ],
 )
@@ -243,6 +244,16 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_running_out_of_memory_says_what_to_do(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 99 GiB")
+
+    monkeypatch.setattr(sweeps, "load_pipeline", too_much)
+    result = generate("-p", "a")
+    assert result.exit_code == 1
+    assert "--batch-size" in result.stderr
 
 
 @pytest.mark.parametrize("missing", ["reference", "anchor"])

@@ -113,8 +113,18 @@ def _kind(class_name: str) -> str:
     return next((kind for kind in ("FlowMatch", "EDM") if class_name.startswith(kind)), "diffusion")
 
 
-def best_device() -> str:
-    """The accelerator that torch sees, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def device_called(name: str) -> str:
+    """The device of that name; for `auto` the accelerator that torch sees, else the CPU.
+
+    Raises `ValueError` for a name torch does not know and for a device that this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"torch knows no device {name!r}; name one like cpu, cuda, cuda:1 or mps.") from None
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(kind, False):
+        raise ValueError(f"there is no {name} here: torch {torch.__version__} sees no such device.")
+    return name

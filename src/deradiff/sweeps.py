@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from deradiff import records
-from deradiff.pipelines import DTYPES, anchor_source, best_device, load_pipeline, usual_guidance
+from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
 from deradiff.realignment import Dial, realign
 from deradiff.schedules import Schedule, Spline
 from deradiff.sheets import contact_sheet
@@ -119,7 +119,7 @@ class Shot(NamedTuple):
 @contextmanager
 def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
     """The pipeline of `settings` with its anchors on a dial, on its device; raises what that raises."""
-    device = best_device() if settings.device == "auto" else settings.device
+    device = device_called(settings.device)
     automatic = "float32" if device == "cpu" else "float16"
     pipe = load_pipeline(
         settings.reference,

@@ -19,6 +19,11 @@ def refusing_wrong_input() -> Iterator[None]:
     except (ValueError, OSError, FloatingPointError) as error:
         messages.print(f"error: {_sentence(error)}", style="bold red", markup=False)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for this
+            raise
+        messages.print("error: out of memory; try a smaller --batch-size, or --offload.", style="bold red")
+        raise typer.Exit(1) from None
 
 
 def _sentence(error: Exception) -> str:
@@ -27,7 +32,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}."
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
