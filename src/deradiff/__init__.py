@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deradiff import schedules as schedules
     from deradiff.anchors import load_anchor as load_anchor
-    from deradiff.realignment import Dial as Dial
+    from deradiff.dial import Dial as Dial
+    from deradiff.particles import sample_particles as sample_particles
     from deradiff.realignment import lam_for_beta as lam_for_beta
     from deradiff.realignment import realign as realign
 
@@ -14,12 +15,13 @@ __version__ = "0.1.0"
 
 # torch and diffusers take seconds to import: a name is fetched from its module when somebody asks for it.
 _HOME = {
-    "Dial": "deradiff.realignment",
+    "Dial": "deradiff.dial",
     "lam_for_beta": "deradiff.realignment",
     "load_anchor": "deradiff.anchors",
     "realign": "deradiff.realignment",
+    "sample_particles": "deradiff.particles",
 }
-__all__ = ["Dial", "lam_for_beta", "load_anchor", "realign", "schedules"]
+__all__ = ["Dial", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

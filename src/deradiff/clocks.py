@@ -53,12 +53,25 @@ def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
     α = 1 - σ for flow matching; the multistep solvers convert their σ themselves. Infinite at zero noise or zero
     signal, and NaN for a scheduler that keeps neither ᾱ nor σ.
     """
+    return _log_snr_at(scheduler, index_of(scheduler, timestep), timestep)
+
+
+def next_log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float | None:
+    """`log_snr` of what `step` from `timestep` will lead to: ask before `step`. None at the last step.
+
+    For schedulers that evaluate once per step; of the others nobody knows before where the next evaluation is.
+    """
+    i, timesteps = index_of(scheduler, timestep) + 1, _timesteps(scheduler)
+    return _log_snr_at(scheduler, i, timesteps[i]) if i < len(timesteps) else None
+
+
+def _log_snr_at(scheduler: SchedulerMixin, i: int, timestep: Timestep) -> float:
     if not hasattr(scheduler, "sigmas"):
         if not hasattr(scheduler, "alphas_cumprod"):
             return math.nan
         alpha_bar = float(scheduler.alphas_cumprod[round(first(timestep))])
         return _log(alpha_bar) - _log(1 - alpha_bar)
-    sigma = _sigma(scheduler, index_of(scheduler, timestep))
+    sigma = _sigma(scheduler, i)
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = map(float, scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma, dtype=torch.float64)))
     elif hasattr(scheduler, "alphas_cumprod") or "sigma_data" in scheduler.config:
@@ -67,6 +80,38 @@ def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
         sigma = 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
         alpha = 1 - sigma
     return 2 * (_log(alpha) - _log(sigma))
+
+
+def weight_clock(scheduler: SchedulerMixin, log_snr: float | int) -> float:
+    """The time in which log weights run: `H` with `½ ||ε_i - ε_j||² d log SNR = ||out_i - out_j||² dH`.
+
+    ε differs by `k(SNR)` times the difference of the outputs, and `H = ½ ∫ k² d log SNR` in closed form: so a step
+    from pure noise, where log SNR is infinite, weighs what it should. NaN where SNR or parametrisation are not known.
+
+        ε: k = 1         v: k² = α² = σ(log SNR)         x_0: k² = SNR
+        flow matching: k = 1 - t = σ(½ log SNR)          EDM: k² = σ_d²/(σ_t² + σ_d²) = σ(log SNR + 2 log σ_d)
+    """
+    name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
+    if name.startswith("FlowMatch") or prediction == "flow_prediction":
+        return _softplus(log_snr / 2) - _sigmoid(log_snr / 2)
+    if "sigma_data" in scheduler.config:
+        return _softplus(log_snr + 2 * math.log(scheduler.config.sigma_data)) / 2
+    match prediction:
+        case "epsilon":
+            return log_snr / 2
+        case "v_prediction":
+            return _softplus(log_snr) / 2
+        case "sample":
+            return math.exp(min(log_snr, 700.0)) / 2
+    return math.nan
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
@@ -84,6 +129,11 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
     nearest = [i for i, distance in enumerate(distances) if distance == least]
     # Of equal timesteps diffusers' `index_for_timestep` takes the second, for runs that start in mid-schedule.
     return nearest[min(1, len(nearest) - 1)]
+
+
+def is_last(scheduler: SchedulerMixin, timestep: Timestep) -> bool:
+    """Whether the step from `timestep` is the one that ends the schedule; ask before `step`."""
+    return index_of(scheduler, timestep) == len(_timesteps(scheduler)) - 1
 
 
 def _timesteps(scheduler: SchedulerMixin) -> Tensor:

@@ -8,7 +8,7 @@ classifier-free guidance, rescaling per sample, dropping learned variances) then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ class Denoisers:
         self._reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
+        self.micro_batch: int | None = None
         self._row_adapters: list[str] | None = None
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
         self._handles = [
@@ -47,6 +48,11 @@ class Denoisers:
             for _, layer in adapter_layers(reference)
             if self._mixes_batches(layer)
         ]
+
+    def begin(self) -> None:
+        """A run begins."""
+        for mirror in self._mirrors.values():
+            mirror.begin()
 
     def undo(self) -> None:
         """Leave reference and anchors as they were found."""
@@ -68,6 +74,17 @@ class Denoisers:
         Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
         """
         self._make_ready()
+        rows = len(self.argument("input", args, kwargs))
+        if self.micro_batch is None or rows <= self.micro_batch:
+            return self._predict(models, args, kwargs)
+        parts = []
+        for start in range(0, rows, self.micro_batch):
+            chosen = slice(start, start + self.micro_batch)
+            some = {key: value if key in _UNBATCHED else _rows(value, rows, chosen) for key, value in kwargs.items()}
+            parts.append(self._predict(models, _rows(args, rows, chosen), some))
+        return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
+
+    def _predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs):
             return self._predict_batched(models, args, kwargs)
@@ -241,12 +258,21 @@ def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> N
 
 def _repeated(value: Any, rows: int, copies: int) -> Any:
     """`value` with every tensor in it whose first axis is the batch repeated `copies` times, row by row."""
+    return _each_batch(value, rows, lambda tensor: tensor.repeat_interleave(copies, dim=0))
+
+
+def _rows(value: Any, rows: int, chosen: slice) -> Any:
+    """`value` with only the chosen rows of every tensor in it whose first axis is the batch."""
+    return _each_batch(value, rows, lambda tensor: tensor[chosen])
+
+
+def _each_batch(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.repeat_interleave(copies, dim=0) if value.ndim and len(value) == rows else value
+        return change(value) if value.ndim and len(value) == rows else value
     if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(entry, rows, copies) for entry in value)
+        return type(value)(_each_batch(entry, rows, change) for entry in value)
     if isinstance(value, dict):
-        return {key: _repeated(entry, rows, copies) for key, entry in value.items()}
+        return {key: _each_batch(entry, rows, change) for key, entry in value.items()}
     return value
 
 

@@ -69,7 +69,11 @@ class Mirror:
         self._modules = tuple(self.reference.modules())  # walking the tree anew at every step would show in the time
         self._adapters: tuple[str, ...] = ()
         self._borrowed: list[tuple[Any, Any]] = []
-        self._offloaded = False
+        self._offloaded = self._asked_for_offload = False
+
+    def begin(self) -> None:
+        """A run begins. Group offload may have been set up since the last one; looking for it at every step shows."""
+        self._asked_for_offload = self._offloaded
 
     @torch.compiler.disable
     def sync(self) -> None:
@@ -164,7 +168,10 @@ class Mirror:
         self._borrowed, self._adapters = [], ()
 
     def _sync_offload(self) -> None:
-        if self._offloaded or (config := _group_offload(self._modules)) is None:
+        if self._asked_for_offload:
+            return
+        self._asked_for_offload = True
+        if (config := _group_offload(self._modules)) is None:
             return
         settings = {key: getattr(config, key) for key in _GROUP_OFFLOAD}
         if config.offload_to_disk_path:

@@ -1,14 +1,15 @@
 """What a scheduler's reverse step is as `N(mean, variance)`.
 
-One function per family, named after it: `ddpm`, `ddim`, `euler_ancestral`, `flow_match_euler`. Each gives mean and
-variance of what the scheduler's own `step` would return, with the same arithmetic, and leaves the scheduler as it was;
-`sample` then takes the step that `step` would have taken. Every other scheduler's step either has no noise of its own
-or combines several evaluations; it has no per-step posterior, and mixing predictions is the definition there.
+One function per family, named after it: `ddpm`, `ddim`, `euler_ancestral`, `flow_match_euler`, `flow_match_sde`. Each
+gives mean and variance of what the scheduler's own `step` would return, with the same arithmetic, and leaves the
+scheduler as it was; `sample` then takes the step that `step` would have taken. Every other scheduler's step either has
+no noise of its own or combines several evaluations: it has no per-step posterior, and mixing predictions is the
+definition there.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -26,19 +27,26 @@ from torch import Tensor
 
 from deradiff.clocks import Timestep, first, index_of, log_snr, progress
 from deradiff.gaussian import Gaussian
+from deradiff.schedulers import FlowMatchSDEScheduler
 
 __all__ = [
+    "Coefficients",
     "UnsupportedScheduler",
     "affine",
+    "coefficients",
     "ddim",
     "ddpm",
     "euler_ancestral",
     "flow_match_euler",
+    "flow_match_sde",
     "has_posterior",
+    "is_diffusion",
     "log_snr",
+    "memoryless",
     "posterior",
     "progress",
     "sample",
+    "share_of_noise",
 ]
 
 
@@ -147,6 +155,18 @@ def flow_match_euler(
     return _gaussian(mean.to(model_output.dtype), torch.zeros(()))
 
 
+def flow_match_sde(
+    scheduler: SchedulerMixin,
+    model_output: Float[Tensor, "batch channel *latent"],
+    timestep: Timestep,
+    sample: Float[Tensor, "batch channel *latent"],
+) -> Gaussian:
+    """The step of `schedulers.FlowMatchSDEScheduler`, which writes it out."""
+    carry, gain, s = scheduler.transition(index_of(scheduler, timestep))
+    mean = carry * sample.float() + gain * model_output.float()
+    return _gaussian(mean.to(model_output.dtype), torch.tensor(s**2))
+
+
 # By the `step` that a class has, not by the class: a subclass with a step of its own has a posterior of its own.
 _FAMILIES: dict[Any, Callable[..., Gaussian]] = {
     DDPMScheduler.step: ddpm,
@@ -155,7 +175,10 @@ _FAMILIES: dict[Any, Callable[..., Gaussian]] = {
     DDIMParallelScheduler.step: ddim,
     EulerAncestralDiscreteScheduler.step: euler_ancestral,
     FlowMatchEulerDiscreteScheduler.step: flow_match_euler,
+    inspect.unwrap(FlowMatchSDEScheduler.step): flow_match_sde,
 }
+
+_MEMORYLESS = (ddpm, euler_ancestral)
 
 
 def _x_0(scheduler: SchedulerMixin, output: Tensor, sample: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -235,7 +258,7 @@ def posterior(
 
 
 def has_posterior(scheduler: SchedulerMixin) -> bool:
-    """Whether `posterior` knows this scheduler's step: DDPM, DDIM, Euler ancestral, flow-matching Euler.
+    """Whether `posterior` knows this scheduler's step: DDPM, DDIM, Euler ancestral, flow matching (Euler and SDE).
 
     Not DDPM's `fixed_large_log`, for which diffusers' own step gives NaN (it takes the root of a logarithm).
     """
@@ -261,6 +284,49 @@ def affine(scheduler: SchedulerMixin) -> tuple[bool, str]:
     if bends:
         return False, f"{name}'s step is not affine in the prediction, because of {' and '.join(bends)}."
     return True, f"{name}'s step is affine in the prediction, with a variance that does not depend on it."
+
+
+class Coefficients(NamedTuple):
+    """One affine step as numbers: `mean = carry · x_t + gain · model_output`, and its variance."""
+
+    carry: float
+    gain: float
+    variance: float
+
+
+def coefficients(scheduler: SchedulerMixin, timestep: Timestep, **step_kwargs: Any) -> Coefficients:
+    """What an affine step does to sample and prediction, read off by applying it to one and to zero.
+
+    Raises `UnsupportedScheduler` as `posterior` does; means nothing where the step is not `affine`.
+    """
+    unit = torch.eye(2)
+    mean, variance = posterior(scheduler, unit[1][:, None], timestep, unit[0][:, None], **step_kwargs)
+    carry, gain = mean.flatten().tolist()
+    return Coefficients(carry, gain, float(variance))
+
+
+def is_diffusion(scheduler: SchedulerMixin, eta: float | int = 0.0) -> bool:
+    """Whether the step is one of a discretised diffusion, with Gaussian noise of its own that shrinks with the step.
+
+    DDPM, Euler ancestral, DDIM at η > 0, and our own flow-matching SDE at η > 0. Not diffusers' stochastic
+    flow-matching step, which noises its estimate of x_0 all anew at every step, however small.
+    """
+    return has_posterior(scheduler) and share_of_noise(scheduler, eta) > 0
+
+
+def memoryless(scheduler: SchedulerMixin, eta: float | int = 0.0) -> bool:
+    """Whether the image is independent of the starting noise: DDPM, Euler ancestral, and the others at η = 1.
+
+    Only there is the density of the anchor's path relative to the reference's a function of the image alone, the
+    anchor's implicit reward (Domingo-Enrich et al. 2024, arXiv 2409.08861, call this noise schedule memoryless).
+    """
+    return has_posterior(scheduler) and share_of_noise(scheduler, eta) == 1
+
+
+def share_of_noise(scheduler: SchedulerMixin, eta: float) -> float:
+    """η of the step: 0 is deterministic, 1 memoryless."""
+    family = _family(scheduler)
+    return eta if family is ddim else scheduler.config.eta if family is flow_match_sde else family in _MEMORYLESS
 
 
 def sample(
@@ -302,6 +368,9 @@ def sample(
         noisy = True
     elif family is flow_match_euler:
         noisy = scheduler.config.stochastic_sampling
+    elif family is flow_match_sde:
+        noisy = bool((variance > 0).any())
+        generator = generator if generator is not None else scheduler.generator
     else:
         raise _no_posterior(scheduler)
 
@@ -309,7 +378,7 @@ def sample(
     if noisy:
         noise = variance_noise
         if noise is None:
-            dtype = torch.float32 if family is flow_match_euler else mean.dtype
+            dtype = torch.float32 if family in (flow_match_euler, flow_match_sde) else mean.dtype
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=dtype)
         wide = torch.promote_types(mean.dtype, torch.float32)
         drawn = (mean.to(wide) + noise.to(mean.device, wide) * variance.to(wide).sqrt()).to(mean.dtype)

@@ -4,41 +4,24 @@ DeRaDiff's Algorithm 1 needs, at every step, the guided prediction of each model
 one. So its denoiser is made to answer for all models at once, their predictions interleaved along the batch
 (`denoisers`), and the pipeline's own guidance acts on each model's rows separately. The scheduler's `step` then holds
 exactly lines 7 to 14: the guided predictions, `x_t` and the noise level. Everything else of the pipeline is untouched.
-
-Where calls are intercepted, and why there:
-
-- The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
-  `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
-- The scheduler by a subclass of its own class, given to that one instance: a deep copy or a replaced scheduler is no
-  trap, since `step` finds its own `self`, and a scheduler that the pipeline gets later is adopted at its first use.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import get_args
 
-import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from jaxtyping import Float
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from deradiff import posteriors
 from deradiff.anchors import denoiser_of, load_anchor
-from deradiff.clocks import first
-from deradiff.denoisers import Denoisers, NonFinitePrediction
-from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
-from deradiff.schedules import Lams, Progress, Schedule, parse_lam
+from deradiff.denoisers import Denoisers
+from deradiff.dial import Dial, Lam, Method, Where, dial_of, require_one_lam, scheduler_owner
+from deradiff.mixing import space_of
+from deradiff.schedules import parse_lam
 
 Source = str | Path | nn.Module
-Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
-Method = Literal["mixture", "weights"]
-Where = Literal["auto", "prediction", "posterior"]
 
 
 def realign(
@@ -86,9 +69,9 @@ def realign(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
     _, denoiser = denoiser_of(pipe)
     reference = getattr(denoiser, "_orig_mod", denoiser)
-    if (dial := reference.__dict__.get(_DIAL)) is not None:
+    if (dial := dial_of(pipe)) is not None:
         raise RuntimeError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
-    if _dial_of(pipe.scheduler) is not None:
+    if scheduler_owner(pipe.scheduler) is not None:
         raise RuntimeError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
@@ -98,7 +81,7 @@ def realign(
     if not sources:
         raise ValueError("realign() needs at least one anchor, got an empty dictionary")
     lams = parse_lam(lam, tuple(sources))
-    _require_one_lam(lams, method)
+    require_one_lam(lams, method)
     anchors = []
     try:
         for name, source in sources.items():
@@ -129,265 +112,3 @@ def lam_for_beta(anchor_beta: float, target_beta: float) -> float:
         if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
             raise ValueError(f"{name} is a KL strength, positive and finite; got {beta!r}")
     return anchor_beta / target_beta
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """Predictions on their way from the denoiser to the scheduler."""
-
-    progress: Progress
-    models: tuple[int, ...]
-    weights: Float[Tensor, "model #batch"]
-
-
-class Dial:
-    """The handle of a realigned pipeline. Made by `realign`.
-
-    `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
-    context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
-    """
-
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        reference: nn.Module,
-        denoisers: Denoisers,
-        lams: Lams,
-        method: Method,
-        path: Where,
-    ):
-        self.method: Method = method
-        self.last: StepRecord | None = None
-        self._lams, self._path = lams, path
-        self._weights: Tensor | None = None
-        self._reference, self._denoisers = reference, denoisers
-        self._pending: _Evaluation | None = None
-        self._pipes: list[weakref.ref[DiffusionPipeline]] = []
-        self._schedulers: list[tuple[SchedulerMixin, type]] = []
-        self._removed = False
-        self._intercept()
-        self.attach(pipe)
-
-    def __repr__(self) -> str:
-        anchors = {anchor.name: anchor.source for anchor in self._denoisers.anchors}
-        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, method={self.method!r})"
-
-    @property
-    def lam(self) -> Any:
-        """λ as it was set; see `realign`. Setting a bad value raises `ValueError` and leaves the old one in force."""
-        return self._lams.raw
-
-    @lam.setter
-    def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
-        lams = parse_lam(lam, self.anchors)
-        _require_one_lam(lams, self.method)
-        self._lams, self._weights = lams, None
-
-    @property
-    def anchors(self) -> tuple[str, ...]:
-        """The names of the anchors."""
-        return self._denoisers.names[1:]
-
-    @property
-    def path(self) -> Space:
-        """Where the mixture is taken with the present scheduler: in mixed predictions or explicit posteriors."""
-        return space_of(self._current_scheduler(), self._path)[0]
-
-    @property
-    def why(self) -> str:
-        """Why `path` is what it is, in words."""
-        return space_of(self._current_scheduler(), self._path)[1]
-
-    def attach(self, pipe: DiffusionPipeline) -> None:
-        """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own."""
-        self._pipes.append(weakref.ref(pipe))
-        self._adopt(pipe.scheduler)
-
-    def remove(self) -> None:
-        """Give the pipeline back as it was. Calling it again does nothing."""
-        if self._removed:
-            return
-        self._removed = True
-        for name in (_DIAL, *_INTERCEPTED):
-            self._reference.__dict__.pop(name, None)
-        if self._compiled_call is not None:
-            self._reference._compiled_call_impl = self._compiled_call
-        for scheduler, own_class in self._schedulers:
-            scheduler.__class__ = own_class
-        self._denoisers.undo()
-
-    def __enter__(self) -> Dial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-    def __deepcopy__(self, memo: dict) -> NoReturn:
-        raise TypeError(
-            "a realigned pipeline or denoiser cannot be copied or pickled, the copy would still run the original's "
-            "models: call dial.remove() first, copy, and realign both"
-        )
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.__deepcopy__({})
-
-    # -- the denoiser: evaluate every model that has a weight ---------------------------------------------------------
-
-    def _intercept(self) -> None:
-        reference = self._reference
-        self._compiled_call = reference._compiled_call_impl
-        call = torch.compiler.disable(self._call, recursive=False)
-        reference.__dict__.update({_DIAL: self, "_call_impl": call, "_apply": self._apply})
-        if any(anchor.adapter for anchor in self._denoisers.anchors):
-            reference.__dict__["save_pretrained"] = self._refuse_saving
-            reference.__dict__["load_lora_adapter"] = self._load_style
-        if self._compiled_call is not None:
-            reference._compiled_call_impl = call
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        """Answers for the reference whenever a pipeline calls its denoiser."""
-        timestep = self._denoisers.argument("timestep", args, kwargs)
-        evaluation = self._evaluation(timestep)
-        try:
-            if self.method == "weights" and len(evaluation.models) > 1:
-                weights = {k: float(w[0]) for k, w in zip(evaluation.models, evaluation.weights, strict=True)}
-                return self._denoisers.predict_interpolated(weights, args, kwargs)
-            self._pending = evaluation
-            return self._denoisers.predict(evaluation.models, args, kwargs)
-        except NonFinitePrediction as error:
-            self._pending = None
-            raise FloatingPointError(
-                f"{error} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
-                "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
-            ) from None
-
-    @torch.compiler.disable
-    def _evaluation(self, timestep: Any) -> _Evaluation:
-        """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
-        progress = posteriors.progress(self._current_scheduler(), timestep)
-        if (pending := self._pending) is not None:
-            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
-                return pending
-            if len(pending.models) > 1:
-                raise RuntimeError(
-                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
-                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
-                )
-        if self._weights is None or not self._lams.is_constant:
-            # How many images the batch holds, only `step` knows.
-            self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
-        weights = self._weights
-        models = tuple(k for k in range(len(weights)) if weights[k].any())
-        return _Evaluation(progress, models, weights[list(models)])
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
-        module = type(self._reference)._apply(self._reference, *args, **kwargs)
-        for anchor in self._denoisers.anchors:
-            if anchor.module is not None:
-                anchor.module._apply(*args, **kwargs)
-        self._denoisers.forget_blend()
-        return module
-
-    def _load_style(self, *args: Any, **kwargs: Any) -> Any:
-        """A style LoRA loaded beside a LoRA anchor becomes active, as it would on a denoiser without one."""
-        return self._denoisers.load_style(*args, **kwargs)
-
-    def _refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(
-            "this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first"
-        )
-
-    # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
-
-    def _current_scheduler(self) -> SchedulerMixin:
-        """The scheduler of the present run; one that a pipeline was given meanwhile is adopted first."""
-        for pipe in filter(None, (ref() for ref in self._pipes)):
-            self._adopt(pipe.scheduler)
-        return self._scheduler
-
-    def _adopt(self, scheduler: SchedulerMixin) -> None:
-        if (owner := _dial_of(scheduler)) is not None:
-            if owner is not self:
-                raise RuntimeError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
-            return
-        own_class = type(scheduler)
-        self._schedulers.append((scheduler, own_class))
-        self._scheduler, self._pending = scheduler, None
-        scheduler.__class__ = _realigned_class(own_class, self)
-
-    def _begin(self, scheduler: SchedulerMixin) -> None:
-        """A run begins (`set_timesteps`): whatever an interrupted one left behind is void."""
-        self._scheduler, self._pending = scheduler, None
-
-    def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
-        evaluation, self._pending = self._pending, None
-        if evaluation is None:  # another model's step through this scheduler, or interpolated weights
-            return own_step(**arguments)
-        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
-        predictions = output.unflatten(0, (-1, len(evaluation.models))).movedim(1, 0)
-        if predictions.shape[1] != len(sample):
-            raise RuntimeError(
-                f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
-                "pipeline rearranges its batch in a way that realignment cannot follow"
-            )
-        if evaluation.weights.shape[1] not in (1, len(sample)):
-            raise _wrong_length(evaluation.weights.shape[1], len(sample))
-        self.last = StepRecord(
-            models=tuple(self._denoisers.names[k] for k in evaluation.models),
-            predictions=predictions,
-            weights=evaluation.weights,
-            sample=sample,
-            timestep=timestep,
-            log_snr=posteriors.log_snr(scheduler, timestep),
-            progress=evaluation.progress,
-        )
-        if len(evaluation.models) == 1:
-            return own_step(**arguments)
-        space, _ = space_of(scheduler, self._path)
-        return mixed_step(scheduler, own_step, arguments, self.last, space)
-
-
-def _wrong_length(given: int, batch: int) -> ValueError:
-    return ValueError(
-        f"λ is given for {given} images, but the batch holds {batch}: give one λ, or one per image (prompts x "
-        "num_images_per_prompt of them, all images of the first prompt first)"
-    )
-
-
-def _require_one_lam(lams: Lams, method: Method) -> None:
-    if method == "weights" and lams.images is not None:
-        raise ValueError(
-            f"λ per image ({lams.images} of them) needs method='mixture': interpolated weights are one model for all"
-        )
-
-
-# -- interception -----------------------------------------------------------------------------------------------------
-
-_DIAL = "_deradiff_dial"
-_INTERCEPTED = ("_call_impl", "_compiled_call_impl", "_apply", "save_pretrained", "load_lora_adapter")
-
-
-def _dial_of(scheduler: SchedulerMixin) -> Dial | None:
-    return getattr(type(scheduler), _DIAL, None)
-
-
-def _realigned_class(own_class: Any, dial: Dial) -> type:
-    """A subclass that asks `dial` at every step. It bears the name of `own_class`, which is saved in configurations."""
-    signature = inspect.signature(own_class.step)
-
-    @functools.wraps(own_class.step)
-    def step(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        arguments.pop("self")
-        extra = arguments.pop("kwargs", {})  # of schedulers that take **kwargs
-        return dial._step(self, functools.partial(own_class.step, self, **extra), dict(arguments))
-
-    @functools.wraps(own_class.set_timesteps)
-    def set_timesteps(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        dial._begin(self)
-        return own_class.set_timesteps(self, *args, **kwargs)
-
-    members = {"step": step, "set_timesteps": set_timesteps, "__module__": own_class.__module__, _DIAL: dial}
-    return type(own_class.__name__, (own_class,), members)

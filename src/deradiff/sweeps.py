@@ -14,8 +14,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from deradiff import records
+from deradiff.dial import Dial
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
-from deradiff.realignment import Dial, realign
+from deradiff.realignment import realign
 from deradiff.schedules import Schedule, Spline
 from deradiff.sheets import contact_sheet
 

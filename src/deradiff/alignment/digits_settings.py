@@ -16,9 +16,9 @@ REFERENCE_PLAN = Plan(steps=5000, learning_rate=1e-3, cosine=6400, weight_decay=
 # Diffusion-DPO sees β times a difference of errors, so that with a rate proportional to 1/β it takes as many steps at
 # any β. These two rates are for β = 1.
 DPO_PLAN = Plan(
-    steps=1000, learning_rate=0.0125, warmup=20, average=0.97, evaluate_every=25, patience=5, tolerance=0.03
+    steps=1000, learning_rate=0.0125, warmup=20, average=0.97, evaluate_every=25, patience=10, tolerance=0.03
 )
-LORA_PLAN = Plan(steps=1000, learning_rate=0.1, warmup=20, average=0.97, evaluate_every=25, patience=5, tolerance=0.03)
+LORA_PLAN = Plan(steps=1000, learning_rate=0.1, warmup=20, average=0.97, evaluate_every=25, patience=10, tolerance=0.03)
 
 
 @dataclass(frozen=True)
