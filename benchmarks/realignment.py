@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import deradiff
+from deradiff.dial import dial_of
 from deradiff.records import versions, write_json
 from deradiff.worlds import digits
 
@@ -123,6 +124,47 @@ def sampling_costs(rounds: int) -> list[Figure]:
         at_most("full-weight anchor, λ = ½, against plain sampling: time", ratios["half"], 2.05),
         at_most("λ exactly 0, against plain sampling: time", ratios["zero"], 1.02),
         at_most("λ exactly 1, against plain sampling: time", ratios["one"], 1.02),
+    ]
+
+
+class Silent:
+    """A ledger that writes nothing down."""
+
+    noisy = False
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def bookkeeping(rounds: int) -> list[Figure]:
+    """What weights and particles add to a realigned run of a sampler with noise, which writes down the most."""
+    anchor = digits.anchor_path(ANCHOR_BETA)
+
+    def stochastic() -> StableDiffusionPipeline:
+        pipe = realigned(anchor, 0.5)
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    plain, weighted, particles = stochastic(), stochastic(), stochastic()
+    dial = dial_of(plain)
+    assert dial is not None
+    dial._ledger = Silent()  # type: ignore[assignment]
+    call: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "latent"}
+    measured = interleaved(
+        {
+            "plain": run(plain),
+            "weighted": run(weighted),
+            "particles": lambda: deradiff.sample_particles(
+                particles, PROMPT, BATCH, generator=torch.Generator().manual_seed(0), **call
+            ),
+        },
+        rounds,
+    )
+    weights = [seconds["weighted"] / seconds["plain"] for seconds in measured]
+    swarm = [seconds["particles"] / seconds["plain"] for seconds in measured]
+    return [
+        at_most(f"weights of {BATCH} images (DDPM), against the same run without: time", weights, 1.01),
+        at_most(f"{BATCH} particles (DDPM), against {BATCH} realigned images without weights: time", swarm, 1.03),
     ]
 
 
@@ -232,6 +274,7 @@ def main() -> None:
         logging.set_verbosity_error()
     figures = [
         *sampling_costs(options.rounds),
+        *bookkeeping(options.rounds),
         lora_memory(),
         lora_time(options.rounds),
         sweep_speed(options.rounds),
@@ -239,7 +282,14 @@ def main() -> None:
     ]
     report(figures)
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "architecture": platform.machine()}
-    conditions = {"rounds": options.rounds, "repeats": REPEATS, "batch": BATCH, "steps": STEPS, "machine": machine, "versions": versions()}
+    conditions = {
+        "rounds": options.rounds,
+        "repeats": REPEATS,
+        "batch": BATCH,
+        "steps": STEPS,
+        "machine": machine,
+        "versions": versions(),
+    }
     write_json(options.out, conditions | {"figures": [figure._asdict() for figure in figures]})
     print(json.dumps(conditions))
     print(options.out)

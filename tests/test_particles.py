@@ -13,7 +13,7 @@ from deradiff.particles import Particles, systematic
 from deradiff.schedulers import FlowMatchSDEScheduler
 from deradiff.schedules import Power
 from deradiff.worlds.gaussian_mixture import SCHEDULE, World, crossing, prediction_of, random_world
-from tiny import Counter, denoiser, make
+from tiny import KINDS, Counter, denoiser, make
 
 LAMS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
@@ -332,3 +332,21 @@ def test_systematic_resampling_keeps_expectations_and_bounds_children():
         children += counts
     torch.testing.assert_close(children / 2000, 4 * weights, atol=0.05, rtol=0)
     assert systematic(torch.tensor([[-1e6, -1e6 + 50.0]]), chance).tolist() == [[1, 1]]
+
+
+# -- every pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_particles_on_every_kind_of_pipeline(kind):
+    pipe, anchor, call = make(kind)
+    flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
+    family, extra = (FlowMatchSDEScheduler, {}) if flow else (DDPMScheduler, {"clip_sample": False})
+    pipe.scheduler = family.from_config(pipe.scheduler.config, **extra)
+    prompt = call.pop("prompt", None)
+    call = {name: value for name, value in call.items() if name != "num_images_per_prompt"}
+    with realign(pipe, {"one": anchor, "other": anchor}, {"one": 0.4, "other": 0.3}):
+        found = sample_particles(pipe, prompt, 3, ess_threshold=1.0, generator=torch.Generator().manual_seed(0), **call)
+    prompts = 1 if isinstance(prompt, str) else len(call["prompt_embeds"] if prompt is None else prompt)
+    assert found.log_weights.shape == (prompts, 3) and len(found.images) == 3 * prompts
+    assert bool(torch.isfinite(found.log_weights).all()) and "resampled" in found.words

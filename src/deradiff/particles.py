@@ -95,13 +95,17 @@ class Particles:
                 f"weights collapsed for {lost} of {prompts} prompts: these results are hardly more than one sample. "
                 f"Use more particles, a smaller λ, or temper < 1 ({state})"
             )
-        reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(self.run.obstacles))
-        return f"{state}; {self.resampled_by}" + (f". No exact target: {reasons}" if reasons else "")
+        return f"{state}; {self.resampled_by}" + (f". No exact target: {self.why_inexact}" if self.why_inexact else "")
+
+    @property
+    def why_inexact(self) -> str:
+        """Why these particles have no retrained model as their target; empty where they have one."""
+        return "; ".join(OBSTACLES[obstacle] for obstacle in sorted(self.run.obstacles))
 
 
 def sample_particles(
     pipe: DiffusionPipeline,
-    prompt: str | list[str],
+    prompt: str | list[str] | None,
     count: int = 16,
     *,
     ess_threshold: float | int = 0.5,
@@ -116,7 +120,7 @@ def sample_particles(
         pipe: a pipeline after `realign`, at one λ; any number of anchors. Resampling needs noise in every step and no
             memory of earlier ones: DDPM, DDIM with `eta > 0`, Euler ancestral, `schedulers.FlowMatchSDEScheduler`.
             Other samplers weight without resampling, which the result says.
-        prompt: one prompt or several; their particles do not compete with one another.
+        prompt: one prompt or several, whose particles do not compete; None with `prompt_embeds` among the arguments.
         count: K, the particles of a prompt.
         ess_threshold: resample a prompt whose share of effective particles falls below this, 0 (never) to 1 (always).
         temper: the exponent of the weights, 0 (Algorithm 1) to 1 (exact). Between them lies a compromise for weights
@@ -131,23 +135,27 @@ def sample_particles(
             flow-matching step, which is no discretised diffusion.
         MemoryError: the particles do not fit.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = 1 if isinstance(prompt, str) else len(call.get("prompt_embeds", ()) if prompt is None else prompt)
     dial = _realigned(pipe, prompts, count, ess_threshold, temper, micro_batch)
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     chance = torch.Generator().manual_seed(generator.initial_seed() + 1)
-    population = Population(len(prompts), count, float(ess_threshold), float(temper), chance)
+    population = Population(prompts, count, float(ess_threshold), float(temper), chance)
     given = "given" if micro_batch is None else f"{micro_batch} at a time"
     try:
         with _attached(dial, pipe, population, micro_batch, generator):
             if "generator" in signature(pipe.__call__).parameters:
                 call["generator"] = generator
-            images = pipe(prompt=prompts, num_images_per_prompt=count, **call).images
+            if prompt is None:  # diffusers repeats some embeddings for several images of a prompt, and others not
+                call = {name: _repeated(value, prompts, count) for name, value in call.items()}
+            else:
+                call |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "num_images_per_prompt": count}
+            images = pipe(**call).images
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise MemoryError(
-            f"{len(prompts)} prompts x {count} particles do not fit in memory ({given}): set micro_batch to a smaller "
+            f"{prompts} prompts x {count} particles do not fit in memory ({given}): set micro_batch to a smaller "
             "number, or pass fewer prompts at a time"
         ) from None
     return population.result(images, dial.weights)
@@ -230,6 +238,12 @@ def systematic(
     return torch.searchsorted(cumulative, (start + torch.arange(count)) / count).clamp(max=count - 1)
 
 
+def _repeated(value: Any, prompts: int, count: int) -> Any:
+    """A tensor with a row per prompt, with a row per particle."""
+    batched = isinstance(value, Tensor) and value.ndim > 1 and len(value) == prompts
+    return value.repeat_interleave(count, 0) if batched else value
+
+
 def _log_mean_exp(log_weights: Float[Tensor, "prompt particle"]) -> Float[Tensor, " prompt"]:
     return torch.logsumexp(log_weights, 1) - torch.tensor(log_weights.shape[1]).log()
 
@@ -242,7 +256,7 @@ def _why_not(scheduler: SchedulerMixin) -> str:
 
 
 def _realigned(
-    pipe: DiffusionPipeline, prompts: list[str], count: Any, ess_threshold: Any, temper: Any, micro_batch: Any
+    pipe: DiffusionPipeline, prompts: int, count: Any, ess_threshold: Any, temper: Any, micro_batch: Any
 ) -> Dial:
     """The dial of `pipe`; `ValueError` for anything that particles cannot be made of."""
     dial = dial_of(pipe)
@@ -251,7 +265,7 @@ def _realigned(
     if dial.method == "weights":
         raise ValueError("interpolated weights are one model, with nothing to weigh: use method='mixture'")
     if not prompts:
-        raise ValueError("particles need at least one prompt")
+        raise ValueError("particles need at least one prompt, or prompt_embeds")
     for name, number in (("count", count), ("micro_batch", 1 if micro_batch is None else micro_batch)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a whole number, 1 at least; got {number!r}")

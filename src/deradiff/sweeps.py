@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deradiff import records
 from deradiff.dial import Dial
+from deradiff.ledger import RunWeights, joined
+from deradiff.particles import Particles, sample_particles
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
 from deradiff.realignment import realign
 from deradiff.schedules import Schedule, Spline
 from deradiff.sheets import contact_sheet
+from deradiff.weights import verdict
 
 Strength = float | dict[str, float]
 """λ of one column: a number for one anchor, or one for each of several anchors by name."""
@@ -88,7 +91,7 @@ class Settings(BaseModel):
     seeds: tuple[int, ...] = Field(min_length=1)
     scheduler: str | None = None
     steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = None
+    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
     negative_prompt: str | None = None
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
@@ -102,6 +105,8 @@ class Settings(BaseModel):
     anchor_revision: str | None = None
     allow_pickle: bool = False
     batch_size: int = Field(default=8, ge=1)
+    particles: int | None = Field(default=None, ge=1)
+    """Particles for every image, of which one is drawn; None for Algorithm 1 alone."""
 
     @property
     def rows(self) -> list[tuple[str, int]]:
@@ -152,10 +157,11 @@ def draw(
     folder: records.RunFolder,
     on_step: Callable[[int, int], None] | None = None,
     **further: Any,
-) -> None:
+) -> list[dict[str, Any]]:
     """Sample the sweep with what `realigned` gave, and write images, contact sheet and record into `folder`.
 
-    `on_step(done, total)` is told about every sampling step of every image; `further` goes into the record as it is.
+    Returns the verdict of every column (see `weights.Verdict.record`), which stand in the record too. `on_step(done,
+    total)` is told about every sampling step of every image; `further` goes into the record as it is.
     """
     scheduler = type(pipe.scheduler).__name__
     chosen = {name: getattr(settings, name) for name in ("guidance_scale", "height", "width", "negative_prompt")}
@@ -173,9 +179,13 @@ def draw(
     }
     shots = [Shot(*row, column) for row in settings.rows for column in range(len(settings.columns))]
     lams = [column.dial() for column in settings.columns]
+    drawing = sample if settings.particles is None else sample_by_particles
+    if settings.particles is not None:
+        call["particles"] = settings.particles
     images: dict[Shot, Image.Image] = {}
+    told: dict[Shot, Told] = {}
     listed: list[dict[str, Any]] = []
-    for shot, image in sample(
+    for shot, image, told[shot] in drawing(
         pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step, **call
     ):
         column = settings.columns[shot.column]
@@ -183,6 +193,7 @@ def draw(
         about["beta"] = column.beta(settings.anchor_beta)
         prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
         name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{column.slug()}.png"
+        about |= told[shot].record()
         listed.append({"file": folder.add(name, image, about | made)} | about)
         images[shot] = image
     sheet = contact_sheet(
@@ -191,7 +202,51 @@ def draw(
         [f"{prompt}\nseed {seed}" for prompt, seed in settings.rows],
         _caption(settings, scheduler, made["guidance_scale"]),
     )
-    folder.finish(sheet, made | further | {"sheet": folder.sheet.name, "images": listed})
+    verdicts = [_judged(settings, [(s, told[s]) for s in shots if s.column == column]) for column in range(len(lams))]
+    folder.finish(sheet, made | further | {"sheet": folder.sheet.name, "verdicts": verdicts, "images": listed})
+    return verdicts
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run told about one image: its weights (one row), or what became of its particles."""
+
+    run: RunWeights | None = None
+    particles: Particles | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The image's own part of a record."""
+        if self.particles is not None:
+            return {"effective_particles": float(self.particles.effective), "families": int(self.particles.families)}
+        return {} if self.run is None else {"log_weight": float(self.run.log_weights)}
+
+
+def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
+    """How far one column can be trusted, as a record: the verdict in words, and the numbers behind it."""
+    lam = settings.columns[images[0][0].column].lam
+    runs = [told.run for _, told in images if told.run is not None]
+    if len(runs) == len(images):
+        groups = torch.tensor([settings.prompts.index(shot.prompt) for shot, _ in images])
+        return {"lam": lam} | verdict(joined(runs), groups=groups).record()
+    swarms = [told.particles for _, told in images if told.particles is not None]
+    if not swarms:
+        return {"lam": lam, "kind": "approximate", "words": "interpolated weights: an approximation without a verdict"}
+    collapsed = [swarm for swarm in swarms if bool(swarm.collapsed.any())]
+    effective = sum(float(swarm.effective) for swarm in swarms) / len(swarms)
+    words = f"{effective:.3g} of {settings.particles} particles effective on average; {swarms[0].resampled_by}"
+    if swarms[0].why_inexact:
+        words += f". No exact target: {swarms[0].why_inexact}"
+    if collapsed:
+        words = f"collapsed for {len(collapsed)} of {len(swarms)} images, of which the first: {collapsed[0].words}"
+    return {
+        "lam": lam,
+        "kind": "collapsed" if collapsed else "particles",
+        "words": words,
+        "images": len(swarms),
+        "particles": settings.particles,
+        "collapsed": len(collapsed),
+        "effective": effective,
+    }
 
 
 def sample(
@@ -204,17 +259,15 @@ def sample(
     batch_size: int,
     on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
-) -> Iterator[tuple[Shot, Image.Image]]:
-    """Yield every shot's image; `lams[shot.column]` is its λ, and its noise is decided by its seed alone.
+) -> Iterator[tuple[Shot, Image.Image, Told]]:
+    """Yield every shot's image and what was told about it; `lams[shot.column]` is its λ, its seed decides its noise.
 
     Shots of different λ, prompts and seeds share a batch (`batch_size` images), each with a generator of its own, made
     on the CPU so that every device draws the same noise. Interpolated weights are one model for a whole batch: there
     the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that it
     does not take.
     """
-    accepted = signature(pipe.__call__).parameters
-    if unknown := [name for name in arguments if name not in accepted]:
-        raise ValueError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out.")
+    accepted = _accepted(pipe, arguments)
     groups = [list(shots)]
     if dial.method == "weights":
         groups = [[shot for shot in shots if shot.column == column] for column in range(len(lams))]
@@ -236,7 +289,48 @@ def sample(
         done += len(batch) * steps
         if on_step:
             on_step(done, total)
-        yield from zip(batch, output.images, strict=True)
+        run = None if dial.method == "weights" else dial.weights
+        for row, (shot, image) in enumerate(zip(batch, output.images, strict=True)):
+            yield shot, image, Told(run=None if run is None else run.rows(slice(row, row + 1)))
+
+
+def sample_by_particles(
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    shots: Sequence[Shot],
+    lams: Sequence[Any],
+    *,
+    steps: int,
+    batch_size: int,
+    particles: int,
+    on_step: Callable[[int, int], None] | None = None,
+    **arguments: Any,
+) -> Iterator[tuple[Shot, Image.Image, Told]]:
+    """Like `sample`, but each image is drawn by weight from `particles` of its own, `batch_size` at a time."""
+    _accepted(pipe, arguments)
+    pipe.set_progress_bar_config(disable=True)
+    for number, shot in enumerate(shots):
+        dial.lam = lams[shot.column]
+        generator = torch.Generator("cpu").manual_seed(shot.seed)
+        swarm = sample_particles(
+            pipe, shot.prompt, particles, micro_batch=batch_size, generator=generator, num_inference_steps=steps,
+            **arguments,
+        )  # fmt: skip
+        if on_step:
+            on_step((number + 1) * steps, len(shots) * steps)
+        chosen = int(swarm.picks(torch.Generator("cpu").manual_seed(shot.seed)))
+        yield shot, swarm.images[chosen], Told(particles=swarm)
+
+
+def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Mapping[str, Parameter]:
+    """The parameters of the pipeline's call; `ValueError` where it takes no prompt or not these arguments."""
+    accepted = signature(pipe.__call__).parameters
+    if unknown := [name for name in ("prompt", *arguments) if name not in accepted]:
+        raise ValueError(
+            f"{type(pipe).__name__} takes no {', '.join(unknown)}: "
+            + ("it is no text-to-image pipeline." if "prompt" in unknown else "leave it out.")
+        )
+    return accepted
 
 
 def _together(lams: Sequence[Any], per_image: bool) -> Any:
@@ -275,4 +369,6 @@ def _caption(settings: Settings, scheduler: str, guidance_scale: float | None) -
         parts.append(f"λ annealed over {' and '.join(clocks)}")
     if settings.method == "weights":
         parts.append("interpolated weights")
+    if settings.particles is not None:
+        parts.append(f"{settings.particles} particles each")
     return " · ".join(parts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -170,6 +170,26 @@ class Verdict:
     def __str__(self) -> str:
         return self.words
 
+    def record(self) -> dict[str, Any]:
+        """The verdict and its numbers as JSON; estimates as `[value, error]`, None for what is not known."""
+        compared = self.comparison
+        numbers = {
+            "plain": compared.plain, "weighted": compared.weighted, "bias": compared.bias, "error": self.error,
+            "path_kl": self.path_kl,
+        }  # fmt: skip
+        plain = {"covariance": compared.covariance, "skewed": compared.skewed, "effective": compared.effective}
+        return (
+            {"kind": self.kind, "words": self.words, "score": self.score}
+            | {"images": compared.images, "prompts": compared.prompts}
+            | {name: None if x is None else [_finite(x.value), _finite(x.error)] for name, x in numbers.items()}
+            | {name: _finite(x) for name, x in plain.items()}
+        )
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
+
 
 def verdict(
     run: RunWeights,
@@ -196,7 +216,7 @@ def verdict(
     lams = run.lams
     if not bool((lams == lams[:, :1]).all()):
         raise ValueError("the images of this run have different λ: judge run.rows(...) of one λ at a time")
-    alone = bool(((lams[:, 0] == 0) | (lams[:, 0] == 1)).all()) and float(lams[:, 0].sum()) in (0.0, 1.0)
+    alone = sorted({0.0, *lams[:, 0].tolist()}) in ([0.0], [0.0, 1.0]) and float(lams[:, 0].sum()) <= 1
     exponent = _exponent(run)
     if scores is not None:
         given = name
@@ -219,16 +239,17 @@ def verdict(
         path_kl = None if run.path_kl is None else mean(run.path_kl)
         return Verdict(kind, words, given, found, error, path_kl)
 
+    if alone and "annealing" not in run.obstacles:
+        return judged("exact", "exact: one model alone, nothing is mixed")
     if run.obstacles:
         reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(run.obstacles))
-        drops = f"log W varies by {spread:.2g}" if math.isfinite(spread) else "one image a prompt says little"
-        return judged("no target", f"no exact target: {reasons}. As a diagnostic only: {drops}")
-    if alone:
-        return judged("exact", "exact: one model alone, nothing is mixed")
+        drops = f". As a diagnostic, log W varies by {spread:.2g} within a prompt" if math.isfinite(spread) else ""
+        return judged("no target", f"no exact target: {reasons}{drops}")
     per_prompt = found.effective / found.prompts
     if found.images < ENOUGH * found.prompts:
+        each = found.images / found.prompts
         return judged(
-            "few", f"cannot tell: {found.images / found.prompts:.3g} images a prompt are too few, {ENOUGH:g} would do"
+            "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
         )
     if found.evenness < EVEN or per_prompt < ENOUGH:
         return judged(

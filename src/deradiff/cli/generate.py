@@ -103,6 +103,14 @@ def generate(
             rich_help_panel=DIAL,
         ),
     ] = Space.auto,
+    particles: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draw every image from this many weighted particles: exact as they grow, at so many times the cost.",
+            rich_help_panel=DIAL,
+        ),
+    ] = None,
     seed: Annotated[
         list[str],
         typer.Option("--seed", "-s", help="Seeds: 7, a list (1,2,3) or a range (0:7).", rich_help_panel=SAMPLING),
@@ -179,6 +187,7 @@ def generate(
             "anchor_revision": anchor_revision,
             "allow_pickle": allow_pickle,
             "batch_size": batch_size,
+            "particles": particles,
         }
         with talking.progress("sampling") as on_step:
             from deradiff.pipelines import known_beta
@@ -190,6 +199,33 @@ def generate(
             settings = Settings(**chosen, anchor_beta=anchor_beta)
             folder = RunFolder(out, force=force)
             with realigned(settings) as (pipe, dial):
-                draw(settings, pipe, dial, folder, on_step)
+                verdicts = draw(settings, pipe, dial, folder, on_step)
+    _print_verdicts(verdicts)
     count = len(settings.rows) * len(settings.columns)
     talking.files([folder.sheet, folder.record, f"{folder.images} ({count} images)"])
+
+
+def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
+    """What every λ is worth, one line each; what is true of all of them only once."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("λ", "effective", "path KL", "verdict", title="How far to trust it", title_justify="left")
+    mixed = [judged for judged in verdicts if judged["kind"] == "no target"]
+    words = {judged["words"].partition(". As a diagnostic")[0] for judged in mixed}
+    shared = words.pop() if len(words) == 1 else None
+    for judged in verdicts:
+        lam = judged["lam"]
+        named = " ".join(f"{name} {x:g}" for name, x in lam.items()) if isinstance(lam, dict) else f"{lam:g}"
+        drawn_from = judged.get("particles", judged.get("images"))
+        several = drawn_from and drawn_from > judged.get("prompts", 0)
+        effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""
+        kl = judged.get("path_kl")
+        said = judged["words"]
+        if shared and judged["kind"] == "no target":
+            said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
+        table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
+    console = Console()
+    console.print(table)
+    if shared:
+        console.print(f"{shared[0].upper()}{shared[1:]}.", highlight=False, soft_wrap=True)

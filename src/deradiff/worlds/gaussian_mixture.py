@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
@@ -24,156 +25,38 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deradiff.worlds.closed_form import (
+    GaussianMixture,
+    Noise,
+    QuadraticReward,
+    linear_reward,
+    mixture,
+    peaked_reward,
+)
+
+__all__ = [
+    "SCHEDULE",
+    "GaussianMixture",
+    "MixtureDenoiser",
+    "MixturePipeline",
+    "Noise",
+    "QuadraticReward",
+    "World",
+    "crossing",
+    "linear_reward",
+    "mixture",
+    "peaked_reward",
+    "prediction_of",
+    "random_world",
+    "variance_preserving",
+]
+
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 """What a denoiser predicts: ε, v or x_0 on Stable Diffusion's schedule, the velocity ε - x_0 of flow matching, or the
 output of an EDM-preconditioned network (Karras et al. 2022, equation 7)."""
 
 SIGMA_DATA = 0.5
 """EDM's assumed standard deviation of the data, as in diffusers' EDM schedulers."""
-
-
-class Noise(NamedTuple):
-    """A noise level: `x = alpha x_0 + sigma ε`."""
-
-    alpha: Tensor | float
-    sigma: Tensor | float
-
-
-@dataclass(frozen=True)
-class QuadraticReward:
-    """`r(x) = linear·x - ½ Σ_d curvature_d x_d² + constant`: every reward that keeps a mixture of Gaussians one.
-
-    Rewards add and scale: `r / beta` is the exponent of the aligned model, and a sum is several rewards at once.
-    """
-
-    linear: Float[Tensor, " dim"]
-    curvature: Float[Tensor, " dim"]
-    constant: float = 0.0
-
-    def __call__(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
-        """The reward of each row of `x`."""
-        return x @ self.linear.to(x) - (x.square() @ self.curvature.to(x)) / 2 + self.constant
-
-    def __add__(self, other: QuadraticReward) -> QuadraticReward:
-        return QuadraticReward(
-            self.linear + other.linear, self.curvature + other.curvature, self.constant + other.constant
-        )
-
-    def __mul__(self, factor: float | int) -> QuadraticReward:
-        return QuadraticReward(factor * self.linear, factor * self.curvature, float(factor * self.constant))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float | int) -> QuadraticReward:
-        return self * (1 / divisor)
-
-
-def linear_reward(direction: Sequence[float] | Float[Tensor, " dim"]) -> QuadraticReward:
-    """`r(x) = direction·x`. It moves every mode without bound as β falls and never narrows one."""
-    a = torch.as_tensor(direction, dtype=torch.float64)
-    return QuadraticReward(a, torch.zeros_like(a))
-
-
-def peaked_reward(
-    target: Sequence[float] | Float[Tensor, " dim"], curvature: float | int | Sequence[float] = 1.0
-) -> QuadraticReward:
-    """`r(x) = -½ Σ_d curvature_d (x_d - target_d)²`, greatest (zero) at `target`; curvature must be positive."""
-    target = torch.as_tensor(target, dtype=torch.float64)
-    q = torch.as_tensor(curvature, dtype=torch.float64).expand_as(target).clone()
-    if not bool((q > 0).all()):
-        raise ValueError(f"a reward with a peak has positive curvature, got {q.tolist()}")
-    return QuadraticReward(q * target, q, float(-(q * target.square()).sum() / 2))
-
-
-@dataclass(frozen=True)
-class GaussianMixture:
-    """`Σ_k exp(log_weights_k) N(means_k, diag(variances_k))` in double precision; the weights sum to one."""
-
-    log_weights: Float[Tensor, " component"]
-    means: Float[Tensor, "component dim"]
-    variances: Float[Tensor, "component dim"]
-
-    @property
-    def dim(self) -> int:
-        """How many dimensions a sample has."""
-        return self.means.shape[1]
-
-    @property
-    def mode_weights(self) -> Float[Tensor, " component"]:
-        """The probability of each component."""
-        return self.log_weights.exp()
-
-    def prompted(self, shifts: Float[Tensor, " component"]) -> GaussianMixture:
-        """The conditional model under a prompt, which multiplies component k's weight by `exp(shifts_k)`."""
-        return GaussianMixture(torch.log_softmax(self.log_weights + shifts, 0), self.means, self.variances)
-
-    def noised(self, noise: Noise) -> GaussianMixture:
-        """The marginal of `alpha x_0 + sigma ε`."""
-        return GaussianMixture(
-            self.log_weights, noise.alpha * self.means, noise.alpha**2 * self.variances + noise.sigma**2
-        )
-
-    def tilted(self, exponent: QuadraticReward) -> tuple[GaussianMixture, float]:
-        """`p(x) exp(exponent(x)) / Z`, and `log Z` (complete the square in every component).
-
-        Raises `ValueError` where the product has no finite integral, which a negative curvature can do.
-        """
-        precisions = 1 / self.variances + exponent.curvature
-        if not bool((precisions > 0).all()):
-            raise ValueError(
-                f"p exp(r/β) is no distribution: a component of variance {float(self.variances.max()):g} cannot make "
-                f"up for the reward's curvature {float(exponent.curvature.min()):g}"
-            )
-        variances = 1 / precisions
-        means = variances * (self.means / self.variances + exponent.linear)
-        squares = means.square() * precisions - self.means.square() / self.variances
-        log_weights = self.log_weights + (squares + (variances / self.variances).log()).sum(1) / 2 + exponent.constant
-        log_z = torch.logsumexp(log_weights, 0)
-        return GaussianMixture(log_weights - log_z, means, variances), float(log_z)
-
-    def log_joint(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch component"]:
-        """`log p(x, component)`."""
-        distance = (x[:, None] - self.means).square() / self.variances
-        return self.log_weights - (distance + (2 * torch.pi * self.variances).log()).sum(2) / 2
-
-    def log_density(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
-        """`log p(x)`."""
-        return torch.logsumexp(self.log_joint(x), 1)
-
-    def modes_of(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch component"]:
-        """The probability that each sample belongs to each component; their mean estimates `mode_weights`."""
-        return torch.softmax(self.log_joint(x.to(self.means)), 1)
-
-    def expected(self, reward: QuadraticReward) -> float:
-        """The expectation of a reward."""
-        second = self.means.square() + self.variances
-        return float(self.mode_weights @ (self.means @ reward.linear - second @ reward.curvature / 2) + reward.constant)
-
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Float[Tensor, "batch dim"]:
-        """`count` independent draws."""
-        component = torch.multinomial(self.mode_weights, count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.dim, dtype=self.means.dtype, generator=generator)
-        return self.means[component] + self.variances[component].sqrt() * noise
-
-
-def mixture(
-    weights: Sequence[float], means: Sequence[Sequence[float]], variances: float | int | Sequence[Any]
-) -> GaussianMixture:
-    """A mixture from plain numbers. `variances`: one for all, one per component, or one per component and dimension.
-
-    Raises `ValueError` for weights or variances that are not positive, and for shapes that do not fit.
-    """
-    w, m = torch.tensor(weights, dtype=torch.float64), torch.tensor(means, dtype=torch.float64)
-    v = torch.as_tensor(variances, dtype=torch.float64)
-    if m.ndim != 2 or w.shape != m.shape[:1] or v.shape not in ((), m.shape[:1], m.shape):
-        raise ValueError(
-            f"{len(weights)} weights, means of shape {list(m.shape)} and variances of shape {list(v.shape)} do not fit "
-            "together: means are [component, dim], variances a number, [component] or [component, dim]"
-        )
-    if not bool((w > 0).all() & (v > 0).all()):
-        raise ValueError("the weights and variances of a mixture must be positive")
-    v = (v[:, None] if v.ndim == 1 else v).expand_as(m).clone()
-    return GaussianMixture((w / w.sum()).log(), m, v)
 
 
 @dataclass(frozen=True)
@@ -210,7 +93,18 @@ class World:
         return MixtureDenoiser.of(self.reference.tilted(self.exponent(tilts))[0], prediction)
 
     def pipeline(self, scheduler: Any, tilts: Mapping[str, float | int] | None = None) -> MixturePipeline:
-        """A pipeline around the reference (or the model aligned at `tilts`) that samples with `scheduler`."""
+        """A pipeline around the reference (or the model aligned at `tilts`) that samples with `scheduler`.
+
+        Raises `ValueError` for a scheduler whose noise schedule is not the denoiser's, Stable Diffusion's (`SCHEDULE`).
+        """
+        if prediction_of(scheduler) not in ("flow", "edm"):
+            mine = 1 / (1 + _ratios() ** 2)
+            theirs = scheduler.alphas_cumprod.double()
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-3):
+                raise ValueError(
+                    f"{type(scheduler).__name__} has another noise schedule than the world's denoisers: make it with "
+                    "**gaussian_mixture.SCHEDULE, Stable Diffusion's, and without rescale_betas_zero_snr"
+                )
         shifts = {name: self._shifts(name) for name in ("", *self.prompts)}
         return MixturePipeline(self.denoiser(tilts or {}, prediction_of(scheduler)), scheduler).with_prompts(shifts)
 
@@ -222,11 +116,16 @@ class World:
 
 
 def prediction_of(scheduler: Any) -> Prediction:
-    """What `scheduler` expects a denoiser to predict."""
+    """What `scheduler` expects a denoiser to predict; `ValueError` for EDM with another preconditioning."""
     name = type(scheduler).__name__
     if name.startswith("FlowMatch") or scheduler.config.get("prediction_type") == "flow_prediction":
         return "flow"
-    return "edm" if name.startswith("EDM") else scheduler.config.prediction_type
+    predicted = scheduler.config.prediction_type
+    if not name.startswith("EDM"):
+        return predicted
+    if predicted != "epsilon":
+        raise ValueError(f"a world drives {name} with prediction_type='epsilon' alone, got {predicted!r}")
+    return "edm"
 
 
 class MixtureDenoiser(ModelMixin, ConfigMixin):
@@ -234,7 +133,8 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
 
     `encoder_hidden_states`, of shape `[batch, component]`, shifts the components' log weights: that is what a prompt
     is. The noise level follows from the timestep, on Stable Diffusion's schedule, as `t/1000` for flow matching, or as
-    EDM's `¼ log σ`; between two timesteps σ is interpolated linearly, as diffusers' Euler family does.
+    EDM's `¼ log σ`; between two timesteps σ is interpolated linearly, as diffusers' Euler family does (with Karras
+    sigmas it interpolates log σ, and the two differ a little).
     """
 
     @register_to_config
@@ -263,6 +163,8 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Any:
         """The prediction at `sample`, in double precision and returned in the sample's."""
+        if isinstance(timestep, Tensor) and bool((timestep != timestep.flatten()[0]).any()):
+            raise ValueError("all rows of a batch have the same timestep here")
         t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
         x = sample.double()
         if self.prediction == "edm":
@@ -292,14 +194,15 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
     def _parts(self, x: Tensor, noise: Noise, shifts: Tensor | None) -> tuple[Tensor, Tensor]:
         """`E[x_0 | x]` and `E[ε | x]`, each without dividing by alpha or sigma."""
         alpha, sigma = noise
-        variances = alpha**2 * self.variances + sigma**2
-        residual = x[:, None] - alpha * self.means
-        log_joint = self.log_weights - (residual.square() / variances + variances.log()).sum(2) / 2
+        own_means, own_variances, log_weights = self.means.double(), self.variances.double(), self.log_weights.double()
+        variances = alpha**2 * own_variances + sigma**2
+        residual = x[:, None] - alpha * own_means
+        log_joint = log_weights - (residual.square() / variances + variances.log()).sum(2) / 2
         if shifts is not None:
             log_joint = log_joint + shifts.double()
         modes = torch.softmax(log_joint, 1)[:, :, None]
         standing = residual / variances
-        x_0 = (modes * (self.means + alpha * self.variances * standing)).sum(1)
+        x_0 = (modes * (own_means + alpha * own_variances * standing)).sum(1)
         return x_0, (modes * (sigma * standing)).sum(1)
 
 
@@ -312,6 +215,7 @@ def variance_preserving(timestep: float | int) -> Noise:
     return Noise(alpha, ratio * alpha)
 
 
+@lru_cache(maxsize=1)
 def _ratios() -> Float[Tensor, " timestep"]:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0).double()
@@ -348,11 +252,12 @@ class MixturePipeline(DiffusionPipeline):
         eta: float | int = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Float[Tensor, "batch dim"] | None = None,
-        output_type: str = "latent",
         return_dict: bool = True,
     ) -> Any:
         """Samples of shape `[batch, dim]` as `images`; arguments as in diffusers' text-to-image pipelines."""
         names = [prompt] if isinstance(prompt, str) else prompt
+        if unknown := [name for name in names if name not in self._shifts]:
+            raise ValueError(f"this world knows no prompt {unknown[0]!r}, only {list(self._shifts)}")
         shifts = torch.stack([self._shifts[name] for name in names]).repeat_interleave(num_images_per_prompt, 0)
         if latents is None:
             shape = (len(shifts), self.unet.config.dim)

@@ -1,0 +1,398 @@
+"""Ground truth for realignment on the digits: models trained at the very target that λ is meant to reach.
+
+A realigned model claims to be the reference tilted by `exp(λ r/β)`. Here that model is trained, twice:
+
+- *weighted*: the reference, fine-tuned on its own samples drawn with probability proportional to `exp(r/β)`. The plain
+  denoising loss has one minimum, so that all it leaves to doubt is measured: the effective sample size of the weights,
+  a held-out curve, and the mean rewards reached beside those of the weighted samples. The control is tilted by
+  nothing: what training on samples does by itself.
+- *dpo*: Diffusion-DPO from the reference at the target's β, as the papers' comparisons do.
+
+Each stage writes its result under a folder once it is complete and is skipped when the result is there; training
+checkpoints on the way. The same settings and machine give the same bits, interrupted or not. Every model is a UNet
+folder that `deradiff.realign(pipe, folder)` takes, with `truth.json` in it: what it is a model of, and its curve.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deradiff.alignment import digits_models
+from deradiff.alignment.digits import Job, run_jobs
+from deradiff.alignment.digits_anchors import Pairs, align, sample
+from deradiff.alignment.digits_reference import decode
+from deradiff.alignment.digits_settings import Report, Settings, save_folder, write_json
+from deradiff.alignment.loop import Curve, Plan, train
+from deradiff.alignment.loop import Report as Progress
+from deradiff.alignment.objectives import bradley_terry, squared_error
+from deradiff.rewards import Reward
+from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
+from deradiff.worlds.digits import captions, load_pipeline
+from deradiff.worlds.digits.quality import Estimate, mean
+
+REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward(), DigitsReward())}
+"""Every reward that the pool is scored with, by name."""
+
+Target = dict[str, float]
+"""λ by reward, relative to the reward's anchor (λ = 1); the empty target is the control."""
+
+# A tilt lowers the loss by 1e-4 or so, far less than what a step at any useful rate stirs up: the held-out loss first
+# rises, and keeping its minimum would keep the reference. So the rate ends at zero, and the last average is kept.
+WEIGHTED_PLAN = Plan(steps=1500, learning_rate=2e-4, warmup=50, cosine=1500, average=0.995, evaluate_every=100)
+# As for the shipped anchors, but slow to call a curve flat: a target that stopped early would be no truth.
+DPO_PLAN = Plan(
+    steps=1500, learning_rate=0.0125, warmup=20, average=0.98, evaluate_every=25, patience=16, tolerance=0.02
+)
+
+
+@dataclass(frozen=True)
+class TruthSettings:
+    """Everything that decides what is trained. A reward's unit is the point (see `rewards.digits`)."""
+
+    seed: int = 1000
+    workers: int = 2
+    samples: int = 48_000
+    samples_chunk: int = 1000
+    sampling_batch: int = 250
+    sampling_steps: int = 25
+    betas: dict[str, float] = field(default_factory=lambda: {"bold": 1.2, "ink": 0.8})
+    """β of each reward's weighted anchor, in points: the anchor is the reference tilted by `exp(r/β)`."""
+    targets: tuple[Target, ...] = (
+        {"bold": 1.0},
+        {"ink": 1.0},
+        {"bold": 0.5},
+        {"bold": 2.0},
+        {"ink": 0.5},
+        {"ink": 0.25},
+        {"bold": 0.5, "ink": 0.5},
+        {"bold": 1.0, "ink": 0.5},
+        {},
+    )
+    """What is trained, in this order. λ that sum to 1 leave the reference no weight; 1.5 goes beyond the anchors."""
+    batch: int = 128
+    caption_dropout: float = 0.1
+    held_out_samples: int = 2000
+    weighted: Plan = WEIGHTED_PLAN
+    dpo_beta: float = 1000.0
+    """β of either reward's DPO anchor, in Diffusion-DPO's convention (see `alignment.objectives`)."""
+    reward_temperature: float = 0.5
+    held_out_pairs: int = 1000
+    dpo: Plan = DPO_PLAN
+    measured_samples: int = 1000
+
+    @property
+    def chunks(self) -> int:
+        """In how many files the pool is drawn."""
+        return -(-self.samples // self.samples_chunk)
+
+    def as_build(self) -> Settings:
+        """What `run_jobs` and `align` read, as the digits build's settings."""
+        return Settings(
+            seed=self.seed + 2, workers=self.workers, batch=self.batch, caption_dropout=self.caption_dropout,
+            held_out_pairs=self.held_out_pairs,
+        )  # fmt: skip
+
+
+def train_truth(folder: Path, settings: TruthSettings, report: Report) -> None:
+    """Make `folder/pool-*.safetensors`, `folder/weighted/<target>` and `folder/dpo/<target>`, two at a time.
+
+    Raises `ValueError` if `folder` holds a truth with other settings, or if a target names a reward without an anchor.
+    """
+    for reward in {name for target in settings.targets for name in target}:
+        if reward not in settings.betas:
+            raise ValueError(f"a target names the reward {reward!r}, which has no β: {', '.join(settings.betas)} have")
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, settings)
+    build = settings.as_build()
+    run_jobs([partial(draw_pool, folder, settings, number) for number in range(settings.chunks)], build, report)
+    weighted: list[Job] = [partial(train_weighted, folder, settings, target) for target in settings.targets]
+    dpo: list[Job] = [partial(train_dpo, folder, settings, target) for target in settings.targets if target]
+    run_jobs([*weighted, *dpo], build, report)
+
+
+def target_name(target: Target) -> str:
+    """The folder of a target: `bold-0.5+ink-0.5`, or `control` for the empty one."""
+    return "+".join(f"{reward}-{lam:g}" for reward, lam in target.items()) or "control"
+
+
+def _claim(folder: Path, settings: TruthSettings) -> None:
+    path, mine = folder / "settings.json", json.dumps(asdict(settings), indent=2)
+    if not path.exists():
+        path.write_text(mine)
+    elif path.read_text() != mine:
+        raise ValueError(f"{folder} holds a truth with other settings ({path}): choose another folder or delete it")
+
+
+# --- the pool
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Samples of the reference, the caption each one answers, and what every reward says of it."""
+
+    latents: Float[Tensor, "sample 4 8 8"]
+    captions: list[str]
+    rewards: dict[str, Float[Tensor, " sample"]]
+
+    def conditions(self) -> Int[Tensor, " sample"]:
+        """A number for what each caption says, whatever its wording: digit, ink or open, paper or open."""
+        numbers: dict[captions.Parts, int] = {}
+        return torch.tensor([numbers.setdefault(captions.parse(text), len(numbers)) for text in self.captions])
+
+    def weighted_sum(self, factors: Mapping[str, float]) -> Float[Tensor, " sample"]:
+        """The rewards times their factors, summed, in float64; zero where there are none."""
+        terms = [factor * self.rewards[name].double() for name, factor in factors.items()]
+        return torch.stack(terms).sum(0) if terms else torch.zeros(len(self.latents), dtype=torch.float64)
+
+
+def _chunk(folder: Path, number: int) -> Path:
+    return folder / f"pool-{number:03d}.safetensors"
+
+
+def draw_scored(
+    pipe: StableDiffusionPipeline, prompts: list[str], settings: TruthSettings, generator: torch.Generator
+) -> tuple[Float[Tensor, "sample 4 8 8"], dict[str, Float[Tensor, " sample"]]]:
+    """Latents drawn at guidance 1 by DPM-Solver++ 2M (Lu et al. 2022), one per prompt, and what `REWARDS` say of them.
+
+    Sets the pipeline's scheduler.
+    """
+    # Stable Diffusion's own spacing would start at t = 961 of 1,000, from noise that is less than it takes it for.
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    noise = torch.randn(len(prompts), 4, 8, 8, generator=generator)
+    latents = sample(pipe, prompts, noise, settings.sampling_steps, batch=settings.sampling_batch)
+    images = decode(pipe.vae, latents)
+    return latents, {name: reward(images, prompts) for name, reward in REWARDS.items()}
+
+
+def draw_pool(folder: Path, settings: TruthSettings, number: int, report: Report) -> None:
+    """One chunk of the pool: samples of the shipped reference, scored."""
+    path, start = _chunk(folder, number), number * settings.samples_chunk
+    if not path.exists():
+        prompts = captions.sample_prompts(settings.samples, settings.seed)[start : start + settings.samples_chunk]
+        generator = torch.Generator().manual_seed((settings.seed + 1 << 32) + number)
+        latents, rewards = draw_scored(load_pipeline(), prompts, settings, generator)
+        texts = {"captions": json.dumps(prompts)}
+        save_file({"latents": latents, **rewards}, path.with_suffix(".tmp"), metadata=texts)
+        path.with_suffix(".tmp").replace(path)
+    report("reference samples", len(list(folder.glob("pool-*.safetensors"))), settings.chunks, f"chunk {number}")
+
+
+def load_pool(folder: Path, settings: TruthSettings) -> Pool:
+    """All chunks together."""
+    texts: list[str] = []
+    tensors: dict[str, list[Tensor]] = {name: [] for name in ("latents", *REWARDS)}
+    for number in range(settings.chunks):
+        with safe_open(_chunk(folder, number), "pt") as chunk:
+            texts += json.loads(chunk.metadata()["captions"])
+            for name, parts in tensors.items():
+                parts.append(chunk.get_tensor(name))
+    together = {name: torch.cat(parts) for name, parts in tensors.items()}
+    return Pool(together.pop("latents"), texts, together)
+
+
+# --- weights
+
+
+def tilted_weights(scores: Float[Tensor, " sample"], conditions: Int[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+    """`exp(score)`, normalised within its condition: 1 is the reference's own weight.
+
+    The normaliser is the mean over the *other* samples of the condition (a sample alone has weight 1). Were the sample
+    part of its own normaliser, a high score would partly cancel: with n samples of which a share f is effective, the
+    tilted mean would fall short by about 1/(n f) of its shift, and n is 72 where a caption names everything. Weight and
+    normaliser being independent, a condition's samples are weighted against each other exactly as the tilt demands;
+    what fluctuates is only the total of the condition, whose expectation is a little above its number of samples.
+
+    `scores` are in nats. Raises `ValueError` where those of one condition differ by more than float64 can add up.
+    """
+    counts = conditions.bincount()
+    highest = torch.full((len(counts),), -torch.inf, dtype=torch.float64)
+    masses = (scores.double() - highest.scatter_reduce(0, conditions, scores.double(), "amax")[conditions]).exp()
+    totals = torch.zeros(len(counts), dtype=torch.float64).index_add(0, conditions, masses)
+    others = counts[conditions] - 1
+    weights = torch.where(others > 0, masses * others / (totals[conditions] - masses), 1.0)
+    if not weights.isfinite().all():
+        raise ValueError("one sample outweighs all others of its condition by more than float64 can hold: tilt less")
+    return weights
+
+
+def effective_size(weights: Float[Tensor, " sample"]) -> float:
+    """How many equally weighted samples say as much: `(Σ w)² / Σ w²` (Kish 1965), from 1 to the number of samples."""
+    return (weights.sum().square() / weights.square().sum()).item()
+
+
+def weighted_mean(values: Float[Tensor, " sample"], weights: Float[Tensor, " sample"]) -> Estimate:
+    """`Σ w v / Σ w` with the standard error of a ratio of means."""
+    shares = weights.double() / weights.double().sum()
+    centre = (shares * values).sum()
+    return Estimate(centre.item(), (shares * (values - centre)).norm().item())
+
+
+def describe_weights(pool: Pool, weights: Float[Tensor, " sample"]) -> dict[str, Any]:
+    """What the weights make of the pool, as plain data: effective sample sizes, and the mean rewards to be reached.
+
+    The condition named is the one with the smallest effective sample size.
+    """
+    conditions = pool.conditions()
+    sizes = [effective_size(weights[conditions == c]) for c in range(int(conditions.max()) + 1)]
+    members = (conditions == sizes.index(min(sizes))).nonzero().flatten()
+    return {
+        "samples": len(weights),
+        "effective_samples": effective_size(weights),
+        "smallest_condition": {
+            **captions.parse(pool.captions[int(members[0])])._asdict(),
+            "samples": len(members),
+            "effective_samples": min(sizes),
+        },
+        "mean_rewards": {
+            name: {"reference": asdict(mean(values)), "tilted": asdict(weighted_mean(values, weights))}
+            for name, values in pool.rewards.items()
+        },
+    }
+
+
+# --- models trained on weighted samples
+
+
+def tilts(settings: TruthSettings, target: Target) -> dict[str, float]:
+    """λ/β of each reward in the target, in nats per point."""
+    return {reward: lam / settings.betas[reward] for reward, lam in target.items()}
+
+
+def train_weighted(folder: Path, settings: TruthSettings, target: Target, report: Report) -> None:
+    """The reference's UNet on the denoising loss (Ho et al. 2020) over pool samples drawn by their tilted weights."""
+    path = folder / "weighted" / target_name(target)
+    if path.exists():
+        return
+    pipe, pool = load_pipeline(), load_pool(folder, settings)
+    weights = tilted_weights(pool.weighted_sum(tilts(settings, target)), pool.conditions())
+    model = copy.deepcopy(pipe.unet).requires_grad_(True)
+    checkpoint = folder / f"weighted-{path.name}.pt"
+    curve = fine_tune(model, pipe, pool, weights, settings, checkpoint, partial(report, f"weighted {path.name}"))
+    record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
+    record["reached"] = reached(pipe, model, pool, settings)
+    _save(model, record, curve, path)
+    checkpoint.unlink(missing_ok=True)
+
+
+def draw(weights: Float[Tensor, " sample"], count: int, generator: torch.Generator) -> Int[Tensor, " draw"]:
+    """Indices drawn with replacement, each with probability proportional to its weight."""
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def fine_tune(
+    model: UNet2DConditionModel, pipe: StableDiffusionPipeline, pool: Pool, weights: Float[Tensor, " sample"],
+    settings: TruthSettings, checkpoint: Path, report: Progress,
+) -> Curve:  # fmt: skip
+    """Train `model` on the first samples of the pool; the last `held_out_samples` tell when it is done."""
+    scheduler = digits_models.scheduler()
+    rows = {text: row for row, text in enumerate(dict.fromkeys(pool.captions))}
+    caption = torch.tensor([rows[text] for text in pool.captions])
+    with torch.no_grad():
+        embedded = pipe.text_encoder(digits_models.token_ids(list(rows))).last_hidden_state
+        empty = pipe.text_encoder(digits_models.token_ids([""])).last_hidden_state
+    trained_on = len(weights) - settings.held_out_samples
+
+    def noised(index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        noise = torch.randn(len(index), 4, 8, 8, generator=generator)
+        timesteps = torch.randint(1000, (len(index),), generator=generator)
+        dropped = torch.rand(len(index), generator=generator) < settings.caption_dropout
+        text = torch.where(dropped[:, None, None], empty, embedded[caption[index]])
+        return scheduler.add_noise(pool.latents[index], noise, timesteps), timesteps, text, noise
+
+    def denoising(noisy: Tensor, timesteps: Tensor, text: Tensor, noise: Tensor) -> Float[Tensor, " batch"]:
+        return squared_error(model(noisy, timesteps, text).sample, noise)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return denoising(*noised(draw(weights[:trained_on], settings.batch, generator), generator)).mean()
+
+    fixed = torch.Generator().manual_seed(settings.seed + 3)
+    batches = [noised(i, fixed) for i in torch.arange(trained_on, len(weights)).split(settings.batch)]
+
+    def held_out_loss() -> float:
+        errors = torch.cat([denoising(*batch) for batch in batches])
+        return weighted_mean(errors.double(), weights[trained_on:]).value
+
+    plan = settings.weighted
+    return train(model, loss, held_out_loss, plan, seed=settings.seed + 4, checkpoint=checkpoint, report=report)
+
+
+def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Report) -> None:
+    """The reference's UNet by Diffusion-DPO on pairs from the pool, at β over the target's largest λ.
+
+    Preferences are drawn over the rewards in proportion to λ: a single reward keeps its labels at any λ, and two
+    together tilt as the sum of their anchors' tilts.
+    """
+    path = folder / "dpo" / target_name(target)
+    if path.exists():
+        return
+    pipe, pool = load_pipeline(), load_pool(folder, settings)
+    largest = max(target.values())
+    preferred = pool.weighted_sum({reward: lam / largest for reward, lam in target.items()})
+    generator = torch.Generator().manual_seed(settings.seed + 5)
+    pairs = draw_pairs(pool, preferred, settings.reward_temperature, generator)
+    model, beta = copy.deepcopy(pipe.unet).requires_grad_(True), settings.dpo_beta / largest
+    checkpoint, progress = folder / f"dpo-{path.name}.pt", partial(report, f"DPO {path.name}")
+    curve = align(model, pipe, pairs, beta, settings.dpo, settings.as_build(), checkpoint, progress)
+    record = {"family": "dpo", "λ": target, "β": beta, "pairs": len(pairs.tokens)}
+    record["reached"] = reached(pipe, model, pool, settings)
+    _save(model, record, curve, path)
+    checkpoint.unlink(missing_ok=True)
+
+
+def draw_pairs(
+    pool: Pool, preferred: Float[Tensor, " sample"], temperature: float, generator: torch.Generator
+) -> Pairs:
+    """Disjoint pairs of samples of the same condition, in random order, labelled by Bradley-Terry over `preferred`.
+
+    A pair carries the caption of its first sample; one sample of a condition with an odd number of them stays alone.
+    """
+    order = torch.randperm(len(preferred), generator=generator)
+    conditions = pool.conditions()[order]
+    conditions, together = conditions.sort(stable=True)
+    order, rank = order[together], torch.arange(len(order)) - torch.searchsorted(conditions, conditions)
+    firsts = ((rank[:-1] % 2 == 0) & (conditions[:-1] == conditions[1:])).nonzero().flatten()
+    firsts = firsts[torch.randperm(len(firsts), generator=generator)]
+    index = torch.stack([order[firsts], order[firsts + 1]], 1)
+    rewards = preferred[index].float()
+    return Pairs(
+        latents=pool.latents[index],
+        tokens=digits_models.token_ids([pool.captions[i] for i in index[:, 0].tolist()]),
+        rewards=rewards,
+        first_wins=bradley_terry(rewards[:, 0], rewards[:, 1], temperature, generator),
+    )
+
+
+def reached(
+    pipe: StableDiffusionPipeline, model: UNet2DConditionModel, pool: Pool, settings: TruthSettings
+) -> dict[str, Any]:
+    """The mean rewards of `model`'s own samples for the pool's first captions, drawn as the pool was, as plain data.
+
+    Beside them the pool's own for the same captions. Leaves `model` in the pipeline.
+    """
+    pipe.unet = model
+    prompts = pool.captions[: settings.measured_samples]
+    _, rewards = draw_scored(pipe, prompts, settings, torch.Generator().manual_seed(settings.seed + 6))
+    return {
+        name: {"reference": asdict(mean(pool.rewards[name][: len(prompts)])), "model": asdict(mean(values))}
+        for name, values in rewards.items()
+    }
+
+
+def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: Curve, path: Path) -> None:
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        write_json(folder / "truth.json", {**record, "curve": asdict(curve)})
+
+    path.parent.mkdir(exist_ok=True)
+    save_folder(save, path)
