@@ -15,7 +15,6 @@ from deradiff.alignment.digits_truth import (
     describe_weights,
     draw,
     draw_pairs,
-    effective_size,
     load_pool,
     tilted_weights,
     train_truth,
@@ -105,12 +104,6 @@ def test_small_conditions_do_not_damp_the_tilt() -> None:
     assert abs(found.value - 1) < 4 * found.error and found.error < 0.02
     # Divided by a mean that includes themselves, they fall short by 1/(n f) = e/10 or so of the shift.
     assert weighted_mean(own, torch.softmax(scores.view(-1, 10), 1).flatten()).value < 0.9
-
-
-def test_effective_size_of_hand_made_weights() -> None:
-    assert effective_size(torch.full((7,), 0.3)) == pytest.approx(7)
-    assert effective_size(torch.tensor([2.0, 0.0, 2.0, 0.0])) == pytest.approx(2)
-    assert effective_size(torch.tensor([1.0, 2.0])) == pytest.approx(9 / 5)
 
 
 def hand_made(prompts: list[str], bold: list[float]) -> Pool:

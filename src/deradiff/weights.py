@@ -12,9 +12,9 @@ of its own. So everything here takes `groups`, the prompt of each image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -41,11 +41,15 @@ OBSTACLES: dict[Obstacle, str] = {
 }
 
 
-class Estimate(NamedTuple):
-    """A number and its standard error."""
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error; unpacks into the two."""
 
     value: float
     error: float
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.value, self.error))
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.error:.2g}"

@@ -16,6 +16,7 @@ from deradiff.alignment.digits_models import byte_pairs, token_ids, tokenizer
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Report as Progress
 from deradiff.rewards.digits import DigitsReward
+from deradiff.weights import mean
 from deradiff.worlds.digits import quality
 from deradiff.worlds.digits.captions import sample_prompts, words
 
@@ -142,7 +143,7 @@ def describe(
             pipe = _load(files)
             pipe.load_lora_weights(files / name, local_files_only=True)
         images = quality.draw(pipe, prompts, seed=201)
-        row = {"reward": quality.mean(reward(images, prompts)), **vars(quality.score(images, prompts))}
+        row = {"reward": mean(reward(images, prompts)), **vars(quality.score(images, prompts))}
         rows.append({"model": name, "samples": samples, **{key: asdict(value) for key, value in row.items()}})
         report(number + 1, len(names), f"{name}: reward {row['reward']}, legible {row['legible']}")
     return rows

@@ -38,8 +38,8 @@ from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, squared_error
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
+from deradiff.weights import Estimate, effective_sample_size, mean
 from deradiff.worlds.digits import captions, load_pipeline
-from deradiff.worlds.digits.quality import Estimate, mean
 
 REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward(), DigitsReward())}
 """Every reward that the pool is scored with, by name."""
@@ -226,11 +226,6 @@ def tilted_weights(scores: Float[Tensor, " sample"], conditions: Int[Tensor, " s
     return weights
 
 
-def effective_size(weights: Float[Tensor, " sample"]) -> float:
-    """How many equally weighted samples say as much: `(Σ w)² / Σ w²` (Kish 1965), from 1 to the number of samples."""
-    return (weights.sum().square() / weights.square().sum()).item()
-
-
 def weighted_mean(values: Float[Tensor, " sample"], weights: Float[Tensor, " sample"]) -> Estimate:
     """`Σ w v / Σ w` with the standard error of a ratio of means."""
     shares = weights.double() / weights.double().sum()
@@ -244,11 +239,11 @@ def describe_weights(pool: Pool, weights: Float[Tensor, " sample"]) -> dict[str,
     The condition named is the one with the smallest effective sample size.
     """
     conditions = pool.conditions()
-    sizes = [effective_size(weights[conditions == c]) for c in range(int(conditions.max()) + 1)]
+    sizes = [float(effective_sample_size(weights[conditions == c].log())) for c in range(int(conditions.max()) + 1)]
     members = (conditions == sizes.index(min(sizes))).nonzero().flatten()
     return {
         "samples": len(weights),
-        "effective_samples": effective_size(weights),
+        "effective_samples": float(effective_sample_size(weights.log())),
         "smallest_condition": {
             **captions.parse(pool.captions[int(members[0])])._asdict(),
             "samples": len(members),

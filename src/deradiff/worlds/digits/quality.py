@@ -4,7 +4,7 @@ Real handwriting means the held-out split, rendered like the training data. Shap
 recovered from the pictures without knowing their colours.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deradiff.weights import Estimate, mean
 from deradiff.worlds.digits.captions import parse, sample_prompts
 from deradiff.worlds.digits.classifier import features, read, recover_ink_map
 from deradiff.worlds.digits.data import INKS, PAPERS, render
@@ -19,23 +20,6 @@ from deradiff.worlds.digits.data import INKS, PAPERS, render
 GUIDANCE = 1.5
 """The guidance scale of every number here: at 1 every tenth digit is hard to read, at 1.5 hardly one in fifty, and the
 variety of the handwriting survives."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its standard error."""
-
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} ± {self.error:.2g}"
-
-
-def mean(values: Float[Tensor, " sample"] | Sequence[float]) -> Estimate:
-    """The mean of independent values."""
-    x = torch.as_tensor(values, dtype=torch.float64)
-    return Estimate(x.mean().item(), (x.std(correction=1) / len(x) ** 0.5).item() if len(x) > 1 else float("nan"))
 
 
 @torch.no_grad()

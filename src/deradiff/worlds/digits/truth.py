@@ -1,0 +1,230 @@
+"""Realignment on the digits against models trained at the very target: what a learned model makes of the theory.
+
+`alignment.digits_truth` trains, for two rewards, an anchor and the models that λ is meant to reach, twice: on reference
+samples weighted by `exp(r/β)`, and by Diffusion-DPO. Here every way of sampling is drawn for the same prompts, all of
+which leave the ink's colour open, and set beside the retrained model through the same sampler.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from jaxtyping import Float
+from torch import Tensor
+
+from deradiff.ledger import RunWeights, joined
+from deradiff.particles import Particles, sample_particles
+from deradiff.realignment import realign
+from deradiff.records import versions, write_json
+from deradiff.rewards import Reward
+from deradiff.rewards.digits import BoldReward, InkReward
+from deradiff.schedules import Power
+from deradiff.weights import mean, verdict
+from deradiff.worlds.digits import captions, load_pipeline
+from deradiff.worlds.digits.classifier import read
+from deradiff.worlds.digits.data import INKS, PAPERS
+
+REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward())}
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn. Plain and weighted means come from `prompts` x `images`, particles from `prompts` x K."""
+
+    prompts: int = 200
+    images: int = 16
+    counts: tuple[int, ...] = (4, 16, 64)
+    steps: int = 25
+    guidance_scales: tuple[float, ...] = (1.0, 1.5)
+    batch: int = 320
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target: a family of trained models, λ by reward relative to its anchor, and the guidance."""
+
+    family: str
+    target: dict[str, float]
+    guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        """The case in a file name."""
+        return f"{self.family}_{folder_of(self.target)}_guidance{self.guidance_scale:g}"
+
+
+def folder_of(target: Mapping[str, float]) -> str:
+    """The folder of a target's model, as `alignment.digits_truth` names it."""
+    return "+".join(f"{reward}-{lam:g}" for reward, lam in target.items())
+
+
+def cases(trained: Path, plan: Plan) -> list[Case]:
+    """Every target that has a model under `trained` and whose anchors have one too, anchors themselves left out."""
+    found = []
+    for family in ("weighted", "dpo"):
+        for folder in sorted((trained / family).glob("*-*")) if (trained / family).is_dir() else []:
+            parts = (part.rpartition("-") for part in folder.name.split("+"))
+            target = {reward: float(lam) for reward, _, lam in parts}
+            anchored = all((trained / family / f"{reward}-1").is_dir() for reward in target)
+            if anchored and target != dict.fromkeys(list(target)[:1], 1.0):
+                found += [Case(family, target, scale) for scale in plan.guidance_scales]
+    return sorted(found, key=lambda case: case.guidance_scale)
+
+
+def prompts(plan: Plan) -> list[str]:
+    """Prompts that leave the ink open, digits and papers in equal numbers, one paper in six open as well."""
+    papers = [*PAPERS, None]
+    return [
+        captions.caption(captions.Parts(i % 10, None, papers[i // 10 % len(papers)]), i % 3)
+        for i in range(plan.prompts)
+    ]
+
+
+def run(trained: Path, out: Path, plan: Plan, on_step: Callable[[int, int], None]) -> list[Record]:
+    """Compute every case that `out` does not hold yet, and return all.
+
+    Raises `ValueError` where no target has been trained, or `out` holds a study of another plan.
+    """
+    todo = cases(trained, plan)
+    if not todo:
+        raise ValueError(f"{trained} holds no trained targets with their anchors")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = out / "settings.json"
+    mine = json.loads(json.dumps(asdict(plan)))
+    if settings.exists() and json.loads(settings.read_text())["plan"] != mine:
+        raise ValueError(f"{out} holds a study of another plan: name another folder")
+    if not settings.exists():
+        write_json(settings, {"plan": mine, "versions": versions()})
+    records = []
+    for number, case in enumerate(todo):
+        on_step(number, len(todo))
+        file = out / f"{case.name}.json"
+        if not file.exists():
+            write_json(file, compute(trained, case, plan))
+        records.append(json.loads(file.read_text()))
+    on_step(len(todo), len(todo))
+    return records
+
+
+# -- one case ---------------------------------------------------------------------------------------------------------
+
+
+def compute(trained: Path, case: Case, plan: Plan) -> Record:
+    """Every way of sampling one target, with what the verdict had said of Algorithm 1."""
+    texts = prompts(plan)
+    own = trained / case.family
+    anchors = {reward: own / f"{reward}-1" for reward in case.target}
+    groups = torch.arange(plan.prompts).repeat_interleave(plan.images)
+    shape = plan.prompts, plan.images
+
+    def of(images: Tensor) -> Record:
+        return _measured(images, torch.zeros(shape))
+
+    pipe = _pipeline()
+    arms: Record = {"reference": of(_draw(pipe, texts, case, plan))}
+    for name, folder in (
+        ("retrained", own / folder_of(case.target)),
+        *(("anchor " + r, f) for r, f in anchors.items()),
+    ):
+        arms[name] = of(_draw(_pipeline(folder), texts, case, plan))
+    with realign(pipe, anchors, case.target) as dial:
+        runs: list[RunWeights] = []
+        images = _draw(pipe, texts, case, plan, lambda: runs.append(dial.weights))
+        whole = joined(runs)
+        arms["algorithm 1"], arms["weighted"] = of(images), _measured(images, whole.log_weights.view(shape))
+        for count in plan.counts:
+            arms[f"particles {count}"] = _particles(pipe, texts, case, plan, count)
+        dial.lam = {reward: Power(2, lam) for reward, lam in case.target.items()}
+        arms["annealed"] = of(_draw(pipe, texts, case, plan))
+    with realign(pipe, anchors, case.target, method="weights"):
+        arms["interpolated"] = of(_draw(pipe, texts, case, plan))
+    verdicts = {}
+    for name, reward in REWARDS.items():
+        found = verdict(
+            whole, reward(images, [""] * len(images)), groups, baseline=arms["reference"][name]["value"], name=name
+        )
+        verdicts[name] = found.record()
+    return {"case": asdict(case), "arms": arms, "verdicts": verdicts, "errors": _errors(arms)}
+
+
+def _errors(arms: Mapping[str, Record]) -> Record:
+    """Every arm's difference from the retrained model, by reward, and the shift that it is a part of.
+
+    Prompts are the sample: the difference is taken prompt by prompt, and its standard error is that of their mean. It
+    holds the noise of both arms and what prompts differ in, and no assumption about the particles of one prompt.
+    """
+    found: Record = {}
+    for name in REWARDS:
+        means = {arm: torch.tensor(measured["by_prompt"][name]) for arm, measured in arms.items()}
+        gaps = {arm: asdict(mean(values - means["retrained"])) for arm, values in means.items() if arm != "retrained"}
+        found[name] = {"shift": asdict(mean(means["retrained"] - means["reference"])), "gaps": gaps}
+    return found
+
+
+def _pipeline(unet: Path | None = None) -> StableDiffusionPipeline:
+    """The reference, or a trained model, sampled with noise from the very end of the schedule."""
+    pipe = load_pipeline()
+    if unet is not None:
+        pipe.unet = UNet2DConditionModel.from_pretrained(unet)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", clip_sample=False)
+    return pipe
+
+
+def _batches(texts: list[str], each: int, plan: Plan) -> Iterator[tuple[int, list[str]]]:
+    size = max(1, plan.batch // each)
+    yield from ((start, texts[start : start + size]) for start in range(0, len(texts), size))
+
+
+def _call(case: Case, plan: Plan, start: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed((plan.seed << 32) + start)
+    return {
+        "num_inference_steps": plan.steps, "guidance_scale": case.guidance_scale, "generator": generator,
+        "output_type": "pt",
+    }  # fmt: skip
+
+
+def _draw(
+    pipe: StableDiffusionPipeline, texts: list[str], case: Case, plan: Plan, after: Callable[[], None] = lambda: None
+) -> Float[Tensor, "image 3 32 32"]:
+    """Pictures in [0, 1], `plan.images` of every prompt; `after` is called after every batch."""
+    drawn = []
+    for start, some in _batches(texts, plan.images, plan):
+        drawn.append(pipe(some, num_images_per_prompt=plan.images, **_call(case, plan, start)).images.float())
+        after()
+    return torch.cat(drawn)
+
+
+def _particles(pipe: StableDiffusionPipeline, texts: list[str], case: Case, plan: Plan, count: int) -> Record:
+    swarms: list[Particles] = []
+    for start, some in _batches(texts, count, plan):
+        swarms.append(sample_particles(pipe, some, count, **_call(case, plan, start)))
+    images = torch.cat([swarm.images.float() for swarm in swarms])
+    log_weights = torch.cat([swarm.log_weights for swarm in swarms])
+    effective = torch.cat([swarm.effective for swarm in swarms])
+    collapsed = torch.cat([swarm.collapsed for swarm in swarms])
+    return _measured(images, log_weights) | {"effective": float(effective.mean()), "collapsed": int(collapsed.sum())}
+
+
+def _measured(images: Float[Tensor, "image 3 32 32"], log_weights: Float[Tensor, "prompt sample"]) -> Record:
+    """Weighted mean rewards of every prompt, and the shares of the ink colours."""
+    weights = torch.softmax(log_weights.double(), 1)
+
+    def by_prompt(values: Tensor) -> Float[Tensor, " prompt"]:
+        return (weights * values.double().view(weights.shape)).sum(1)
+
+    scores = {name: by_prompt(reward(images, [""] * len(images))) for name, reward in REWARDS.items()}
+    inks = read(images).inks
+    return {
+        **{name: asdict(mean(values)) for name, values in scores.items()},
+        "inks": {name: asdict(mean(by_prompt(inks == i))) for i, name in enumerate(INKS)},
+        "by_prompt": {name: [round(value, 6) for value in values.tolist()] for name, values in scores.items()},
+    }

@@ -1,0 +1,69 @@
+"""The comparison on the digits, with shipped anchors standing in for models trained at the target."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from deradiff.worlds import digits
+from deradiff.worlds.digits import captions
+from deradiff.worlds.digits.truth import Case, Plan, cases, compute, prompts, run
+
+PLAN = Plan(prompts=3, images=3, counts=(2,), steps=3, guidance_scales=(1.0,))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    folder = tmp_path / "trained"
+    (folder / "weighted").mkdir(parents=True)
+    for name, beta in (("bold-1", 250.0), ("bold-0.5", 500.0), ("ink-0.5", 500.0), ("control", 1000.0)):
+        (folder / "weighted" / name).symlink_to(digits.anchor_path(beta))
+    return folder
+
+
+def test_targets_are_those_with_an_anchor(trained):
+    assert cases(trained, PLAN) == [Case("weighted", {"bold": 0.5}, 1.0)]
+    (trained / "weighted" / "ink-1").symlink_to(digits.anchor_path(250.0))
+    (trained / "weighted" / "bold-0.5+ink-0.5").symlink_to(digits.anchor_path(500.0))
+    both = cases(trained, Plan(guidance_scales=(1.0, 1.5)))
+    assert [case.target for case in both[:3]] == [{"bold": 0.5}, {"bold": 0.5, "ink": 0.5}, {"ink": 0.5}]
+    assert [case.guidance_scale for case in both] == [1.0] * 3 + [1.5] * 3
+
+
+def test_prompts_leave_the_ink_open():
+    parts = [captions.parse(text) for text in prompts(Plan())]
+    assert all(part.ink is None for part in parts) and len({part.digit for part in parts}) == 10
+    assert sum(part.paper is None for part in parts) > 10
+
+
+def test_a_case_holds_every_arm_beside_the_retrained_model(trained):
+    record = compute(trained, cases(trained, PLAN)[0], PLAN)
+    arms = record["arms"]
+    assert {"reference", "retrained", "anchor bold", "algorithm 1", "weighted", "particles 2"} <= set(arms)
+    assert {"annealed", "interpolated"} <= set(arms)
+    for arm in arms.values():
+        assert sum(share["value"] for share in arm["inks"].values()) == pytest.approx(1)
+        assert sum(arm["by_prompt"]["bold"]) / 3 == pytest.approx(arm["bold"]["value"], abs=1e-5)
+    gap = record["errors"]["bold"]["gaps"]["algorithm 1"]
+    assert gap["value"] == pytest.approx(
+        arms["algorithm 1"]["bold"]["value"] - arms["retrained"]["bold"]["value"], abs=1e-4
+    )
+    assert gap["error"] > 0 and not math.isnan(gap["error"])
+    assert arms["weighted"]["bold"] != arms["algorithm 1"]["bold"]
+    assert record["verdicts"]["bold"]["images"] == 9 and record["verdicts"]["bold"]["prompts"] == 3
+    assert 1 <= arms["particles 2"]["effective"] <= 2
+
+
+def test_a_study_goes_on_where_it_was(trained, tmp_path):
+    seen: list[tuple[int, int]] = []
+    first = run(trained, tmp_path / "out", PLAN, lambda done, total: seen.append((done, total)))
+    file = tmp_path / "out" / f"{cases(trained, PLAN)[0].name}.json"
+    written = file.stat().st_mtime_ns
+    assert run(trained, tmp_path / "out", PLAN, lambda *_: None) == first
+    assert file.stat().st_mtime_ns == written and json.loads(file.read_text()) == first[0]
+    assert seen[-1] == (1, 1)
+    with pytest.raises(ValueError, match="another plan"):
+        run(trained, tmp_path / "out", Plan(), lambda *_: None)
+    with pytest.raises(ValueError, match="no trained targets"):
+        run(tmp_path / "nothing", tmp_path / "other", PLAN, lambda *_: None)
