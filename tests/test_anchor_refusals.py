@@ -152,6 +152,18 @@ def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(source):
         load_anchor(source, made("sd")[0])
 
 
+def test_names_that_cannot_be_looked_up():
+    pipe, _ = made("sd")
+    for empty in ("", "  "):
+        with pytest.raises(AnchorNotFound, match="name is empty"):
+            load_anchor(empty, pipe)
+    for name in ("a/" + "b" * 5000, "~nobody-of-that-name/model"):
+        with pytest.raises(AnchorNotFound, match="no path that can be looked up"):
+            load_anchor(name, pipe)
+    with pytest.raises(AnchorError, match="/dev/null is neither a file nor a folder"):
+        load_anchor("/dev/null", pipe)
+
+
 def test_what_is_not_quite_a_hub_id():
     pipe, _ = made("sd")
     with pytest.raises(AnchorNotFound, match="web address: pass the hub id"):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -17,9 +18,11 @@ from typer.testing import CliRunner, Result
 import deradiff
 import tiny
 from deradiff import sweeps
-from deradiff.cli import app, arguments, demo
+from deradiff.cli import app, arguments, demo, talking
+from deradiff.dial import DialError
+from deradiff.mirroring import UnmirroredState
 from deradiff.pipelines import SCHEDULERS, anchor_source, known_beta, scheduler_like
-from deradiff.records import read_png, whole
+from deradiff.records import RunFolder, read_png, whole
 from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step
 from deradiff.sheets import contact_sheet
 from deradiff.worlds import digits
@@ -109,8 +112,7 @@ def test_images_and_record_carry_every_setting(generate: Run, tmp_path: Path) ->
 
 def test_the_result_paths_are_printed(generate: Run, tmp_path: Path) -> None:
     printed = generate("-p", "a", "--lam", "1").stdout.splitlines()
-    assert printed[0] == str(tmp_path / "out" / "sheet.png")
-    assert printed[1] == str(tmp_path / "out" / "record.json")
+    assert printed[-3:-1] == [str(tmp_path / "out" / name) for name in ("sheet.png", "record.json")]
 
 
 def test_a_schedule_is_multiplied_with_lam(generate: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -173,6 +175,46 @@ def test_force_keeps_its_hands_off_other_peoples_files(generate: Run, tmp_path: 
     assert [file.name for file in out.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("name", ["record.json", "sheet.png", "images/mine.png", "deep/.x.png.7.partial", "a.partial"])
+def test_force_tells_a_run_from_its_content_and_not_by_name(generate: Run, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"mine": 1}')
+    result = generate("-p", "a", "--force")
+    assert result.exit_code == 2
+    assert f"{mine.name} was not written by a run" in " ".join(result.stderr.split())
+    assert mine.read_text() == '{"mine": 1}'
+
+
+def test_force_clears_what_a_killed_run_left_half_written(generate: Run, tmp_path: Path) -> None:
+    left = tmp_path / "out" / "images" / ".000-a-seed0-00-lam1.png.4711.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert generate("-p", "a", "--lam", "1", "--force").exit_code == 0
+    assert not left.exists()
+
+
+def test_a_demo_replaces_demos_only(generate: Run, tmp_path: Path) -> None:
+    assert generate("-p", "a", "--lam", "1").exit_code == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "holds another run" in " ".join(result.stderr.split())
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
+    record = tmp_path / "out" / "record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"measured": []}))
+    RunFolder(tmp_path / "out", force=True, kind="measured")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "out", Path("/proc/nope/out"), tmp_path / ("long" * 100)):
+        with pytest.raises(OSError, match=r"cannot be written to \(.*name another folder"):
+            RunFolder(folder)
+    RunFolder(tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_failing_run_leaves_the_older_one_alone(generate: Run, tmp_path: Path) -> None:
     assert generate("-p", "a", "--lam", "1").exit_code == 0
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
@@ -221,10 +263,14 @@ def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> N
         (["--prompts", "nowhere.txt"], "no prompt file nowhere.txt"),
         (["-p", "a", "--lam", "nan"], "must be finite"),
         (["-p", "a", "--lam", "0:1:0"], "empty or endless"),
+        (["-p", "a", "--lam", "0:1e999999:1e-999999"], "empty or endless"),
+        (["-p", "a", "--lam", "0:1e999999:1"], "more than the 1000 values"),
+        (["-p", "a", "--lam", "1e400"], "--lam must be finite"),
         (["-p", "a", "--lam", "half"], "'half' is not a number"),
         (["-p", "a", "--lam", "style=1"], "only anchor"),
         (["-p", "a", "--seed", "1.5"], "whole number"),
         (["-p", "a", "--seed", "-1"], "whole number"),
+        (["-p", "a", "--seed", "0:1500"], "has more than the 1000 values a range may have"),
         (["-p", "a", "--schedule", "linear"], "there are constant"),
         (["-p", "a", "--schedule", "power:-1"], "must be positive"),
         (["-p", "a", "--anchor", "again"], "each needs a name"),
@@ -232,6 +278,9 @@ def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> N
         (["-p", "a", "--scheduler", "edm"], "does not fit this model"),
         (["-p", "a", "--anchor-beta", "-5"], "greater than 0"),
         (["-p", "a", "--device", "abacus"], "knows no device 'abacus'"),
+        (["-p", "a", "--device", "meta"], "no meta to compute on here"),
+        (["-p", "a", "--device", "vulkan"], "no vulkan to compute on here"),
+        (["-p", "a", "--device", "xpu"], "no xpu to compute on here"),
         (["-p", "a", "--path", "posterior", "--scheduler", "unipc"], "no per-step posterior"),
     ],
 )
@@ -244,6 +293,33 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quality", "--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written"),
+        (["quality", "--guidance-scale", "inf"], "--guidance-scale must be finite"),
+        (["build", "--out", __file__], "File exists"),
+    ],
+)
+def test_wrong_input_of_the_digits_is_refused_before_they_are_loaded(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "load_pipeline", None)
+    result = CliRunner().invoke(app, ["digits", *words])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+
+
+def test_errors_of_deradiff_are_one_sentence_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (DialError("turn it back"), UnmirroredState("unfuse it")):
+        with pytest.raises(typer.Exit), talking.refusing_wrong_input():
+            raise error
+        assert capsys.readouterr().err == f"error: {error}\n"
+    for bug in (RuntimeError("shapes"), TypeError("none"), AssertionError()):
+        with pytest.raises(type(bug)), talking.refusing_wrong_input():
+            raise bug
 
 
 def test_running_out_of_memory_says_what_to_do(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +371,7 @@ def test_lists_and_inclusive_ranges(text: str, values: list[float]) -> None:
 
 def test_seeds() -> None:
     assert arguments.seeds(["7", "1,2", "0:2", "10:14:2"]) == (7, 1, 2, 0, 10, 12, 14)
+    assert arguments.seeds(["9007199254740993", "9007199254740992"]) == (9007199254740993, 9007199254740992)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +394,15 @@ def test_a_spline_is_multiplied_with_lam_too() -> None:
 
 
 def test_prompt_files(tmp_path: Path) -> None:
-    text, listed, keyed = tmp_path / "a.txt", tmp_path / "b.yaml", tmp_path / "c.yml"
+    text, listed, keyed, json_list = (tmp_path / name for name in ("a.txt", "b.yaml", "c.yml", "d.json"))
     text.write_text("a red fox\n\n  two owls \r\na red fox\n", encoding="utf-8-sig")
     listed.write_text("- a red fox\n- 'two owls: asleep'\n")
     keyed.write_text("prompts:\n  - a red fox\n")
+    json_list.write_text(json.dumps(["a red fox", "two owls \N{OWL}"], indent=1))
     assert arguments.prompts([], text) == ("a red fox", "two owls")
     assert arguments.prompts(["first"], listed) == ("first", "a red fox", "two owls: asleep")
     assert arguments.prompts([], keyed) == ("a red fox",)
+    assert arguments.prompts([], json_list) == ("a red fox", "two owls \N{OWL}")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +413,7 @@ def test_prompt_files(tmp_path: Path) -> None:
         ("empty.yaml", b"", "holds no prompt"),
         ("numbers.yaml", b"[1, 2]", "must hold a list of prompts"),
         ("broken.yaml", b"prompts: [", "is not YAML"),
+        ("broken.json", b"[", "is not JSON"),
         ("object.yaml", b"!!python/object/apply:os.getcwd []", "is not YAML"),
         ("binary.txt", b"\xff\xfe\x00", "not a text file in UTF-8"),
     ],
@@ -355,7 +435,7 @@ def test_every_scheduler_name_fits_its_kind_of_model() -> None:
             made[name] = scheduler_like(present, name)
         except ValueError as error:
             assert "does not fit" in str(error)
-    assert set(SCHEDULERS) - set(made) == {"edm", "flow-euler", "flow-euler-sde"}
+    assert set(SCHEDULERS) - set(made) == {"edm", "flow-euler", "flow-sde", "flow-euler-sde"}
     for name, scheduler in made.items():
         assert type(scheduler).__name__ == SCHEDULERS[name][0]
         assert scheduler.config.beta_schedule == present.config.beta_schedule
@@ -363,6 +443,8 @@ def test_every_scheduler_name_fits_its_kind_of_model() -> None:
     stochastic = scheduler_like(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow-euler-sde")
     assert stochastic.config.stochastic_sampling
     assert stochastic.config.shift == 3.0
+    ours = scheduler_like(stochastic, "flow-sde")
+    assert type(ours).__name__ == "FlowMatchSDEScheduler" and ours.config.shift == 3.0 and ours.config.eta == 1.0
 
 
 # -- contact sheets ----------------------------------------------------------------------------------------------------
@@ -420,8 +502,10 @@ def test_anchors_of_the_digits_go_by_their_beta() -> None:
     assert anchor_source(f"digits:{digits.BETAS[0]:g}") == digits.anchor_path(digits.BETAS[0])
     assert known_beta("digits:lora") == digits.LORA_BETA
     assert known_beta("somebody/something") is None
-    with pytest.raises(ValueError, match="the digits have the anchors"):
-        anchor_source("digits:7")
+    for unknown in ("digits:7", "digits:abc"):
+        for asked in (anchor_source, known_beta):
+            with pytest.raises(ValueError, match="the digits have the anchors"):
+                asked(unknown)
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

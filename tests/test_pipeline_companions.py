@@ -4,14 +4,32 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig, StableDiffusionPAGPipeline
+from diffusers import (
+    AnimateDiffPipeline,
+    DiffusionPipeline,
+    FirstBlockCacheConfig,
+    MotionAdapter,
+    StableDiffusionPAGPipeline,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deradiff import realign
 from oracle import lock_step
-from tiny import Counter, assert_close, denoiser, denoiser_name, distance, make, sample, trio, with_denoiser
+from tiny import (
+    SIZE,
+    Counter,
+    assert_close,
+    denoiser,
+    denoiser_name,
+    distance,
+    make,
+    sample,
+    seeded,
+    trio,
+    with_denoiser,
+)
 from tiny_parts import load_ip_adapter, noise
 
 BEFORE_AND_AFTER = pytest.mark.parametrize("order", ["before", "after"])
@@ -123,17 +141,36 @@ def test_two_styles_with_weights():
     agrees(pipe, dial, own, call)
 
 
-def test_a_style_lora_fused_into_the_reference_alone_is_refused():
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_style_lora_fused_into_the_reference_alone_is_refused(kind, lora_anchor):
     pipe, anchor, call, own = trio()
+    style = lora_weights(pipe)
+    if kind == "lora":
+        anchor, weights = lora_anchor(pipe)
+        own[1] = fused(make("sd")[0], weights)
     with realign(pipe, anchor, 0.37):
-        pipe.load_lora_weights(lora_weights(pipe), adapter_name="style")
-        pipe.fuse_lora()
-        with pytest.raises(RuntimeError, match=r"fused into the reference.*unfuse_lora"):
-            sample(pipe, call)
-        pipe.unfuse_lora()
+        pipe.load_lora_weights(dict(style), adapter_name="style")
+        with pytest.raises(RuntimeError, match=r"cannot be fused into a realigned denoiser.*keep it loaded"):
+            pipe.fuse_lora()
         for each in own:
-            each.load_lora_weights(lora_weights(each), adapter_name="style")
-        assert_close(sample(pipe, call), lock_step(own, call, 0.37))
+            each.load_lora_weights(dict(style), adapter_name="style")
+        assert_close(sample(pipe, call), lock_step(own, call, 0.37), tolerance=3e-5)
+    pipe.fuse_lora()
+    assert_close(sample(pipe, call), sample(own[0], call))
+    if kind == "full":
+        with realign(pipe, anchor, 0.37), pytest.raises(RuntimeError, match=r"fused into the reference.*unfuse_lora"):
+            sample(pipe, call)
+
+
+def test_a_style_replaced_by_another_of_the_same_name():
+    pipe, anchor, call, own = trio()
+    styles = [lora_weights(pipe, seed=seed) for seed in (50, 90)]
+    dial = realign(pipe, anchor, 0.37)
+    for style in styles:
+        for each in (pipe, *own):
+            each.unload_lora_weights()
+            each.load_lora_weights(dict(style), adapter_name="style")
+        agrees(pipe, dial, own, call)
 
 
 # --- LoRA anchors -----------------------------------------------------------------------------------------------------
@@ -191,6 +228,66 @@ def test_a_lora_anchor_beside_a_style_lora(order, lora_anchor):
     assert_close(sample(pipe, call), sample(own[0], call))
 
 
+def test_a_lora_anchor_does_not_become_active_when_the_last_style_is_deleted(lora_anchor):
+    """PEFT activates a remaining adapter then, and the only one is the anchor's."""
+    pipe, _, call = make("sd")
+    path, weights = lora_anchor(pipe)
+    own = [make("sd")[0], fused(make("sd")[0], weights)]
+    dial = realign(pipe, path, 0.0)
+    pipe.load_lora_weights(lora_weights(own[0], seed=70), adapter_name="style")
+    pipe.delete_adapters("style")
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+    assert pipe.get_active_adapters() == []
+    agrees(pipe, dial, own, call, tolerance=3e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0])
+def test_the_lora_scale_of_a_call_is_for_styles_and_leaves_a_lora_anchor(scale, lora_anchor):
+    pipe, _, call = make("sd")
+    path, weights = lora_anchor(pipe)
+    own = [make("sd")[0], fused(make("sd")[0], weights)]
+    dial = realign(pipe, path, 0.37)
+    call["cross_attention_kwargs"] = {"scale": scale}
+    agrees(pipe, dial, own, call, tolerance=3e-5)
+    style = lora_weights(own[0], seed=70)
+    pipe.load_lora_weights(dict(style), adapter_name="style")
+    scaled = [fused(each, style, scale) for each in own]
+    agrees(pipe, dial, scaled, call, tolerance=3e-5)
+
+
+def test_projections_fused_past_a_lora_anchor_are_refused(lora_anchor):
+    pipe, _, call = make("sd")
+    path, weights = lora_anchor(pipe)
+    dial = realign(pipe, path, 1.0)
+    with pytest.raises(RuntimeError, match=r"fused projections would pass the LoRA anchor.*by"):
+        pipe.fuse_qkv_projections(vae=False)
+    assert_close(sample(pipe, call), sample(fused(make("sd")[0], weights), call), tolerance=3e-5)
+    dial.remove()
+    pipe.fuse_qkv_projections(vae=False)
+    assert_close(sample(pipe, call), sample(make("sd")[0], call))
+
+
+def test_a_model_that_folds_frames_into_its_batch_takes_two_passes(lora_anchor):
+    parts = {name: part for name, part in make("sd")[0].components.items() if name != "safety_checker"}
+    config = parts["unet"].config
+    with seeded(3):
+        motion = MotionAdapter(
+            block_out_channels=tuple(config.block_out_channels),
+            motion_layers_per_block=config.layers_per_block,
+            motion_norm_num_groups=config.norm_num_groups,
+            motion_num_attention_heads=2,
+        )
+        pipe = AnimateDiffPipeline(**{name: part for name, part in parts.items() if part}, motion_adapter=motion)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a red fox", "num_frames": 3, "num_inference_steps": 2, "output_type": "latent", **SIZE}
+
+    def frames(batched: bool) -> Tensor:
+        with realign(pipe, lora_anchor(pipe)[0], 0.5, batched=batched):
+            return pipe(**call, generator=torch.Generator().manual_seed(0)).frames
+
+    assert torch.equal(frames(True), frames(False))
+
+
 def test_a_lora_and_a_full_model_as_anchors(lora_anchor):
     pipe, anchor, call, own = trio()
     path, weights = lora_anchor(pipe)
@@ -228,6 +325,33 @@ def test_weight_interpolation_is_one_model_with_interpolated_weights(kind):
     dial.remove()
     assert torch.equal(sample(pipe, call), plain)
     assert torch.equal(sample(with_denoiser(kind, anchor), call), aligned)
+
+
+def test_interpolated_weights_follow_a_style_and_weights_loaded_between_two_calls():
+    pipe, anchor, call, own = trio()
+    between = make("sd")[0]
+
+    def agree() -> None:
+        with torch.no_grad():
+            names = dict(own[0].unet.named_parameters()), dict(own[1].unet.named_parameters())
+            for name, weight in between.unet.named_parameters():
+                if "lora_" not in name:
+                    weight.copy_((names[0][name] + names[1][name]) / 2)
+        assert_close(sample(pipe, call), sample(between, call), tolerance=3e-5)
+
+    with realign(pipe, anchor, 0.5, method="weights"):
+        agree()
+        everyone = pipe, *own, between
+        for each in everyone:
+            each.load_lora_weights(lora_weights(each), adapter_name="style")
+        agree()
+        for each in everyone:
+            each.unload_lora_weights()
+        agree()
+        other = make("sd", seed=7)[0].unet.state_dict()
+        pipe.unet.load_state_dict(other)
+        own[0].unet.load_state_dict(other)
+        agree()
 
 
 def test_lora_scaling_is_one_pass_at_that_scale(lora_anchor):

@@ -3,13 +3,14 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
 
-from deradiff import realign
+from deradiff import lam_for_beta, realign
 from deradiff.schedules import Power, Step
 from oracle import lock_step
 from tiny import Counter, anchor_of, assert_close, denoiser, distance, make, sample, trio, with_denoiser
@@ -213,6 +214,33 @@ def test_a_list_may_hold_schedules():
         assert_close(sample(pipe, call), lock_step(own, call, lambda i: torch.tensor([0.3, (i / 4) ** 2])))
 
 
+def test_lam_for_beta_is_a_quotient_of_any_positive_numbers():
+    assert lam_for_beta(np.float32(5), 10) == 0.5
+    for bad in (0, -1.0, float("nan"), float("inf"), 10**400):
+        for pair in ((bad, 1.0), (1.0, bad)):
+            with pytest.raises(ValueError, match="_beta"):
+                lam_for_beta(*pair)
+    with pytest.raises(ValueError, match="must be finite"):
+        lam_for_beta(1e308, 1e-308)
+
+
+def test_lambda_is_changed_by_setting_it_and_not_in_place():
+    pipe, anchor, _ = make("sd")
+    given, tensor = [0.1, 0.2], torch.tensor([0.25, 0.5])
+    with realign(pipe, anchor, given) as dial:
+        given[0] = 0.9
+        assert dial.lam == (0.1, 0.2)
+        places: list[tuple[Any, Any]] = [([0.25, 0.5], 0), (tensor, 0), ({"anchor": [0.25, 0.5]}, "anchor")]
+        for lam, place in places:
+            dial.lam = lam
+            kept: Any = dial.lam
+            with pytest.raises(TypeError, match="does not support item assignment"):
+                kept[place] = 1.0
+        dial.lam = tensor
+        tensor[0] = 9
+        assert dial.lam == (0.25, 0.5)
+
+
 def test_two_anchors_with_a_lambda_each():
     pipe, first, call, own = trio()
     second = anchor_of(pipe, seed=2)
@@ -274,6 +302,9 @@ def test_a_list_of_the_wrong_length_names_both_lengths():
     with realign(pipe, anchor, [0.1, 0.2, 0.3]) as dial:
         with pytest.raises(ValueError, match=r"(?s)3.*2"):
             sample(pipe, call)
+        dial.lam = [0.5]
+        with pytest.raises(ValueError, match=r"λ is given for 1 images, but the batch holds 2"):
+            sample(pipe, call)
         dial.lam = 0.37
         assert_close(sample(pipe, call), lock_step(own, call, 0.37))
 
@@ -320,6 +351,47 @@ def test_a_deep_copy_is_refused():
     assert torch.equal(sample(copy.deepcopy(pipe), call), sample(own[0], call))
 
 
+def test_a_pipeline_with_a_second_denoiser_is_refused():
+    pipe, anchor, _ = make("sd3")
+    pipe.transformer_2 = anchor
+    with pytest.raises(ValueError, match=r"second denoiser, transformer_2"):
+        realign(pipe, anchor)
+    pipe.transformer_2 = None
+    realign(pipe, anchor).remove()
+
+
+def test_a_denoiser_that_is_not_told_the_timestep_is_refused_before_anything_is_changed(monkeypatch):
+    pipe, anchor, call, own = trio()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.unet), "forward", lambda self, sample, t: None)
+        with pytest.raises(ValueError, match=r"UNet2DConditionModel cannot be realigned: .*sample, t, but no timestep"):
+            realign(pipe, anchor)
+        patch.setattr(type(pipe.unet), "forward", lambda self, sample, timesteps: None)
+        realign(pipe, anchor).remove()
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+
+
+def test_another_pipelines_reference_is_no_anchor():
+    pipe, anchor, call, own = trio()
+    with realign(pipe, anchor, 0.37):
+        with pytest.raises(ValueError, match=r"reference of another realigned pipeline.*dial\.remove\(\)"):
+            realign(make("sd", seed=5)[0], pipe.unet)
+        assert_close(sample(pipe, call), lock_step(own, call, 0.37))
+
+
+def test_a_denoiser_replaced_while_realigned_is_noticed():
+    pipe, anchor, call, own = trio()
+    reference, other = pipe.unet, make("sd", seed=5)[0]
+    with realign(pipe, anchor, 0.37) as dial:
+        pipe.unet = other.unet
+        with pytest.raises(RuntimeError, match=r"pipe\.unet is not the UNet2DConditionModel that this dial realigned"):
+            sample(pipe, call)
+        with pytest.raises(RuntimeError, match=r"pipe\.unet is not"):
+            dial.attach(other)
+        pipe.unet = reference
+        assert_close(sample(pipe, call), lock_step(own, call, 0.37))
+
+
 def test_a_pipeline_without_a_denoiser_is_refused():
     _, anchor, _ = make("sd")
     pipe, _, _ = make("sd")
@@ -348,6 +420,10 @@ def test_removing_is_final_and_may_be_repeated():
     dial = realign(pipe, anchor, 1.0)
     dial.remove()
     dial.remove()
+    for turn in (lambda: dial.attach(pipe), lambda: setattr(dial, "lam", 0.7)):
+        with pytest.raises(RuntimeError, match="this dial was removed"):
+            turn()
+    assert dial.path == "prediction" and dial.why and dial.lam == 1.0
     assert torch.equal(sample(pipe, call), sample(own[0], call))
     with pytest.raises(KeyError), realign(pipe, anchor, 1.0):
         raise KeyError

@@ -1,10 +1,14 @@
 """Where a realigned pipeline lives: precision, offloading, other pipelines, folders, compilation."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import (
     AutoPipelineForImage2Image,
+    DDIMScheduler,
     DDPMScheduler,
     EulerAncestralDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -12,8 +16,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from torch._subclasses import FakeTensorMode
 
 from deradiff import realign
+from deradiff.mixing import per_element
 from oracle import ddpm, lock_step
 from tiny import assert_close, denoiser, make, sample, trio
 
@@ -62,6 +68,15 @@ def test_precision_of_posteriors_is_double():
     with realign(pipe, anchor, 0.37) as dial:
         assert dial.path == "posterior"
         assert_close(sample(pipe, call), lock_step(own, call, 0.37, ddpm), tolerance=5e-2)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("mps", torch.float32), ("cuda", torch.float64), ("cpu", torch.float64)])
+def test_weights_are_double_where_a_device_has_that(device, dtype):
+    """Apple's GPUs have no float64, and moving a tensor of it there fails."""
+    with FakeTensorMode():
+        weights, predictions = torch.ones(2, 3, dtype=torch.float64), torch.empty(2, 3, 4, 8, 8, device=device)
+        placed = per_element(weights, predictions)
+        assert (placed.device.type, placed.dtype, placed.shape) == (device, dtype, (2, 3, 1, 1, 1))
 
 
 GROUPS = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
@@ -118,6 +133,42 @@ def test_a_scheduler_replaced_afterwards():
     assert type(pipe.scheduler) is EulerAncestralDiscreteScheduler
     fresh = type(pipe.scheduler).from_config(pipe.scheduler.config)
     assert type(fresh) is EulerAncestralDiscreteScheduler
+
+
+COPIES = {
+    "from_config": lambda scheduler: type(scheduler).from_config(scheduler.config),
+    "constructor": lambda scheduler: type(scheduler)(clip_sample=False),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda scheduler: pickle.loads(pickle.dumps(scheduler)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_of_a_realigned_scheduler_are_of_its_own_class(way):
+    pipe, anchor, call, own = trio()
+    dial = realign(pipe, anchor, 0.37)
+    twin = COPIES[way](pipe.scheduler)
+    assert type(twin) is DDIMScheduler and twin.config.clip_sample is False
+    if way != "constructor":
+        assert twin.config == pipe.scheduler.config
+    pipe.scheduler = twin if way != "constructor" else copy.deepcopy(own[0].scheduler)
+    assert_close(sample(pipe, call), lock_step(own, call, 0.37))
+    dial.remove()
+    assert type(pipe.scheduler) is DDIMScheduler
+    assert torch.equal(sample(pipe, call), sample(own[0], call))
+    realign(pipe, anchor, 0.37).remove()
+
+
+def test_a_scheduler_of_another_realigned_pipeline_is_refused_with_a_remedy_that_works():
+    pipe, anchor, call, own = trio()
+    other = make("sd")[0]
+    with realign(pipe, anchor, 0.37):
+        other.scheduler = pipe.scheduler
+        with pytest.raises(RuntimeError, match=r"type\(pipe\.scheduler\)\.from_config"):
+            realign(other, make("sd")[1])
+        other.scheduler = type(other.scheduler).from_config(other.scheduler.config)
+        with realign(other, make("sd")[1], 0.5):
+            assert_close(sample(pipe, call), lock_step(own, call, 0.37))
 
 
 def test_a_flow_scheduler_replaced_twice():

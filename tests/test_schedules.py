@@ -205,8 +205,10 @@ def test_constant_or_not():
 
 
 def test_what_the_user_gave_can_be_read_back():
-    for lam in (0.5, [0.1, 0.2], Power(2), {"a": 1.0}):
-        assert isinstance(parse_lam(lam, ["a"]), Lams) and parse_lam(lam, ["a"]).raw is lam
+    for lam in (0.5, (0.1, 0.2), Power(2), {"a": 1.0}, {"a": (0.1, Power(2))}):
+        assert isinstance(parse_lam(lam, ["a"]), Lams) and parse_lam(lam, ["a"]).raw == lam
+    for given in ([0.25, 0.5], np.array([0.25, 0.5]), torch.tensor([0.25, 0.5])):
+        assert parse_lam(given, ["a"]).raw == (0.25, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,7 @@ def test_what_the_user_gave_can_be_read_back():
     [
         (math.nan, "λ must be finite, got nan"),
         (math.inf, "λ must be finite, got inf"),
+        pytest.param(10**400, "λ must be finite, got inf", id="too large for a float"),
         (-math.inf, "λ must be finite"),
         ("0.5", "λ must be a number, got '0.5' of type str"),
         (None, "λ must be a number, got None"),

@@ -24,6 +24,7 @@ from deradiff.weights import (
     verdict,
 )
 from deradiff.worlds.gaussian_mixture import SCHEDULE, World, crossing, prediction_of, random_world
+from tiny import make
 
 STEPS = 100
 SAMPLES = 4000
@@ -208,6 +209,13 @@ def test_guidance_annealing_img2img_and_renoising_have_no_exact_target_and_say_s
         for t in pipe.scheduler.timesteps[5:]:  # as img2img does
             x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
     assert dial.weights.obstacles == {"partial"}
+
+
+def test_guidance_that_was_distilled_into_a_model_counts_as_guidance():
+    pipe, anchor, call = make("flux")
+    with realign(pipe, anchor, 0.5) as dial:
+        pipe(**call | {"true_cfg_scale": 1.0})
+    assert pipe.transformer.config.guidance_embeds and "guidance" in dial.weights.obstacles
 
 
 def test_interpolated_weights_and_runs_not_begun_have_no_weights():

@@ -8,7 +8,7 @@ classifier-free guidance, rescaling per sample, dropping learned variances) then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from deradiff.anchors import Anchor
-from deradiff.anchors.adapters import adapter_layers
+from deradiff.anchors.adapters import adapter_layers, same_objects
 from deradiff.mirroring import Mirror, UnmirroredState
 
 _UNBATCHED = ("img_ids", "txt_ids")  # position tables of Flux: their first axis is the sequence, not the batch
+_TIMESTEP = ("timestep", "timesteps")
+_ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class Denoisers:
@@ -30,7 +32,10 @@ class Denoisers:
 
     Models with full weights are evaluated one after the other. LoRA anchors share the reference's weights: they and the
     reference go through one forward pass of a repeated batch, each row with its own adapter (PEFT's mixed batches), or
-    through one pass per model where `batched` is false or PEFT cannot (DoRA, LoKr, LoHa; a style LoRA active beside).
+    through one pass per model where `batched` is false or PEFT cannot (DoRA, LoKr, LoHa; a style LoRA active beside; a
+    model that changes the batch inside, as AnimateDiff's does).
+
+    Raises `ValueError` for a reference that is not told the timestep by one of its usual names.
     """
 
     def __init__(self, reference: Any, anchors: Sequence[Anchor], batched: bool = True):
@@ -39,10 +44,13 @@ class Denoisers:
         # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
         self._reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
+        self._timestep = _timestep_argument(type(reference), self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
         self._row_adapters: list[str] | None = None
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
+        self._configs: list[Any] = []
+        self._layers: list[Any] = []
         self._handles = [
             layer.register_forward_pre_hook(self._name_row_adapters, with_kwargs=True)
             for _, layer in adapter_layers(reference)
@@ -50,7 +58,8 @@ class Denoisers:
         ]
 
     def begin(self) -> None:
-        """A run begins."""
+        """A run begins. Weights may have been loaded since the last one."""
+        self.forget_blend()
         for mirror in self._mirrors.values():
             mirror.begin()
 
@@ -64,8 +73,8 @@ class Denoisers:
             anchor.unload(self.reference)
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The argument `name` of a call to the denoiser; "input" is its first one, the noisy latents."""
-        position = 0 if name == "input" else self._parameters.index(name)
+        """The argument of a call to the denoiser: "input", its first one, the noisy latents, or "timestep"."""
+        position = 0 if name == "input" else self._parameters.index(self._timestep)
         return args[position] if position < len(args) else kwargs[self._parameters[position]]
 
     def predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -87,7 +96,12 @@ class Denoisers:
     def _predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs):
-            return self._predict_batched(models, args, kwargs)
+            try:
+                return self._predict_batched(models, args, kwargs)
+            except ValueError as error:
+                if "adapter_names" not in str(error):
+                    raise
+                self.batched = False
         outputs = [self._predict_one(model, args, kwargs) for model in models]
         for model, output in zip(models, outputs, strict=True):
             _require_finite(_tensor(output), self.names[model])
@@ -102,7 +116,7 @@ class Denoisers:
         """
         self._make_ready()
         anchors = {self.anchors[k - 1]: weight for k, weight in weights.items() if k}
-        with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}):
+        with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
                 carrier, blend = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
                 output = torch.func.functional_call(carrier, blend, args, kwargs)
@@ -155,12 +169,15 @@ class Denoisers:
         if anchor.module is not None:
             self._mirrors[anchor.name].sync()
             return anchor.module(*args, **kwargs)
-        with self._adapters_at({anchor.adapter: 1.0}):
+        with self._adapters_at({anchor.adapter: 1.0}, kwargs) as kwargs:
             return self._reference_call(*args, **kwargs)
 
     @torch.compiler.disable
     def _make_ready(self) -> None:
         """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run.
+
+        And have no anchor's adapter active in the reference: PEFT activates one when `delete_adapters` deletes the last
+        active style.
 
         Raises `UnmirroredState` for what cannot serve two models: sequential offload, a device_map, a step cache.
         """
@@ -169,6 +186,11 @@ class Denoisers:
                 "a step cache is enabled on the denoiser (enable_cache): it would hand one model what it remembers of "
                 "another. Call pipe.transformer.disable_cache() to realign"
             )
+        self._find_adapters()
+        ours = {anchor.adapter for anchor in self.anchors if anchor.adapter}
+        for layer in self._layers if ours else ():
+            if not ours.isdisjoint(layer.active_adapters):
+                layer.set_adapter([name for name in layer.active_adapters if name not in ours])
         hook = getattr(self.reference, "_hf_hook", None)
         if hook is None:
             return
@@ -180,29 +202,40 @@ class Denoisers:
             )
         hook.pre_forward(self.reference)
 
+    def _find_adapters(self) -> None:
+        """Look for the layers with adapters around them anew where a LoRA came or went."""
+        configs = list(getattr(self.reference, "peft_config", {}).values())
+        if not same_objects(configs, self._configs):
+            self._configs, self._layers = configs, [layer for _, layer in adapter_layers(self.reference)]
+            self.forget_blend()
+
     @contextmanager
-    def _adapters_at(self, scales: Mapping[str | None, float]) -> Iterator[None]:
-        """Activate anchors' adapters, scaled, beside whatever style adapters are active."""
+    def _adapters_at(self, scales: Mapping[str | None, float], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Activate anchors' adapters, scaled, beside whatever style adapters are active; yields the call's `kwargs`.
+
+        The LoRA scale that a pipeline hands over is for the styles. diffusers would scale all active adapters by it,
+        and an anchor at another scale is another model: it is taken out of `kwargs` and given to the styles here.
+        """
         if not scales:
-            yield
+            yield kwargs
             return
         if lost := [name for name in scales if name not in getattr(self.reference, "peft_config", {})]:
             raise UnmirroredState(
                 f"the anchor's LoRA {lost[0]!r} is gone from the denoiser: unload_lora_weights() removes every LoRA, "
                 'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
             )
-        layers = [layer for _, layer in adapter_layers(self.reference)]
-        found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in layers]
+        kwargs, style_scale = _without_scale(kwargs)
+        found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
         try:
-            for layer in layers:
+            for layer in self._layers:
                 styles = [] if layer._disable_adapters else layer.active_adapters
                 layer._active_adapter, layer._disable_adapters = [*styles, *scales], False
-                for name in scales:
+                for name, scale in (*((style, style_scale) for style in styles), *scales.items()):
                     if name in layer.scaling:
-                        layer.scaling[name] *= scales[name]
-            yield
+                        layer.scaling[name] *= scale
+            yield kwargs
         finally:
-            for layer, (active, disabled, scaling) in zip(layers, found, strict=True):
+            for layer, (active, disabled, scaling) in zip(self._layers, found, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
                 layer.scaling.update(scaling)
 
@@ -210,13 +243,11 @@ class Denoisers:
     def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
         if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
             return False
-        extra = [
-            kwargs.get(key) or {} for key in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
-        ]
-        if any(set(entry) - {"scale"} for entry in extra):
+        if any(set(kwargs.get(key) or {}) - {"scale"} for key in _ATTENTION_KWARGS):
             return False  # e.g. masks of an IP-Adapter, whose axes only their processor knows
-        layers = [layer for _, layer in adapter_layers(self.reference)]
-        return all(self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in layers)
+        return all(
+            self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in self._layers
+        )
 
     def _mixes_batches(self, layer: Any) -> bool:
         names = [anchor.adapter for anchor in self.anchors if anchor.adapter]
@@ -230,7 +261,7 @@ class Denoisers:
         args = _repeated(args, rows, copies)
         kwargs = {key: value if key in _UNBATCHED else _repeated(value, rows, copies) for key, value in kwargs.items()}
         self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
-        with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}):
+        with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}, kwargs) as kwargs:
             try:
                 output = self._reference_call(*args, **kwargs)
             finally:
@@ -240,6 +271,24 @@ class Denoisers:
             for k, model in enumerate(models):
                 _require_finite(predictions[k::copies], self.names[model])
         return output
+
+
+def _timestep_argument(model: type, parameters: Collection[str]) -> str:
+    for name in _TIMESTEP:
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"{model.__name__} cannot be realigned: its forward takes {', '.join(parameters)}, but no timestep, by which a "
+        "step of the mixture knows where in the run it is"
+    )
+
+
+def _without_scale(kwargs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """A call's arguments without the LoRA scale among them, and that scale."""
+    for key in _ATTENTION_KWARGS:
+        if "scale" in (extra := kwargs.get(key) or {}):
+            return {**kwargs, key: {name: extra[name] for name in extra if name != "scale"}}, extra["scale"]
+    return kwargs, 1.0
 
 
 class NonFinitePrediction(FloatingPointError):

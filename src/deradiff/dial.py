@@ -4,14 +4,12 @@ Where calls are intercepted, and why there:
 
 - The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
   `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
-- The scheduler by a subclass of its own class, given to that one instance: a deep copy or a replaced scheduler is no
-  trap, since `step` finds its own `self`, and a scheduler that the pipeline gets later is adopted at its first use.
+- The scheduler by a subclass of its own class, given to that one instance (`adoption`); a scheduler that the pipeline
+  gets later is adopted at its first use.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff import posteriors
+from deradiff.adoption import DIAL, adopt, release, scheduler_owner
 from deradiff.anchors import denoiser_of
+from deradiff.anchors.checks import unwrapped
 from deradiff.clocks import first
 from deradiff.denoisers import Denoisers, NonFinitePrediction
 from deradiff.ledger import Ledger, RunWeights
@@ -36,6 +36,25 @@ Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
 Method = Literal["mixture", "weights"]
 Where = Literal["auto", "prediction", "posterior"]
 
+_INTERCEPTED = (
+    "_call_impl",
+    "_compiled_call_impl",
+    "_apply",
+    "save_pretrained",
+    "load_lora_adapter",
+    "fuse_lora",
+    "fuse_qkv_projections",
+)
+"""Attributes of the denoiser's instance, in front of its class's own, while it is realigned."""
+
+
+_DISTILLED = ("guidance", "timestep_cond")
+"""What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
+
+
+class DialError(RuntimeError):
+    """A realigned pipeline, or its dial, is used in a way that cannot be served; the message says what to do."""
+
 
 @dataclass(frozen=True)
 class _Evaluation:
@@ -45,8 +64,12 @@ class _Evaluation:
     models: tuple[int, ...]
     weights: Float[Tensor, "model #batch"]
     lams: Float[Tensor, "anchor #batch"]
+    images: int | None
+    """How many images the λ are for, None where every image has the same."""
     rows: int
     """How many rows the pipeline has asked for: as many as images, or more where it guides."""
+    distilled: bool
+    """Whether the model was told a guidance scale, as models are that guidance was distilled into."""
 
 
 class Dial:
@@ -74,7 +97,7 @@ class Dial:
         self._reference, self._denoisers = reference, denoisers
         self._pending: _Evaluation | None = None
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
-        self._schedulers: list[tuple[SchedulerMixin, type]] = []
+        self._schedulers: list[SchedulerMixin] = []
         self._removed = False
         self._intercept()
         self.attach(pipe)
@@ -85,11 +108,15 @@ class Dial:
 
     @property
     def lam(self) -> Any:
-        """λ as it was set; see `realign`. Setting a bad value raises `ValueError` and leaves the old one in force."""
+        """λ as it was set; see `realign`. Setting a bad value raises `ValueError` and leaves the old one in force.
+
+        What is read cannot be changed in place: lists and tensors come back as tuples. To change one λ, set them all.
+        """
         return self._lams.raw
 
     @lam.setter
     def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
+        self._require_in_force()
         lams = parse_lam(lam, self.anchors)
         require_one_lam(lams, self.method)
         self._lams, self._weights = lams, None
@@ -145,22 +172,39 @@ class Dial:
         return space_of(self._current_scheduler(), self._path)[1]
 
     def attach(self, pipe: DiffusionPipeline) -> None:
-        """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own."""
-        self._pipes.append(weakref.ref(pipe))
+        """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own.
+
+        Raises `DialError` for a pipeline around another denoiser, and where the dial was removed.
+        """
+        self._require_in_force()
+        self._require_reference(pipe)
         self._adopt(pipe.scheduler)
+        self._pipes.append(weakref.ref(pipe))
 
     def remove(self) -> None:
         """Give the pipeline back as it was. Calling it again does nothing."""
         if self._removed:
             return
         self._removed = True
-        for name in (_DIAL, *_INTERCEPTED):
+        for name in (DIAL, *_INTERCEPTED):
             self._reference.__dict__.pop(name, None)
         if self._compiled_call is not None:
             self._reference._compiled_call_impl = self._compiled_call
-        for scheduler, own_class in self._schedulers:
-            scheduler.__class__ = own_class
+        for scheduler in self._schedulers:
+            release(scheduler)
         self._denoisers.undo()
+
+    def _require_in_force(self) -> None:
+        if self._removed:
+            raise DialError("this dial was removed, and its pipeline is realigned no more: call realign() again")
+
+    def _require_reference(self, pipe: DiffusionPipeline) -> None:
+        name, denoiser = denoiser_of(pipe)
+        if unwrapped(denoiser) is not self._reference:
+            raise DialError(
+                f"pipe.{name} is not the {type(self._reference).__name__} that this dial realigned, so the pipeline "
+                f"would run without its anchors: put the realigned one back, or call dial.remove() and realign anew"
+            )
 
     def __enter__(self) -> Dial:
         return self
@@ -183,17 +227,21 @@ class Dial:
         reference = self._reference
         self._compiled_call = reference._compiled_call_impl
         call = torch.compiler.disable(self._call, recursive=False)
-        reference.__dict__.update({_DIAL: self, "_call_impl": call, "_apply": self._apply})
+        reference.__dict__.update({DIAL: self, "_call_impl": call, "_apply": self._apply})
+        reference.__dict__["fuse_lora"] = self._refuse_fusing
         if any(anchor.adapter for anchor in self._denoisers.anchors):
             reference.__dict__["save_pretrained"] = self._refuse_saving
             reference.__dict__["load_lora_adapter"] = self._load_style
+            reference.__dict__["fuse_qkv_projections"] = self._refuse_fusing_projections
         if self._compiled_call is not None:
             reference._compiled_call_impl = call
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Answers for the reference whenever a pipeline calls its denoiser."""
         timestep = self._denoisers.argument("timestep", args, kwargs)
-        evaluation = self._evaluation(timestep, len(self._denoisers.argument("input", args, kwargs)))
+        distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
+        rows = len(self._denoisers.argument("input", args, kwargs))
+        evaluation = self._evaluation(timestep, rows, distilled)
         try:
             if self.method == "weights" and len(evaluation.models) > 1:
                 weights = {k: float(w[0]) for k, w in zip(evaluation.models, evaluation.weights, strict=True)}
@@ -208,14 +256,14 @@ class Dial:
             ) from None
 
     @torch.compiler.disable
-    def _evaluation(self, timestep: Any, rows: int) -> _Evaluation:
+    def _evaluation(self, timestep: Any, rows: int, distilled: bool) -> _Evaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
         progress = posteriors.progress(self._current_scheduler(), timestep)
         if (pending := self._pending) is not None:
             if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
                 return replace(pending, rows=pending.rows + rows)
             if len(pending.models) > 1:
-                raise RuntimeError(
+                raise DialError(
                     "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
                     "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
                 )
@@ -224,7 +272,8 @@ class Dial:
             self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
         weights = self._weights
         models = tuple(k for k in range(len(weights)) if weights[k].any())
-        return _Evaluation(progress, models, weights[list(models)], weights[1:], rows)
+        chosen = weights[list(models)]
+        return _Evaluation(progress, models, chosen, weights[1:], self._lams.images, rows, distilled)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
@@ -240,8 +289,18 @@ class Dial:
         return self._denoisers.load_style(*args, **kwargs)
 
     def _refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(
-            "this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first"
+        raise DialError("this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first")
+
+    def _refuse_fusing(self, *_: Any, **__: Any) -> NoReturn:
+        raise DialError(
+            "a LoRA cannot be fused into a realigned denoiser, for the anchors would go without it: keep it loaded "
+            "instead, it then acts on every model. Fused before realign(), it is part of the reference alone"
+        )
+
+    def _refuse_fusing_projections(self, *_: Any, **__: Any) -> NoReturn:
+        raise DialError(
+            "fused projections would pass the LoRA anchor of this denoiser by: leave them as they are, or call "
+            "dial.remove() first"
         )
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
@@ -249,21 +308,24 @@ class Dial:
     def _current_scheduler(self) -> SchedulerMixin:
         """The scheduler of the present run; one that a pipeline was given meanwhile is adopted first."""
         for pipe in filter(None, (ref() for ref in self._pipes)):
-            self._adopt(pipe.scheduler)
+            if not self._removed:
+                self._adopt(pipe.scheduler)
         return self._scheduler
 
     def _adopt(self, scheduler: SchedulerMixin) -> None:
         if (owner := scheduler_owner(scheduler)) is not None:
             if owner is not self:
-                raise RuntimeError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
+                raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
             return
-        own_class = type(scheduler)
-        self._schedulers.append((scheduler, own_class))
+        self._schedulers.append(scheduler)
         self._scheduler, self._pending = scheduler, None
-        scheduler.__class__ = _realigned_class(own_class, self)
+        adopt(scheduler, self)
 
     def _begin(self, scheduler: SchedulerMixin) -> None:
         """A run begins (`set_timesteps`): whatever an interrupted one left behind is void."""
+        for pipe in filter(None, (ref() for ref in self._pipes)):
+            if pipe.scheduler is scheduler:
+                self._require_reference(pipe)
         self._scheduler, self._pending = scheduler, None
         self._denoisers.begin()
         self._ledger.begin()
@@ -276,12 +338,15 @@ class Dial:
         output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
         predictions = output.unflatten(0, (-1, len(evaluation.models))).movedim(1, 0)
         if predictions.shape[1] != len(sample):
-            raise RuntimeError(
+            raise DialError(
                 f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
                 "pipeline rearranges its batch in a way that realignment cannot follow"
             )
-        if evaluation.weights.shape[1] not in (1, len(sample)):
-            raise _wrong_length(evaluation.weights.shape[1], len(sample))
+        if evaluation.images not in (None, len(sample)):
+            raise ValueError(
+                f"λ is given for {evaluation.images} images, but the batch holds {len(sample)}: give one λ, or one per "
+                "image (prompts x num_images_per_prompt of them, all images of the first prompt first)"
+            )
         self.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
             predictions=predictions,
@@ -294,7 +359,7 @@ class Dial:
         settings: dict[str, Any] = {
             key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
         }
-        guided = evaluation.rows != len(sample)
+        guided = evaluation.distilled or evaluation.rows != len(sample)
         self._ledger.arrive(scheduler, self.last, evaluation.lams, guided, settings)
         if len(evaluation.models) == 1:
             output = own_step(**arguments)
@@ -308,13 +373,6 @@ class Dial:
         return output
 
 
-def _wrong_length(given: int, batch: int) -> ValueError:
-    return ValueError(
-        f"λ is given for {given} images, but the batch holds {batch}: give one λ, or one per image (prompts x "
-        "num_images_per_prompt of them, all images of the first prompt first)"
-    )
-
-
 def require_one_lam(lams: Lams, method: Method) -> None:
     """Raise `ValueError` for λ per image with interpolated weights."""
     if method == "weights" and lams.images is not None:
@@ -323,38 +381,7 @@ def require_one_lam(lams: Lams, method: Method) -> None:
         )
 
 
-# -- interception -----------------------------------------------------------------------------------------------------
-
-_DIAL = "_deradiff_dial"
-_INTERCEPTED = ("_call_impl", "_compiled_call_impl", "_apply", "save_pretrained", "load_lora_adapter")
-
-
-def scheduler_owner(scheduler: SchedulerMixin) -> Dial | None:
-    """The dial that a scheduler asks at every step, None for one that nobody realigned."""
-    return getattr(type(scheduler), _DIAL, None)
-
-
-def _realigned_class(own_class: Any, dial: Dial) -> type:
-    """A subclass that asks `dial` at every step. It bears the name of `own_class`, which is saved in configurations."""
-    signature = inspect.signature(own_class.step)
-
-    @functools.wraps(own_class.step)
-    def step(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        arguments.pop("self")
-        extra = arguments.pop("kwargs", {})  # of schedulers that take **kwargs
-        return dial._step(self, functools.partial(own_class.step, self, **extra), dict(arguments))
-
-    @functools.wraps(own_class.set_timesteps)
-    def set_timesteps(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        dial._begin(self)
-        return own_class.set_timesteps(self, *args, **kwargs)
-
-    members = {"step": step, "set_timesteps": set_timesteps, "__module__": own_class.__module__, _DIAL: dial}
-    return type(own_class.__name__, (own_class,), members)
-
-
 def dial_of(pipe: DiffusionPipeline) -> Dial | None:
     """The dial of a realigned pipeline, None for another."""
     _, denoiser = denoiser_of(pipe)
-    return getattr(denoiser, "_orig_mod", denoiser).__dict__.get(_DIAL)
+    return unwrapped(denoiser).__dict__.get(DIAL)

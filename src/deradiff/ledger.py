@@ -214,7 +214,7 @@ class Ledger:
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
         nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")
-        sums = {name: total.double().cpu() for name, total in self._sums.items()}
+        sums = {name: total.cpu().double() for name, total in self._sums.items()}
         ratios = {name.removeprefix("ratio "): total for name, total in sums.items() if name.startswith("ratio ")}
         return RunWeights(
             log_weights=sums.get("log_weights", nothing),

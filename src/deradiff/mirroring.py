@@ -21,7 +21,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from deradiff.anchors.adapters import adapter_layers
+from deradiff.anchors.adapters import adapter_layers, same_objects
 
 _FREEU = ("s1", "s2", "b1", "b2")
 _IMAGE_PROMPT = (
@@ -67,7 +67,7 @@ class Mirror:
         self._own_projection = {part: getattr(anchor, part, None) for part in _IMAGE_PROMPT}
         self._own_projection_type = getattr(anchor.config, "encoder_hid_dim_type", None)
         self._modules = tuple(self.reference.modules())  # walking the tree anew at every step would show in the time
-        self._adapters: tuple[str, ...] = ()
+        self._adapters: list[Any] = []
         self._borrowed: list[tuple[Any, Any]] = []
         self._offloaded = self._asked_for_offload = False
 
@@ -125,8 +125,8 @@ class Mirror:
                     setattr(mine, factor, wanted)
 
     def _sync_adapters(self) -> None:
-        adapters = tuple(getattr(self.reference, "peft_config", ()))
-        if adapters != self._adapters:
+        adapters = list(getattr(self.reference, "peft_config", {}).values())
+        if not same_objects(adapters, self._adapters):
             self._return_layers()
             self._borrow_layers()
             self._adapters, self._modules = adapters, tuple(self.reference.modules())
@@ -165,7 +165,7 @@ class Mirror:
             if id(layer) in borrowed:
                 parent, child = _parent(self.anchor, path)
                 parent._modules[child] = layer.base_layer
-        self._borrowed, self._adapters = [], ()
+        self._borrowed, self._adapters = [], []
 
     def _sync_offload(self) -> None:
         if self._asked_for_offload:

@@ -106,4 +106,5 @@ def per_element(
     weights: Float[Tensor, "model #batch"], predictions: Float[Tensor, "model batch predicted *latent"]
 ) -> Float[Tensor, "model #batch ..."]:
     """`weights` on the predictions' device, with as many axes as they have."""
-    return weights.to(predictions.device).reshape(*weights.shape, *[1] * (predictions.ndim - 2))
+    dtype = torch.float32 if predictions.device.type == "mps" else weights.dtype  # Apple's GPUs have no float64
+    return weights.to(predictions.device, dtype).reshape(*weights.shape, *[1] * (predictions.ndim - 2))

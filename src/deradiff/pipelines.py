@@ -23,9 +23,10 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kdpm2": ("KDPM2DiscreteScheduler", {}),
     "edm": ("EDMEulerScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "flow-sde": ("FlowMatchSDEScheduler", {"stochastic_sampling": False}),
     "flow-euler-sde": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
 }
-"""Short names of diffusers' schedulers. Latents are not pixels, so none of them clips its sample."""
+"""Short names of diffusers' schedulers and one of ours. Latents are not pixels, so none of them clips its sample."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -70,22 +71,24 @@ def anchor_source(source: str) -> str | Path:
         return source
     from deradiff.worlds import digits
 
-    chosen = source.removeprefix("digits:")
-    if chosen == "lora":
-        return digits.lora_path()
-    known = {f"{beta:g}": beta for beta in digits.BETAS}
-    if chosen not in known:
-        raise ValueError(f"{source!r} is unknown; the digits have the anchors {', '.join(known)} and lora.")
-    return digits.anchor_path(known[chosen])
+    return digits.lora_path() if source == "digits:lora" else digits.anchor_path(_shipped_beta(source))
 
 
 def known_beta(source: str) -> float | None:
-    """The β that an anchor of the digits was aligned at; None for any other source, whose β nobody wrote down."""
-    if not source.startswith("digits:"):
-        return None
+    """The β that an anchor of the digits was aligned at; None for any other source, whose β nobody wrote down.
+
+    Raises `ValueError` for an anchor that the digits do not have, like `anchor_source`.
+    """
+    return _shipped_beta(source) if source.startswith("digits:") else None
+
+
+def _shipped_beta(source: str) -> float:
     from deradiff.worlds import digits
 
-    return float(digits.LORA_BETA if source == "digits:lora" else source.removeprefix("digits:"))
+    known = {f"{beta:g}": float(beta) for beta in digits.BETAS} | {"lora": float(digits.LORA_BETA)}
+    if (chosen := source.removeprefix("digits:")) not in known:
+        raise ValueError(f"{source!r} is unknown; the digits have the anchors {', '.join(known)}.")
+    return known[chosen]
 
 
 def scheduler_like(present: Any, name: str) -> Any:
@@ -95,6 +98,8 @@ def scheduler_like(present: Any, name: str) -> Any:
     EDM).
     """
     import diffusers
+
+    from deradiff import schedulers
 
     if name not in SCHEDULERS:
         raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
@@ -106,7 +111,8 @@ def scheduler_like(present: Any, name: str) -> Any:
             f"{class_name} does not fit this model, whose own scheduler is {type(present).__name__}; "
             f"choose one of {', '.join(fitting)}."
         )
-    return getattr(diffusers, class_name).from_config(present.config, **options)
+    family = getattr(diffusers, class_name, None) or getattr(schedulers, class_name)
+    return family.from_config(present.config, **options)
 
 
 def _kind(class_name: str) -> str:
@@ -116,15 +122,19 @@ def _kind(class_name: str) -> str:
 def device_called(name: str) -> str:
     """The device of that name; for `auto` the accelerator that torch sees, else the CPU.
 
-    Raises `ValueError` for a name torch does not know and for a device that this machine does not have.
+    Raises `ValueError` for a name torch does not know, for a device that this machine does not have, and for one that
+    holds no numbers (meta).
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
+        torch.device(name)
     except RuntimeError:
         raise ValueError(f"torch knows no device {name!r}; name one like cpu, cuda, cuda:1 or mps.") from None
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
-    if missing.get(kind, False):
-        raise ValueError(f"there is no {name} here: torch {torch.__version__} sees no such device.")
+    try:
+        torch.empty(0, device=name).cpu()
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"there is no {name} to compute on here: torch {torch.__version__} sees no such device."
+        ) from None
     return name

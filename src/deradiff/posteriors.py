@@ -178,8 +178,6 @@ _FAMILIES: dict[Any, Callable[..., Gaussian]] = {
     inspect.unwrap(FlowMatchSDEScheduler.step): flow_match_sde,
 }
 
-_MEMORYLESS = (ddpm, euler_ancestral)
-
 
 def _x_0(scheduler: SchedulerMixin, output: Tensor, sample: Tensor, alpha_bar: Tensor) -> Tensor:
     match scheduler.config.prediction_type:
@@ -326,7 +324,9 @@ def memoryless(scheduler: SchedulerMixin, eta: float | int = 0.0) -> bool:
 def share_of_noise(scheduler: SchedulerMixin, eta: float) -> float:
     """η of the step: 0 is deterministic, 1 memoryless."""
     family = _family(scheduler)
-    return eta if family is ddim else scheduler.config.eta if family is flow_match_sde else family in _MEMORYLESS
+    if family is flow_match_sde:
+        return scheduler.config.eta
+    return eta if family is ddim else float(family in (ddpm, euler_ancestral))
 
 
 def sample(

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import SupportsFloat, get_args
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from deradiff.adoption import scheduler_owner
 from deradiff.anchors import denoiser_of, load_anchor
+from deradiff.anchors.checks import unwrapped
 from deradiff.denoisers import Denoisers
-from deradiff.dial import Dial, Lam, Method, Where, dial_of, require_one_lam, scheduler_owner
+from deradiff.dial import Dial, DialError, Lam, Method, Where, dial_of, require_one_lam
 from deradiff.mixing import space_of
-from deradiff.schedules import parse_lam
+from deradiff.schedules import finite, parse_lam
 
 Source = str | Path | nn.Module
 
@@ -61,18 +63,19 @@ def realign(
 
     Raises:
         ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
-            with a scheduler that has no per-step posterior; `anchors.AnchorError` for an anchor that cannot be used.
-        RuntimeError: `pipe` is already realigned.
+            with a scheduler that has no per-step posterior; a denoiser that is not told the timestep;
+            `anchors.AnchorError` for an anchor that cannot be used, and a pipeline with two denoisers or none.
+        DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
     for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
     _, denoiser = denoiser_of(pipe)
-    reference = getattr(denoiser, "_orig_mod", denoiser)
+    reference = unwrapped(denoiser)
     if (dial := dial_of(pipe)) is not None:
-        raise RuntimeError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
+        raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
     if scheduler_owner(pipe.scheduler) is not None:
-        raise RuntimeError(
+        raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
@@ -103,12 +106,13 @@ def realign(
         raise
 
 
-def lam_for_beta(anchor_beta: float, target_beta: float) -> float:
+def lam_for_beta(anchor_beta: SupportsFloat, target_beta: SupportsFloat) -> float:
     """The λ at which an anchor aligned at `anchor_beta` stands for strength `target_beta`: their quotient.
 
     Realignment at λ samples strength β/λ (DeRaDiff, §4.1). Both must be positive and finite, else `ValueError`.
     """
+    anchor_beta, target_beta = finite(anchor_beta, "anchor_beta"), finite(target_beta, "target_beta")
     for name, beta in (("anchor_beta", anchor_beta), ("target_beta", target_beta)):
-        if not (isinstance(beta, (int, float)) and 0 < beta < float("inf")):
+        if beta <= 0:
             raise ValueError(f"{name} is a KL strength, positive and finite; got {beta!r}")
-    return anchor_beta / target_beta
+    return finite(anchor_beta / target_beta, "λ = anchor_beta / target_beta")

@@ -4,15 +4,19 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 CHUNK = "deradiff"
 """The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
+
+_PARTIAL = re.compile(r"\..+\.(png|json)\.\d+\.partial")
+"""What `whole` leaves behind where its process was killed."""
 
 
 @contextmanager
@@ -70,16 +74,16 @@ def slug(text: str, longest: int = 40) -> str:
 class RunFolder:
     """The folder of one run: `sheet.png`, `record.json` and `images/`.
 
-    A folder that holds anything is refused (`FileExistsError`), unless `force` is set and every file in it is a run's.
-    Nothing is touched before the first image: a run that fails early leaves the older one as it was.
+    A folder that holds anything is refused (`FileExistsError`), unless `force` is set and every file in it is a run's;
+    `kind` then asks for a finished run whose record has that key. A folder that cannot be written to is refused too
+    (`OSError`). Nothing is touched before the first image: a run that fails early leaves the older one as it was.
     """
 
-    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+    def __init__(self, path: str | Path, *, force: bool = False, kind: str | None = None) -> None:
         self.path = Path(path)
         self.images, self.sheet, self.record = self.path / "images", self.path / "sheet.png", self.path / "record.json"
         self._cleared = False
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} is a file; --out needs a folder.")
+        _require_writable(self.path)
         older = self._files()
         if older and not force:
             raise FileExistsError(
@@ -87,16 +91,25 @@ class RunFolder:
             )
         foreign = next((file for file in older if not self._is_ours(file)), None)
         if foreign:
-            raise FileExistsError(f"{foreign} was not written by a run, so --force does not replace {self.path}.")
+            raise FileExistsError(f"{foreign} was not written by a run, so nothing in {self.path} is replaced.")
+        if older and kind is not None and kind not in _record(self.record):
+            raise FileExistsError(
+                f"{self.path} holds another run, or one that was not finished, which is not replaced: name another "
+                "folder with --out, or delete that one."
+            )
 
     def _files(self) -> list[Path]:
         return sorted(file for file in self.path.rglob("*") if not file.is_dir()) if self.path.exists() else []
 
     def _is_ours(self, file: Path) -> bool:
-        if file in (self.sheet, self.record) or file.name.endswith(".partial"):
+        if file.parent not in (self.path, self.images):
+            return False
+        if file == self.record:
+            return _record(file).keys() >= {"settings", "versions", "images"}
+        if _PARTIAL.fullmatch(file.name):
             return True
         try:
-            return file.parent == self.images and bool(read_png(file))
+            return (file == self.sheet or file.parent == self.images) and bool(read_png(file))
         except (ValueError, OSError):
             return False
 
@@ -115,3 +128,31 @@ class RunFolder:
         """Write the contact sheet and, last of all, the record: a folder with a record is a finished run."""
         write_png(self.sheet, sheet, record)
         write_json(self.record, record)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What a run's record holds; nothing where there is none, or something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise `OSError` for a folder that cannot be made or written to; leaves nothing behind."""
+    made: list[Path] = []
+    try:
+        if folder.is_file():
+            raise FileExistsError(f"{folder} is a file; --out needs a folder.")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): name another folder.") from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import lru_cache
 from numbers import Real
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ def finite(value: object, name: str) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}.")
     return number
@@ -284,7 +288,8 @@ def _reaching(lam: float) -> str:
 class Lams:
     """The λ of every anchor and image, as functions of progress: what `parse_lam` understood of what it was given.
 
-    `raw` is what the user gave, `anchors` the names in the order of the rows of `at`.
+    `raw` is what the user gave, in a form that cannot be changed in place: a number or a `Schedule`, a tuple of these,
+    or a read-only dictionary of any of those. `anchors` are the names in the order of the rows of `at`.
     """
 
     def __init__(self, raw: Any, rows: Mapping[str, Schedule | tuple[Schedule, ...]]) -> None:
@@ -366,7 +371,18 @@ def parse_lam(lam: Any, anchors: Sequence[str]) -> Lams:
     lengths = {name: len(row) for name, row in rows.items() if isinstance(row, tuple)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the lists of λ have different lengths, {lengths}; each needs one λ per image of the batch.")
-    return Lams(lam, rows)
+    return Lams(_immutable(lam), rows)
+
+
+def _immutable(lam: Any) -> Any:
+    """A λ that was understood, as it can be read back: out of reach of whoever changes the list or tensor given."""
+    if isinstance(lam, Schedule):
+        return lam
+    if isinstance(lam, Mapping):
+        return MappingProxyType({name: _immutable(lam[name]) for name in lam})
+    if getattr(lam, "ndim", 0) > 0:
+        lam = lam.tolist()
+    return tuple(map(_immutable, lam)) if isinstance(lam, Sequence) else finite(lam, "λ")
 
 
 def _per_image(lam: Any, name: str) -> Schedule | tuple[Schedule, ...]:

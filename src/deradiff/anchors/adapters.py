@@ -6,7 +6,7 @@ The reference predicts bit for bit what it did before; the one copy of its weigh
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ def adapter_layers(denoiser: ModelMixin) -> Iterator[tuple[str, Any]]:
 def adapters_of(layer: Any) -> set[str]:
     """The names of the adapters that have weights in `layer`."""
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
+
+
+def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether both hold the same objects: configurations of LoRAs, say, of which equal ones may be two."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def warn_if_zero(denoiser: ModelMixin, adapter: str, label: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from deradiff.anchors.errors import IncompatibleAnchor, PipelineWithoutDenoiser
+from deradiff.anchors.errors import AnchorError, IncompatibleAnchor, PipelineWithoutDenoiser
 from deradiff.anchors.reading import read_json, read_tensors
 from deradiff.anchors.sources import choose_checkpoint
 
@@ -22,11 +22,17 @@ _SHOWN = 5
 def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
     """The name and module of what `pipe` denoises with: its `unet` or its `transformer`.
 
-    Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components.
+    Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components, and `AnchorError` for a pipeline with
+    two denoisers, such as Wan 2.2's, of which an anchor is the counterpart of one only.
     """
     for name in ("unet", "transformer"):
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
+            if getattr(pipe, f"{name}_2", None) is not None:
+                raise AnchorError(
+                    f"{type(pipe).__name__} has a second denoiser, {name}_2, that would run without an anchor: a "
+                    f"pipeline can be realigned whose {name} does all the steps."
+                )
             return name, module
     raise PipelineWithoutDenoiser(
         f"{type(pipe).__name__} has no `unet` and no `transformer` to realign; its components are "

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from deradiff.adoption import DIAL
 from deradiff.anchors.checks import (
     base_tensors,
     require_class,
@@ -36,6 +37,11 @@ def adopt(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], 
     if module is reference:
         raise AnchorError(
             "the anchor is the reference itself, the pipeline's own denoiser: pass an aligned copy, loaded separately."
+        )
+    if DIAL in module.__dict__:
+        raise AnchorError(
+            "the anchor is the reference of another realigned pipeline and would answer for all of that one's models: "
+            "call that pipeline's dial.remove() first, or load the model once more."
         )
     label = f"the given {type(module).__name__}"
     if not hasattr(module, "config") or not hasattr(reference, "config"):

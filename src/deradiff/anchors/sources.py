@@ -65,12 +65,18 @@ def locate(
     Raises `AnchorNotFound` where there is neither; the hub is only asked about strings that can be hub ids.
     """
     text = os.fspath(source)
+    if not text.strip():
+        raise AnchorNotFound("the anchor's name is empty: pass a path ('.' is the current folder) or a hub id.")
     if re.match(r"(https?|hf)://", text):
         raise AnchorNotFound(
             f"{text!r} is a web address: pass the hub id, 'owner/name' or 'owner/name/file.safetensors'."
         )
-    path = Path(text).expanduser()
-    if path.exists():
+    try:
+        path = Path(text).expanduser()
+        here = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or ~somebody without a home
+        raise AnchorNotFound(f"{text[:80]!r} is no path that can be looked up: {error}") from error
+    if here:
         if revision is not None:
             raise AnchorError(f"revision={revision!r} is for models on the hub, but {path} is on this machine.")
         return _on_this_machine(path, subfolder)
@@ -94,6 +100,8 @@ def _on_this_machine(path: Path, subfolder: str | None) -> Repository:
             raise AnchorError(f"subfolder={subfolder!r} was given, but {path} is a single file.")
         siblings = tuple(sorted(p.name for p in path.parent.iterdir() if p.is_file()))
         return Repository(str(path), siblings, lambda names: path.parent, chosen=path.name)
+    if not path.is_dir():
+        raise AnchorError(f"{path} is neither a file nor a folder, but a device, a pipe or a socket.")
     folder = path / subfolder if subfolder else path
     if not folder.is_dir():
         raise AnchorNotFound(f"{path} has no folder {subfolder!r}; it holds {_some(p.name for p in path.iterdir())}.")

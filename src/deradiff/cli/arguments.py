@@ -1,5 +1,6 @@
 """What people write on the command line, read into values. Every refusal says what was written and what to write."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,29 +10,40 @@ from typing import Any
 
 import yaml
 
-from deradiff.schedules import Over, Power, Schedule, Sigmoid, Spline, Step
+from deradiff.schedules import Over, Power, Schedule, Sigmoid, Spline, Step, finite
 
 LONGEST_RANGE = 1000
 
 
 def numbers(text: str, what: str) -> list[float]:
     """Read `0.5`, `0,0.5,1` and inclusive ranges `0:1.5:0.25`, which may be mixed, without doubles."""
-    found: dict[float, None] = {}
+    return list(dict.fromkeys(finite(float(number), what) for number in _decimals(text, what)))
+
+
+def _decimals(text: str, what: str) -> list[Decimal]:
+    found: list[Decimal] = []
     for item in text.split(","):
         parts = [_decimal(part, text, what) for part in item.split(":")]
         if len(parts) == 1:
-            found[float(parts[0])] = None
+            found += parts
         elif len(parts) == 3:
             first, last, step = parts
-            count = math.floor((last - first) / step) if step else -1
-            if not 0 <= count < LONGEST_RANGE:
+            try:
+                length = (last - first) / step
+            except ArithmeticError:
+                length = Decimal(-1)
+            if length < 0:
                 raise ValueError(
                     f"{what} {item!r} is an empty or endless range; write FIRST:LAST:STEP, as in 0:1.5:0.25."
                 )
-            found |= dict.fromkeys(float(first + i * step) for i in range(count + 1))
+            if length >= LONGEST_RANGE:
+                raise ValueError(
+                    f"{what} {item!r} has more than the {LONGEST_RANGE} values a range may have: split it."
+                )
+            found += (first + i * step for i in range(math.floor(length) + 1))
         else:
             raise ValueError(f"{what} {item!r} is no number and no range; write FIRST:LAST:STEP, as in 0:1.5:0.25.")
-    return list(found)
+    return found
 
 
 def _decimal(part: str, text: str, what: str) -> Decimal:
@@ -49,9 +61,9 @@ def seeds(texts: Sequence[str]) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for text in texts:
         items = [item + ":1" if item.count(":") == 1 else item for item in text.split(",")]
-        for number in numbers(",".join(items), "--seed"):
-            if number != int(number) or not 0 <= number < 2**63:
-                raise ValueError(f"a seed is a whole number from 0 on, got {number:g}.")
+        for number in _decimals(",".join(items), "--seed"):
+            if not 0 <= number < 2**63 or number != int(number):
+                raise ValueError(f"a seed is a whole number from 0 to {2**63 - 1}, got {number}.")
             found[int(number)] = None
     return tuple(found)
 
@@ -113,7 +125,7 @@ def schedule(text: str, over: Over) -> Schedule | None:
 
 
 def prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
-    """The prompts of `--prompt`, then those of the file: text with one per line, or a YAML list; each once."""
+    """The prompts of `--prompt`, then those of the file: one per line, or a list in YAML or JSON; each once."""
     found = [*given, *(_prompt_file(file) if file else [])]
     if not found:
         raise ValueError("no prompt was given: use --prompt, or --prompts with a file.")
@@ -129,20 +141,26 @@ def _prompt_file(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a text file in UTF-8: {error.reason} at byte {error.start}.") from None
-    found = (
-        _yaml_prompts(file, text) if file.suffix in (".yaml", ".yml") else [line.strip() for line in text.splitlines()]
-    )
+    found = _listed(file, text) if file.suffix in _LISTS else [line.strip() for line in text.splitlines()]
     found = [prompt for prompt in found if prompt]
     if not found:
         raise ValueError(f"{file} holds no prompt.")
     return found
 
 
-def _yaml_prompts(file: Path, text: str) -> list[str]:
+_LISTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    ".yaml": ("YAML", yaml.safe_load),
+    ".yml": ("YAML", yaml.safe_load),
+    ".json": ("JSON", json.loads),
+}
+
+
+def _listed(file: Path, text: str) -> list[str]:
+    form, read = _LISTS[file.suffix]
     try:
-        content: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        content = read(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not {form}: {' '.join(str(error).split())}") from None
     listed = content.get("prompts") if isinstance(content, dict) else content
     if listed is None:
         listed = []

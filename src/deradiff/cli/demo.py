@@ -16,7 +16,7 @@ MEASURED = 60
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for the images; an older demo is replaced.")
+        Path, typer.Option("--out", "-o", help="The folder for the images; an older demo in it is replaced.")
     ] = Path("demo"),
 ) -> None:
     """Turn the dial on the digits that ship with deradiff: no download, no GPU, about a minute."""
@@ -28,7 +28,7 @@ def demo(
         from deradiff.worlds.digits import quality
 
         beta = digits.BETAS[-2]  # an anchor that over-optimises, so that there is something to dial back
-        folder = RunFolder(out, force=True)
+        folder = RunFolder(out, force=True, kind="measured")
         columns = (*(Column(lam=lam) for lam in LAMS), Column(lam=1.0, schedule=Power(2).to_dict()))
         settings = Settings(
             reference="digits",
@@ -53,12 +53,13 @@ def demo(
 def _measure(pipe: Any, dial: Any, column: Any, anchor_beta: float) -> dict[str, Any]:
     """Reward and legibility at one λ: the same prompts and noise for every column, so that columns compare pairwise."""
     from deradiff.rewards.digits import DigitsReward
+    from deradiff.weights import mean
     from deradiff.worlds.digits import captions, quality
 
     dial.lam = column.dial()
     prompts = captions.sample_prompts(MEASURED, SEED)
     images = quality.draw(pipe, prompts, SEED)
-    reward, legible = quality.mean(DigitsReward()(images, prompts)), quality.score(images, prompts).legible
+    reward, legible = mean(DigitsReward()(images, prompts)), quality.score(images, prompts).legible
     return {
         "lam": column.lam,
         "schedule": column.schedule,

@@ -1,6 +1,5 @@
 """`deradiff digits`: the embedded model, made again from nothing and measured."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,10 +57,8 @@ def build(
                 bars[stage] = progress.add_task(stage, total=planned, line=line)
             progress.update(bars[stage], completed=done, total=planned, line=line)
 
-        try:
+        with talking.refusing_wrong_input():
             files = digits.build(out, digits.Settings(), report)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
     size = sum(path.stat().st_size for path in files.rglob("*") if path.is_file()) / 1e6
     console.print(f"{files}: {size:.1f} MB. To ship it, copy it to src/deradiff/worlds/digits/files.")
 
@@ -78,23 +75,28 @@ def quality(
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console()
-    with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
-        from deradiff.worlds.digits import load_pipeline
-        from deradiff.worlds.digits.quality import measure
+    from deradiff import records
+    from deradiff.schedules import finite
 
-        pipe = load_pipeline()
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("Drawing", total=samples)
-        found = measure(
-            pipe, samples, steps, guidance_scale, seed, tick=lambda done: progress.update(bar, completed=done)
-        )
-    _print(console, found)
-    if json_path is not None:
-        temporary = json_path.with_name(json_path.name + ".tmp")
-        temporary.write_text(json.dumps({**asdict(found), "goals": found.goals()}, indent=1))
-        temporary.replace(json_path)
+    console = Console()
+    with talking.refusing_wrong_input():
+        if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
+            raise FileNotFoundError(f"--json {json_path} cannot be written: name a file in a folder that exists.")
+        finite(guidance_scale, "--guidance-scale")
+        with console.status("Loading torch and diffusers …"):
+            talking.silence_other_bars()
+            from deradiff.worlds.digits import load_pipeline
+            from deradiff.worlds.digits.quality import measure
+
+            pipe = load_pipeline()
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("Drawing", total=samples)
+            found = measure(
+                pipe, samples, steps, guidance_scale, seed, tick=lambda done: progress.update(bar, completed=done)
+            )
+        _print(console, found)
+        if json_path is not None:
+            records.write_json(json_path, {**asdict(found), "goals": found.goals()})
 
 
 def _print(console: Any, found: "Quality") -> None:

@@ -62,7 +62,7 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A file of prompts: text with one per line, or a YAML list.", rich_help_panel=SAMPLING),
+        typer.Option(help="A file of prompts: text, one per line, or a YAML or JSON list.", rich_help_panel=SAMPLING),
     ] = None,
     lam: Annotated[
         list[str],
@@ -119,7 +119,7 @@ def generate(
         str | None,
         typer.Option(
             help="ddim, ddpm, euler, euler-a, heun, dpmpp, dpmpp-1, dpmpp-3, dpmpp-sde, unipc, lms, pndm, kdpm2, edm, "
-            "flow-euler or flow-euler-sde; the model's own by default.",
+            "flow-euler, flow-sde or flow-euler-sde; the model's own by default.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,

@@ -13,17 +13,22 @@ messages = Console(stderr=True, soft_wrap=True, highlight=False)
 
 @contextmanager
 def refusing_wrong_input() -> Iterator[None]:
-    """Print what the library says about a wrong input, in red and without a traceback, and exit with status 2."""
+    """Print what the library says about a wrong input, in red and without a traceback, and exit with status 2.
+
+    Of other errors only those that deradiff itself defines are for the user's eyes; the rest keeps its traceback.
+    """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
+        kind = type(error)
+        if kind.__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
+            messages.print("error: out of memory; try a smaller --batch-size, or --offload.", style="bold red")
+            raise typer.Exit(1) from None
+        wrong_input = isinstance(error, (ValueError, OSError, FloatingPointError))
+        if not wrong_input and not kind.__module__.startswith("deradiff."):
+            raise
         messages.print(f"error: {_sentence(error)}", style="bold red", markup=False)
         raise typer.Exit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for this
-            raise
-        messages.print("error: out of memory; try a smaller --batch-size, or --offload.", style="bold red")
-        raise typer.Exit(1) from None
 
 
 def _sentence(error: Exception) -> str:
