@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from deradiff.cli import app
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.truth import Case, Plan, cases, compute, prompts, run
@@ -67,3 +69,13 @@ def test_a_study_goes_on_where_it_was(trained, tmp_path):
         run(trained, tmp_path / "out", Plan(), lambda *_: None)
     with pytest.raises(ValueError, match="no trained targets"):
         run(tmp_path / "nothing", tmp_path / "other", PLAN, lambda *_: None)
+
+
+def test_the_command_trains_compares_and_prints(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("deradiff.alignment.digits_truth.train_truth", lambda folder, *_: trained.rename(folder))
+    monkeypatch.setattr("deradiff.worlds.digits.truth.Plan", lambda: PLAN)
+    (tmp_path / "out").mkdir()
+    result = CliRunner().invoke(app, ["digits", "truth", "--out", str(tmp_path / "out")], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "weighted: bold at λ = 0.5, guidance 1" in result.output and "particles 2" in result.output
+    assert (tmp_path / "out" / "results" / "weighted_bold-0.5_guidance1.json").exists()

@@ -27,40 +27,60 @@ def build(
     The result is OUT/files, the folder that ships with the package. On one machine it is the same bits every time.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console()
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment import digits
 
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[line]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        bars: dict[str, Any] = {}
-
-        def report(stage: str, done: int, planned: int, line: str) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=planned, line=line)
-            progress.update(bars[stage], completed=done, total=planned, line=line)
-
-        with talking.refusing_wrong_input():
-            files = digits.build(out, digits.Settings(), report)
+    with talking.refusing_wrong_input(), talking.stages(console) as report:
+        files = digits.build(out, digits.Settings(), report)
     size = sum(path.stat().st_size for path in files.rglob("*") if path.is_file()) / 1e6
     console.print(f"{files}: {size:.1f} MB. To ship it, copy it to src/deradiff/worlds/digits/files.")
+
+
+@app.command()
+def truth(
+    out: Annotated[Path, typer.Option("--out", help="Folder of models and results. An interrupted run continues.")],
+) -> None:
+    """Train models at the very strengths that λ stands for, and compare every way of sampling with them: hours.
+
+    The models lie in OUT/models, the numbers of every comparison in OUT/results.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with console.status("Loading torch and diffusers …"):
+        talking.silence_other_bars()
+        from deradiff.alignment.digits_truth import TruthSettings, train_truth
+        from deradiff.worlds.digits.truth import Plan, run
+
+    with talking.refusing_wrong_input(), talking.stages(console) as report:
+        train_truth(out / "models", TruthSettings(), report)
+        records = run(
+            out / "models", out / "results", Plan(), lambda done, total: report("comparing", done, total, "cases")
+        )
+    for record in records:
+        _print_truth(console, record)
+    talking.files([out / "results"])
+
+
+def _print_truth(console: Any, record: dict[str, Any]) -> None:
+    """How far every way of sampling is from the retrained model, beside what the verdict had said."""
+    from rich.table import Table
+
+    case = record["case"]
+    target = " + ".join(f"{name} at λ = {lam:g}" for name, lam in case["target"].items())
+    table = Table(title=f"{case['family']}: {target}, guidance {case['guidance_scale']:g}", title_justify="left")
+    table.add_column("less the retrained model")
+    for name in record["errors"]:
+        table.add_column(name, justify="right")
+    for arm in next(iter(record["errors"].values()))["gaps"]:
+        gaps = [errors["gaps"][arm] for errors in record["errors"].values()]
+        table.add_row(arm, *(f"{gap['value']:+.3f} ± {gap['error']:.3f}" for gap in gaps))
+    table.add_section()
+    table.add_row("verdict on Algorithm 1", *(record["verdicts"][name]["words"] for name in record["errors"]))
+    console.print(table)
 
 
 @app.command()

@@ -65,6 +65,37 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield on_step
 
 
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A progress bar for every stage of long work; yields `report(stage, done, planned, a line of words)`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[line]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+        begun: dict[str, Any] = {}
+
+        def report(stage: str, done: int, planned: int, line: str) -> None:
+            if stage not in begun:
+                begun[stage] = bars.add_task(stage, total=planned, line=line)
+            bars.update(begun[stage], completed=done, total=planned, line=line)
+
+        yield report
+
+
 def silence_other_bars() -> None:
     """Keep the loading bars and notices of diffusers and transformers off the terminal."""
     import diffusers.utils.logging
