@@ -22,7 +22,7 @@ app = typer.Typer(
 def build(
     out: Annotated[Path, typer.Option("--out", help="Build folder. An interrupted build continues where it was.")],
 ) -> None:
-    """Train autoencoder, reference, six anchors and a LoRA from scikit-learn's digits: about an hour on two cores.
+    """Train autoencoder, reference, six anchors and a LoRA from scikit-learn's digits: one to two hours on two cores.
 
     The result is OUT/files, the folder that ships with the package. On one machine it is the same bits every time.
     """
