@@ -125,7 +125,9 @@ def test_description_names_the_smallest_condition_and_what_is_to_be_reached() ->
     assert found["smallest_condition"] == smallest
     assert found["mean_rewards"]["bold"]["reference"]["value"] == pytest.approx(0.8)
     assert found["mean_rewards"]["bold"]["tilted"]["value"] == pytest.approx((high + 3) / (low + high + 3))
-    assert describe_weights(pool, tilted_weights(pool.weighted_sum({}), pool.conditions()))["effective_samples"] == 5
+    assert describe_weights(pool, tilted_weights(pool.weighted_sum({}), pool.conditions()))[
+        "effective_samples"
+    ] == pytest.approx(5)
 
 
 def test_training_draws_have_the_reward_that_the_tilt_demands() -> None:

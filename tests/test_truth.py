@@ -288,6 +288,9 @@ def test_beyond_is_what_two_standard_errors_leave() -> None:
 
 def test_the_report_holds_every_case_and_needs_no_other_file(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((finished / "summary.json").read_text())
+    records = [json.loads(file.read_text()) for file in (finished / "cases").iterdir()]
+    assert sum(row["runs"] for row in summary["verdicts"]) == len(comparison_tables.judged(records))
     for file in (finished / "cases").iterdir():
         found = json.loads(file.read_text())
         for arm in found["arms"].values():

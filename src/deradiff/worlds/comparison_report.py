@@ -9,8 +9,9 @@ import base64
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from deradiff.records import whole
+from deradiff.records import versions, whole, write_json
 from deradiff.weights import EVEN, TRUSTED, Estimate
 from deradiff.worlds import comparison_figures
 from deradiff.worlds.comparison import Record
@@ -37,19 +38,32 @@ figure { margin: 1rem 0 2rem; } figure img { width: 100%; height: auto; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: .8rem 0 1.6rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e8; white-space: nowrap;
          font-variant-numeric: tabular-nums; vertical-align: top; }
-th { border-bottom: 1px solid #888; font-weight: 600; } td.words, th.words { text-align: left; white-space: normal; }
+th { border-bottom: 1px solid #888; font-weight: 600; white-space: normal; vertical-align: bottom; }
+td.words, th.words { text-align: left; white-space: normal; }
 small { color: #666; } .met { color: #00664a; font-weight: 600; } .missed { color: #b03a00; font-weight: 600; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 """
 
 
 def write(records: Sequence[Record], plan: Plan, out: Path) -> list[Path]:
-    """Draw the figures and write `report.html` into `out`; returns the paths, the report first."""
+    """Draw the figures and write `report.html` and `summary.json` into `out`; returns the paths, the report first.
+
+    The summary holds the report's tables as data: bounds, verdicts against true errors, errors by evenness.
+    """
     figures = comparison_figures.draw(records, out)
     report = out / "report.html"
     with whole(report) as temporary:
         temporary.write_text(page(records, plan, figures), encoding="utf-8")
-    return [report, *figures.values()]
+    summary = out / "summary.json"
+    tables: dict[str, Sequence[Any]] = {
+        "bounds": goals(records),
+        "verdicts": verdict_rows(records),
+        "evenness": evenness_rows(records),
+    }
+    settings = {"worlds": list(plan.worlds), "samples": plan.samples, "steps": plan.steps, "cases": len(records)}
+    rows = {name: [row._asdict() for row in table] for name, table in tables.items()}
+    write_json(summary, {"settings": settings, "versions": versions()} | rows)
+    return [report, summary, *figures.values()]
 
 
 def page(records: Sequence[Record], plan: Plan, figures: dict[str, Path]) -> str:
@@ -318,7 +332,7 @@ def _evenness(records: Sequence[Record]) -> str:
         ),
         [
             (
-                f"{row.low:g} to {row.high:g}",
+                f"{row.low:g}–{row.high:g}",
                 "η &gt; 0" if row.stochastic else "η = 0",
                 str(row.runs),
                 f"{row.plain:.1%}",
