@@ -131,11 +131,6 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
     return nearest[min(1, len(nearest) - 1)]
 
 
-def is_last(scheduler: SchedulerMixin, timestep: Timestep) -> bool:
-    """Whether the step from `timestep` is the one that ends the schedule; ask before `step`."""
-    return index_of(scheduler, timestep) == len(_timesteps(scheduler)) - 1
-
-
 def _timesteps(scheduler: SchedulerMixin) -> Tensor:
     if scheduler.timesteps is None:
         raise ValueError(f"{type(scheduler).__name__} has no timesteps yet; call its set_timesteps first.")

@@ -239,8 +239,8 @@ def _diffusion(
         log p_i/p_0 = √(2 ΔH) (out_i - out_0)·z + ΔH (||out_mix - out_0||² - ||out_mix - out_i||²)
 
     `elapsed` is ΔH, the step's length by `weight_clock`, times `((1 + η²)/2η)²`. The densities of the discrete step's
-    own Gaussians tend to the same, but from far: where SNR grows twelvefold in the last step but one, as it does in
-    flow matching, they count that step five times over.
+    own Gaussians tend to the same, but from far: they overcount a step in which SNR grows by much, as the last but one
+    does in flow matching.
     """
     carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **settings)
     outputs = evaluation.outputs

@@ -27,14 +27,14 @@ def truth(
             "default, without the peaked ones with --quick.",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A reduced grid, within a minute on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A reduced grid: fewer worlds, samples and steps.")] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes of one thread each; one per processor by default.")
     ] = None,
 ) -> None:
     """Compare every way of realigned sampling with the exact answer, in worlds where there is one.
 
-    Writes a report with figures and tables, and the numbers of every case as JSON: about 25 minutes on two cores.
+    Writes a report with figures and tables, and the numbers of every case as JSON. Hundreds of runs: give it time.
     """
     with talking.refusing_wrong_input(), talking.progress("comparing") as on_step:
         from deradiff.worlds import comparison, comparison_cases, comparison_report
