@@ -4,12 +4,10 @@ Each stage writes its result under the build folder once it is complete and is s
 stages checkpoint on the way. The same settings, machine and thread count give the same bits, interrupted or not.
 """
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
@@ -21,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from deradiff.alignment.digits_anchors import draw_pairs, train_anchor, train_lora
 from deradiff.alignment.digits_export import export
 from deradiff.alignment.digits_reference import train_autoencoder, train_reference
-from deradiff.alignment.digits_settings import Report, Settings
+from deradiff.alignment.digits_settings import Report, Settings, claim
 
 
 def build(folder: Path, settings: Settings, report: Report) -> Path:
@@ -30,7 +28,7 @@ def build(folder: Path, settings: Settings, report: Report) -> Path:
     Raises `ValueError` if `folder` holds a build with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, settings)
+    claim(folder, settings, "build")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     with _reproducible(settings.threads):
@@ -94,11 +92,3 @@ def _reproducible(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-
-
-def _claim(folder: Path, settings: Settings) -> None:
-    path, mine = folder / "settings.json", json.dumps(asdict(settings), indent=2)
-    if not path.exists():
-        path.write_text(mine)
-    elif path.read_text() != mine:
-        raise ValueError(f"{folder} holds a build with other settings ({path}): choose another folder or delete it")

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from deradiff.alignment.loop import Plan
 from deradiff.worlds.digits import BETAS, LORA_BETA
@@ -67,3 +68,12 @@ def save_folder(save: Callable[[Path], object], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save(temporary)
     temporary.replace(path)
+
+
+def claim(folder: Path, settings: Any, what: str) -> None:
+    """Write `settings`, a dataclass, into `folder`; `ValueError` if it holds a `what` with other settings."""
+    path, mine = folder / "settings.json", json.dumps(asdict(settings), indent=2)
+    if not path.exists():
+        path.write_text(mine)
+    elif path.read_text() != mine:
+        raise ValueError(f"{folder} holds a {what} with other settings ({path}): choose another folder or delete it")

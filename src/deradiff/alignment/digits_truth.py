@@ -32,7 +32,7 @@ from deradiff.alignment import digits_models
 from deradiff.alignment.digits import Job, run_jobs
 from deradiff.alignment.digits_anchors import Pairs, align, sample
 from deradiff.alignment.digits_reference import decode
-from deradiff.alignment.digits_settings import Report, Settings, save_folder, write_json
+from deradiff.alignment.digits_settings import Report, Settings, claim, save_folder, write_json
 from deradiff.alignment.loop import Curve, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, squared_error
@@ -113,7 +113,7 @@ def train_truth(folder: Path, settings: TruthSettings, report: Report) -> None:
         if reward not in settings.betas:
             raise ValueError(f"a target names the reward {reward!r}, which has no β: {', '.join(settings.betas)} have")
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, settings)
+    claim(folder, settings, "truth")
     build = settings.as_build()
     run_jobs([partial(draw_pool, folder, settings, number) for number in range(settings.chunks)], build, report)
     weighted: list[Job] = [partial(train_weighted, folder, settings, target) for target in settings.targets]
@@ -124,14 +124,6 @@ def train_truth(folder: Path, settings: TruthSettings, report: Report) -> None:
 def target_name(target: Target) -> str:
     """The folder of a target: `bold-0.5+ink-0.5`, or `control` for the empty one."""
     return "+".join(f"{reward}-{lam:g}" for reward, lam in target.items()) or "control"
-
-
-def _claim(folder: Path, settings: TruthSettings) -> None:
-    path, mine = folder / "settings.json", json.dumps(asdict(settings), indent=2)
-    if not path.exists():
-        path.write_text(mine)
-    elif path.read_text() != mine:
-        raise ValueError(f"{folder} holds a truth with other settings ({path}): choose another folder or delete it")
 
 
 # --- the pool
