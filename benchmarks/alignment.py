@@ -1,31 +1,37 @@
 """What aligning costs, as ratios measured side by side: `make bench-align`, or python benchmarks/alignment.py.
 
 Diffusion-DPO of a LoRA needs the reference's predictions as well. They come from the same weights with the adapter off;
-here that is compared with holding a second model for them. Rounds, medians and quartiles as in realignment.py; the
+here that is compared with holding a second model for them. And reading latents from a cache with encoding pictures
+again. Rounds, medians and quartiles as in realignment.py; the
 result goes to benchmarks/alignment.json.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers.utils.logging
+import numpy as np
 import torch
 import transformers.utils.logging
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from realignment import LORA_RANK, REPEATS, SD15_UNET, Figure, at_least, interleaved, report, weights_in_memory
 from torch import nn
 
 from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import train_dpo
-from deradiff.alignment.latent_cache import CachedBatch
+from deradiff.alignment.image_transforms import pair_pixels
+from deradiff.alignment.latent_cache import CachedBatch, write_cache
 from deradiff.alignment.loop import Plan
+from deradiff.alignment.pairs import PairFolder
 from deradiff.records import versions, write_json
 from deradiff.worlds import digits
 
-BATCH, STEPS, RANK = 32, 6, 16
+BATCH, STEPS, RANK, CACHED = 32, 6, 16, 64
 QUIET = Plan(steps=STEPS, learning_rate=1e-4, warmup=1, average=0.0, evaluate_every=STEPS)
 
 
@@ -34,10 +40,8 @@ class RandomPairs:
 
     def __init__(self, base: Base, count: int) -> None:
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.training, self.held_out = range(count - 1), [count - 1]
         self.prompts, self.empty = base.encode_prompts(["a seven"]), base.encode_prompts([""])
-
-    def __len__(self) -> int:
-        return len(self.latents)
 
     def take(self, rows: Sequence[int]) -> CachedBatch:
         told = {name: prompts.expand(len(rows), -1, -1) for name, prompts in self.prompts.items()}
@@ -65,7 +69,7 @@ def training(second: bool, folder: Path) -> Callable[[], object]:
     pairs = RandomPairs(base, BATCH + 1)
     policy = WithSecondModel(base, digits.load_pipeline().unet) if second else Policy(base, RANK, WIDER_TARGETS)
     return lambda: train_dpo(
-        base, policy, pairs, [BATCH], 500.0, QUIET, batch=BATCH, dropout=0.1, seed=0, checkpoint=folder / "none",
+        base, policy, pairs, 500.0, QUIET, batch=BATCH, dropout=0.1, seed=0, checkpoint=folder / "none",
         report=lambda *_: None,
     )  # fmt: skip
 
@@ -78,6 +82,33 @@ def steps_per_second(rounds: int) -> Figure:
         )
     ratios = [seconds["second"] / seconds["toggled"] for seconds in measured]
     return at_least("LoRA Diffusion-DPO, adapter toggled against a second model: steps per second", ratios, 0.95)
+
+
+def cache_speed(rounds: int) -> Figure:
+    """A batch of pairs from pictures on disk, decoded and encoded, beside the same batch from a cache of latents."""
+    pipe = digits.load_pipeline()
+    base, told = Base(pipe), [f"a {i}" for i in range(CACHED)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "pairs"
+        folder.mkdir()
+        noise = np.random.default_rng(0).integers(0, 256, (2 * CACHED, 32, 32, 3), np.uint8)
+        for i, pixels in enumerate(noise):
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows = [{"prompt": text, "winner": f"{2 * i}.png", "loser": f"{2 * i + 1}.png"} for i, text in enumerate(told)]
+        (folder / "pairs.json").write_text(json.dumps(rows))
+        pairs = PairFolder(folder)
+        cache = write_cache(
+            Path(name) / "cache", pairs, base.encode_images, base.encode_prompts, base="digits", resolution=32
+        )
+
+        def encoded() -> None:
+            read = [pairs.open(step.row) for step in pairs.in_order(None)]
+            base.encode_images(torch.cat([pair_pixels(pair, 32).pixels for pair in read]))
+            base.encode_prompts([pair.prompt for pair in read])
+
+        measured = interleaved({"encoded": encoded, "cached": lambda: cache.take(range(CACHED))}, rounds)
+    ratios = [seconds["encoded"] / seconds["cached"] for seconds in measured]
+    return at_least(f"{CACHED} pairs of the digits: encoding them against reading them from the cache", ratios, 1.0)
 
 
 def memory() -> Figure:
@@ -107,7 +138,7 @@ def main() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    figures = [steps_per_second(options.rounds), memory()]
+    figures = [steps_per_second(options.rounds), memory(), cache_speed(options.rounds)]
     report(figures)
     conditions = {
         "rounds": options.rounds, "repeats": REPEATS, "batch": BATCH, "steps": STEPS, "rank": RANK,

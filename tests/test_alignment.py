@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from deradiff.alignment import checkpoints
+from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, order, row_generators, train_dpo
+from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
+from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
 from tiny import make
@@ -33,13 +34,12 @@ def base_of(kind: str = "sd") -> Base:
 class InMemory:
     """Random latents for two prompts."""
 
-    def __init__(self, base: Base, count: int, seed: int = 0) -> None:
+    def __init__(self, base: Base, count: int, seed: int = 0, held_out: int = 1) -> None:
+        rows = range(count)
+        self.training, self.held_out = rows[: count - held_out], rows[count - held_out :]
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
         self.prompts, self.empty = base.encode_prompts(["a red fox", "two blue owls"]), base.encode_prompts([""])
         self.time_ids = torch.arange(count * 12.0).view(count, 2, 6)
-
-    def __len__(self) -> int:
-        return len(self.latents)
 
     def take(self, rows: Sequence[int]) -> CachedBatch:
         prompts = {name: embeds[torch.tensor(rows) % 2] for name, embeds in self.prompts.items()}
@@ -154,11 +154,11 @@ def test_what_cannot_be_aligned_is_refused() -> None:
     }
     for beta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="must be positive"):
-            train_dpo(base, policy, pairs, [0], beta, PLAN, **arguments)
+            train_dpo(base, policy, pairs, beta, PLAN, **arguments)
     with pytest.raises(ValueError, match="do not fill one batch of 8"):
-        train_dpo(base, policy, pairs, [0], 1.0, PLAN, **arguments | {"batch": 8})
+        train_dpo(base, policy, pairs, 1.0, PLAN, **arguments | {"batch": 8})
     with pytest.raises(ValueError, match="no pairs are held out"):
-        train_dpo(base, policy, pairs, [], 1.0, PLAN, **arguments)
+        train_dpo(base, policy, InMemory(base, 4, held_out=0), 1.0, PLAN, **arguments)
     with pytest.raises(ValueError, match="does not split into 4"):
         Part(0, 0, 4).positions(6)
     with pytest.raises(ValueError, match="rank 0"):
@@ -168,14 +168,14 @@ def test_what_cannot_be_aligned_is_refused() -> None:
 def test_what_a_pair_gets_depends_on_its_place_alone() -> None:
     base = base_of("sdxl")
     pairs = InMemory(base, 8)
-    together = noise_pairs(base, pairs, order(8, 3, range(4, 12)).tolist(), 0.5, row_generators(3, range(4, 12)))
-    alone = noise_pairs(base, pairs, order(8, 3, range(6, 7)).tolist(), 0.5, row_generators(3, range(6, 7)))
+    together = noise_pairs(base, pairs, order(8, 3, range(4, 12)), 0.5, row_generators(3, range(4, 12)))
+    alone = noise_pairs(base, pairs, order(8, 3, range(6, 7)), 0.5, row_generators(3, range(6, 7)))
     assert torch.equal(together.noisy[[2, 10]], alone.noisy) and torch.equal(
         together.timesteps[[2, 10]], alone.timesteps
     )
     assert torch.equal(together.conditions["prompt_embeds"][[2, 10]], alone.conditions["prompt_embeds"])
-    assert sorted(order(8, 3, range(8)).tolist()) == list(range(8)) == sorted(order(8, 3, range(8, 16)).tolist())
-    assert order(8, 3, range(8)).tolist() != order(8, 3, range(8, 16)).tolist()
+    assert sorted(order(8, 3, range(8))) == list(range(8)) == sorted(order(8, 3, range(8, 16)))
+    assert order(8, 3, range(8)) != order(8, 3, range(8, 16))
     assert torch.equal(together.conditions["time_ids"][[2, 10]], alone.conditions["time_ids"])
     assert not torch.equal(together.conditions["time_ids"][2], together.conditions["time_ids"][10])
 
@@ -206,7 +206,7 @@ def aligned(
             raise Interrupted
 
     curve = train_dpo(
-        base, policy, InMemory(base, 17), range(12, 17), 500.0, plan, batch=4, dropout=0.1, per_pass=2,
+        base, policy, InMemory(base, 17, held_out=5), 500.0, plan, batch=4, dropout=0.1, per_pass=2,
         seed=7, checkpoint=folder / "checkpoint", report=report, identity="β = 500",
     )  # fmt: skip
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
@@ -254,15 +254,15 @@ def test_the_last_good_checkpoint_survives_a_kill_and_a_full_disk(tmp_path: Path
         (path / "state.pt").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    checkpoints.write(folder, good)
+    folders.write(folder, good)
     with pytest.warns(UserWarning, match="make room; the last good one stays"):
-        checkpoints.write(folder, full)
-    assert checkpoints.read(folder, "") == {"identity": ""} and not folder.with_name("state.tmp").exists()
+        folders.write(folder, full)
+    assert folders.read(folder, "") == {"identity": ""} and not folder.with_name("state.tmp").exists()
     # Killed between the two renames: the former one comes back.
     folder.replace(tmp_path / "state.old")
-    (checkpoints.temporary(folder) / "half").touch()
-    checkpoints.recover(folder, first=True)
-    assert checkpoints.read(folder, "") == {"identity": ""} and [p.name for p in tmp_path.iterdir()] == ["state"]
+    folder.with_name("state.tmp").mkdir()
+    folders.recover(folder, first=True)
+    assert folders.read(folder, "") == {"identity": ""} and [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ accelerator = Accelerator(cpu=True)
 base = base_of()
 policy = Policy(base, 2, seed=4)
 curve = train_dpo(
-    base, policy, InMemory(base, 17), range(12, 17), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
+    base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
     seed=7, checkpoint=Path({folder!r}), report=lambda *_: None, accelerator=accelerator, identity="two",
 )
 assert accelerator.num_processes == 2

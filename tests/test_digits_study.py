@@ -71,7 +71,7 @@ def test_a_study_goes_on_where_it_was(trained, tmp_path):
     assert run(trained, tmp_path / "out", PLAN, lambda *_: None) == first
     assert file.stat().st_mtime_ns == written and json.loads(file.read_text()) == first[0]
     assert seen == [("models as they are", i, 3) for i in (1, 2, 3)] + [("comparing", 1, 1)]
-    with pytest.raises(ValueError, match="another plan"):
+    with pytest.raises(ValueError, match="study with other settings: counts"):
         run(trained, tmp_path / "out", Plan(), lambda *_: None)
     with pytest.raises(ValueError, match="no trained targets"):
         run(tmp_path / "nothing", tmp_path / "other", PLAN, lambda *_: None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deradiff.alignment import latent_cache
-from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable
+from deradiff.alignment.feeds import Cursor, Step, Unreadable
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.pairs import Pair, PairFolder
@@ -76,7 +76,7 @@ def test_the_cache_holds_what_the_encoders_give(pairs: PairFolder, tmp_path: Pat
         assert batch.texts[place] == pair.prompt
         for name, value in encode_prompts([pair.prompt]).items():
             assert torch.equal(batch.prompts[name][place], value[0]) and batch.prompts[name].dtype == value.dtype
-        assert torch.equal(cache[row].latents[0], batch.latents[place])
+        assert torch.equal(cache.take([row]).latents[0], batch.latents[place])
     assert all(torch.equal(cache.empty_prompt()[name], value) for name, value in encode_prompts([""]).items())
     # The winner comes first: it is the darker one of these pictures.
     assert (batch.latents[:, 0, 0] < batch.latents[:, 1, 0]).all()
@@ -165,9 +165,9 @@ def test_a_full_disk_keeps_the_shards_before_it(
 @pytest.mark.parametrize(
     "changed, complaint",
     [
-        ({"base": "other"}, "base 'tiny', now 'other'"),
+        ({"base": "other"}, 'base "tiny", now "other"'),
         ({"resolution": 16}, "resolution 8, now 16"),
-        ({"limit": 5}, "limit None, now 5"),
+        ({"limit": 5}, "limit null, now 5"),
     ],
 )
 def test_a_cache_made_with_other_settings_is_refused(
@@ -185,14 +185,15 @@ def test_other_pairs_and_other_folders_are_refused(pairs: PairFolder, tmp_path: 
     (pairs.folder / "pairs.json").write_text((pairs.folder / "pairs.json").read_text() + "\n")
     with pytest.raises(ValueError, match="other settings: source"):
         write(tmp_path / "cache", PairFolder(pairs.folder))
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(FileExistsError, match="is not empty and holds no cache"):
         write(pairs.folder, pairs)
     with pytest.raises(FileNotFoundError, match="is no cache of latents"):
         LatentCache(pairs.folder)
     settings = tmp_path / "cache" / "settings.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"versions": {"torch": "1.0"}}))
     pairs = PairFolder(pairs.folder)
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"source": pairs.fingerprint}))
+    record = json.loads(settings.read_text())
+    record["settings"]["source"], record["versions"] = pairs.fingerprint, {"torch": "1.0"}
+    settings.write_text(json.dumps(record))
     with pytest.warns(UserWarning, match=r"begun with other versions: \{'torch': '1.0'\}"):
         write(tmp_path / "cache", pairs)
 
@@ -240,20 +241,11 @@ def test_a_source_of_nothing_readable_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "cache", Nothing())
 
 
-def test_a_feed_of_a_cache_resumes_and_keeps_the_held_out_rows_apart(pairs: PairFolder, tmp_path: Path) -> None:
+def test_held_out_rows_do_not_train_and_rows_are_checked(pairs: PairFolder, tmp_path: Path) -> None:
     write(tmp_path / "cache", pairs)
     cache = LatentCache(tmp_path / "cache", held_out=3)
-    feed = Feed(cache, seed=5)
-    seen = feed.take(14)
-    assert set(seen) | set(cache.held_out()) == set(range(10)) and not set(seen) & set(cache.held_out())
-    state = json.loads(json.dumps(feed.state_dict()))
-    resumed = Feed(LatentCache(tmp_path / "cache", held_out=3), seed=5)
-    resumed.load_state_dict(state)
-    expected = feed.take(6)
-    assert resumed.take(6) == expected
-    resumed.load_state_dict(state)
-    assert resumed.take(6, rank=1, world=2) == expected[1::2]
-    assert len(cache.take(expected).texts) == 6
+    assert len(cache.held_out) == 3 and sorted(cache.training + cache.held_out) == list(range(10))
+    assert LatentCache(tmp_path / "cache", held_out=3).held_out == cache.held_out
     for rows, error in (([10], IndexError), ([-1], IndexError), ([], ValueError)):
         with pytest.raises(error):
             cache.take(rows)

@@ -192,7 +192,7 @@ def test_other_settings_and_foreign_files_are_refused(finished: Path, tmp_path: 
     assert "holds a comparison with other settings" in result.output
     (tmp_path / "letter.txt").write_text("dear")
     result = command("--out", str(tmp_path), *SMALL_WORDS)
-    assert result.exit_code == 2 and "not of a comparison" in result.output
+    assert result.exit_code == 2 and "holds no comparison" in result.output
     assert sorted(file.name for file in tmp_path.iterdir()) == ["letter.txt"]
     result = command("--out", str(tmp_path / "letter.txt"), *SMALL_WORDS)
     assert result.exit_code == 2 and "is a file" in result.output

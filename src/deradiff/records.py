@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,38 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` to `path` as indented JSON, whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Make `folder` a `what` (a cache, a comparison, ...) with `settings`, or check that it is one: work goes on there.
+
+    `settings.json`, written first, says what the folder is. A warning tells of other versions.
+
+    Raises:
+        FileExistsError: `folder` is a file, or holds files of something else.
+        ValueError: it was begun with other settings.
+    """
+    file, mine = folder / "settings.json", json.loads(json.dumps(settings))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder")
+    if not file.exists():
+        if folder.exists() and any(not path.match(".*.partial") for path in folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty and holds no {what}: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"settings": mine, "versions": versions()})
+    held = json.loads(file.read_text(encoding="utf-8"))
+    theirs = held.get("settings", {})
+    different = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+    if different:
+        listed = "; ".join(f"{key} {_short(theirs.get(key))}, now {_short(mine.get(key))}" for key in different)
+        raise ValueError(f"{folder} holds a {what} with other settings: {listed}. Name another folder, or delete it")
+    if held["versions"] != versions():
+        warnings.warn(f"{folder} was begun with other versions: {held['versions']}, now {versions()}", stacklevel=3)
+
+
+def _short(value: Any, longest: int = 200) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
 
 
 def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:

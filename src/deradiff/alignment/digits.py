@@ -4,6 +4,7 @@ Each stage writes its result under the build folder once it is complete and is s
 stages checkpoint on the way. The same settings, machine and thread count give the same bits, interrupted or not.
 """
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 from deradiff.alignment.digits_anchors import draw_pairs, train_anchor, train_lora
 from deradiff.alignment.digits_export import export
 from deradiff.alignment.digits_reference import train_autoencoder, train_reference
-from deradiff.alignment.digits_settings import Settings, claim
+from deradiff.alignment.digits_settings import Settings
 from deradiff.jobs import Report, reproducible, run_jobs
+from deradiff.records import claim
 
 
 def build(folder: Path, settings: Settings, report: Report) -> Path:
@@ -22,8 +24,7 @@ def build(folder: Path, settings: Settings, report: Report) -> Path:
 
     Raises `ValueError` if `folder` holds a build with other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, settings, "build")
+    claim(folder, asdict(settings), "build")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     with reproducible(settings.threads):

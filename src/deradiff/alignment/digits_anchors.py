@@ -10,15 +10,16 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deradiff.alignment import checkpoints, digits_models, dpo
+from deradiff.alignment import digits_models, dpo, folders
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.digits_reference import decode
-from deradiff.alignment.digits_settings import Settings, save_folder, write_json
+from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
 from deradiff.jobs import Report
+from deradiff.records import write_json
 from deradiff.rewards.digits import DigitsReward
 from deradiff.worlds.digits import captions
 
@@ -143,8 +144,8 @@ def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) 
     policy, checkpoint, progress = Policy(base), folder / f"{name}-checkpoint", partial(report, f"anchor β = {beta:g}")
     curve = align(base, policy, pairs, beta, settings.dpo, settings, checkpoint, progress)
     write_json(folder / f"{name}-curve.json", asdict(curve))
-    save_folder(policy.model.save_pretrained, path)
-    checkpoints.discard(checkpoint)
+    folders.save_folder(policy.model.save_pretrained, path)
+    folders.discard(checkpoint)
 
 
 def train_lora(folder: Path, settings: Settings, report: Report) -> None:
@@ -161,5 +162,5 @@ def train_lora(folder: Path, settings: Settings, report: Report) -> None:
     curve = align(base, policy, pairs, beta, settings.lora, settings, checkpoint, progress)
     write_json(folder / f"lora-beta-{beta:g}-curve.json", asdict(curve))
     layers = get_peft_model_state_dict(policy.model)
-    save_folder(partial(StableDiffusionPipeline.save_lora_weights, unet_lora_layers=layers), path)
-    checkpoints.discard(checkpoint)
+    folders.save_folder(partial(StableDiffusionPipeline.save_lora_weights, unet_lora_layers=layers), path)
+    folders.discard(checkpoint)

@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deradiff.alignment import checkpoints, digits_models
-from deradiff.alignment.digits_settings import Settings, save_folder, write_json
+from deradiff.alignment import digits_models, folders
+from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Part, train
 from deradiff.alignment.objectives import squared_error
 from deradiff.jobs import Report
+from deradiff.records import write_json
 from deradiff.worlds.digits import captions, data
 
 
@@ -48,8 +49,8 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
     )  # fmt: skip
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
-    save_folder(vae.save_pretrained, path)
-    checkpoints.discard(folder / "vae-checkpoint")
+    folders.save_folder(vae.save_pretrained, path)
+    folders.discard(folder / "vae-checkpoint")
     return vae
 
 
@@ -142,8 +143,8 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     )  # fmt: skip
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = digits_models.pipeline(vae, text.eval(), model["unet"].eval())
-    save_folder(pipe.save_pretrained, path)
-    checkpoints.discard(folder / "reference-checkpoint")
+    folders.save_folder(pipe.save_pretrained, path)
+    folders.discard(folder / "reference-checkpoint")
     return _quiet(pipe)
 
 

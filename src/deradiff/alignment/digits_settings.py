@@ -1,10 +1,6 @@
-"""Everything that decides what the digits build makes, and how its stages write and report."""
+"""Everything that decides what the digits build makes."""
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from deradiff.alignment.loop import Plan
 from deradiff.worlds.digits import BETAS, LORA_BETA
@@ -51,26 +47,3 @@ class Settings:
     def chunks(self) -> int:
         """In how many files the pairs are drawn."""
         return -(-self.pairs // self.pairs_chunk)
-
-
-def write_json(path: Path, content: object) -> None:
-    """`content` as JSON, under a temporary name until it is complete."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
-
-
-def save_folder(save: Callable[[Path], object], path: Path) -> None:
-    """`save` into a temporary folder that takes its name when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    temporary.replace(path)
-
-
-def claim(folder: Path, settings: Any, what: str) -> None:
-    """Write `settings`, a dataclass, into `folder`; `ValueError` if it holds a `what` with other settings."""
-    path, mine = folder / "settings.json", json.dumps(asdict(settings), indent=2)
-    if not path.exists():
-        path.write_text(mine)
-    elif path.read_text() != mine:
-        raise ValueError(f"{folder} holds a {what} with other settings ({path}): choose another folder or delete it")

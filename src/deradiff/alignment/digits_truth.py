@@ -28,15 +28,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deradiff.alignment import checkpoints, digits_models
+from deradiff.alignment import digits_models, folders
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.digits_anchors import Pairs, align, sample
 from deradiff.alignment.digits_reference import decode
-from deradiff.alignment.digits_settings import Settings, claim, save_folder, write_json
+from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, squared_error
 from deradiff.jobs import Job, Report, run_jobs
+from deradiff.records import claim, write_json
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
 from deradiff.weights import Estimate, effective_sample_size, mean
@@ -112,8 +113,7 @@ def train_truth(folder: Path, settings: TruthSettings, report: Report, workers: 
     for reward in {name for target in settings.targets for name in target}:
         if reward not in settings.betas:
             raise ValueError(f"a target names the reward {reward!r}, which has no β: {', '.join(settings.betas)} have")
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, settings, "truth")
+    claim(folder, asdict(settings), "truth")
     chunks: list[Job] = [partial(draw_pool, folder, settings, number) for number in range(settings.chunks)]
     run_jobs(chunks, workers, report)
     weighted: list[Job] = [partial(train_weighted, folder, settings, target) for target in settings.targets]
@@ -276,7 +276,7 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
     record["reached"] = reached(pipe, model, pool, settings)
     _save(model, record, curve, path)
-    checkpoints.discard(checkpoint)
+    folders.discard(checkpoint)
 
 
 def draw(weights: Float[Tensor, " sample"], count: int, generator: torch.Generator) -> Int[Tensor, " draw"]:
@@ -342,7 +342,7 @@ def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Rep
     record = {"family": "dpo", "λ": target, "β": beta, "pairs": len(pairs.tokens)}
     record["reached"] = reached(pipe, policy.model, pool, settings)
     _save(policy.model, record, curve, path)
-    checkpoints.discard(checkpoint)
+    folders.discard(checkpoint)
 
 
 def draw_pairs(
@@ -392,4 +392,4 @@ def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: Curve, 
         write_json(folder / "truth.json", {**record, "curve": asdict(curve)})
 
     path.parent.mkdir(exist_ok=True)
-    save_folder(save, path)
+    folders.save_folder(save, path)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
+from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
@@ -31,7 +31,15 @@ class Noised:
 class Pairs(Protocol):
     """Latents of preference pairs with their prompts' embeddings, by row: `latent_cache.LatentCache` is one."""
 
-    def __len__(self) -> int: ...
+    @property
+    def training(self) -> Sequence[int]:
+        """The rows to train on."""
+        ...
+
+    @property
+    def held_out(self) -> Sequence[int]:
+        """The rows that never train; their loss tells how far the training is."""
+        ...
 
     def take(self, rows: Sequence[int]) -> CachedBatch:
         """The given rows, winner first."""
@@ -87,27 +95,6 @@ def loss(base: Base, policy: Policy, model: nn.Module, noised: Noised, beta: flo
     return diffusion_dpo(*errors(base, model, noised), winner_reference, loser_reference, beta)
 
 
-# -- the order of the data --------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=2)
-def _epoch(length: int, seed: int, epoch: int) -> Int[Tensor, " index"]:
-    return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 32) + epoch))
-
-
-def order(length: int, seed: int, positions: range) -> Int[Tensor, " position"]:
-    """Which of `length` pairs stand at `positions` of an endless sequence of shuffled epochs.
-
-    A function of its arguments alone, so that resuming needs no state and processes need not speak to each other.
-    """
-    return torch.stack([_epoch(length, seed, position // length)[position % length] for position in positions])
-
-
-def row_generators(seed: int, positions: range) -> list[torch.Generator]:
-    """The randomness of what stands at each position."""
-    return [torch.Generator().manual_seed((seed << 40) + position) for position in positions]
-
-
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +102,6 @@ def train_dpo(
     base: Base,
     policy: Policy,
     pairs: Pairs,
-    held_out: Sequence[int],
     beta: float,
     plan: Plan,
     *,
@@ -130,15 +116,15 @@ def train_dpo(
 ) -> Curve:
     """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
 
-    The rows in `held_out` are not trained on; their loss tells how far it is. They keep all prompts and are evaluated
-    `per_pass` at a time; in training a share `dropout` of the prompts is dropped. Raises `ValueError` for β ≤ 0, for
+    Held-out pairs keep all prompts and are evaluated `per_pass` at a time; in training a share `dropout` of the prompts
+    is dropped. Raises `ValueError` for β ≤ 0, for
     fewer pairs than a batch, for a batch that its parts cannot share equally and where nothing is held out.
     """
     if not beta > 0:
         raise ValueError(f"β = {beta}: the strength of the regularisation must be positive")
+    rows, held_out = pairs.training, pairs.held_out
     if not held_out:
         raise ValueError("no pairs are held out: nothing would tell whether the alignment still improves")
-    rows = sorted(set(range(len(pairs))) - set(held_out))
     if len(rows) < batch:
         raise ValueError(
             f"{len(rows)} pairs to train on do not fill one batch of {batch}: lower the batch, or bring more pairs"
@@ -146,7 +132,7 @@ def train_dpo(
 
     def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
         positions = part.positions(batch)
-        mine = [rows[place] for place in order(len(rows), seed, positions).tolist()]
+        mine = [rows[place] for place in order(len(rows), seed, positions)]
         return loss(base, policy, model, noise_pairs(base, pairs, mine, dropout, row_generators(seed, positions)), beta)
 
     chunks = [held_out[i : i + per_pass] for i in range(0, len(held_out), per_pass)]
@@ -156,7 +142,7 @@ def train_dpo(
         total = 0.0
         for number, chunk in enumerate(chunks):
             first = number * per_pass
-            generators = row_generators(seed + 1, range(first, first + len(chunk)))
+            generators = row_generators(seed, range(first, first + len(chunk)), "held out")
             noised = noise_pairs(base, pairs, chunk, 0.0, generators)
             if number == len(known):
                 with policy.reference(model) as reference:

@@ -6,9 +6,11 @@ does not determine, so a run that was killed and restarted sees the very rows it
 """
 
 import hashlib
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -176,10 +178,24 @@ def split_held_out(rows: int, held_out: int) -> tuple[Int[Tensor, " train"], Int
 
 
 def permuted(rows: Int[Tensor, " row"], seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
-    """`rows` without end, each epoch in a fresh seeded permutation; the cursor is the epoch and the place in it."""
-    epoch, place = (cursor["epoch"], cursor["next"]) if cursor else (0, 0)
-    while True:
-        order = torch.randperm(len(rows), generator=seeded(seed, f"epoch {epoch}"))
-        for i in range(place, len(rows)):
-            yield Step(int(rows[order[i]]), {"epoch": epoch, "next": i + 1}, {})
-        epoch, place = epoch + 1, 0
+    """`rows` without end, each epoch in a fresh seeded permutation; the cursor is the position in that sequence."""
+    for position in itertools.count(cursor["position"] if cursor else 0):
+        yield Step(int(rows[order(len(rows), seed, range(position, position + 1))[0]]), {"position": position + 1}, {})
+
+
+def order(length: int, seed: int, positions: range) -> list[int]:
+    """Which of `length` rows stand at `positions` of an endless sequence of shuffled epochs.
+
+    A function of its arguments alone, so that resuming needs no state and processes need not speak to each other.
+    """
+    return [int(_epoch(length, seed, position // length)[position % length]) for position in positions]
+
+
+@lru_cache(maxsize=2)
+def _epoch(length: int, seed: int, epoch: int) -> Int[Tensor, " row"]:
+    return torch.randperm(length, generator=seeded(seed, f"epoch {epoch}"))
+
+
+def row_generators(seed: int, positions: range, purpose: str = "row") -> list[torch.Generator]:
+    """The randomness of what stands at each position: it does not depend on what else is in the batch."""
+    return [seeded(seed, f"{purpose} {position}") for position in positions]

@@ -9,7 +9,6 @@ import errno
 import itertools
 import json
 import os
-import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.alignment.feeds import Cursor, Step, Unreadable, permuted, split_held_out
+from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.pair_rows import Pair
-from deradiff.records import versions, whole, write_json
+from deradiff.records import claim, whole, write_json
 
 FORMAT = 1
 EMBEDDING = "prompt."
@@ -100,8 +99,9 @@ def write_cache(
         report: hears of every shard.
 
     Raises:
-        ValueError: the folder holds a cache with other settings or something else, no pair can be read, or an encoder
-            returned NaN, infinities, or a wrong number of rows.
+        FileExistsError: the folder holds something else.
+        ValueError: it holds a cache with other settings, no pair can be read, or an encoder returned
+            NaN, infinities, or a wrong number of rows.
         OSError: the disk is full or refuses; whole shards stay, and the same call goes on behind them.
     """
     folder = Path(folder)
@@ -110,7 +110,9 @@ def write_cache(
     settings = {
         "format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit,
     }  # fmt: skip
-    _claim(folder, settings)
+    claim(folder, settings, "cache")
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink()
     if (folder / "finished.json").exists():
         return LatentCache(folder)
     done, encoding = _so_far(folder), _Encoding(encode_images, encode_prompts, base, resolution, batch)
@@ -226,28 +228,6 @@ def _next_shard(
     return tensors, texts
 
 
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make `folder` a cache with `settings`, or check that it is one."""
-    path = folder / "settings.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        different = [key for key in settings if theirs.get(key) != settings[key]]
-        if different:
-            listed = "; ".join(f"{key} {theirs.get(key)!r}, now {settings[key]!r}" for key in different)
-            raise ValueError(f"{folder} is a cache made with other settings: {listed}. Choose another folder")
-        if theirs["versions"] != versions():
-            warnings.warn(
-                f"{folder} was begun with other versions: {theirs['versions']}, now {versions()}", stacklevel=3
-            )
-    elif any(not leftover.match(".*.partial") for leftover in folder.iterdir()):
-        raise ValueError(f"{folder} holds other files: a cache needs a folder of its own")
-    else:
-        write_json(path, {**settings, "versions": versions()})
-    for leftover in folder.glob(".*.partial"):
-        leftover.unlink()
-
-
 def _require_finite(values: Tensor, what: str, cure: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{what} returned NaN or infinities in {values.dtype}: {cure}. Nothing of it was cached")
@@ -276,9 +256,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], c
 
 
 class LatentCache:
-    """A finished cache, memory-mapped: a map-style data set, and a source of row numbers for `Feed`.
-
-    `cache.take(feed.take(count, rank, world))` is one process's share of a batch.
+    """A finished cache, memory-mapped; `training` and `held_out` are the numbers of its rows.
 
     Args:
         folder: what `write_cache` made.
@@ -293,7 +271,8 @@ class LatentCache:
         self.folder = Path(folder)
         if not (self.folder / "settings.json").is_file():
             raise FileNotFoundError(f"{folder} is no cache of latents: it has no settings.json")
-        self.settings: dict[str, Any] = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        record = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        self.settings: dict[str, Any] = record["settings"]
         files = _shard_files(self.folder)
         if not (self.folder / "finished.json").is_file():
             raise ValueError(f"{folder} was not finished ({len(files)} shards): run what writes it again, it goes on")
@@ -309,29 +288,11 @@ class LatentCache:
         if [self._pairs[-1], len(self.texts)] != [self.totals["pairs"], self.totals["prompts"]]:
             raise ValueError(f"{folder} lacks shards: it should hold {self.totals}, and holds {self._pairs[-1]} pairs")
         self._embeddings = [name for name in self._shards[0].keys() if name.startswith(EMBEDDING)]  # noqa: SIM118
-        self.fingerprint = {"kind": "latents", "pairs": len(self)} | {
-            key: value for key, value in self.settings.items() if key != "versions"
-        }
-        self.held_out_rows = held_out
-        self._train, self._set_aside = split_held_out(len(self), held_out)
+        self.fingerprint = {"kind": "latents", "pairs": len(self), **self.settings}
+        self.training, self.held_out = (rows.tolist() for rows in split_held_out(len(self), held_out))
 
     def __len__(self) -> int:
         return self._pairs[-1]
-
-    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
-        """Numbers of training rows without end, each epoch in a fresh permutation."""
-        return permuted(self._train, seed, cursor)
-
-    def held_out(self) -> Iterator[int]:
-        """Numbers of the held-out rows."""
-        yield from self._set_aside.tolist()
-
-    def open(self, row: int) -> int:
-        """The row's number: a batch is read by `take` all at once."""
-        return row
-
-    def __getitem__(self, row: int) -> CachedBatch:
-        return self.take([row])
 
     def empty_prompt(self) -> dict[str, Tensor]:
         """The embeddings of the empty prompt, one row each: for dropped captions and for guidance."""

@@ -8,7 +8,7 @@ accumulated micro-batches are parts of one global batch (`Part`): how many there
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deradiff.alignment import checkpoints
+from deradiff.alignment import folders
 
 Report = Callable[[int, int, str], None]
 """Called with (steps done, steps planned, a line of words)."""
@@ -148,11 +148,6 @@ def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Op
     return AdamW8bit(parameters, **settings)
 
 
-def on_cpu() -> Accelerator:
-    """Training in this process alone, on the CPU."""
-    return Accelerator(cpu=True)
-
-
 def train(
     model: nn.Module,
     loss: Loss,
@@ -169,18 +164,21 @@ def train(
 
     `loss` gets the model as Accelerate prepared it, the step's own generator and its `Part` of the batch.
     `held_out_loss` is computed by every process alike, the first one's value counts. `accelerator` brings devices,
-    processes, sharding, mixed precision and trackers; without it, this process trains on the CPU.
+    processes, mixed precision and trackers, and forgets the model afterwards; without it, this process trains on the
+    CPU.
 
     State is written to the folder `checkpoint` every `plan.checkpoint_seconds` and read from there if it exists; the
     caller deletes it once it has saved the result. `identity` says what is trained on what: a checkpoint of another
-    run raises `ValueError`. A disk that is full costs a warning, the last good checkpoint stays. Raises
-    `TrainingFailed` if the loss is no longer finite.
+    run raises `ValueError`, and so does sharded training. A disk that is full costs a warning, the last good checkpoint
+    stays. Raises `TrainingFailed` if the loss is no longer finite.
     """
-    accelerator = accelerator or on_cpu()
+    accelerator = accelerator or Accelerator(cpu=True)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} divides the weights between processes, which is not supported: let "
+            "Accelerate's configuration name multi-GPU (DDP), and where the model does not fit train a LoRA"
+        )
     accelerator.gradient_accumulation_steps = plan.accumulate
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if sharded and (plan.average or plan.patience):
-        raise ValueError("sharded weights are neither averaged nor kept aside: set average = 0 and patience = None")
     model, optimizer = accelerator.prepare(model, make_optimizer(trainable(model), plan))
     parameters = trainable(model)
     average = [p.detach().clone() for p in parameters] if plan.average else []
@@ -189,38 +187,32 @@ def train(
 
     def load() -> None:
         nonlocal curve, start, recent, average, best
-        progress = checkpoints.read(checkpoint, identity)
-        if sharded:
-            accelerator.load_state(str(checkpoint))
-        else:
-            state = torch.load(checkpoint / "state.pt", weights_only=True, map_location=accelerator.device)
-            copy_to(parameters, state["parameters"])
-            average, best = state["average"], state["best"]
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
+        progress = folders.read(checkpoint, identity)
+        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location=accelerator.device)
+        copy_to(parameters, state["parameters"])
+        average, best = state["average"], state["best"]
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         curve, start = Curve(**progress["curve"]), progress["step"]
         recent = torch.tensor(progress["recent"], device=accelerator.device)
 
     def save(step: int) -> None:
         def write(folder: Path) -> None:
-            if not sharded:
-                state = {
-                    "parameters": [p.detach() for p in parameters],
-                    "average": average,
-                    "best": best,
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-                }
-                torch.save(state, folder / "state.pt")
+            state = {
+                "parameters": [p.detach() for p in parameters],
+                "average": average,
+                "best": best,
+                "optimizer": optimizer.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+            }
+            torch.save(state, folder / "state.pt")
             progress = {"identity": identity, "step": step, "recent": recent.item(), "curve": asdict(curve)}
             (folder / "progress.json").write_text(json.dumps(progress))
 
         require_finite(step)
-        if sharded:
-            accelerator.save_state(str(checkpoints.temporary(checkpoint)))
         if accelerator.is_main_process:
-            checkpoints.write(checkpoint, write)
+            folders.write(checkpoint, write)
 
     def require_finite(step: int) -> None:
         if not recent.isfinite():
@@ -232,7 +224,8 @@ def train(
 
     def evaluate(step: int) -> None:
         nonlocal recent
-        with swapped(parameters, average or parameters), torch.no_grad(), accelerator.autocast():
+        averaged = swapped(parameters, average) if average else nullcontext()
+        with averaged, torch.no_grad(), accelerator.autocast():
             mine = torch.tensor(held_out_loss(model), dtype=torch.float64)
         value = broadcast(mine.to(accelerator.device)).item() if accelerator.num_processes > 1 else mine.item()
         if not curve.held_out or value < min(curve.held_out):
@@ -246,13 +239,7 @@ def train(
         recent = torch.zeros((), device=accelerator.device)
         accelerator.log({"loss": curve.train[-1], "held-out loss": value, "learning rate": plan.rate(step)}, step=step)
 
-    def due(saved: float) -> bool:
-        mine = time.monotonic() - saved > plan.checkpoint_seconds
-        if not sharded:
-            return mine
-        return bool(broadcast(torch.tensor(float(mine), device=accelerator.device)).item())
-
-    checkpoints.recover(checkpoint, accelerator.is_main_process)
+    folders.recover(checkpoint, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     resumed = checkpoint.exists()
     accelerator.wait_for_everyone()
@@ -290,7 +277,7 @@ def train(
                 curve.stopped = "flat"
             if accelerator.is_main_process:
                 report(step + 1, plan.steps, f"loss {curve.train[-1]:.4f}, held-out {curve.held_out[-1]:.5f}")
-        if due(saved):
+        if time.monotonic() - saved > plan.checkpoint_seconds:
             save(step + 1)
             saved = time.monotonic()
     require_finite(plan.steps)
@@ -300,4 +287,6 @@ def train(
     else:
         curve.kept_step = curve.step[-1]
         copy_to(parameters, average or parameters)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
     return curve

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
-from deradiff.records import whole, write_json
+from deradiff.records import claim, whole, write_json
 from deradiff.rewards import Reward
 
 LIST = "pairs.jsonl"
@@ -49,7 +49,9 @@ def draw_pairs(
         "base": base, "prompts": list(prompts), "reward": reward.name, "temperature": temperature, "steps": steps,
         "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk,
     }  # fmt: skip
-    _claim(folder, settings)
+    claim(folder, settings, "set of drawn pairs")
+    for name in ("images", "chunks"):
+        (folder / name).mkdir(exist_ok=True)
     chunks = range(0, len(prompts), chunk)
     for number, start in enumerate(chunks):
         part = folder / "chunks" / f"{number:05d}.json"
@@ -63,17 +65,6 @@ def draw_pairs(
         with whole(folder / LIST) as temporary:
             temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return folder
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / "settings.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise ValueError(f"{folder} holds pairs drawn with other settings ({path}): name another folder, or delete it")
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no drawn pairs: name another folder")
-    for part in ("images", "chunks"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def _chunk(

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from deradiff.alignment import checkpoints
+from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import LatentCache, OrderedPairs, write_cache
@@ -64,13 +64,13 @@ def align(
     policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
     try:
         curve = train_dpo(
-            base, policy, cache, list(cache.held_out()), beta, settings.plan_at(beta), batch=settings.batch,
+            base, policy, cache, beta, settings.plan_at(beta), batch=settings.batch,
             dropout=settings.prompt_dropout, seed=seed, checkpoint=checkpoint,
             report=partial(report, f"β = {beta:g}"), accelerator=accelerator, identity=json.dumps(made_of),
         )  # fmt: skip
         if accelerator is None or accelerator.is_main_process:
             _save(path, pipe, policy, made_of, curve)
-            checkpoints.discard(checkpoint)
+            folders.discard(checkpoint)
     finally:
         if policy.is_lora:
             base.denoiser.delete_adapters(base.denoiser.active_adapters())

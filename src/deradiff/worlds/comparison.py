@@ -32,7 +32,7 @@ from deradiff import weights
 from deradiff.ledger import RunWeights
 from deradiff.particles import Particles, sample_particles
 from deradiff.realignment import realign
-from deradiff.records import versions, write_json
+from deradiff.records import claim, write_json
 from deradiff.schedules import Power
 from deradiff.weights import Estimate
 from deradiff.worlds.comparison_cases import WORLDS, Case, Plan
@@ -256,21 +256,10 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
 
 
 def _claim(plan: Plan, out: Path) -> Path:
-    """The folder of the cases. The settings are written first: they say what the folder is."""
+    """The folder of the cases."""
     settings = {"worlds": list(plan.worlds), "samples": plan.samples, "steps": plan.steps, "quick": plan.quick}
-    file = out / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; --out needs a folder.")
-    if file.exists():
-        held = json.loads(file.read_text(encoding="utf-8")).get("settings")
-        if held != settings:
-            raise ValueError(f"{out} holds a comparison with other settings, {held}: name another folder.")
-    elif out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds files that are not of a comparison: name another folder.")
+    claim(out, settings, "comparison")
     folder = out / "cases"
-    out.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        write_json(file, {"settings": settings, "versions": versions()})
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -23,7 +23,7 @@ from deradiff.jobs import Job, Report, run_jobs
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
 from deradiff.realignment import realign
-from deradiff.records import versions, write_json
+from deradiff.records import claim, write_json
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, InkReward
 from deradiff.weights import mean, verdict
@@ -122,13 +122,7 @@ def run(trained: Path, out: Path, plan: Plan, report: Report, workers: int = 2) 
     todo = cases(trained, plan)
     if not todo:
         raise ValueError(f"{trained} holds no trained targets with their anchors")
-    out.mkdir(parents=True, exist_ok=True)
-    settings = out / "settings.json"
-    mine = json.loads(json.dumps(asdict(plan)))
-    if settings.exists() and json.loads(settings.read_text())["plan"] != mine:
-        raise ValueError(f"{out} holds a study of another plan: name another folder")
-    if not settings.exists():
-        write_json(settings, {"plan": mine, "versions": versions()})
+    claim(out, asdict(plan), "study")
     models = {(name, case.guidance_scale) for case in todo for name in case.models().values()}
     for scale in plan.guidance_scales:
         draws: list[Job] = [

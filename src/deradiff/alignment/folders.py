@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or not there: written under a temporary name, then swapped in."""
+"""Folders of weights that are whole or not there: results, and checkpoints that replace each other."""
 
 import json
 import shutil
@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 
-def temporary(folder: Path) -> Path:
-    """Where the next state of `folder` is written, made if needed."""
-    path = folder.with_name(folder.name + ".tmp")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def save_folder(save: Callable[[Path], object], path: Path) -> None:
+    """Let `save` fill a temporary folder that takes the name `path` when it is complete."""
+    fresh = _temporary(path)
+    shutil.rmtree(fresh, ignore_errors=True)
+    save(fresh)
+    fresh.replace(path)
+
+
+# -- checkpoints, which are replaced again and again -------------------------------------------------------------------
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".tmp")
 
 
 def _former(folder: Path) -> Path:
@@ -25,7 +33,8 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
     If that fails, for want of space or otherwise, `folder` stays what it was; of a full disk a warning tells, since an
     earlier checkpoint and the training in memory are worth more than stopping.
     """
-    fresh, former = temporary(folder), _former(folder)
+    fresh, former = _temporary(folder), _former(folder)
+    fresh.mkdir(parents=True, exist_ok=True)
     try:
         save(fresh)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
@@ -44,7 +53,7 @@ def recover(folder: Path, first: bool) -> None:
     """Undo what a kill in the middle of `write` left behind; only the first of several processes acts."""
     if not first:
         return
-    shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+    shutil.rmtree(_temporary(folder), ignore_errors=True)
     if not folder.exists() and _former(folder).exists():
         _former(folder).replace(folder)
     shutil.rmtree(_former(folder), ignore_errors=True)
