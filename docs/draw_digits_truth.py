@@ -10,12 +10,15 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Draw both and print the table."""
-    cases = json.loads((HERE / "data" / "digits-truth.json").read_text())["cases"]
+    """Draw both and print the tables of docs/tasks/digits-truth.md."""
+    told = json.loads((HERE / "data" / "digits-truth.json").read_text())
+    cases = told["cases"]
     with TemporaryDirectory() as folder:
         for path in truth_report.draw(cases, Path(folder)):
             (HERE / "images" / f"digits-truth-{path.name}").write_bytes(path.read_bytes())
-    print(truth_report.table(cases))
+    for table in (truth_report.table, truth_report.shares, truth_report.inks_table):
+        print(table(cases))
+    print(truth_report.training_table(told["training"]))
 
 
 if __name__ == "__main__":

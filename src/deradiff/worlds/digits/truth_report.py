@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def training(models: Path) -> Record:
 
 
 def table(records: Sequence[Record]) -> str:
-    """The errors in Markdown: every row's shift, Algorithm 1's error, what K = 16 removes of it, the verdict."""
+    """The errors in Markdown: every row's shift, the error of every way of sampling, the verdict."""
     heading = (
         "| models | target | guidance | reward | shift | Algorithm 1 | weighted | K = 4 | K = 16 | K = 64 | "
         "interpolated | verdict | which is |"
@@ -135,6 +136,72 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shares(records: Sequence[Record]) -> str:
+    """The errors in Markdown as shares of the shift, and how much of Algorithm 1's error K = 16 particles remove."""
+    lines = ["| models | target | guidance | reward | Algorithm 1 | in s.e. | weighted | K = 16 | K = 16 removes |"]
+    lines.append("|" + "---|" * 9)
+    for row in rows(records):
+        error, removed = row.errors["algorithm 1"], row.removed("particles 16")
+        parts = [_percent(row.errors.get(arm), row.shift) for arm in ("algorithm 1", "weighted", "particles 16")]
+        parts.insert(1, f"{abs(error.value) / error.error:.1f}")
+        lines.append(
+            f"| {row.family} | {row.target} | {row.guidance_scale:g} | {row.reward} | "
+            + " | ".join(parts)
+            + (f" | {100 * removed:.0f}% |" if row.missed and removed is not None else " | |")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _percent(estimate: Estimate | None, whole: Estimate) -> str:
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value / abs(whole.value):+.1f} ± {100 * estimate.error / abs(whole.value):.1f}%"
+
+
+def training_table(trained: Record) -> str:
+    """In Markdown: the shift of the mean reward that each model's weights demand, and the one it reached.
+
+    A weighted model is measured against its control, one of Diffusion-DPO, whose weights demand nothing in numbers,
+    against the reference's samples.
+    """
+    lines = ["| model | reward | demanded | reached | share |", "|---|---|---|---|---|"]
+    for name, record in trained.items():
+        control = trained.get("weighted/control", {}).get("reached") if record["family"] == "weighted" else None
+        for reward in record["λ"] or record["reached"]:
+            ended = record["reached"][reward]
+            began = control[reward]["model"] if control and record["λ"] else ended["reference"]
+            reached = _less(ended["model"], began)
+            demanded = record.get("mean_rewards", {}).get(reward)
+            asked = _less(demanded["tilted"], demanded["reference"]) if demanded and record["λ"] else None
+            share = f"{100 * reached.value / asked.value:.0f}%" if asked else ""
+            lines.append(f"| {name} | {reward} | {_signed(asked)} | {_signed(reached)} | {share} |")
+    return "\n".join(lines) + "\n"
+
+
+def _less(measured: Record, other: Record) -> Estimate:
+    """Their difference, as of independent samples."""
+    return Estimate(measured["value"] - other["value"], math.hypot(measured["error"], other["error"]))
+
+
+def inks_table(records: Sequence[Record]) -> str:
+    """In Markdown: the share of pictures in every ink, by family, guidance and λ, for every way of getting there."""
+    lines = ["| models | guidance | λ | drawn by | " + " | ".join(INKS) + " |", "|" + "---|" * (4 + len(INKS))]
+    for record in _alone(records, "ink"):
+        case = record["case"]
+        ways = {"reference": 0, "anchor ink": 1} | dict.fromkeys(
+            ("retrained", "algorithm 1", "particles 16"), case["target"]["ink"]
+        )
+        for arm, lam in ways.items():
+            inks = record["arms"][arm]["inks"]
+            parts = [f"{100 * inks[ink]['value']:.1f} ± {100 * inks[ink]['error']:.1f}%" for ink in INKS]
+            lines.append(f"| {case['family']} | {case['guidance_scale']:g} | {lam:g} | {arm} | {' | '.join(parts)} |")
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _alone(records: Sequence[Record], reward: str) -> list[Record]:
+    return [record for record in records if list(record["case"]["target"]) == [reward]]
+
+
 def _signed(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.value:+.3f} ± {estimate.error:.3f}"
 
@@ -146,7 +213,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     """`errors.png`, and `inks.png` where the ink's reward was a target of its own; returns their paths."""
     with rc_context(LOOK):
         paths = [_errors(rows(records), folder / "errors.png")]
-        alone = [record for record in records if list(record["case"]["target"]) == ["ink"]]
+        alone = _alone(records, "ink")
         if alone:
             paths.append(_inks(alone, folder / "inks.png"))
     return paths
