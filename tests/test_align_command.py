@@ -50,7 +50,8 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
     other = command("digits", "--beta", "100", "--out", tmp_path, *SMALL, "--warmup", "7")
     assert other.exit_code == 2 and "other settings" in other.output
 
-    whole = command("digits", "--beta", "500", "--out", tmp_path / "whole", "--lora-rank", "0", *SMALL)
+    others = ["--lora-rank", 0, "--gradient-checkpointing", "--ema", 0, "--schedule", "cosine", "--precision", "bf16"]
+    whole = command("digits", "--beta", "500", "--out", tmp_path / "whole", *others, *SMALL)
     assert whole.exit_code == 0, whole.output
     assert not torch.equal(sampled(tmp_path / "whole" / "beta-500"), plain)
 
@@ -63,8 +64,9 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
         (["digits", "--beta", "500,-1"], "-1 is no strength"),
         (["digits", "--beta", "strong"], "one or more numbers"),
         (["digits", "--preset", "mine"], "there is no preset 'mine': choose from deradiff-sdxl"),
-        (["somewhere/model"], "--resolution"),
-        (["--preset", "aig-sdxl"], "is for draft"),
+        (["somewhere/model"], "name --data, --resolution, --batch, --steps, --learning-rate as well"),
+        (["digits", "--seed", "2147483648"], "less than or equal to 2147483647"),
+        (["digits", "--method", "dpo", "--preset", "aig-sdxl"], "is for draft; --method dpo"),
         (["digits", "--data", "missing"], "no file or folder missing"),
     ],
 )
@@ -128,6 +130,8 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("deradiff.alignment.runs.cached_pairs", full)
+    monkeypatch.setattr("deradiff.alignment.methods.write_cache", full)
     stopped = command("digits", "--out", tmp_path, *SMALL)
-    assert stopped.exit_code == 1 and "raise --accumulate" in " ".join(stopped.output.split())
+    assert stopped.exit_code == 1 and "add --gradient-checkpointing, raise --accumulate" in " ".join(
+        stopped.output.split()
+    )

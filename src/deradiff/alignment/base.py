@@ -74,13 +74,10 @@ class Base:
         return conditions | {"time_ids": sizes.to(prompts)}
 
     @torch.no_grad()
-    def encode_images(
-        self, images: Float[Tensor, "batch 3 height width"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "batch channel h w"]:
-        """Latents of pictures in [-1, 1], as the denoiser sees them: a draw with `generator`, the mean without."""
+    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channel h w"]:
+        """Latents of pictures in [-1, 1], as the denoiser sees them: the mean of the encoder's distribution."""
         vae = self.pipe.vae
-        found = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        latents = found.sample(generator) if generator is not None else found.mode()
+        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     def noised(

@@ -35,7 +35,12 @@ class Preset:
     held_out: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
     """How the paper samples from the result, or in training."""
+    reward: str | None = None
+    """What is maximised, by name (see `deradiff.rewards.load`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What only this method asks for."""
     precision: str = "no"
+    gradient_checkpointing: bool = False
     vae: str | None = None
     notes: str = ""
 
@@ -51,7 +56,8 @@ class Preset:
 
 
 _NOT_PUBLISHED = (
-    "Not published: optimizer settings (here AdamW's defaults with weight decay 0.01), LoRA or full weights."
+    "Not published: optimizer settings (here AdamW's defaults with weight decay 0.01), LoRA or full weights (here "
+    "all), mixed precision (here fp16), whether the rate was multiplied by the batch (here it was not)."
 )
 
 _DPO_SDXL = Plan(
@@ -106,6 +112,13 @@ PRESETS: dict[str, Preset] = {
     ),
 }  # fmt: skip
 """By name: `deradiff align --show-preset NAME` prints one."""
+
+
+def usual(digits: bool, method: str) -> Preset:
+    """What `method` starts from where no preset is named: the digits' own, or a published one without its strengths."""
+    if digits:
+        return PRESETS["digits" if method == "dpo" else f"digits-{method}"]
+    return replace(next(preset for preset in PRESETS.values() if preset.method == method), betas=())
 
 
 def preset(name: str) -> Preset:

@@ -1,43 +1,110 @@
-"""One alignment, from base and data to an anchor on disk that `deradiff.realign` loads, with a card beside it."""
+"""Alignments from one command: base and data in, per strength an anchor on disk that `deradiff.realign` loads."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL, DiffusionPipeline
 
+from deradiff import pipelines
 from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.dpo import train_dpo
-from deradiff.alignment.latent_cache import LatentCache, OrderedPairs, write_cache
+from deradiff.alignment.cards import card
 from deradiff.alignment.loop import Curve
+from deradiff.alignment.methods import METHODS, Data, Method
 from deradiff.alignment.presets import Preset
 from deradiff.jobs import Report
 from deradiff.records import versions, write_json
 
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-def cached_pairs(
-    folder: Path, pipe: DiffusionPipeline, pairs: OrderedPairs, settings: Preset, limit: int | None, report: Report
-) -> LatentCache:
-    """The latents and prompt embeddings of `pairs`, made in `folder` if they are not there, with held-out rows."""
-    base = Base(pipe)
-    planned = limit or (len(pairs) if hasattr(pairs, "__len__") else 0)  # type: ignore[arg-type]
-    write_cache(
-        folder, pairs, base.encode_images, base.encode_prompts, base=settings.base, resolution=settings.resolution,
-        limit=limit, shard=256, report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
-    )  # fmt: skip
-    return LatentCache(folder, held_out=settings.held_out)
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Each tracker, and the packages of which one must be installed."""
+
+
+def align_all(
+    settings: Preset,
+    betas: list[float],
+    out: Path,
+    report: Report,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    track: str | None = None,
+    cpu: bool = False,
+) -> list[Path]:
+    """Align the base of `settings` at every strength, and return the anchors' folders, in the first process alone.
+
+    What is not there yet is made: first the data, from `count` pairs, prompts or samples, which all strengths share.
+
+    Raises:
+        ValueError: settings, data or folder are not what they should be (see `methods` and `align`).
+        ModuleNotFoundError: the tracker is not installed.
+    """
+    method = METHODS[settings.method]
+    if track and not any(map(find_spec, TRACKERS[track])):
+        raise ModuleNotFoundError(f"--track {track} needs a package that is not installed: pip install {track}")
+    # One process may align again with another precision, which Accelerate otherwise remembers from the first time.
+    AcceleratorState._reset_state()
+    # The others wait while the first process prepares the data, which can take hours.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=settings.precision, log_with=track, project_dir=str(out), kwargs_handlers=[patient]
+    )
+    if not accelerator.is_main_process:
+
+        def report(*_: Any) -> None: ...
+
+    pipe = load_base(settings).to(accelerator.device)
+    with accelerator.main_process_first():
+        data = method.prepare(pipe, settings, out, count, seed, report)
+    if not method.decodes:
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).to("cpu")
+    anchors = []
+    for beta in betas:
+        with _tracked(accelerator, f"beta-{beta:g}", beta):
+            anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
+    return anchors if accelerator.is_main_process else []
+
+
+def load_base(settings: Preset) -> Any:
+    """The pipeline to align. A LoRA's base is held in the precision of the training; the VAE always in float32.
+
+    All weights are trained in float32, whatever the precision: what they gain per step is below a half's resolution.
+    """
+    dtype = DTYPES[settings.precision] if settings.lora_rank else torch.float32
+    pipe: Any = pipelines.load_pipeline(settings.base, dtype=dtype)
+    pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, name: str, beta: float) -> Iterator[None]:
+    """A run of its own for every strength. (`end_training` would end the processes' communication as well.)"""
+    if accelerator.log_with:
+        accelerator.init_trackers(name, config={"beta": beta})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def align(
     pipe: DiffusionPipeline,
-    cache: LatentCache,
+    data: Data,
     beta: float,
     settings: Preset,
     out: Path,
@@ -46,15 +113,15 @@ def align(
     seed: int = 0,
     accelerator: Accelerator | None = None,
 ) -> Path:
-    """Align `pipe` at `beta` by Diffusion-DPO into `out/beta-<β>`, and return that folder.
+    """Align `pipe` at the strength `beta` into `out/beta-<β>`, and return that folder.
 
     What is there already is kept; an interrupted alignment goes on at its checkpoint. With `settings.lora_rank` the
     folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
-    an alignment with other settings (see also `dpo.train_dpo` and `loop.train`).
+    an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
-    name = f"beta-{beta:g}"
+    method, name = METHODS[settings.method], f"beta-{beta:g}"
     path, checkpoint = out / name, out / f"{name}-checkpoint"
-    made_of = _identity(beta, settings, cache, seed)
+    made_of = _identity(beta, settings, data, seed)
     if path.exists():
         found = json.loads((path / "alignment.json").read_text(encoding="utf-8"))["made_of"]
         if found != made_of:
@@ -62,99 +129,38 @@ def align(
         return path
     base = Base(pipe)
     policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
+    if settings.gradient_checkpointing:
+        policy.model.enable_gradient_checkpointing()
     try:
-        curve = train_dpo(
-            base, policy, cache, beta, settings.plan_at(beta), batch=settings.batch,
-            dropout=settings.prompt_dropout, seed=seed, checkpoint=checkpoint,
-            report=partial(report, f"β = {beta:g}"), accelerator=accelerator, identity=json.dumps(made_of),
+        curve = method.train(
+            base, policy, data, beta, settings, seed=seed, checkpoint=checkpoint,
+            report=partial(report, f"{method.symbol} = {beta:g}"), accelerator=accelerator,
+            identity=json.dumps(made_of),
         )  # fmt: skip
         if accelerator is None or accelerator.is_main_process:
-            _save(path, pipe, policy, made_of, curve)
+            folders.save_folder(partial(_save, pipe, policy, method, made_of, curve), path)
             folders.discard(checkpoint)
     finally:
+        policy.model.disable_gradient_checkpointing()
         if policy.is_lora:
             base.denoiser.delete_adapters(base.denoiser.active_adapters())
     return path
 
 
-def _identity(beta: float, settings: Preset, cache: LatentCache, seed: int) -> dict[str, Any]:
+def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:
     """What decides the weights, as plain data."""
-    decisive = {
-        key: value
-        for key, value in asdict(settings).items()
-        if key not in ("source", "betas", "notes", "sampling", "precision", "vae")
-    }
-    made_of = {"beta": beta, "seed": seed, "settings": decisive, "data": cache.fingerprint}
-    return json.loads(json.dumps(made_of))
+    words = ("source", "betas", "notes", "gradient_checkpointing")
+    decisive = {key: value for key, value in asdict(settings).items() if key not in words}
+    return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
 
-def _save(path: Path, pipe: Any, policy: Policy, made_of: dict[str, Any], curve: Curve) -> None:
+def _save(pipe: Any, policy: Policy, method: Method, made_of: dict[str, Any], curve: Curve, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
-    fresh = path.with_name(path.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
     if policy.is_lora:
         layers = {key: value.contiguous() for key, value in get_peft_model_state_dict(policy.model).items()}
-        pipe.save_lora_weights(fresh, unet_lora_layers=layers, safe_serialization=True)
+        pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
     else:
-        policy.model.save_pretrained(fresh)
-    write_json(fresh / "alignment.json", {"made_of": made_of, "curve": asdict(curve), "versions": versions()})
-    (fresh / "README.md").write_text(card(made_of, curve), encoding="utf-8")
-    fresh.replace(path)
-
-
-def card(made_of: dict[str, Any], curve: Curve) -> str:
-    """A model card in Markdown: base, method, β and its convention, data, training, how to use it."""
-    settings, data, beta = made_of["settings"], made_of["data"], made_of["beta"]
-    plan, rank = settings["plan"], settings["lora_rank"]
-    peak = settings["rate_times_beta"] / beta if settings["rate_times_beta"] else plan["learning_rate"]
-    table = {
-        "data": f"{data['pairs']} preference pairs, {settings['held_out']} held out",
-        "source of the data": f"`{json.dumps(data['source'], ensure_ascii=False)}`",
-        "resolution": f"{settings['resolution']} px",
-        "steps": f"{curve.step[-1]} of {settings['batch']} pairs",
-        "stopped": f"{curve.stopped}; the weights kept are those of step {curve.kept_step}",
-        "optimizer": f"{plan['optimizer']}, rate {peak:g}, {plan['warmup']} steps of warm-up",
-        "gradients": f"clipped to a norm of {plan['max_norm']:g}",
-        "seed": made_of["seed"],
-    }
-    lines = [
-        "---",
-        f"base_model: {settings['base']}",
-        "library_name: diffusers",
-        f"tags: [deradiff, diffusion-dpo, {'lora' if rank else 'text-to-image'}]",
-        "---",
-        "",
-        f"# {settings['base']}, aligned by Diffusion-DPO at β = {beta:g}",
-        "",
-        f"A LoRA of rank {rank}." if rank else "All weights of the UNet.",
-        "",
-        "β multiplies half a difference of ε-errors averaged over the elements of a latent, the convention of the",
-        "method's released code.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in table.items()),
-        "",
-        "Held-out loss (log 2 = 0.69315 before alignment):",
-        "",
-        "| step | loss |",
-        "|---|---|",
-        *(f"| {step} | {loss:.5f} |" for step, loss in _some(curve)),
-        "",
-        "Read it at any strength β/λ:",
-        "",
-        "```python",
-        "import deradiff",
-        "",
-        'deradiff.realign(pipe, "this folder", lam=0.5)',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _some(curve: Curve, rows: int = 12) -> Sequence[tuple[int, float]]:
-    every = list(zip(curve.step, curve.held_out, strict=True))
-    keep = torch.linspace(0, len(every) - 1, min(rows, len(every))).round().long().tolist()
-    return [every[i] for i in keep]
+        policy.model.save_pretrained(folder)
+    write_json(folder / "alignment.json", {"made_of": made_of, "curve": asdict(curve), "versions": versions()})
+    (folder / "README.md").write_text(card(method, made_of, curve), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`deradiff align`: one anchor per β, from a base and preference pairs."""
+"""`deradiff align`: one anchor per strength, from a base and what it is to prefer."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -13,11 +13,28 @@ if TYPE_CHECKING:
 
 MODEL, DATA, TRAINING, MACHINE = "Model", "Data", "Training", "Machine"
 
+LARGEST_SEED = 2**31 - 1
+"""A step's own seed holds this one and the number of the step."""
+
 
 class Method(StrEnum):
     """How to align."""
 
     dpo = "dpo"
+
+
+class Schedule(StrEnum):
+    """The learning rate after its warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class Optimizer(StrEnum):
+    """AdamW, with states of 32 bits or 8."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
 
 
 class Precision(StrEnum):
@@ -26,6 +43,13 @@ class Precision(StrEnum):
     no = "no"
     fp16 = "fp16"
     bf16 = "bf16"
+
+
+class Tracker(StrEnum):
+    """Where the curves can be followed."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
 
 
 def align(
@@ -39,7 +63,9 @@ def align(
     beta: Annotated[
         str | None, typer.Option("--beta", help="Strengths, one anchor each: 500,1000,2000.", rich_help_panel=TRAINING)
     ] = None,
-    method: Annotated[Method, typer.Option(help="How to align.", rich_help_panel=TRAINING)] = Method.dpo,
+    method: Annotated[
+        Method | None, typer.Option(help="How to align; the preset's, or dpo.", rich_help_panel=TRAINING)
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -57,8 +83,8 @@ def align(
             rich_help_panel=DATA,
         ),
     ] = None,
-    pairs: Annotated[
-        int | None, typer.Option(min=1, help="Use so many pairs; `own` draws 2,000.", rich_help_panel=DATA)
+    count: Annotated[
+        int | None, typer.Option("--pairs", min=1, help="Use so many pairs; `own` draws 2,000.", rich_help_panel=DATA)
     ] = None,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures.", rich_help_panel=DATA)] = None,
     held_out: Annotated[
@@ -74,11 +100,34 @@ def align(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=TRAINING)] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.", rich_help_panel=TRAINING)] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the order, the noise and a LoRA's start.")] = 0,
-    precision: Annotated[Precision | None, typer.Option(help="Mixed precision.", rich_help_panel=MACHINE)] = None,
-    track: Annotated[
-        str | None, typer.Option(help="Follow the curves: tensorboard or wandb.", rich_help_panel=MACHINE)
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="The rate after the warm-up.", rich_help_panel=TRAINING)
     ] = None,
+    optimizer: Annotated[
+        Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes.", rich_help_panel=TRAINING)
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.999999,
+            help="Keep this moving average of the weights; 0: the weights themselves.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the order, the noise and a LoRA's start.")
+    ] = 0,
+    precision: Annotated[Precision | None, typer.Option(help="Mixed precision.", rich_help_panel=MACHINE)] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations anew in the backward pass: less memory, more time.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = False,
+    track: Annotated[Tracker | None, typer.Option(help="Follow the curves.", rich_help_panel=MACHINE)] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.", rich_help_panel=MACHINE)] = False,
 ) -> None:
     """Align a model to preference pairs by Diffusion-DPO, once per β: anchors that λ then turns.
@@ -90,7 +139,8 @@ def align(
 
     console = Console()
     spare = (
-        "raise --accumulate, which makes micro-batches smaller, lower --resolution, or train a LoRA (--lora-rank 64)"
+        "add --gradient-checkpointing, raise --accumulate, which makes micro-batches smaller, lower --resolution, or "
+        "train a LoRA (--lora-rank 64)"
     )
     with talking.refusing_wrong_input(out_of_memory=spare):
         if show_preset:
@@ -100,15 +150,27 @@ def align(
             raise ValueError("name the model to align, a folder or a hub id, or --preset; `digits` ships with deradiff")
         with console.status("Loading torch and diffusers …"):
             talking.silence_other_bars()
-            settings = _settings(
-                preset, base, data=data, resolution=resolution, held_out=held_out, lora_rank=lora_rank, batch=batch,
-                precision=precision and precision.value, method=method.value,
-                plan={"steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup},
-            )  # fmt: skip
+            from deradiff.alignment import runs
+
+            options = {
+                "method": method, "data": data, "resolution": resolution, "held_out": held_out, "lora_rank": lora_rank,
+                "batch": batch, "precision": precision, "gradient_checkpointing": gradient_checkpointing or None,
+            }  # fmt: skip
+            plan = {
+                "steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup,
+                "optimizer": optimizer, "average": ema,
+            }  # fmt: skip
+            settings = _settings(preset, base, _given(options), _given(plan), schedule)
             betas = _strengths(beta, settings)
         with talking.stages(console) as report:
-            folders = _run(settings, betas, out, pairs, seed, track, cpu, report)
-    talking.files(folders)
+            anchors = runs.align_all(settings, betas, out, report, count=count, seed=seed, track=track, cpu=cpu)
+    talking.files(anchors)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, choices as plain strings."""
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return {key: value.value if isinstance(value, StrEnum) else value for key, value in chosen.items()}
 
 
 def _show(name: str) -> None:
@@ -118,41 +180,49 @@ def _show(name: str) -> None:
     from deradiff.alignment.presets import preset as called
 
     chosen = PRESETS if name == "all" else {name: called(name)}
-    shown = {key: value.shown() for key, value in chosen.items()}
-    plain = yaml.safe_load(yaml.safe_dump(_plain(shown), allow_unicode=True))
-    typer.echo(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100), nl=False)
+    shown = {key: _plain(value.shown()) for key, value in chosen.items()}
+    typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), nl=False)
 
 
 def _plain(content: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
+    """Tuples as lists: YAML has no tuples. Everything a copy: YAML writes what occurs twice as an alias."""
     if isinstance(content, dict):
         return {key: _plain(value) for key, value in content.items()}
     return [_plain(value) for value in content] if isinstance(content, list | tuple) else content
 
 
-def _settings(name: str | None, base: str | None, *, plan: dict[str, Any], **options: Any) -> "Preset":
+def _settings(
+    name: str | None, base: str | None, options: dict[str, Any], plan: dict[str, Any], schedule: Schedule | None
+) -> "Preset":
     """The preset with every option that was given in its place."""
     from dataclasses import replace
 
-    from deradiff.alignment.presets import SD15
     from deradiff.alignment.presets import preset as called
+    from deradiff.alignment.presets import usual
 
-    start = called(name or ("digits" if base == "digits" else "deradiff-sd15"))
-    if start.method != options["method"]:
-        raise ValueError(f"the preset {name} is for {start.method}; --method {options['method']} has other settings")
-    given = {key: value for key, value in options.items() if value is not None}
-    if name is None and base not in ("digits", SD15) and "resolution" not in given:
-        raise ValueError(f"say at which resolution {base} is trained: --resolution 512, 1024, ...")
-    if "lora_rank" in given:
-        given["lora_rank"] = given["lora_rank"] or None
-    if plan["learning_rate"] is not None:
-        given["rate_times_beta"] = None
-    given["plan"] = replace(start.plan, **{key: value for key, value in plan.items() if value is not None})
-    return replace(start, **given, base=base or start.base)
+    wanted = options.get("method")
+    start = called(name) if name else usual(base == "digits", wanted or "dpo")
+    if wanted not in (None, start.method):
+        raise ValueError(f"the preset {name} is for {start.method}; --method {wanted} has other settings")
+    if name is None and base != "digits":
+        asked = {"data": options, "resolution": options, "batch": options, "steps": plan, "learning_rate": plan}
+        missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
+        if missing:
+            raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
+    if "lora_rank" in options:
+        options["lora_rank"] = options["lora_rank"] or None
+    if "learning_rate" in plan:
+        options["rate_times_beta"] = None
+    changed = replace(start.plan, **plan)
+    if schedule:
+        changed = replace(changed, cosine=changed.steps if schedule is Schedule.cosine else None)
+    return replace(start, **options, plan=changed, base=base or start.base)
 
 
 def _strengths(text: str | None, settings: "Preset") -> list[float]:
     if text is None:
+        if not settings.betas:
+            raise ValueError("name the strengths to align at: --beta 500,1000,2000")
         return list(settings.betas)
     try:
         betas = [float(part) for part in text.split(",")]
@@ -162,65 +232,3 @@ def _strengths(text: str | None, settings: "Preset") -> list[float]:
     if wrong:
         raise ValueError(f"--beta {text}: {wrong[0]:g} is no strength; β must be positive and finite")
     return list(dict.fromkeys(betas))
-
-
-def _run(
-    settings: "Preset", betas: list[float], out: Path, count: int | None, seed: int, track: str | None, cpu: bool,
-    report: Any,
-) -> list[Path]:  # fmt: skip
-    from datetime import timedelta
-
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from diffusers import AutoencoderKL
-
-    from deradiff import pipelines
-    from deradiff.alignment import runs
-    from deradiff.alignment.pairs import open_pairs
-
-    # The others wait while the first process encodes the pairs, which can take hours.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=settings.precision, log_with=track, project_dir=str(out), kwargs_handlers=[patient]
-    )
-    if not accelerator.is_main_process:
-
-        def report(*_: Any) -> None: ...
-
-    pipe = pipelines.load_pipeline(settings.base, dtype=torch.float32)
-    if settings.vae:
-        pipe.vae = AutoencoderKL.from_pretrained(settings.vae)
-    pipe.to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    with accelerator.main_process_first():
-        source = (
-            own(pipe, settings, out / "pairs", count or 2000, seed, report) if settings.data == "own" else settings.data
-        )
-        cache = runs.cached_pairs(out / "cache", pipe, open_pairs(source), settings, count, report)
-    folders = []
-    for beta in betas:
-        if track:
-            accelerator.init_trackers(f"beta-{beta:g}", config={"beta": beta})
-        folders.append(runs.align(pipe, cache, beta, settings, out, report, seed=seed, accelerator=accelerator))
-    accelerator.end_training()
-    return folders if accelerator.is_main_process else []
-
-
-def own(pipe: Any, settings: "Preset", folder: Path, count: int, seed: int, report: Any) -> Path:
-    """Pairs of the model's own pictures. Raises `ValueError` for a model without prompts and a reward of its own."""
-    from functools import partial
-
-    from deradiff import pipelines
-    from deradiff.alignment.own_pairs import draw_pairs
-    from deradiff.rewards.digits import DigitsReward
-    from deradiff.worlds.digits import captions
-
-    if settings.base != "digits":
-        raise ValueError("own pairs need prompts and a reward, which only the digits bring along: name --data")
-    sampling = settings.sampling
-    pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
-    return draw_pairs(
-        folder, pipe, settings.base, captions.sample_prompts(count, seed), DigitsReward(), temperature=0.25,
-        steps=sampling["steps"], guidance_scale=sampling["guidance_scale"], seed=seed,
-        report=partial(report, "drawing pairs"),
-    )  # fmt: skip

@@ -37,8 +37,7 @@ def cost(
 
     console = Console()
     with talking.refusing_wrong_input():
-        if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
-            raise FileNotFoundError(f"--json {json_path} cannot be written: name a file in a folder that exists.")
+        talking.require_writable("--json", json_path)
         with console.status("Counting …"):
             talking.silence_other_bars()
             from deradiff import cost as costs
@@ -67,7 +66,8 @@ def cost(
                     batch=batch or settings.batch, images=images, sampling_steps=sampling_steps, guided=guided,
                 )  # fmt: skip
                 found = costs.record(counted)
-                _print(console, source, counted, strengths, images)
+                method = f"{train_steps or settings.plan.steps:,} steps of {batch or settings.batch} pairs"
+                _print(console, f"{source}, {method}", counted, strengths, images)
         if json_path is not None:
             write_json(json_path, found)
 

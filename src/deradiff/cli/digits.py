@@ -104,8 +104,7 @@ def quality(
 
     console = Console()
     with talking.refusing_wrong_input():
-        if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
-            raise FileNotFoundError(f"--json {json_path} cannot be written: name a file in a folder that exists.")
+        talking.require_writable("--json", json_path)
         finite(guidance_scale, "--guidance-scale")
         with console.status("Loading torch and diffusers …"):
             talking.silence_other_bars()

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -106,6 +107,12 @@ def silence_other_bars() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+
+
+def require_writable(option: str, path: Path | None) -> None:
+    """Raise `FileNotFoundError` if the file that an option names cannot be written: before hours of work, not after."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise FileNotFoundError(f"{option} {path} cannot be written: name a file in a folder that exists.")
 
 
 def files(paths: Iterable[Any]) -> None:

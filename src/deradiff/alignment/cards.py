@@ -1,0 +1,69 @@
+"""The card beside an anchor: base, method, strength and its convention, data, training, how to use it."""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deradiff.alignment.loop import Curve
+from deradiff.alignment.methods import Method
+
+
+def card(method: Method, made_of: dict[str, Any], curve: Curve) -> str:
+    """A model card in Markdown of what `runs.align` made."""
+    settings, data, beta = made_of["settings"], made_of["data"], made_of["beta"]
+    plan, rank = settings["plan"], settings["lora_rank"]
+    peak = settings["rate_times_beta"] / beta if settings["rate_times_beta"] else plan["learning_rate"]
+    table = {
+        "data": f"{data[method.unit]} {method.unit}, {settings['held_out']} held out",
+        "source of the data": f"`{json.dumps(data['source'], ensure_ascii=False)}`",
+        "resolution": f"{settings['resolution']} px",
+        "steps": f"{curve.step[-1]} of {settings['batch']} {method.unit}",
+        "stopped": f"{curve.stopped}; the weights kept are those of step {curve.kept_step}",
+        "optimizer": f"{plan['optimizer']}, rate {peak:g}, {plan['warmup']} steps of warm-up",
+        **({"reward": settings["reward"]} if settings["reward"] else {}),
+        **{name.replace("_", " "): value for name, value in settings["options"].items()},
+        "gradients": f"clipped to a norm of {plan['max_norm']:g}",
+        "seed": made_of["seed"],
+    }
+    lines = [
+        "---",
+        f"base_model: {settings['base']}",
+        "library_name: diffusers",
+        f"tags: [deradiff, {method.title.lower()}, {'lora' if rank else 'text-to-image'}]",
+        "---",
+        "",
+        f"# {settings['base']}, aligned by {method.title} at {method.symbol} = {beta:g}",
+        "",
+        f"A LoRA of rank {rank}." if rank else "All weights of the UNet.",
+        "",
+        textwrap.fill(method.strength, 120),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in table.items()),
+        "",
+        f"Held-out loss ({method.loss}):",
+        "",
+        "| step | loss |",
+        "|---|---|",
+        *(f"| {step} | {loss:.5f} |" for step, loss in _some(curve)),
+        "",
+        "Read it at any strength, with λ turned after training:",
+        "",
+        "```python",
+        "import deradiff",
+        "",
+        'deradiff.realign(pipe, "this folder", lam=0.5)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _some(curve: Curve, rows: int = 12) -> Sequence[tuple[int, float]]:
+    every = list(zip(curve.step, curve.held_out, strict=True))
+    keep = torch.linspace(0, len(every) - 1, min(rows, len(every))).round().long().tolist()
+    return [every[i] for i in keep]
