@@ -1,6 +1,10 @@
 """`deradiff align` on the digits, small: pairs, cache, anchors that realign loads, and what it refuses."""
 
 import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,6 +128,46 @@ def test_own_pairs_prefer_the_reward_and_resume(tmp_path: Path) -> None:
         draw(whole, seed=4)
     with pytest.raises(ValueError, match="temperature = -1"):
         draw(tmp_path / "cold", temperature=-1.0)
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+import torch
+from deradiff.alignment.presets import PRESETS
+from deradiff.cli import app
+torch.set_num_threads(1)
+digits = PRESETS["digits"]
+PRESETS["digits"] = replace(digits, plan=replace(digits.plan, checkpoint_seconds=0))
+app(["align", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def begin(out: Path) -> subprocess.Popen[bytes]:
+        words = ["digits", "--beta", "500", "--out", str(out), *SMALL, "--steps", "12"]
+        return subprocess.Popen([sys.executable, "-c", KILLED, *words], stdout=subprocess.DEVNULL)
+
+    def weights(out: Path) -> bytes:
+        return (out / "beta-500" / "pytorch_lora_weights.safetensors").read_bytes()
+
+    def step() -> int:
+        progress = broken / "beta-500-checkpoint" / "progress.json"
+        # The folder is away for a moment while the next checkpoint takes its place.
+        with suppress(FileNotFoundError):
+            return json.loads(progress.read_text())["step"]
+        return 0
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    unbroken, killed = begin(whole), begin(broken)
+    while step() < 3:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert not (broken / "beta-500").exists()
+    assert begin(broken).wait() == 0 == unbroken.wait()
+    assert weights(broken) == weights(whole) and not list(broken.glob("*checkpoint*"))
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_build_record_describes_what_ships() -> None:
     for beta in digits.BETAS:
         assert curves[f"beta-{beta:g}"]["stopped"] == "flat"
     assert record["stored precision"]["float32"]["error of the difference of weights"] == 0
+
+
+def test_measured_rewards_rise_as_beta_falls() -> None:
+    measured = {row["model"]: row["reward"] for row in json.loads((digits.FILES / "build.json").read_text())["anchors"]}
+    rewards = [measured[f"beta-{beta:g}"] for beta in sorted(digits.BETAS, reverse=True)]
+    for weaker, stronger in itertools.pairwise([measured["reference"], *rewards]):
+        assert stronger["value"] > weaker["value"]
+    gained = rewards[-1]["value"] - rewards[0]["value"]
+    assert gained > 2 * math.hypot(rewards[-1]["error"], rewards[0]["error"])
 
 
 def test_unknown_beta_names_those_there_are() -> None:
