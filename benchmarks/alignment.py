@@ -26,7 +26,7 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
-from deradiff.alignment.loop import Plan
+from deradiff.alignment.loop import Part, Plan
 from deradiff.alignment.pairs import PairFolder
 from deradiff.records import versions, write_json
 from deradiff.worlds import digits
@@ -40,10 +40,27 @@ class RandomPairs:
 
     def __init__(self, base: Base, count: int) -> None:
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        self.training, self.held_out = range(count - 1), [count - 1]
+        self.training: int | None = count - 1
+        self.held_out = 1
         self.prompts, self.empty = base.encode_prompts(["a seven"]), base.encode_prompts([""])
 
+    def batch(self, part: Part, size: int) -> CachedBatch:
+        """Always the same ones."""
+        return self.take(range(size))
+
+    def held_out_batch(self, places: range) -> CachedBatch:
+        """The same again."""
+        return self.take(places)
+
+    def state_dict(self) -> dict[str, object]:
+        """No state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """No state."""
+
     def take(self, rows: Sequence[int]) -> CachedBatch:
+        """The given rows."""
         told = {name: prompts.expand(len(rows), -1, -1) for name, prompts in self.prompts.items()}
         return CachedBatch(self.latents[rows], torch.zeros(len(rows), 2, 6), told, [""] * len(rows))
 

@@ -54,7 +54,7 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
     other = command("digits", "--beta", "100", "--out", tmp_path, *SMALL, "--warmup", "7")
     assert other.exit_code == 2 and "other settings" in other.output
 
-    others = ["--lora-rank", 0, "--gradient-checkpointing", "--ema", 0, "--schedule", "cosine", "--precision", "bf16"]
+    others = ["--no-cache", "--lora-rank", 0, "--gradient-checkpointing", "--ema", 0, "--schedule", "cosine", "--precision", "bf16"]
     whole = command("digits", "--beta", "500", "--out", tmp_path / "whole", *others, *SMALL)
     assert whole.exit_code == 0, whole.output
     assert not torch.equal(sampled(tmp_path / "whole" / "beta-500"), plain)
@@ -71,6 +71,7 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
         (["somewhere/model"], "name --data, --resolution, --batch, --steps, --learning-rate as well"),
         (["digits", "--seed", "2147483648"], "less than or equal to 2147483647"),
         (["digits", "--method", "dpo", "--preset", "aig-sdxl"], "is for draft; --method dpo"),
+        (["digits", "--no-cache", "--pairs", "3", "--data", "some"], "--pairs limits what is cached"),
         (["digits", "--data", "missing"], "no file or folder missing"),
     ],
 )

@@ -35,8 +35,9 @@ class InMemory:
     """Random latents for two prompts."""
 
     def __init__(self, base: Base, count: int, seed: int = 0, held_out: int = 1) -> None:
-        rows = range(count)
-        self.training, self.held_out = rows[: count - held_out], rows[count - held_out :]
+        self.training: int | None = count - held_out
+        self.held_out = held_out
+        self._seed = seed
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
         self.prompts, self.empty = base.encode_prompts(["a red fox", "two blue owls"]), base.encode_prompts([""])
         self.time_ids = torch.arange(count * 12.0).view(count, 2, 6)
@@ -45,12 +46,28 @@ class InMemory:
         prompts = {name: embeds[torch.tensor(rows) % 2] for name, embeds in self.prompts.items()}
         return CachedBatch(self.latents[rows], self.time_ids[rows], prompts, [""] * len(rows))
 
+    def batch(self, part: Part, size: int) -> CachedBatch:
+        return self.take(order(len(self.latents) - self.held_out, self._seed, part.positions(size)))
+
+    def held_out_batch(self, places: range) -> CachedBatch:
+        return self.take([len(self.latents) - self.held_out + place for place in places])
+
     def empty_prompt(self) -> dict[str, torch.Tensor]:
         return self.empty
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def noised(base: Base, pairs: InMemory, rows: Sequence[int], dropout: float, places: range, seed: int) -> Noised:
+    return noise_pairs(base, pairs.take(rows), pairs.empty, dropout, row_generators(seed, places))
+
 
 def noised_pairs(base: Base, count: int = 3) -> Noised:
-    return noise_pairs(base, InMemory(base, count), range(count), 0.0, row_generators(5, range(count)))
+    return noised(base, InMemory(base, count), range(count), 0.0, range(count), 5)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -168,8 +185,8 @@ def test_what_cannot_be_aligned_is_refused() -> None:
 def test_what_a_pair_gets_depends_on_its_place_alone() -> None:
     base = base_of("sdxl")
     pairs = InMemory(base, 8)
-    together = noise_pairs(base, pairs, order(8, 3, range(4, 12)), 0.5, row_generators(3, range(4, 12)))
-    alone = noise_pairs(base, pairs, order(8, 3, range(6, 7)), 0.5, row_generators(3, range(6, 7)))
+    together = noised(base, pairs, order(8, 3, range(4, 12)), 0.5, range(4, 12), 3)
+    alone = noised(base, pairs, order(8, 3, range(6, 7)), 0.5, range(6, 7), 3)
     assert torch.equal(together.noisy[[2, 10]], alone.noisy) and torch.equal(
         together.timesteps[[2, 10]], alone.timesteps
     )
@@ -183,7 +200,7 @@ def test_what_a_pair_gets_depends_on_its_place_alone() -> None:
 def test_dropped_prompts_are_as_many_as_asked() -> None:
     base = base_of()
     pairs = InMemory(base, 400)
-    found = noise_pairs(base, pairs, range(400), 0.25, row_generators(1, range(400)))
+    found = noised(base, pairs, range(400), 0.25, range(400), 1)
     dropped = (found.conditions["prompt_embeds"][:400] == pairs.empty["prompt_embeds"]).flatten(1).all(1)
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 400) ** 0.5)
 

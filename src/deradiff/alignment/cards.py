@@ -17,8 +17,8 @@ def card(method: Method, made_of: dict[str, Any], curve: Curve) -> str:
     plan, rank = settings["plan"], settings["lora_rank"]
     peak = settings["rate_times_beta"] / beta if settings["rate_times_beta"] else plan["learning_rate"]
     table = {
-        "data": f"{data[method.unit]} {method.unit}, {settings['held_out']} held out",
-        "source of the data": f"`{json.dumps(data['source'], ensure_ascii=False)}`",
+        "data": f"{data.get(method.unit, 'streamed')} {method.unit}, {settings['held_out']} held out",
+        "source of the data": f"`{json.dumps(data.get('source', data), ensure_ascii=False)}`",
         "resolution": f"{settings['resolution']} px",
         "steps": f"{curve.step[-1]} of {settings['batch']} {method.unit}",
         "stopped": f"{curve.stopped}; the weights kept are those of step {curve.kept_step}",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import order, row_generators
+from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
@@ -29,20 +29,27 @@ class Noised:
 
 @runtime_checkable
 class Pairs(Protocol):
-    """Latents of preference pairs with their prompts' embeddings, by row: `latent_cache.LatentCache` is one."""
+    """Latents of preference pairs with their prompts' embeddings, in an order (see `training_pairs`)."""
 
-    @property
-    def training(self) -> Sequence[int]:
-        """The rows to train on."""
+    training: int | None
+    """How many train in an epoch, if that is known beforehand."""
+    held_out: int
+    """How many never train; their loss tells how far the training is."""
+
+    def batch(self, part: Part, size: int) -> CachedBatch:
+        """This part of the step's `size` pairs, winners first."""
         ...
 
-    @property
-    def held_out(self) -> Sequence[int]:
-        """The rows that never train; their loss tells how far the training is."""
+    def held_out_batch(self, places: range) -> CachedBatch:
+        """Some of the held-out pairs."""
         ...
 
-    def take(self, rows: Sequence[int]) -> CachedBatch:
-        """The given rows, winner first."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands, as plain JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
         ...
 
     def empty_prompt(self) -> Conditions:
@@ -58,13 +65,13 @@ def errors(base: Base, denoiser: nn.Module, noised: Noised) -> tuple[Float[Tenso
 
 
 def noise_pairs(
-    base: Base, pairs: Pairs, rows: Sequence[int], dropout: float, generators: Sequence[torch.Generator]
+    base: Base, batch: CachedBatch, empty: Conditions, dropout: float, generators: Sequence[torch.Generator]
 ) -> Noised:
-    """Noise the pairs at `rows`, a generator for each: what one pair gets does not depend on the others.
+    """Noise a batch of pairs, a generator for each: what one pair gets does not depend on the others.
 
-    `dropout` is the probability that a prompt is dropped.
+    `dropout` is the probability that a prompt is dropped, `empty` what the denoiser is told instead.
     """
-    batch, empty, device = pairs.take(rows), pairs.empty_prompt(), base.denoiser.device
+    device = base.denoiser.device
     clean = batch.latents.to(device, torch.float32)
     noise = torch.stack([torch.randn(clean.shape[2:], generator=g) for g in generators]).to(device)
     timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
@@ -117,40 +124,39 @@ def train_dpo(
     """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
 
     Held-out pairs keep all prompts and are evaluated `per_pass` at a time; in training a share `dropout` of the prompts
-    is dropped. Raises `ValueError` for β ≤ 0, for
-    fewer pairs than a batch, for a batch that its parts cannot share equally and where nothing is held out.
+    is dropped. Raises `ValueError` for β ≤ 0, for fewer pairs than a batch, for a batch that its parts cannot share
+    equally and where nothing is held out.
     """
     if not beta > 0:
         raise ValueError(f"β = {beta}: the strength of the regularisation must be positive")
-    rows, held_out = pairs.training, pairs.held_out
-    if not held_out:
+    if not pairs.held_out:
         raise ValueError("no pairs are held out: nothing would tell whether the alignment still improves")
-    if len(rows) < batch:
+    if pairs.training is not None and pairs.training < batch:
         raise ValueError(
-            f"{len(rows)} pairs to train on do not fill one batch of {batch}: lower the batch, or bring more pairs"
+            f"{pairs.training} pairs to train on do not fill one batch of {batch}: lower the batch, or bring more pairs"
         )
+    empty = pairs.empty_prompt()
 
     def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        positions = part.positions(batch)
-        mine = [rows[place] for place in order(len(rows), seed, positions)]
-        return loss(base, policy, model, noise_pairs(base, pairs, mine, dropout, row_generators(seed, positions)), beta)
+        generators = row_generators(seed, part.positions(batch))
+        noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
+        return loss(base, policy, model, noised, beta)
 
-    chunks = [held_out[i : i + per_pass] for i in range(0, len(held_out), per_pass)]
+    chunks = [range(pairs.held_out)[start : start + per_pass] for start in range(0, pairs.held_out, per_pass)]
     known: list[tuple[Tensor, Tensor]] = []
 
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
         for number, chunk in enumerate(chunks):
-            first = number * per_pass
-            generators = row_generators(seed, range(first, first + len(chunk)), "held out")
-            noised = noise_pairs(base, pairs, chunk, 0.0, generators)
+            generators = row_generators(seed, chunk, "held out")
+            noised = noise_pairs(base, pairs.held_out_batch(chunk), empty, 0.0, generators)
             if number == len(known):
                 with policy.reference(model) as reference:
                     known.append(errors(base, reference, noised))
             total += len(chunk) * diffusion_dpo(*errors(base, model, noised), *known[number], beta).item()
-        return total / len(held_out)
+        return total / pairs.held_out
 
     return train(
         policy.model, objective, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity,
+        accelerator=accelerator, identity=identity, data=pairs,
     )  # fmt: skip

@@ -92,18 +92,20 @@ class Feed(Generic[Item]):
         return dict(sorted((Counter(self._left_out) + self._unreadable).items()))
 
     def take(self, count: int, rank: int = 0, world: int = 1) -> list[Item]:
-        """This process's share of the next `count` rows: those at `rank`, `rank + world`, ... of the global batch.
+        """This process's share of the next `count` rows: the `rank`-th of `world` equal parts of the global batch.
 
         Every process must take the same `count`. Raises `ValueError` where `UNREADABLE_IN_A_ROW` rows in succession
         cannot be read; the feed then stands where it stood before.
         """
-        if count < 1 or not 0 <= rank < world:
+        if count < 1 or count % world or not 0 <= rank < world:
             raise ValueError(
-                f"cannot take {count} rows as process {rank} of {world}: count must be at least 1, rank in [0, world)"
+                f"cannot take {count} rows as process {rank} of {world}: count must be a positive multiple of world, "
+                "rank in [0, world)"
             )
+        share = count // world
         unreadable: Counter[str] = Counter()
         try:
-            items = [self._open(place, unreadable) for place in range(rank, count, world)]
+            items = [self._open(place, unreadable) for place in range(rank * share, (rank + 1) * share)]
             self._peek(count - 1)
         except BaseException:
             # A generator that raised is spent: the next try begins at the cursor again.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -104,6 +104,19 @@ Loss = Callable[[nn.Module, torch.Generator, Part], Tensor]
 """The mean loss of a model on its part of the global batch that the generator draws."""
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """What remembers where it stands: data whose order is no function of the step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as plain JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        ...
+
+
 class TrainingFailed(RuntimeError):
     """The loss stopped being a number; the last good checkpoint still stands."""
 
@@ -159,6 +172,7 @@ def train(
     report: Report,
     accelerator: Accelerator | None = None,
     identity: str = "",
+    data: Stateful | None = None,
 ) -> Curve:
     """Minimise `loss` over the parameters of `model` that require gradients; the model ends with the kept weights.
 
@@ -166,6 +180,8 @@ def train(
     `held_out_loss` is computed by every process alike, the first one's value counts. `accelerator` brings devices,
     processes, mixed precision and trackers, and forgets the model afterwards; without it, this process trains on the
     CPU.
+
+    `data` is what `loss` takes its rows from, where that has a state.
 
     State is written to the folder `checkpoint` every `plan.checkpoint_seconds` and read from there if it exists; the
     caller deletes it once it has saved the result. `identity` says what is trained on what: a checkpoint of another
@@ -195,6 +211,8 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         curve, start = Curve(**progress["curve"]), progress["step"]
+        if data is not None:
+            data.load_state_dict(progress["data"])
         recent = torch.tensor(progress["recent"], device=accelerator.device)
 
     def save(step: int) -> None:
@@ -207,7 +225,10 @@ def train(
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
             }
             torch.save(state, folder / "state.pt")
-            progress = {"identity": identity, "step": step, "recent": recent.item(), "curve": asdict(curve)}
+            progress = {
+                "identity": identity, "step": step, "recent": recent.item(), "curve": asdict(curve),
+                "data": data.state_dict() if data is not None else {},
+            }  # fmt: skip
             (folder / "progress.json").write_text(json.dumps(progress))
 
         require_finite(step)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from deradiff import pipelines
@@ -14,8 +15,10 @@ from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.loop import Curve
 from deradiff.alignment.own_pairs import draw_pairs
-from deradiff.alignment.pairs import open_pairs
+from deradiff.alignment.pair_streams import PairStream
+from deradiff.alignment.pairs import PairFolder, open_pairs
 from deradiff.alignment.presets import Preset
+from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.jobs import Report
 from deradiff.rewards.digits import DigitsReward
 from deradiff.worlds.digits import captions
@@ -50,7 +53,7 @@ class Method:
     unit: str
     """What a batch counts; the data's fingerprint has their number under this name."""
     decodes: bool
-    """Whether training needs VAE and text encoders."""
+    """Whether training needs VAE and text encoders, with all data prepared."""
     prepare: Callable[[DiffusionPipeline, Preset, Path, int | None, int, Report], Any]
     train: Callable[..., Curve]
 
@@ -58,10 +61,16 @@ class Method:
 # -- preference pairs -------------------------------------------------------------------------------------------------
 
 
-def cached_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> LatentCache:
-    """The latents and prompt embeddings of the pairs, made in `out/cache` if they are not there, with held-out rows."""
+def prepare_pairs(
+    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
+) -> LatentCache | PairFolder | PairStream:
+    """The pairs, drawn where they are the model's own; as latents in `out/cache` if `settings.cache`."""
     own = settings.data == "own"
     source = own_pairs(pipe, settings, out / "pairs", count or OWN_PAIRS, seed, report) if own else settings.data
+    if not settings.cache:
+        if count and not own:
+            raise ValueError("--pairs limits what is cached; without a cache all pairs are used")
+        return open_pairs(source, held_out=settings.held_out)
     pairs, base = open_pairs(source), Base(pipe)
     planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
     write_cache(
@@ -85,17 +94,20 @@ def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, 
     )  # fmt: skip
 
 
-def _dpo(base: Base, policy: Any, data: LatentCache, beta: float, settings: Preset, **common: Any) -> Curve:
-    return train_dpo(
-        base,
-        policy,
-        data,
-        beta,
-        settings.plan_at(beta),
-        batch=settings.batch,
-        dropout=settings.prompt_dropout,
-        **common,
+def _dpo(
+    base: Base, policy: Any, data: LatentCache | PairFolder | PairStream, beta: float, settings: Preset, *, seed: int,
+    accelerator: Accelerator | None, **common: Any,
+) -> Curve:  # fmt: skip
+    processes = accelerator.num_processes if accelerator else 1
+    pairs = (
+        CachedPairs(data, seed)
+        if isinstance(data, LatentCache)
+        else EncodedPairs(base, data, settings.resolution, seed, processes)
     )
+    return train_dpo(
+        base, policy, pairs, beta, settings.plan_at(beta), batch=settings.batch, dropout=settings.prompt_dropout,
+        seed=seed, accelerator=accelerator, **common,
+    )  # fmt: skip
 
 
 METHODS: dict[str, Method] = {
@@ -107,7 +119,7 @@ METHODS: dict[str, Method] = {
         loss="log 2 = 0.69315 before alignment",
         unit="pairs",
         decodes=False,
-        prepare=cached_pairs,
+        prepare=prepare_pairs,
         train=_dpo,
     ),
 }

@@ -25,6 +25,8 @@ class Preset:
     batch: int
     """Pairs or prompts per step, over all processes and micro-batches."""
     resolution: int
+    cache: bool = True
+    """Whether pairs are encoded once, before training, or anew in every step."""
     betas: tuple[float, ...] = ()
     """Strengths that the paper aligned at: β of Diffusion-DPO, λ_KL of DRaFT."""
     rate_times_beta: float | None = None

@@ -67,7 +67,7 @@ def align_all(
     pipe = load_base(settings).to(accelerator.device)
     with accelerator.main_process_first():
         data = method.prepare(pipe, settings, out, count, seed, report)
-    if not method.decodes:
+    if settings.cache and not method.decodes:
         for name in ("vae", "text_encoder", "text_encoder_2"):
             if getattr(pipe, name, None) is not None:
                 getattr(pipe, name).to("cpu")

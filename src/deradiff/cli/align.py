@@ -86,6 +86,14 @@ def align(
     count: Annotated[
         int | None, typer.Option("--pairs", min=1, help="Use so many pairs; `own` draws 2,000.", rich_help_panel=DATA)
     ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Encode all pairs once, beforehand, or anew in every step.",
+            rich_help_panel=DATA,
+        ),
+    ] = True,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures.", rich_help_panel=DATA)] = None,
     held_out: Annotated[
         int | None, typer.Option(min=1, help="Pairs that only measure the progress.", rich_help_panel=DATA)
@@ -155,6 +163,7 @@ def align(
             options = {
                 "method": method, "data": data, "resolution": resolution, "held_out": held_out, "lora_rank": lora_rank,
                 "batch": batch, "precision": precision, "gradient_checkpointing": gradient_checkpointing or None,
+                "cache": None if cache else False,
             }  # fmt: skip
             plan = {
                 "steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup,
