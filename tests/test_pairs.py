@@ -1,95 +1,20 @@
-"""Pairs from Pick-a-Pic's rows, folders and Parquet; the order they come in; the pixels they become."""
+"""Pairs from Pick-a-Pic's rows, from the hub, folders and Parquet."""
 
-import io
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from deradiff.alignment.feeds import Feed, Unreadable
-from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.pair_rows import LeftOut, PairRow, decode_pair, read_row
-from deradiff.alignment.pair_streams import OPEN_SHARDS, PairStream, ParquetShards
-from deradiff.alignment.pairs import Pair, PairFolder, open_pairs
-
-GOOD, BAD = (0, 200, 0), (200, 0, 0)
-
-
-def encoded(colour: tuple[int, int, int], form: str = "PNG", size: tuple[int, int] = (4, 4)) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, colour).save(content, form)
-    return content.getvalue()
-
-
-WINNER, LOSER = encoded(GOOD), encoded(BAD)
-
-
-def pick(caption: Any, label: Any = 1.0, **others: Any) -> dict[str, Any]:
-    """A row of Pick-a-Pic whose preferred image is the green one."""
-    images = {"jpg_0": LOSER, "jpg_1": WINNER} if label == 0 else {"jpg_0": WINNER, "jpg_1": LOSER}
-    other = None if label is None else 1 - label
-    return {"caption": caption, **images, "label_0": label, "label_1": other, "has_label": label is not None} | others
-
-
-class Rows:
-    """Shards held in memory."""
-
-    def __init__(self, *shards: list[dict[str, Any]]) -> None:
-        self.shards = shards
-        self.fingerprint = {"kind": "test", "rows": [len(shard) for shard in shards]}
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def rows(self, shard: int, start: int) -> Iterator[Mapping[str, Any]]:
-        return iter(self.shards[shard][start:])
-
-    def name(self, shard: int) -> str:
-        return f"shard {shard}"
-
-
-def stream(held_out: int = 0, buffer: int = 5) -> PairStream:
-    """Six shards of 0 to 6 rows, with every kind of row that is left out; 15 usable rows, two of them unreadable."""
-    shards = [[pick(f"{shard}-{row}", float(row % 2)) for row in range(shard + 1)] for shard in range(5)]
-    shards[1].insert(1, pick("tied", 0.5))
-    shards[2].append(pick("unlabelled", None))
-    shards[3].append(pick("", 1.0))
-    shards[3][2] |= {"jpg_0": WINNER[:40]}
-    shards[4][1] |= {"jpg_1": None}
-    return PairStream(Rows(*shards[:2], [], *shards[2:]), held_out, buffer)
-
-
-UNREADABLE = {"3-2", "4-1"}
-READABLE = {f"{shard}-{row}" for shard in range(5) for row in range(shard + 1)} - UNREADABLE
-
-
-def folder_of(root: Path, count: int = 7) -> Path:
-    (root / "images").mkdir(parents=True)
-    rows = []
-    for i in range(count):
-        (root / f"images/{i}w.png").write_bytes(WINNER)
-        (root / f"images/{i}l.jpg").write_bytes(encoded(BAD, "JPEG"))
-        rows.append({"prompt": str(i), "winner": f"images/{i}w.png", "loser": f"images/{i}l.jpg"})
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-def prompts(feed: Feed[Pair], counts: list[int]) -> list[str]:
-    return [pair.prompt for count in counts for pair in feed.take(count)]
-
-
-def colour(image: Image.Image) -> tuple[int, int, int]:
-    found = image.getpixel((0, 0))
-    assert isinstance(found, tuple)
-    return (int(found[0]), int(found[1]), int(found[2]))
-
+from deradiff.alignment.pair_streams import PairStream, ParquetShards
+from deradiff.alignment.pairs import PairFolder, open_pairs
+from pair_rows import BAD, GOOD, LOSER, WINNER, colour, encoded, folder_of, pick, prompts
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
@@ -142,148 +67,6 @@ def test_no_damage_to_an_image_ends_a_run(form: str) -> None:
             assert error.reason == "corrupt image" and "row 5: the winner" in str(error)
     with pytest.raises(Unreadable, match="row 5: the loser has no image"):
         decode_pair(PairRow("a", WINNER, None, "row 5"))
-
-
-# -- the order --------------------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_of_a_stream_holds_every_readable_pair_and_counts_the_rest() -> None:
-    feed = Feed(stream(), seed=1)
-    seen = prompts(feed, [3, 5, 7])
-    # The places of the two unreadable rows are taken by the rows that follow them.
-    assert len(seen) == 15 and set(seen) == READABLE
-    assert feed.skipped == {"corrupt image": 1, "no image": 1, "no prompt": 1, "tie": 1, "unlabelled": 1}
-    assert all(colour(pair.winner) == GOOD for pair in feed.take(13))
-
-
-@pytest.mark.parametrize("kind", ["stream", "folder"])
-def test_killed_at_any_position_the_sequence_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
-    path = folder_of(tmp_path)
-
-    def feed() -> Feed[Pair]:
-        return Feed(stream(held_out=2) if kind == "stream" else PairFolder(path, held_out=2), seed=3)
-
-    whole, states = feed(), []
-    for _ in range(36):
-        states.append((json.dumps(whole.state_dict()), whole.skipped))
-        whole.take(1)
-    unbroken = prompts(feed(), [1] * 44)
-    for done, (state, skipped) in enumerate(states):
-        resumed = feed()
-        resumed.load_state_dict(json.loads(state))
-        assert resumed.skipped == skipped
-        assert prompts(resumed, [1] * 8) == unbroken[done : done + 8]
-        assert len(state) < 600
-    assert prompts(feed(), [5, 1, 20, 18]) == unbroken, "the size of batches changes nothing"
-
-
-@pytest.mark.parametrize("world", [2, 3, 6])
-def test_processes_share_the_global_batch_and_decode_only_their_own(world: int) -> None:
-    alone = Feed(stream(), seed=2)
-    batches = [[pair.prompt for pair in alone.take(6)] for _ in range(5)]
-    opened = []
-
-    class Watched(PairStream):
-        def open(self, row: PairRow) -> Pair:
-            opened.append(row.prompt)
-            return super().open(row)
-
-    source = stream().shards
-    feeds = [Feed(Watched(source, buffer=5), seed=2) for _ in range(world)]
-    for batch in batches:
-        shares = [[pair.prompt for pair in feed.take(6, rank, world)] for rank, feed in enumerate(feeds)]
-        assert shares == [batch[rank * 6 // world : (rank + 1) * 6 // world] for rank in range(world)]
-    assert len(opened) == 30 + sum(prompt in UNREADABLE for prompt in opened)
-    totals = [sum(feed.skipped.get(reason, 0) for feed in feeds) for reason in ("corrupt image", "no image")]
-    assert totals == [alone.skipped[reason] for reason in ("corrupt image", "no image")]
-    assert all(feed.skipped["tie"] == alone.skipped["tie"] for feed in feeds)
-
-
-def test_unreadable_rows_one_after_another_are_counted_once_each() -> None:
-    rows = [pick("a"), pick("b", jpg_0=b""), pick("c", jpg_1=b"no"), pick("d")]
-    feed = Feed(PairStream(Rows(rows), buffer=1))
-    assert prompts(feed, [4]) == ["a", "d", "d", "d"] and feed.skipped == {"corrupt image": 2}
-
-
-def test_epochs_and_seeds_differ_and_folders_are_permuted(tmp_path: Path) -> None:
-    source = PairFolder(folder_of(tmp_path, 12))
-    first = prompts(Feed(source, seed=0), [12, 12])
-    other = prompts(Feed(source, seed=1), [12])
-    listed = [str(i) for i in range(12)]
-    assert sorted(first[:12], key=int) == sorted(first[12:], key=int) == sorted(other, key=int) == listed
-    assert len({tuple(listed), tuple(first[:12]), tuple(first[12:]), tuple(other)}) == 4
-
-
-def test_streams_mix_shards_and_blocks() -> None:
-    shards = Rows(*[[pick(f"{shard} {row}") for row in range(20)] for shard in range(2 * OPEN_SHARDS)])
-    order = prompts(Feed(PairStream(shards, buffer=40), seed=0), [160, 160])
-    assert sorted(order[:160]) == sorted(order[160:]) and order[:160] != order[160:]
-    assert len({prompt.split()[0] for prompt in order[:40]}) == OPEN_SHARDS
-    rows = [int(prompt.split()[1]) for prompt in order[:40]]
-    assert rows != sorted(rows)
-
-
-@pytest.mark.parametrize("kind", ["stream", "folder"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_held_out_pairs_never_train(kind: str, seed: int, tmp_path: Path) -> None:
-    folder_of(tmp_path)
-    sources = {
-        count: stream(held_out=count) if kind == "stream" else PairFolder(tmp_path, held_out=count)
-        for count in (0, 1, 3, 4)
-    }
-    everything = READABLE if kind == "stream" else {str(i) for i in range(7)}
-    for count, source in sources.items():
-        apart = [pair.prompt for pair in source.held_out()]
-        trained = set(prompts(Feed(source, seed), [40]))
-        assert len(apart) == count and trained == everything - set(apart)
-
-
-def test_another_run_s_order_is_refused(tmp_path: Path) -> None:
-    source = PairFolder(folder_of(tmp_path / "a"))
-    state = Feed(source, seed=0).state_dict()
-    with pytest.raises(ValueError, match="another seed: 0, now 1"):
-        Feed(source, seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="other data"):
-        Feed(PairFolder(folder_of(tmp_path / "b", 8)), seed=0).load_state_dict(state)
-    with pytest.raises(ValueError, match="other held-out rows: 0, now 2"):
-        Feed(PairFolder(tmp_path / "a", held_out=2), seed=0).load_state_dict(state)
-
-
-def test_a_feed_survives_a_failed_read() -> None:
-    class Flaky(Rows):
-        failures = 1
-
-        def rows(self, shard: int, start: int) -> Iterator[Mapping[str, Any]]:
-            for number, row in enumerate(super().rows(shard, start), start):
-                if (shard, number) == (1, 3) and self.failures:
-                    self.failures -= 1
-                    raise ConnectionError("the hub hung up")
-                yield row
-
-    def shards(kind: type[Rows]) -> Rows:
-        return kind(*[[pick(f"{shard}{row}") for row in range(6)] for shard in range(2)])
-
-    feed = Feed(PairStream(shards(Flaky), buffer=3))
-    seen: list[str] = []
-    with pytest.raises(ConnectionError):
-        while True:
-            seen += [pair.prompt for pair in feed.take(2)]
-    seen += [pair.prompt for pair in feed.take(12)]
-    assert seen == prompts(Feed(PairStream(shards(Rows), buffer=3)), [len(seen)])
-
-
-def test_data_without_a_usable_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"no pair to train on.*'tie': 2"):
-        Feed(PairStream(Rows([pick("a", 0.5)], [pick("b", 0.5)]))).take(1)
-    with pytest.raises(ValueError, match="no pair to train on"):
-        Feed(PairStream(Rows())).take(1)
-    with pytest.raises(ValueError, match="2 pairs cannot be held out: the data have fewer"):
-        PairStream(Rows([pick("a")]), held_out=2)
-    broken = Feed(PairStream(Rows([pick("a", jpg_0=b"no"), pick("b", jpg_1=b"no")])))
-    with pytest.raises(ValueError, match=r"100 rows in succession could not be read.*shard 0, row"):
-        broken.take(2)
-    with pytest.raises(ValueError, match="cannot take 4 rows as process 2 of 2"):
-        broken.take(4, 2, 2)
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -474,68 +257,3 @@ def test_the_datasets_library_is_called_as_it_wants(tmp_path: Path, monkeypatch:
     resumed.load_state_dict(json.loads(json.dumps(feed.state_dict())))
     after = prompts(resumed, [len(expected) - 7])
     assert after == prompts(feed, [len(after)]) and sorted(before + after) == sorted(expected[2:])
-
-
-# -- pixels -----------------------------------------------------------------------------------------------------------
-
-
-def ramp(width: int, height: int) -> Image.Image:
-    """Red tells the column and green the row, in pixels."""
-    image = Image.new("RGB", (width, height))
-    image.putdata([(x, y, 0) for y in range(height) for x in range(width)])
-    return image
-
-
-def read_back(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels + 1) * 127.5
-
-
-def test_the_crop_is_where_the_time_ids_say() -> None:
-    pair = Pair("a", ramp(40, 24), ramp(24, 60))
-    found = pair_pixels(pair, 24)
-    assert found.time_ids.tolist() == [[24, 40, 0, 8, 24, 24], [60, 24, 18, 0, 24, 24]]
-    for random in range(5):
-        generator = torch.Generator().manual_seed(random)
-        found = pair_pixels(pair, 24, crop="random", generator=generator)
-        for pixels, (_, _, top, left, *_) in zip(read_back(found.pixels), found.time_ids.tolist(), strict=True):
-            torch.testing.assert_close(pixels[0], torch.arange(left, left + 24).expand(24, 24), atol=1e-3, rtol=0)
-            torch.testing.assert_close(
-                pixels[1], torch.arange(top, top + 24)[:, None].expand(24, 24), atol=1e-3, rtol=0
-            )
-    places = {tuple(pair_pixels(pair, 24, crop="random", generator=generator).time_ids[:, 2:4].flatten().tolist())
-              for _ in range(20)}  # fmt: skip
-    assert len(places) > 10
-
-
-def test_pixels_are_the_resized_image_from_minus_one_to_one() -> None:
-    image = Image.effect_noise((90, 60), 80).convert("RGB")
-    pair = Pair("a", image, Image.new("RGB", (5, 5), (255, 0, 128)))
-    found = pair_pixels(pair, 30).pixels
-    resized = image.resize((45, 30), Image.Resampling.BILINEAR).crop((7, 0, 37, 30))
-    expected = torch.from_numpy(np.array(resized)).float().permute(2, 0, 1)
-    # Antialiasing at the border of the crop sees one pixel less.
-    torch.testing.assert_close(read_back(found[0])[:, :, 1:-1], expected[:, :, 1:-1], atol=1.01, rtol=0)
-    torch.testing.assert_close(found[1].mean((1, 2)), torch.tensor([1.0, -1.0, 1 / 255]), atol=1e-5, rtol=0)
-
-
-def test_a_flip_mirrors_the_pair_together_half_of_the_time() -> None:
-    pair, generator = Pair("a", ramp(16, 16), ramp(16, 16)), torch.Generator().manual_seed(0)
-    plain = pair_pixels(pair, 16).pixels
-    mirrored = 0
-    for _ in range(60):
-        found = pair_pixels(pair, 16, flip=True, generator=generator).pixels
-        torch.testing.assert_close(found[0], found[1])
-        flipped = not torch.equal(found, plain)
-        torch.testing.assert_close(found, plain.flip(-1) if flipped else plain)
-        mirrored += flipped
-    assert 15 < mirrored < 45
-
-
-def test_unseeded_choices_and_odd_sizes() -> None:
-    pair = Pair("a", Image.new("RGB", (1, 3000)), Image.new("RGB", (333, 500)))
-    for choice in ({"crop": "random"}, {"flip": True}):
-        with pytest.raises(ValueError, match="needs a generator"):
-            pair_pixels(pair, 8, **choice)
-    with pytest.raises(ValueError, match="resolution must be at least 1, got 0"):
-        pair_pixels(pair, 0)
-    assert pair_pixels(pair, 256).pixels.shape == (2, 3, 256, 256)
