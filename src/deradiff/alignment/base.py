@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from deradiff.anchors.checks import denoiser_of, prediction_type
@@ -78,7 +78,7 @@ class Base:
         """Latents of pictures in [-1, 1], as the denoiser sees them: the mean of the encoder's distribution."""
         vae = self.pipe.vae
         latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+        return latents * vae.config.scaling_factor
 
     def noised(
         self,
@@ -104,7 +104,7 @@ class Base:
         self,
         denoiser: nn.Module,
         noisy: Float[Tensor, "batch *latent"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         conditions: Conditions,
     ) -> Float[Tensor, "batch *latent"]:
         """The prediction of `denoiser`: this base's own, or another with its architecture."""

@@ -32,6 +32,17 @@ def diffusion_dpo(
     return -F.logsigmoid(-0.5 * beta * margin).mean()
 
 
+def regularised_reward(
+    rewards: Float[Tensor, " sample"], divergences: Float[Tensor, " sample"], kl: float | int
+) -> Float[Tensor, ""]:
+    """`mean(-r + λ_KL D)` (Annealed Importance Guidance, equations 3 and 4).
+
+    `divergences` bound the KL between the model and its reference from above: for each sample the sum over its steps
+    of the squared difference of the two predictions (see `squared_error` for the convention: a mean over elements).
+    """
+    return (kl * divergences - rewards).mean()
+
+
 def bradley_terry(
     first: Float[Tensor, " pair"], second: Float[Tensor, " pair"], temperature: float, generator: torch.Generator
 ) -> Bool[Tensor, " pair"]:

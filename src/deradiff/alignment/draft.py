@@ -1,0 +1,150 @@
+"""DRaFT-K: the reward's own gradient through the last K steps of sampling (Clark et al. 2023), with a KL term."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff.alignment.base import Base, Conditions, Policy
+from deradiff.alignment.feeds import order, row_generators
+from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.objectives import regularised_reward, squared_error
+from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
+from deradiff.rewards import Reward
+
+
+def scored(
+    reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
+) -> Float[Tensor, " batch"]:
+    """The rewards of `images`. Raises `ValueError` where one is no number, or has no gradient though `images` has."""
+    found = at_least_single(reward(images, prompts))
+    if images.requires_grad and not found.requires_grad:
+        raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
+    if not found.isfinite().all():
+        worst = int((~found.isfinite()).nonzero()[0])
+        raise ValueError(f"{reward.name} scored a picture of {prompts[worst]!r} {found[worst].item()}: not a number")
+    return found
+
+
+def divergence(
+    base: Base, policy: Policy, model: nn.Module, kept: Sequence[Kept], told: Conditions
+) -> Float[Tensor, " batch"]:
+    """The sum over `kept` steps of the squared difference to the reference's prediction (AIG, equation 4)."""
+    found = torch.zeros(len(kept[0].noisy), device=kept[0].noisy.device)
+    for step in kept:
+        # What earlier steps did to the latents is differentiated too: then the reference's own prediction moves.
+        moves = step.noisy.requires_grad
+        with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(policy.model, moves):
+            prediction = base.predict(reference, step.noisy, step.timesteps, told)
+        found = found + squared_error(at_least_single(step.prediction), at_least_single(prediction))
+    return found
+
+
+@contextmanager
+def _remembering(model: nn.Module, moves: bool) -> Iterator[None]:
+    """Activations are kept inside the block: to compute them anew later would find the adapter on again."""
+    modules = [module for module in model.modules() if moves and getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def objective(
+    base: Base,
+    policy: Policy,
+    model: nn.Module,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    reward: Reward,
+    kl: float | int,
+    sampling: Sampling,
+    keep: int,
+    until: int | None = None,
+    ceiling: float | int = float("inf"),
+) -> Float[Tensor, ""]:
+    """Minus the mean reward of what `model` draws for `prompts`, plus `kl` times the divergence over the last steps.
+
+    `until` stops the sampling early (see `sampling.sample`); rewards count up to `ceiling`.
+    """
+    told = conditions(base, prompts, sampling.resolution)
+    guided = sampling.guidance_scale > 1
+    untold = unconditional(base, len(prompts), sampling.resolution) if guided else None
+    noise = sampling.noise(base, generators)
+    drawn = sample(base, model, told, untold, noise, sampling, keep=keep, generators=generators, until=until)
+    rewards = scored(reward, decode(base, drawn.latents), prompts)
+    # Without a KL term the reference need not be evaluated.
+    divergences = divergence(base, policy, model, drawn.kept, told) if kl else torch.zeros_like(rewards)
+    return regularised_reward(rewards.clamp(max=ceiling), divergences, kl)
+
+
+def on_held_out(
+    base: Base, policy: Policy, model: nn.Module, prompts: Sequence[str], reward: Reward, kl: float | int,
+    sampling: Sampling, keep: int, per_pass: int, seed: int,
+) -> float:  # fmt: skip
+    """The objective for `prompts`, `per_pass` at a time, from noise that is always the same."""
+    total = 0.0
+    for start in range(0, len(prompts), per_pass):
+        places = range(len(prompts))[start : start + per_pass]
+        asked, generators = [prompts[place] for place in places], row_generators(seed, places, "held out")
+        found = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
+        total += len(asked) * found.item()
+    return total / len(prompts)
+
+
+def require(kl: float | int, prompts: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raise `ValueError` for a negative `kl`, or where there are no prompts."""
+    if not 0 <= kl < float("inf"):
+        raise ValueError(f"λ_KL = {kl}: the strength of the KL term must be 0 or more")
+    if not prompts or not held_out:
+        raise ValueError(f"{len(prompts)} prompts to train on and {len(held_out)} held out: both must be there")
+
+
+def train_draft(
+    base: Base,
+    policy: Policy,
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    reward: Reward,
+    kl: float | int,
+    plan: Plan,
+    *,
+    batch: int,
+    sampling: Sampling,
+    keep: int = 1,
+    per_pass: int = 16,
+    seed: int,
+    checkpoint: Path,
+    report: Report,
+    accelerator: Accelerator | None = None,
+    identity: str = "",
+) -> Curve:
+    """Raise `reward` of what `policy` draws, `batch` prompts a step, with gradients through the last `keep` steps.
+
+    `kl` is λ_KL, 0 for none; its term is computed over the same steps. The held-out loss is the same objective for the
+    `held_out` prompts, `per_pass` at a time, always from the same noise. Raises `ValueError` for a negative `kl`, for
+    `keep` outside 1 to all steps, for no prompts, and for a reward that is no number or has no gradient.
+    """
+    if keep < 1:
+        raise ValueError(f"gradients through {keep} steps teach nothing: keep 1 or more")
+    require(kl, prompts, held_out)
+
+    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+        positions = part.positions(batch)
+        asked = [prompts[place] for place in order(len(prompts), seed, positions)]
+        return objective(base, policy, model, asked, row_generators(seed, positions), reward, kl, sampling, keep)
+
+    def held_out_loss(model: nn.Module) -> float:
+        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, seed)
+
+    return train(
+        policy.model, loss, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
+        accelerator=accelerator, identity=identity,
+    )  # fmt: skip

@@ -1,0 +1,187 @@
+"""Sampling that gradients can go back through: for reward gradients, and for the gradient of the initial noise.
+
+The loop is that of a diffusers pipeline, over the parts of a `Base`. What a row is drawn from does not depend on its
+batch.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deradiff import pipelines
+from deradiff.alignment.base import Base, Conditions
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: a scheduler by its name in `pipelines.SCHEDULERS`, so many steps, classifier-free guidance.
+
+    `resolution` is the side of the pictures in pixels, by default the model's own. Raises `ValueError` for fewer than
+    one step and a guidance scale below 1.
+    """
+
+    scheduler: str
+    steps: int
+    guidance_scale: float
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"{self.steps} sampling steps: take 1 or more")
+        if not self.guidance_scale >= 1:
+            raise ValueError(f"a guidance scale of {self.guidance_scale}: 1 is no guidance, less is not supported")
+
+    def prepared(self, base: Base) -> Any:
+        """A scheduler for `base` with its timesteps set."""
+        scheduler = pipelines.scheduler_like(base.pipe.scheduler, self.scheduler)
+        scheduler.set_timesteps(self.steps, device=base.denoiser.device)
+        return scheduler
+
+    def noise(self, base: Base, generators: Sequence[torch.Generator]) -> Float[Tensor, "batch *latent"]:
+        """Standard normal noise in single precision at least, a generator for each row."""
+        config = base.denoiser.config
+        side = self.resolution // base.pipe.vae_scale_factor if self.resolution else config.sample_size
+        rows = [torch.randn(config.in_channels, side, side, generator=g) for g in generators]
+        return torch.stack(rows).to(base.denoiser.device, torch.promote_types(base.denoiser.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A step that gradients go through: what the denoiser saw, and its prediction without guidance."""
+
+    noisy: Float[Tensor, "batch *latent"]
+    timesteps: Shaped[Tensor, " batch"]
+    prediction: Float[Tensor, "batch *latent"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Clean latents, and the last steps, those that gradients go through, in their order."""
+
+    latents: Float[Tensor, "batch *latent"]
+    kept: list[Kept]
+
+
+def conditions(base: Base, prompts: Sequence[str], resolution: int | None = None) -> Conditions:
+    """What the denoiser is told of `prompts`, for pictures of that resolution (by default the model's), uncropped."""
+    told = base.encode_prompts(prompts)
+    return base.with_sizes(told, _sizes(base, resolution, len(prompts)))
+
+
+@torch.no_grad()
+def unconditional(base: Base, count: int, resolution: int | None = None) -> Conditions:
+    """What the denoiser is told without a prompt, `count` times: the pipeline's own choice, zeros for SDXL."""
+    embedded = base.pipe.encode_prompt(
+        [""] * count, device=base.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
+    found = {"prompt_embeds": embedded[1]} | ({"pooled_prompt_embeds": embedded[3]} if base.is_xl else {})
+    return base.with_sizes(found, _sizes(base, resolution, count))
+
+
+def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
+    if resolution is None or not base.is_xl:
+        return None
+    return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(count, 6)
+
+
+def sample(
+    base: Base,
+    denoiser: nn.Module,
+    told: Conditions,
+    untold: Conditions | None,
+    noise: Float[Tensor, "batch *latent"],
+    sampling: Sampling,
+    *,
+    keep: int,
+    until: int | None = None,
+    checkpointing: bool = True,
+    generators: Sequence[torch.Generator] | None = None,
+) -> Sampled:
+    """Latents from `noise`, with gradients through the last `keep` of the sampling steps.
+
+    Args:
+        base: of the denoiser.
+        denoiser: the base's own, or another with its architecture.
+        told: from `conditions`.
+        untold: from `unconditional`; needed where there is guidance.
+        noise: standard normal. With `keep` = all steps, gradients reach it.
+        sampling: how to sample.
+        keep: 0 to all steps; 0 keeps no graph at all. Under `torch.no_grad` there is no graph either.
+        until: stop after so many steps, at what the last one takes the clean latents to be.
+        checkpointing: compute the denoiser's activations anew in the backward pass: memory for one step in place of
+            `keep`.
+        generators: of the noise that a stochastic scheduler adds, one per row.
+
+    Raises:
+        ValueError: `keep` is not between 0 and the number of steps, guidance lacks `untold`, `until` is not between 1
+            and all steps, or the scheduler does not say what it takes the clean latents to be.
+    """
+    scheduler = sampling.prepared(base)
+    if until is not None and not 1 <= until <= len(scheduler.timesteps):
+        raise ValueError(f"stopping after {until} of {len(scheduler.timesteps)} steps: name 1 or more, at most all")
+    early = until is not None and until < len(scheduler.timesteps)
+    timesteps = scheduler.timesteps[:until]
+    if not 0 <= keep <= len(timesteps):
+        raise ValueError(f"gradients through {keep} of {len(timesteps)} steps: name 0 to {len(timesteps)}")
+    guided = sampling.guidance_scale > 1
+    if guided and untold is None:
+        raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
+    both = _together(untold, told) if guided and untold is not None else told
+
+    def predict(noisy: Tensor, at: Tensor) -> Tensor:
+        return base.predict(denoiser, noisy, at, both)
+
+    latents, kept = noise * scheduler.init_noise_sigma, []
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": list(generators)} if draws and generators else {}
+    for number, t in enumerate(timesteps):
+        last = number >= len(timesteps) - keep
+        with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+            noisy = scheduler.scale_model_input(latents, t)
+            doubled = torch.cat([noisy, noisy]) if guided else noisy
+            at = t.expand(len(doubled)).to(noisy.device)
+            recomputed = checkpointing and torch.is_grad_enabled()
+            found = checkpoint(predict, doubled, at, use_reentrant=False) if recomputed else predict(doubled, at)
+            with_prompt = found[len(noisy) :] if guided else found
+            guidance = sampling.guidance_scale
+            prediction = torch.lerp(found[: len(noisy)], with_prompt, guidance) if guided else found
+            if last:
+                kept.append(Kept(noisy, at[: len(noisy)], with_prompt))
+            moved = scheduler.step(prediction, t, latents, **extra)
+            latents = moved.prev_sample
+    if early:
+        latents = getattr(moved, "pred_original_sample", None)
+        if latents is None:
+            raise ValueError(f"{sampling.scheduler} does not say what it takes the clean latents to be: take ddim")
+    return Sampled(latents, kept)
+
+
+def _together(first: Conditions, second: Conditions) -> Conditions:
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def decode(
+    base: Base, latents: Float[Tensor, "batch *latent"], checkpointing: bool = True
+) -> Float[Tensor, "batch 3 height width"]:
+    """Pictures in [0, 1] of clean latents, with gradients; in the VAE's own precision, whatever the training's is."""
+    vae = base.pipe.vae
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+
+    def pixels(inputs: Tensor) -> Tensor:
+        return vae.decode(inputs).sample
+
+    with torch.autocast(latents.device.type, enabled=False):
+        graph = checkpointing and scaled.requires_grad and torch.is_grad_enabled()
+        found = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
+    return (at_least_single(found) / 2 + 0.5).clamp(0, 1)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
