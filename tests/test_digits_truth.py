@@ -13,14 +13,12 @@ from deradiff.alignment.digits_truth import (
     Pool,
     TruthSettings,
     describe_weights,
-    draw,
     draw_pairs,
     load_pool,
-    tilted_weights,
     train_truth,
-    weighted_mean,
 )
 from deradiff.alignment.loop import Plan
+from deradiff.alignment.rwr import tilted_weights
 from deradiff.rewards.digits import BOLD_POINTS, INK_POINTS, INK_SCORES, BoldReward, InkReward, boldness
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
@@ -74,38 +72,6 @@ def test_bold_reward_is_boldness_in_points() -> None:
 # --- weights
 
 
-def normal_pool(count: int, condition_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores drawn from N(offset of the condition, 1): tilting them by e^score moves their mean by exactly 1."""
-    generator = torch.Generator().manual_seed(5)
-    conditions = torch.arange(count) // condition_size
-    return torch.randn(count, generator=generator, dtype=torch.float64) + 3 * (conditions % 4), conditions
-
-
-def test_weights_are_the_exponential_over_its_mean_among_the_others() -> None:
-    scores = torch.tensor([0.0, 1.0, 2.0, 5.0, 7.0, 7.0])
-    weights = tilted_weights(scores, torch.tensor([0, 0, 0, 1, 2, 2]))
-    e = torch.e
-    by_hand = [2 / (e + e**2), e / ((1 + e**2) / 2), e**2 / ((1 + e) / 2), 1.0, 1.0, 1.0]
-    assert weights.tolist() == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_a_conditions_level_does_not_matter_even_far_beyond_what_exponentials_hold() -> None:
-    scores, conditions = normal_pool(400, 20)
-    shifted = scores + 900.0 * (conditions - 10)
-    assert torch.allclose(tilted_weights(scores, conditions), tilted_weights(shifted, conditions), rtol=1e-9)
-    with pytest.raises(ValueError, match="tilt less"):
-        tilted_weights(torch.tensor([0.0, 900.0]), torch.tensor([0, 0]))
-
-
-def test_small_conditions_do_not_damp_the_tilt() -> None:
-    scores, conditions = normal_pool(80_000, 10)
-    own = scores - 3 * (conditions % 4)
-    found = weighted_mean(own, tilted_weights(scores, conditions))
-    assert abs(found.value - 1) < 4 * found.error and found.error < 0.02
-    # Divided by a mean that includes themselves, they fall short by 1/(n f) = e/10 or so of the shift.
-    assert weighted_mean(own, torch.softmax(scores.view(-1, 10), 1).flatten()).value < 0.9
-
-
 def hand_made(prompts: list[str], bold: list[float]) -> Pool:
     return Pool(torch.randn(len(prompts), 4, 8, 8), prompts, {"bold": torch.tensor(bold)})
 
@@ -128,15 +94,6 @@ def test_description_names_the_smallest_condition_and_what_is_to_be_reached() ->
     assert describe_weights(pool, tilted_weights(pool.weighted_sum({}), pool.conditions()))[
         "effective_samples"
     ] == pytest.approx(5)
-
-
-def test_training_draws_have_the_reward_that_the_tilt_demands() -> None:
-    scores, conditions = normal_pool(4000, 40)
-    weights = tilted_weights(scores, conditions)
-    drawn = scores[draw(weights, 100_000, torch.Generator().manual_seed(6))]
-    exact = weighted_mean(scores, weights).value
-    assert drawn.mean().item() == pytest.approx(exact, abs=4 * drawn.std().item() / 100_000**0.5)
-    assert exact > scores.mean() + 0.8
 
 
 # --- pairs

@@ -40,16 +40,15 @@ def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_
     ours = decode(base, drawn(base, noise, sampling, generators=generators).latents)
     base.pipe.scheduler = scheduler_like(base.pipe.scheduler, scheduler)
     again = row_generators(1, range(2))
+    latents = sampling.noise(base, again)
     theirs = base.pipe(
-        PROMPTS, num_inference_steps=4, guidance_scale=guidance_scale, generator=again, latents=sampling.noise(base, again),
+        PROMPTS, num_inference_steps=4, guidance_scale=guidance_scale, generator=again, latents=latents,
         output_type="pt",
     ).images  # fmt: skip
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-4)
-    alone = generators[1:] and row_generators(1, range(1, 2))
-    row = sample(
-        base, base.denoiser, conditions(base, PROMPTS[1:]), unconditional(base, 1), sampling.noise(base, alone), sampling,
-        keep=0, generators=alone,
-    )  # fmt: skip
+    alone = row_generators(1, range(1, 2))
+    noise, told, untold = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)
+    row = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=alone)
     torch.testing.assert_close(decode(base, row.latents), ours[1:], atol=2e-5, rtol=1e-4)
 
 

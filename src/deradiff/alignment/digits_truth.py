@@ -13,7 +13,6 @@ checkpoints on the way. The same settings and machine give the same bits, interr
 folder that `deradiff.realign(pipe, folder)` takes, with `truth.json` in it: what it is a model of, and its curve.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,21 +25,21 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from deradiff.alignment import digits_models, folders
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.digits_anchors import Pairs, align, sample
 from deradiff.alignment.digits_reference import decode
 from deradiff.alignment.digits_settings import Settings
-from deradiff.alignment.loop import Curve, Part, Plan, train
-from deradiff.alignment.loop import Report as Progress
-from deradiff.alignment.objectives import bradley_terry, squared_error
+from deradiff.alignment.loop import Curve, Plan
+from deradiff.alignment.objectives import bradley_terry
+from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.records import claim, write_json
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
-from deradiff.weights import Estimate, effective_sample_size, mean
+from deradiff.weights import effective_sample_size, mean
 from deradiff.worlds.digits import captions, load_pipeline
 
 REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward(), DigitsReward())}
@@ -203,35 +202,6 @@ def load_pool(folder: Path, settings: TruthSettings) -> Pool:
 # --- weights
 
 
-def tilted_weights(scores: Float[Tensor, " sample"], conditions: Int[Tensor, " sample"]) -> Float[Tensor, " sample"]:
-    """`exp(score)`, normalised within its condition: 1 is the reference's own weight.
-
-    The normaliser is the mean over the *other* samples of the condition (a sample alone has weight 1). Were the sample
-    part of its own normaliser, a high score would partly cancel: with n samples of which a share f is effective, the
-    tilted mean would fall short by about 1/(n f) of its shift, and n is 72 where a caption names everything. Weight and
-    normaliser being independent, a condition's samples are weighted against each other exactly as the tilt demands;
-    what fluctuates is only the total of the condition, whose expectation is a little above its number of samples.
-
-    `scores` are in nats. Raises `ValueError` where those of one condition differ by more than float64 can add up.
-    """
-    counts = conditions.bincount()
-    highest = torch.full((len(counts),), -torch.inf, dtype=torch.float64)
-    masses = (scores.double() - highest.scatter_reduce(0, conditions, scores.double(), "amax")[conditions]).exp()
-    totals = torch.zeros(len(counts), dtype=torch.float64).index_add(0, conditions, masses)
-    others = counts[conditions] - 1
-    weights = torch.where(others > 0, masses * others / (totals[conditions] - masses), 1.0)
-    if not weights.isfinite().all():
-        raise ValueError("one sample outweighs all others of its condition by more than float64 can hold: tilt less")
-    return weights
-
-
-def weighted_mean(values: Float[Tensor, " sample"], weights: Float[Tensor, " sample"]) -> Estimate:
-    """`Σ w v / Σ w` with the standard error of a ratio of means."""
-    shares = weights.double() / weights.double().sum()
-    centre = (shares * values).sum()
-    return Estimate(centre.item(), (shares * (values - centre)).norm().item())
-
-
 def describe_weights(pool: Pool, weights: Float[Tensor, " sample"]) -> dict[str, Any]:
     """What the weights make of the pool, as plain data: effective sample sizes, and the mean rewards to be reached.
 
@@ -270,55 +240,17 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
         return
     pipe, pool = _reference(), load_pool(folder, settings)
     weights = tilted_weights(pool.weighted_sum(tilts(settings, target)), pool.conditions())
-    model = copy.deepcopy(pipe.unet).requires_grad_(True)
-    checkpoint = folder / f"weighted-{path.name}-checkpoint"
-    curve = fine_tune(model, pipe, pool, weights, settings, checkpoint, partial(report, f"weighted {path.name}"))
+    base = Base(pipe)
+    policy, checkpoint = Policy(base), folder / f"weighted-{path.name}-checkpoint"
+    curve = train_rwr(
+        base, policy, Samples(pool.latents, pool.captions), weights, settings.weighted,
+        held_out=settings.held_out_samples, batch=settings.batch, dropout=settings.caption_dropout,
+        seed=settings.seed + 4, checkpoint=checkpoint, report=partial(report, f"weighted {path.name}"),
+    )  # fmt: skip
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
-    record["reached"] = reached(pipe, model, pool, settings)
-    _save(model, record, curve, path)
+    record["reached"] = reached(pipe, policy.model, pool, settings)
+    _save(policy.model, record, curve, path)
     folders.discard(checkpoint)
-
-
-def draw(weights: Float[Tensor, " sample"], count: int, generator: torch.Generator) -> Int[Tensor, " draw"]:
-    """Indices drawn with replacement, each with probability proportional to its weight."""
-    return torch.multinomial(weights, count, replacement=True, generator=generator)
-
-
-def fine_tune(
-    model: UNet2DConditionModel, pipe: StableDiffusionPipeline, pool: Pool, weights: Float[Tensor, " sample"],
-    settings: TruthSettings, checkpoint: Path, report: Progress,
-) -> Curve:  # fmt: skip
-    """Train `model` on the first samples of the pool; the last `held_out_samples` tell when it is done."""
-    scheduler = digits_models.scheduler()
-    rows = {text: row for row, text in enumerate(dict.fromkeys(pool.captions))}
-    caption = torch.tensor([rows[text] for text in pool.captions])
-    with torch.no_grad():
-        embedded = pipe.text_encoder(digits_models.token_ids(list(rows))).last_hidden_state
-        empty = pipe.text_encoder(digits_models.token_ids([""])).last_hidden_state
-    trained_on = len(weights) - settings.held_out_samples
-
-    def noised(index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        noise = torch.randn(len(index), 4, 8, 8, generator=generator)
-        timesteps = torch.randint(1000, (len(index),), generator=generator)
-        dropped = torch.rand(len(index), generator=generator) < settings.caption_dropout
-        text = torch.where(dropped[:, None, None], empty, embedded[caption[index]])
-        return scheduler.add_noise(pool.latents[index], noise, timesteps), timesteps, text, noise
-
-    def denoising(noisy: Tensor, timesteps: Tensor, text: Tensor, noise: Tensor) -> Float[Tensor, " batch"]:
-        return squared_error(model(noisy, timesteps, text).sample, noise)
-
-    def loss(_: nn.Module, generator: torch.Generator, __: Part) -> Tensor:
-        return denoising(*noised(draw(weights[:trained_on], settings.batch, generator), generator)).mean()
-
-    fixed = torch.Generator().manual_seed(settings.seed + 3)
-    batches = [noised(i, fixed) for i in torch.arange(trained_on, len(weights)).split(settings.batch)]
-
-    def held_out_loss(_: nn.Module) -> float:
-        errors = torch.cat([denoising(*batch) for batch in batches])
-        return weighted_mean(errors.double(), weights[trained_on:]).value
-
-    plan = settings.weighted
-    return train(model, loss, held_out_loss, plan, seed=settings.seed + 4, checkpoint=checkpoint, report=report)
 
 
 def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Report) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deradiff.alignment.base import Base, Conditions, Policy
 from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
-from deradiff.alignment.objectives import regularised_reward, squared_error
+from deradiff.alignment.objectives import regularised_reward
 from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
 from deradiff.rewards import Reward
 
@@ -33,14 +33,14 @@ def scored(
 def divergence(
     base: Base, policy: Policy, model: nn.Module, kept: Sequence[Kept], told: Conditions
 ) -> Float[Tensor, " batch"]:
-    """The sum over `kept` steps of the squared difference to the reference's prediction (AIG, equation 4)."""
+    """The sum over `kept` steps of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
     found = torch.zeros(len(kept[0].noisy), device=kept[0].noisy.device)
     for step in kept:
         # What earlier steps did to the latents is differentiated too: then the reference's own prediction moves.
         moves = step.noisy.requires_grad
         with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(policy.model, moves):
             prediction = base.predict(reference, step.noisy, step.timesteps, told)
-        found = found + squared_error(at_least_single(step.prediction), at_least_single(prediction))
+        found = found + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
     return found
 
 

@@ -38,7 +38,7 @@ def regularised_reward(
     """`mean(-r + λ_KL D)` (Annealed Importance Guidance, equations 3 and 4).
 
     `divergences` bound the KL between the model and its reference from above: for each sample the sum over its steps
-    of the squared difference of the two predictions (see `squared_error` for the convention: a mean over elements).
+    of the squared distance between the two predictions, a sum over elements as the paper prints it.
     """
     return (kl * divergences - rewards).mean()
 

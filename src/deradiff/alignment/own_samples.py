@@ -1,0 +1,94 @@
+"""A model's own samples with their rewards: what reward-weighted denoising trains on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deradiff.alignment.base import Base
+from deradiff.alignment.draft import scored
+from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.loop import Report
+from deradiff.alignment.rwr import Samples
+from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.records import claim, whole
+from deradiff.rewards import Reward
+
+
+class OwnSamples:
+    """Samples, several of every prompt, with their rewards; `fingerprint` tells them from others."""
+
+    def __init__(
+        self, samples: Samples, rewards: Float[Tensor, " sample"], per_prompt: int, fingerprint: dict[str, Any]
+    ) -> None:
+        self.samples, self.rewards, self.per_prompt, self.fingerprint = samples, rewards, per_prompt, fingerprint
+
+    def conditions(self) -> Tensor:
+        """The number of each sample's prompt."""
+        return torch.arange(len(self.rewards)) // self.per_prompt
+
+
+@torch.no_grad()
+def draw_samples(
+    folder: Path,
+    base: Base,
+    name: str,
+    prompts: Sequence[str],
+    per_prompt: int,
+    reward: Reward,
+    sampling: Sampling,
+    *,
+    seed: int,
+    chunk: int = 32,
+    report: Report = lambda *_: None,
+) -> OwnSamples:
+    """Fill `folder` with `per_prompt` samples of each of `prompts`, or finish what an interrupted call began there.
+
+    `name` is the base's. A sample does not depend on which are drawn beside it. Raises `ValueError` for no prompts, a
+    folder begun with other settings, and a reward that is not finite.
+    """
+    if not prompts or per_prompt < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts, {per_prompt} samples of each: weights compare the samples of a prompt, so draw 2 "
+            "or more"
+        )
+    settings = {
+        "base": name, "prompts": list(prompts), "per_prompt": per_prompt, "reward": reward.name,
+        "scheduler": sampling.scheduler, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
+        "resolution": sampling.resolution, "seed": seed,
+    }  # fmt: skip
+    claim(folder, settings, "set of drawn samples")
+    count, latents, rewards = len(prompts) * per_prompt, [], []
+    for start in range(0, count, chunk):
+        rows = range(count)[start : start + chunk]
+        path = folder / f"samples-{start:07d}.safetensors"
+        if not path.exists():
+            drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
+            with whole(path) as temporary:
+                save_file(drawn, temporary)
+        with safe_open(path, "pt") as file:
+            latents.append(file.get_tensor("latents"))
+            rewards.append(file.get_tensor("rewards"))
+        report(min(start + chunk, count), count, f"samples scored by {reward.name}")
+    texts = [prompt for prompt in prompts for _ in range(per_prompt)]
+    fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
+    return OwnSamples(Samples(torch.cat(latents), texts), torch.cat(rewards), per_prompt, fingerprint)
+
+
+def _drawn(
+    base: Base, texts: list[str], reward: Reward, sampling: Sampling, seed: int, rows: range
+) -> dict[str, Tensor]:
+    generators = row_generators(seed, rows, "own sample")
+    told = conditions(base, texts, sampling.resolution)
+    guided = sampling.guidance_scale > 1
+    untold = unconditional(base, len(texts), sampling.resolution) if guided else None
+    noise = sampling.noise(base, generators)
+    latents = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=generators).latents
+    rewards = scored(reward, decode(base, latents), texts)
+    return {"latents": latents.float().cpu().contiguous(), "rewards": rewards.float().cpu()}

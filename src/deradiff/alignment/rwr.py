@@ -1,0 +1,161 @@
+"""Reward-weighted denoising: the reference's own samples, weighted by `exp(r/β)`, and the plain denoising loss.
+
+The minimiser is the reference tilted by `exp(r/β)` itself, the exact target of alignment regularised by a KL divergence
+of strength β (Peng et al. 2019, advantage-weighted regression; Lee et al. 2023, for text to image). No other method
+here says so exactly where it leads, and none needs samples of the reference that score so well already.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deradiff.alignment.base import Base, Conditions, Policy
+from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.objectives import squared_error
+from deradiff.weights import Estimate
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Clean latents that the reference drew, and the prompt of each."""
+
+    latents: Float[Tensor, "sample *latent"]
+    prompts: Sequence[str]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def tilted_weights(scores: Float[Tensor, " sample"], conditions: Int[Tensor, " sample"]) -> Float[Tensor, " sample"]:
+    """`exp(score)`, normalised within its condition: 1 is the reference's own weight.
+
+    The normaliser is the mean over the *other* samples of the condition (a sample alone has weight 1). Were the sample
+    part of its own normaliser, a high score would partly cancel: with n samples of which a share f is effective, the
+    tilted mean would fall short by about 1/(n f) of its shift. Weight and normaliser being independent, a condition's
+    samples are weighted against each other exactly as the tilt demands; what fluctuates is only the total of the
+    condition, whose expectation is a little above its number of samples.
+
+    `scores` are in nats, `r/β`. Raises `ValueError` where those of one condition differ by more than float64 can add.
+    """
+    counts = conditions.bincount()
+    highest = torch.full((len(counts),), -torch.inf, dtype=torch.float64)
+    masses = (scores.double() - highest.scatter_reduce(0, conditions, scores.double(), "amax")[conditions]).exp()
+    totals = torch.zeros(len(counts), dtype=torch.float64).index_add(0, conditions, masses)
+    others = counts[conditions] - 1
+    weights = torch.where(others > 0, masses * others / (totals[conditions] - masses), 1.0)
+    if not weights.isfinite().all():
+        raise ValueError(
+            "one sample outweighs all others of its condition by more than float64 can hold: raise β, or draw more "
+            "samples of every prompt"
+        )
+    return weights
+
+
+def weighted_mean(values: Float[Tensor, " sample"], weights: Float[Tensor, " sample"]) -> Estimate:
+    """`Σ w v / Σ w` with the standard error of a ratio of means."""
+    shares = weights.double() / weights.double().sum()
+    centre = (shares * values).sum()
+    return Estimate(centre.item(), (shares * (values - centre)).norm().item())
+
+
+def pick(weights: Float[Tensor, " sample"], generators: Sequence[torch.Generator]) -> list[int]:
+    """A row for each generator, drawn with a probability proportional to its weight."""
+    bounds = weights.double().cumsum(0)
+    points = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]) * bounds[-1]
+    return torch.searchsorted(bounds, points, right=True).clamp(max=len(weights) - 1).tolist()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """Every distinct prompt encoded once."""
+
+    rows: dict[str, int]
+    conditions: Conditions
+    empty: Conditions
+
+    def of(self, prompts: Sequence[str], dropped: Tensor) -> Conditions:
+        """What the denoiser is told of `prompts`, of which some are dropped."""
+        places = torch.tensor([self.rows[prompt] for prompt in prompts])
+        return {
+            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.empty[name], rows[places])
+            for name, rows in self.conditions.items()
+        }
+
+
+def _embedded(base: Base, prompts: Sequence[str], per_pass: int) -> _Embedded:
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    texts = list(rows)
+    parts = [base.encode_prompts(texts[start : start + per_pass]) for start in range(0, len(texts), per_pass)]
+    together = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    return _Embedded(rows, together, {name: value.cpu() for name, value in base.encode_prompts([""]).items()})
+
+
+def train_rwr(
+    base: Base,
+    policy: Policy,
+    samples: Samples,
+    weights: Float[Tensor, " sample"],
+    plan: Plan,
+    *,
+    held_out: int,
+    batch: int,
+    dropout: float | int,
+    per_pass: int = 128,
+    seed: int,
+    checkpoint: Path,
+    report: Report,
+    accelerator: Accelerator | None = None,
+    identity: str = "",
+) -> Curve:
+    """Train `policy` on the denoising loss (Ho et al. 2020) over `samples` drawn by their `weights`, `batch` a step.
+
+    The last `held_out` samples are not trained on; their weighted loss tells when it is done. A share `dropout` of the
+    prompts is dropped in training. Raises `ValueError` where samples, prompts and weights do not match, where nothing
+    is held out or nothing is left, and for weights that are negative or not finite.
+    """
+    count = len(samples.latents)
+    if not count == len(samples.prompts) == len(weights):
+        raise ValueError(f"{count} latents, {len(samples.prompts)} prompts and {len(weights)} weights must be as many")
+    if not 0 < held_out < count:
+        raise ValueError(f"{held_out} of {count} samples cannot be held out: hold out 1 or more, and leave some")
+    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights[:-held_out].sum() > 0:
+        raise ValueError("weights must be finite and not negative, and not all of them zero")
+    embedded, trained_on = _embedded(base, samples.prompts, per_pass), count - held_out
+
+    def denoising(
+        model: nn.Module, rows: Sequence[int], share: float | int, generators: Sequence[torch.Generator]
+    ) -> Float[Tensor, " batch"]:
+        device = base.denoiser.device
+        clean = samples.latents[torch.tensor(rows)].to(device, torch.float32)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
+        timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
+        dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < share
+        told = embedded.of([samples.prompts[row] for row in rows], dropped)
+        told = {name: value.to(device) for name, value in told.items()}
+        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, told)
+        return squared_error(prediction.float(), base.target(clean, noise, timesteps))
+
+    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+        generators = row_generators(seed, part.positions(batch))
+        return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
+
+    def held_out_loss(model: nn.Module) -> float:
+        errors = []
+        for start in range(trained_on, count, per_pass):
+            rows = range(count)[start : start + per_pass]
+            errors.append(denoising(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
+        return weighted_mean(torch.cat(errors), weights[trained_on:]).value
+
+    return train(
+        policy.model, loss, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
+        accelerator=accelerator, identity=identity,
+    )  # fmt: skip
