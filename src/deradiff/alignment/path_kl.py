@@ -1,0 +1,132 @@
+"""How far a trained model has gone from its reference: the KL divergence between the paths that both would sample.
+
+A stochastic sampler makes a Markov chain of a denoiser: every step from x_t to x_{t-1} draws from a Gaussian whose mean
+follows from the prediction. The chain is what policy gradients reinforce (Black et al. 2023, arXiv 2305.13301). The
+divergence of two chains from the same noise is a sum over steps, and no smaller than the divergence of the images (Fan
+et al. 2023, arXiv 2305.16381; Annealed Importance Guidance, figure 3, whose equation 4 leaves out the steps' weights).
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff import posteriors
+from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.sampling import Sampling, conditions, unconditional
+from deradiff.gaussian import Gaussian, kl
+from deradiff.weights import Estimate, mean
+
+NOISELESS = 1e-12
+"""diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
+
+
+class Step(NamedTuple):
+    """One step of a chain: `after` was drawn from `transition`, the step's Gaussian at `before`."""
+
+    number: int
+    before: Float[Tensor, "batch *latent"]
+    transition: Gaussian
+    after: Float[Tensor, "batch *latent"]
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the step has a density. Most samplers' last step has none: it gives the estimate of x_0 itself."""
+        return bool((self.transition.variance > NOISELESS).all())
+
+
+class Chain:
+    """The Markov chain x_T, ..., x_0 that `sampling` makes of a denoiser, for one picture of each of `prompts`.
+
+    At full noise: DDPM, Euler ancestral, and DDIM at η = 1. With guidance, the guided prediction is the denoiser's: the
+    chain is what is sampled. Raises `ValueError` for a sampler whose steps draw no noise.
+    """
+
+    def __init__(self, base: Base, prompts: Sequence[str], sampling: Sampling) -> None:
+        self.base, self.sampling = base, sampling
+        self.scheduler = sampling.prepared(base)
+        if not posteriors.is_diffusion(self.scheduler, eta=1.0):
+            raise ValueError(
+                f"the steps of the scheduler {sampling.scheduler!r} draw no noise, so that its paths have no density: "
+                "take ddim (η = 1 is set here), ddpm or euler-a"
+            )
+        self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
+        self._told = conditions(base, prompts, sampling.resolution)
+        self._guided = sampling.guidance_scale > 1
+        if self._guided:
+            untold = unconditional(base, len(prompts), sampling.resolution)
+            self._told = {name: torch.cat([untold[name], rows]) for name, rows in self._told.items()}
+
+    def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
+        """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
+
+        In single precision at least, and differentiable in the weights. `denoiser` is the base's own, or another with
+        its architecture.
+        """
+        timestep = self.scheduler.timesteps[number]
+        if hasattr(self.scheduler, "_step_index"):
+            self.scheduler._step_index = number
+        shown = self.scheduler.scale_model_input(latents, timestep).to(self.base.denoiser.dtype)
+        shown = torch.cat([shown, shown]) if self._guided else shown
+        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._told)
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if self._guided:
+            without, told = prediction.chunk(2)
+            prediction = torch.lerp(without, told, self.sampling.guidance_scale)
+        return posteriors.posterior(self.scheduler, prediction, timestep, latents, **self._eta)
+
+    def walk(self, denoiser: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[Step]:
+        """Draw the chain step by step, with a generator for each picture: none depends on the others in the batch.
+
+        Without gradients.
+        """
+        x = self.sampling.noise(self.base, generators) * self.scheduler.init_noise_sigma
+        for number in range(len(self.scheduler.timesteps)):
+            # Not around the `yield`, where it would be in force for the caller as well.
+            with torch.no_grad():
+                transition = self.transition(denoiser, number, x)
+            noise = self.sampling.noise(self.base, generators)
+            after = transition.mean + transition.variance.sqrt() * noise
+            yield Step(number, x, transition, after)
+            x = after
+
+
+def divergence(chain: Chain, policy: Policy, step: Step, prepared: nn.Module) -> Float[Tensor, " batch"]:
+    """The KL divergence of one step from the reference's, at the state it starts from; zero if it has no density.
+
+    `prepared` is the policy's model as Accelerate prepared it. Gradients go to `step.transition`.
+    """
+    if not step.is_random:
+        return torch.zeros(len(step.before), device=step.before.device)
+    with policy.reference(prepared) as reference:
+        known = chain.transition(reference, step.number, step.before)
+    return kl(step.transition, known)
+
+
+def path_kl(
+    base: Base, policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int = 0, per_pass: int = 16
+) -> Estimate:
+    """The KL divergence of the policy's paths from its reference's, in nats, with its standard error.
+
+        mean over c of  E_{x_{0:T} ~ p_θ} Σ_t KL(p_θ(x_{t-1} | x_t, c) || p_ref(x_{t-1} | x_t, c))
+
+    One path of every prompt is drawn, `per_pass` at a time; for more, give each prompt several times. What is summed
+    are the divergences of the sampler's own steps, ½ (R - 1) ||Δε||² where the signal-to-noise ratio grows R times: so
+    compare models with the same sampling. (`Dial.weights` has the limit for fine steps, ½ log R.) A last step without
+    noise is left out; its divergence would be infinite wherever the models differ.
+
+    Raises `ValueError` for no prompts and for a sampler whose steps draw no noise.
+    """
+    if not prompts:
+        raise ValueError("no prompts: the divergence is a mean over prompts")
+    found = []
+    for start in range(0, len(prompts), per_pass):
+        texts = prompts[start : start + per_pass]
+        chain, generators = Chain(base, texts, sampling), row_generators(seed, range(start, start + len(texts)), "path")
+        steps = [divergence(chain, policy, step, policy.model) for step in chain.walk(policy.model, generators)]
+        found.append(torch.stack(steps).double().sum(0).cpu())
+    return mean(torch.cat(found))

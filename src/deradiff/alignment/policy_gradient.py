@@ -1,0 +1,220 @@
+"""Policy gradients: DDPO (Black et al. 2023, arXiv 2305.13301) and DPOK (Fan et al. 2023, arXiv 2305.16381).
+
+Sampling is a sequence of decisions: in the state x_t the policy draws x_{t-1}, and the image gets a reward at the end.
+What led to a high reward is made more likely, so the reward needs no gradient. What is minimised is
+
+    J(θ) = E[-r(x_0, c)] + kl E Σ_t KL(p_θ(x_{t-1} | x_t, c) || p_ref(x_{t-1} | x_t, c))
+
+DDPO with kl = 0, DPOK with kl > 0.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.feeds import order, row_generators
+from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.path_kl import Chain, divergence
+from deradiff.alignment.sampling import Sampling, decode
+from deradiff.gaussian import Gaussian
+from deradiff.rewards import Reward
+
+CLIP = 1e-4
+"""How far a ratio of probabilities may be from 1, as in DDPO's experiments."""
+
+# -- the objective ----------------------------------------------------------------------------------------------------
+
+
+def log_density(gaussian: Gaussian, x: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """`log N(x; mean, variance)` of each row, summed over its elements."""
+    variance = gaussian.variance.expand_as(gaussian.mean)
+    return -0.5 * ((x - gaussian.mean).square() / variance + (2 * torch.pi * variance).log()).flatten(1).sum(1)
+
+
+def advantages(rewards: Float[Tensor, " sample"], group: int, *, normalized: bool) -> Float[Tensor, " sample"]:
+    """How much better each sample is than the others of its prompt; the `group` samples of a prompt stand together.
+
+    `normalized`: the reward minus its mean over the group, divided by its standard deviation there (DDPO's, per
+    prompt); zero where all are equally good. Otherwise the reward minus the mean of the *others*, in the reward's own
+    unit: a baseline that leaves the gradient unbiased.
+
+    Raises `ValueError` for groups of one, which have nothing to compare, and for an incomplete group.
+    """
+    if group < 2 or len(rewards) % group:
+        raise ValueError(
+            f"{len(rewards)} samples do not make groups of {group}: every prompt needs the same number of samples, 2 "
+            "or more, to compare with one another"
+        )
+    rows = rewards.view(-1, group)
+    away = rows - rows.mean(1, keepdim=True)
+    found = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
+    return found.flatten()
+
+
+def clipped_policy_gradient(
+    log_probs: Float[Tensor, " sample"],
+    sampled: Float[Tensor, " sample"],
+    advantages: Float[Tensor, " sample"],
+    clip: float = CLIP,
+) -> Float[Tensor, ""]:
+    """`-mean min(ρ A, clip(ρ) A)`, `ρ = exp(log_probs - sampled)` (Schulman et al. 2017, equation 7; DDPO's IS form).
+
+    `clip` is how far ρ may be from 1 before a sample has no gradient that would move it farther.
+
+    `sampled` are the logarithms of the probabilities with which the samples were drawn. Where the two agree, ρ is 1 and
+    the gradient is the policy gradient, `-mean A ∇ log_probs`.
+    """
+    ratio = torch.exp(log_probs - sampled.detach())
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def scored(reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Tensor:
+    """The reward of each image, without its gradient. Raises `ValueError` where one is not finite."""
+    with torch.no_grad():
+        scores = reward(images, prompts).to(images.device, torch.float32)
+    wrong = (~scores.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        first = wrong[0]
+        broken = not bool(images[first].isfinite().all())
+        cause = (
+            "the picture itself holds NaN: lower the learning rate, or train in bfloat16 or float32"
+            if broken
+            else "the picture is sound, so look into the reward"
+        )
+        raise ValueError(
+            f"the reward {reward.name!r} is {scores[first].item()} for {prompts[first]!r} ({len(wrong)} of "
+            f"{len(scores)} scores are not finite); {cause}"
+        )
+    return scores
+
+
+def loss(
+    base: Base,
+    policy: Policy,
+    model: nn.Module,
+    prompts: Sequence[str],
+    reward: Reward,
+    kl: float | int,
+    sampling: Sampling,
+    group: int,
+    generators: Sequence[torch.Generator],
+    accelerator: Accelerator,
+) -> Float[Tensor, ""]:
+    """J of one picture of each of `prompts`, `group` equal ones after one another, drawn here with `generators`.
+
+    Its gradient is the policy gradient, one step of the sampler after the other: those of all steps but the last are
+    added to the weights on the way, that of the last by going back through the result. So one step's graph is held at a
+    time. `model` is the policy's as `accelerator` prepared it. Raises `ValueError` for a reward that is not finite, and
+    where no step draws noise.
+    """
+    chain = Chain(base, prompts, sampling)
+    path = list(chain.walk(model, generators))
+    rewards = scored(reward, decode(base, path[-1].after), prompts)
+    advantage = advantages(rewards, group, normalized=kl == 0)
+    value, found = -rewards.mean(), rewards.new_zeros(())
+    decisions = [step for step in path if step.is_random]
+    if not decisions:
+        raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
+    for step in decisions:
+        last = step is decisions[-1]
+        # Processes exchange gradients once, with the last step.
+        with nullcontext() if last else accelerator.no_sync(model):
+            transition = chain.transition(model, step.number, step.before)
+            log_probs = log_density(transition, step.after)
+            found = clipped_policy_gradient(log_probs, log_probs, advantage)
+            if kl:
+                away = divergence(chain, policy, step._replace(transition=transition), model).mean()
+                found, value = found + kl * away, value + kl * away.detach()
+            if not last:
+                accelerator.backward(found)
+    return found + (value - found).detach()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_ddpo(
+    base: Base,
+    policy: Policy,
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    reward: Reward,
+    kl: float | int,
+    plan: Plan,
+    *,
+    batch: int,
+    sampling: Sampling,
+    samples_per_prompt: int = 4,
+    per_pass: int = 16,
+    seed: int,
+    checkpoint: Path,
+    report: Report,
+    accelerator: Accelerator | None = None,
+    identity: str = "",
+) -> Curve:
+    """Align `policy` by the rewards of its own samples: `batch` images a step, `samples_per_prompt` of each prompt.
+
+    Every step samples anew and updates once, so the ratio of probabilities is 1 (see `clipped_policy_gradient`). The
+    sampler is `sampling`'s at full noise (see `Chain`), and with guidance it is the guided prediction that decides. A
+    last step without noise decides nothing: it counts as part of the reward, its gradient is left out.
+
+    `kl` is in points of the reward per nat. At 0 there is nothing to weigh the reward against, and advantages are
+    normalised per prompt, as in DDPO. Otherwise they stay in points, as in DPOK, whose KL gradient is that of every
+    step at the states that were drawn: how earlier steps change which states are drawn is left out, as in its paper.
+
+    A prompt's samples are compared with one another alone and stay in one part of the batch, so that the result does
+    not depend on the number of processes and micro-batches. Steps of the sampler are differentiated one at a time:
+    memory does not grow with their number. The loss reported is J, as is the held-out one: one image of every held-out
+    prompt, from noise that stays the same, `per_pass` at a time.
+
+    Raises:
+        ValueError: `kl` negative or not finite; no prompts, or none held out; a part of the batch that is not a
+            multiple of `samples_per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
+    """
+    if not 0 <= kl < float("inf"):
+        raise ValueError(f"kl = {kl}: the weight of the divergence must be 0 or more, in points of the reward per nat")
+    if not prompts:
+        raise ValueError("no prompts: there is nothing to draw images for")
+    if not held_out:
+        raise ValueError("no prompts are held out: nothing would tell whether the alignment still improves")
+    accelerator = accelerator or Accelerator(cpu=True)
+    _check_parts(batch, samples_per_prompt, plan.accumulate * accelerator.num_processes)
+
+    def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+        positions, group = part.positions(batch), samples_per_prompt
+        rows = order(len(prompts), seed, range(positions.start // group, positions.stop // group))
+        texts = [prompts[row] for row in rows for _ in range(group)]
+        generators = row_generators(seed, positions, "path")
+        return loss(base, policy, model, texts, reward, kl, sampling, group, generators, accelerator)
+
+    def held_out_loss(model: nn.Module) -> float:
+        total = 0.0
+        for start in range(0, len(held_out), per_pass):
+            texts = held_out[start : start + per_pass]
+            chain = Chain(base, texts, sampling)
+            for step in chain.walk(model, row_generators(seed, range(start, start + len(texts)), "held out")):
+                if kl:
+                    total += kl * divergence(chain, policy, step, model).sum().item()
+            total -= scored(reward, decode(base, step.after), texts).sum().item()
+        return total / len(held_out)
+
+    return train(
+        policy.model, objective, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
+        accelerator=accelerator, identity=identity,
+    )  # fmt: skip
+
+
+def _check_parts(batch: int, samples_per_prompt: int, parts: int) -> None:
+    size = len(Part(of=parts).positions(batch))
+    if samples_per_prompt < 2 or size % samples_per_prompt:
+        raise ValueError(
+            f"samples_per_prompt = {samples_per_prompt}: a prompt's samples are compared with one another. Take 2 or "
+            f"more, of which each part of the batch holds a multiple: a batch of {batch} has {parts} parts of {size} "
+            "(processes x micro-batches)"
+        )
