@@ -20,7 +20,7 @@ from deradiff.rewards.digits import DigitsReward
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 
-SMALL = ["--cpu", "--pairs", "24", "--held-out", "4", "--steps", "3", "--batch", "4"]
+SMALL = ["--cpu", "--count", "24", "--held-out", "4", "--steps", "3", "--batch", "4"]
 
 
 def command(*arguments: object) -> Result:
@@ -71,7 +71,7 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
         (["somewhere/model"], "name --data, --resolution, --batch, --steps, --learning-rate as well"),
         (["digits", "--seed", "2147483648"], "less than or equal to 2147483647"),
         (["digits", "--method", "dpo", "--preset", "aig-sdxl"], "is for draft; --method dpo"),
-        (["digits", "--no-cache", "--pairs", "3", "--data", "some"], "--pairs limits what is cached"),
+        (["digits", "--no-cache", "--count", "3", "--data", "some"], "--count limits what is cached"),
         (["digits", "--data", "missing"], "no file or folder missing"),
     ],
 )

@@ -227,7 +227,7 @@ def aligned(
 
     settings: dict[str, Any] = {
         "prompts": PROMPTS, "held_out": ["a red owl", "foxes", "owls"], "reward": Redness(), "kl": 0.01, "batch": 4,
-        "sampling": Sampling("ddim", 2, 1.0), "samples_per_prompt": 2, "per_pass": 2, "seed": 7, "report": report,
+        "sampling": Sampling("ddim", 2, 1.0), "per_prompt": 2, "per_pass": 2, "seed": 7, "report": report,
     } | changed  # fmt: skip
     curve = train_ddpo(base, policy, plan=plan, checkpoint=folder / "checkpoint", identity="kl", **settings)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
@@ -318,7 +318,7 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
         before = rewards()
         train_ddpo(
             base, policy, PROMPTS[:2], PROMPTS[:2], Redness(), kl, plan, batch=32, sampling=sampling,
-            samples_per_prompt=16, seed=1, checkpoint=tmp_path / f"{kl}", report=lambda *_: None,
+            per_prompt=16, seed=1, checkpoint=tmp_path / f"{kl}", report=lambda *_: None,
         )  # fmt: skip
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 
@@ -341,8 +341,8 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
         ({"kl": math.nan}, "kl = nan"),
         ({"prompts": []}, "no prompts: there is nothing"),
         ({"held_out": []}, "no prompts are held out"),
-        ({"samples_per_prompt": 1}, "samples_per_prompt = 1: .* compared"),
-        ({"samples_per_prompt": 3}, "a batch of 4 has 1 parts of 4"),
+        ({"per_prompt": 1}, "per_prompt = 1: .* compared"),
+        ({"per_prompt": 3}, "a batch of 4 has 1 parts of 4"),
         ({"plan": replace(PLAN, accumulate=4)}, "a batch of 4 has 4 parts of 1"),
         ({"sampling": Sampling("dpmpp", 2, 1.0)}, "'dpmpp' draw no noise"),
         ({"sampling": Sampling("ddpm", 1, 1.0)}, "take 2 steps or more"),

@@ -11,8 +11,8 @@ from deradiff.alignment.loop import Curve
 from deradiff.alignment.methods import Method
 
 
-def card(method: Method, made_of: dict[str, Any], curve: Curve) -> str:
-    """A model card in Markdown of what `runs.align` made."""
+def card(method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, Any]) -> str:
+    """A model card in Markdown of what `runs.align` made; `away` is its divergence, as `runs.divergence` gives it."""
     settings, data, beta = made_of["settings"], made_of["data"], made_of["beta"]
     plan, rank = settings["plan"], settings["lora_rank"]
     peak = settings["rate_times_beta"] / beta if settings["rate_times_beta"] else plan["learning_rate"]
@@ -25,6 +25,8 @@ def card(method: Method, made_of: dict[str, Any], curve: Curve) -> str:
         "optimizer": f"{plan['optimizer']}, rate {peak:g}, {plan['warmup']} steps of warm-up",
         **({"reward": settings["reward"]} if settings["reward"] else {}),
         **{name.replace("_", " "): value for name, value in settings["options"].items()},
+        "path KL to the base": f"{away['value']:.4g} ± {away['error']:.2g} nats per picture: DDIM at full noise, "
+        f"{away['steps']} steps, guidance {away['guidance_scale']:g}, {away['prompts']} held-out prompts",
         "gradients": f"clipped to a norm of {plan['max_norm']:g}",
         "seed": made_of["seed"],
     }

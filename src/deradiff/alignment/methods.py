@@ -1,5 +1,8 @@
 """The methods of alignment by name: what each one trains on, how it trains, and what its strength means."""
 
+import hashlib
+import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,18 +15,26 @@ from diffusers import DiffusionPipeline
 from deradiff import pipelines
 from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo
+from deradiff.alignment.draft import train_draft
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.loop import Curve
 from deradiff.alignment.own_pairs import draw_pairs
+from deradiff.alignment.own_samples import OwnSamples, draw_samples
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder, open_pairs
+from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
+from deradiff.alignment.prompts import load_prompts
+from deradiff.alignment.refl import train_refl
+from deradiff.alignment.rwr import tilted_weights, train_rwr
+from deradiff.alignment.sampling import Sampling
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.jobs import Report
-from deradiff.rewards.digits import DigitsReward
+from deradiff.rewards import Reward
+from deradiff.rewards import load as load_reward
 from deradiff.worlds.digits import captions
 
-OWN_PAIRS = 2000
+OWN_PAIRS, OWN_PROMPTS = 2000, 500
 
 
 @runtime_checkable
@@ -46,6 +57,8 @@ class Method:
 
     title: str
     symbol: str
+    may_be_zero: bool
+    """Whether a strength of 0, no regularisation, means something."""
     strength: str
     """What its strength, `symbol`, multiplies: for the model card."""
     loss: str
@@ -56,6 +69,8 @@ class Method:
     """Whether training needs VAE and text encoders, with all data prepared."""
     prepare: Callable[[DiffusionPipeline, Preset, Path, int | None, int, Report], Any]
     train: Callable[..., Curve]
+    prompts: Callable[[Any, int], list[str]]
+    """Of the data, so many of the prompts that are not trained on, or fewer."""
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
@@ -66,10 +81,12 @@ def prepare_pairs(
 ) -> LatentCache | PairFolder | PairStream:
     """The pairs, drawn where they are the model's own; as latents in `out/cache` if `settings.cache`."""
     own = settings.data == "own"
+    if settings.reward and not own:
+        raise ValueError(f"{settings.data} says itself what is preferred: --reward compares own pairs alone")
     source = own_pairs(pipe, settings, out / "pairs", count or OWN_PAIRS, seed, report) if own else settings.data
     if not settings.cache:
         if count and not own:
-            raise ValueError("--pairs limits what is cached; without a cache all pairs are used")
+            raise ValueError("--count limits what is cached; without a cache all pairs are used")
         return open_pairs(source, held_out=settings.held_out)
     pairs, base = open_pairs(source), Base(pipe)
     planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
@@ -82,14 +99,14 @@ def prepare_pairs(
 
 
 def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
-    """Pairs of the model's own pictures. Raises `ValueError` for a model without prompts and a reward of its own."""
+    """Pairs of the model's own pictures, compared by the reward. Raises `ValueError` for a model without prompts."""
     if settings.base != "digits":
         raise ValueError("own pairs need prompts and a reward, which only the digits bring along: name --data")
     sampling = settings.sampling
     pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
     return draw_pairs(
-        folder, pipe, settings.base, captions.sample_prompts(count, seed), DigitsReward(), temperature=0.25,
-        steps=sampling["steps"], guidance_scale=sampling["guidance_scale"], seed=seed,
+        folder, pipe, settings.base, captions.sample_prompts(count, seed), reward_of(settings, pipe.device),
+        temperature=0.25, steps=sampling["steps"], guidance_scale=sampling["guidance_scale"], seed=seed,
         report=partial(report, "drawing pairs"),
     )  # fmt: skip
 
@@ -110,10 +127,106 @@ def _dpo(
     )  # fmt: skip
 
 
+def _pairs_held_out(data: LatentCache | PairFolder | PairStream, count: int) -> list[str]:
+    if isinstance(data, LatentCache):
+        return data.take(data.held_out[:count]).texts
+    return [pair.prompt for pair in itertools.islice(data.held_out(), count)]
+
+
+# -- prompts and a reward ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to train on, and others that only measure the progress."""
+
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+    reward: Reward
+    fingerprint: dict[str, Any]
+
+
+def prepare_prompts(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> Prompts:
+    """The prompts of `settings.data`, of which the last are held out; nothing is written."""
+    texts = _prompts(settings, count, seed)
+    if len(texts) <= settings.held_out:
+        raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
+    kept = len(texts) - settings.held_out
+    return Prompts(tuple(texts[:kept]), tuple(texts[kept:]), reward_of(settings, pipe.device), fingerprint)
+
+
+def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
+    if settings.data != "own":
+        return list(load_prompts(settings.data, count, seed if count else None).prompts)
+    if settings.base != "digits":
+        raise ValueError("only the digits bring prompts along: name --data, a list of prompts")
+    return captions.sample_prompts(count or OWN_PROMPTS, seed)
+
+
+def reward_of(settings: Preset, device: Any) -> Reward:
+    """The reward that `settings` name, on that device. Raises `ValueError` if they name none."""
+    if settings.reward is None:
+        raise ValueError("name what is to be maximised: --reward pickscore, hps-v2.1, ...")
+    return load_reward(settings.reward, device=device)
+
+
+def sampling_of(settings: Preset, scheduler: str | None = None) -> Sampling:
+    """How `settings` sample; with another scheduler if one is named."""
+    resolution = None if settings.base == "digits" else settings.resolution
+    named = {"scheduler": scheduler} if scheduler else {}
+    return Sampling(resolution=resolution, **{**settings.sampling, **named})
+
+
+def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
+    """The trainer of a method that samples for prompts and scores what it drew."""
+
+    def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, **common: Any) -> Curve:
+        return train(
+            base, policy, data.training, data.held_out, data.reward, beta, settings.plan, batch=settings.batch,
+            sampling=sampling_of(settings), **settings.options, **common,
+        )  # fmt: skip
+
+    return trained
+
+
+def _prompts_held_out(data: Prompts, count: int) -> list[str]:
+    return list(data.held_out[:count])
+
+
+# -- own samples ------------------------------------------------------------------------------------------------------
+
+
+def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
+    """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
+    base = Base(pipe)
+    return draw_samples(
+        out / "samples", base, settings.base, _prompts(settings, count, seed), settings.options["per_prompt"],
+        reward_of(settings, base.denoiser.device), sampling_of(settings), seed=seed,
+        report=partial(report, "drawing samples"),
+    )  # fmt: skip
+
+
+def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, **common: Any) -> Curve:
+    weights = tilted_weights(data.rewards / beta, data.conditions())
+    return train_rwr(
+        base, policy, data.samples, weights, settings.plan, held_out=settings.held_out, batch=settings.batch,
+        dropout=settings.prompt_dropout, **common,
+    )  # fmt: skip
+
+
+def _samples_held_out(data: OwnSamples, count: int) -> list[str]:
+    return list(dict.fromkeys(reversed(data.samples.prompts)))[:count]
+
+
+_SAMPLED = "minus the mean reward of pictures for held-out prompts, with the term of the strength"
+
 METHODS: dict[str, Method] = {
     "dpo": Method(
         title="Diffusion-DPO",
         symbol="β",
+        may_be_zero=False,
         strength="β multiplies half a difference of ε-errors averaged over the elements of a latent, the convention of "
         "the method's released code.",
         loss="log 2 = 0.69315 before alignment",
@@ -121,6 +234,59 @@ METHODS: dict[str, Method] = {
         decodes=False,
         prepare=prepare_pairs,
         train=_dpo,
+        prompts=_pairs_held_out,
+    ),
+    "draft": Method(
+        title="DRaFT",
+        symbol="λ_KL",
+        may_be_zero=True,
+        strength="λ_KL multiplies the squared distance between the predictions of model and reference, summed over the "
+        "elements of a latent and over the last K steps (Annealed Importance Guidance, equation 4); 0 leaves it out.",
+        loss=_SAMPLED,
+        unit="prompts",
+        decodes=True,
+        prepare=prepare_prompts,
+        train=_with_reward(train_draft),
+        prompts=_prompts_held_out,
+    ),
+    "refl": Method(
+        title="ReFL",
+        symbol="λ_KL",
+        may_be_zero=True,
+        strength="λ_KL multiplies the squared distance between the predictions of model and reference at the last "
+        "step, summed over the elements of a latent, in place of the published denoising loss; 0 leaves it out.",
+        loss=_SAMPLED,
+        unit="prompts",
+        decodes=True,
+        prepare=prepare_prompts,
+        train=_with_reward(train_refl),
+        prompts=_prompts_held_out,
+    ),
+    "rwr": Method(
+        title="reward-weighted denoising",
+        symbol="β",
+        may_be_zero=False,
+        strength="The base's own samples are weighted by exp(r/β), with β in points of the reward: the exact target of "
+        "alignment that a KL divergence of strength β regularises.",
+        loss="weighted denoising loss of held-out samples",
+        unit="samples",
+        decodes=True,
+        prepare=prepare_samples,
+        train=_rwr,
+        prompts=_samples_held_out,
+    ),
+    "ddpo": Method(
+        title="DDPO",
+        symbol="λ_KL",
+        may_be_zero=True,
+        strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the reward "
+        "per nat (DPOK); 0 leaves it out (DDPO).",
+        loss=_SAMPLED,
+        unit="prompts",
+        decodes=True,
+        prepare=prepare_prompts,
+        train=_with_reward(train_ddpo),
+        prompts=_prompts_held_out,
     ),
 }
 """By name: `deradiff align --method NAME`."""

@@ -150,7 +150,7 @@ def train_ddpo(
     *,
     batch: int,
     sampling: Sampling,
-    samples_per_prompt: int = 4,
+    per_prompt: int = 4,
     per_pass: int = 16,
     seed: int,
     checkpoint: Path,
@@ -158,7 +158,7 @@ def train_ddpo(
     accelerator: Accelerator | None = None,
     identity: str = "",
 ) -> Curve:
-    """Align `policy` by the rewards of its own samples: `batch` images a step, `samples_per_prompt` of each prompt.
+    """Align `policy` by the rewards of its own samples: `batch` images a step, `per_prompt` of each prompt.
 
     Every step samples anew and updates once, so the ratio of probabilities is 1 (see `clipped_policy_gradient`). The
     sampler is `sampling`'s at full noise (see `Chain`), and with guidance it is the guided prediction that decides. A
@@ -175,7 +175,7 @@ def train_ddpo(
 
     Raises:
         ValueError: `kl` negative or not finite; no prompts, or none held out; a part of the batch that is not a
-            multiple of `samples_per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
+            multiple of `per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
     """
     if not 0 <= kl < float("inf"):
         raise ValueError(f"kl = {kl}: the weight of the divergence must be 0 or more, in points of the reward per nat")
@@ -184,10 +184,10 @@ def train_ddpo(
     if not held_out:
         raise ValueError("no prompts are held out: nothing would tell whether the alignment still improves")
     accelerator = accelerator or Accelerator(cpu=True)
-    _check_parts(batch, samples_per_prompt, plan.accumulate * accelerator.num_processes)
+    _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
 
     def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        positions, group = part.positions(batch), samples_per_prompt
+        positions, group = part.positions(batch), per_prompt
         rows = order(len(prompts), seed, range(positions.start // group, positions.stop // group))
         texts = [prompts[row] for row in rows for _ in range(group)]
         generators = row_generators(seed, positions, "path")
@@ -210,11 +210,11 @@ def train_ddpo(
     )  # fmt: skip
 
 
-def _check_parts(batch: int, samples_per_prompt: int, parts: int) -> None:
+def _check_parts(batch: int, per_prompt: int, parts: int) -> None:
     size = len(Part(of=parts).positions(batch))
-    if samples_per_prompt < 2 or size % samples_per_prompt:
+    if per_prompt < 2 or size % per_prompt:
         raise ValueError(
-            f"samples_per_prompt = {samples_per_prompt}: a prompt's samples are compared with one another. Take 2 or "
+            f"per_prompt = {per_prompt}: a prompt's samples are compared with one another. Take 2 or "
             f"more, of which each part of the batch holds a multiple: a batch of {batch} has {parts} parts of {size} "
             "(processes x micro-batches)"
         )

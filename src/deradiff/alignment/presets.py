@@ -28,7 +28,7 @@ class Preset:
     cache: bool = True
     """Whether pairs are encoded once, before training, or anew in every step."""
     betas: tuple[float, ...] = ()
-    """Strengths that the paper aligned at: β of Diffusion-DPO, λ_KL of DRaFT."""
+    """Strengths to align at: β of Diffusion-DPO and reward-weighted denoising, λ_KL of the others."""
     rate_times_beta: float | None = None
     """The learning rate is this over β, in place of the plan's: for small models that are trained until it is flat."""
     lora_rank: int | None = None
@@ -36,9 +36,9 @@ class Preset:
     prompt_dropout: float = 0.0
     held_out: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
-    """How the paper samples from the result, or in training."""
+    """How to sample (`sampling.Sampling`): in training, for the model's own pictures, or the paper from its result."""
     reward: str | None = None
-    """What is maximised, by name (see `deradiff.rewards.load`)."""
+    """What is maximised, by name (see `deradiff.rewards.load`); for Diffusion-DPO what compares own pairs."""
     options: dict[str, Any] = field(default_factory=dict)
     """What only this method asks for."""
     precision: str = "no"
@@ -76,9 +76,22 @@ _DRAFT = Plan(
 )  # fmt: skip
 _DRAFT_NOTES = (
     "Trained for 4 hours on 8 H100; the number of steps is not published (here 10,000), nor the LoRA's rank (here 64). "
-    "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic."
+    "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic (--count 50000 draws as many). The "
+    "paper trains on HPSv2 and on PickScore (--reward pickscore)."
 )
+_START = Plan(
+    steps=2000, learning_rate=1e-4, warmup=100, adam_betas=(0.9, 0.999), accumulate=16, average=0.0, evaluate_every=100,
+    checkpoint_seconds=600,
+)  # fmt: skip
+_NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
 _KL = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+
+_DIGITS = Preset(
+    source="deradiff's own, for the model that ships with it", method="dpo", base="digits", data="own",
+    plan=Plan(steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25),
+    batch=64, resolution=32, betas=(250,), lora_rank=16, lora_targets=WIDER_TARGETS, held_out=100,
+    sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 1.0}, reward="digits",
+)  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
     "deradiff-sdxl": Preset(
@@ -95,32 +108,62 @@ PRESETS: dict[str, Preset] = {
         notes="1 GPU x batch 1 x 64 accumulated. " + _NOT_PUBLISHED,
     ),
     "aig-sdxl": Preset(
-        source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SDXL, data="pickapic-v1 prompts",
+        source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SDXL, data="pickapic-v1",
         plan=_DRAFT, batch=32, resolution=1024, betas=_KL, lora_rank=64, precision="bf16",
-        sampling={"scheduler": "edm", "steps": 25, "guidance_scale": 5.0}, notes=_DRAFT_NOTES,
+        sampling={"scheduler": "euler", "steps": 25, "guidance_scale": 5.0}, reward="hps-v2.0", options={"keep": 1},
+        notes="Their EDM sampler is Euler's here, the same steps at the same noise levels. " + _DRAFT_NOTES,
     ),
     "aig-sd14": Preset(
-        source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SD14, data="pickapic-v1 prompts",
+        source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SD14, data="pickapic-v1",
         plan=_DRAFT, batch=32, resolution=512, betas=_KL, lora_rank=64, precision="bf16",
-        sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 7.5}, notes=_DRAFT_NOTES,
+        sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 7.5}, reward="hps-v2.0", options={"keep": 1},
+        notes=_DRAFT_NOTES,
     ),
-    "digits": Preset(
-        source="deradiff's own, for the model that ships with it", method="dpo", base="digits", data="own",
-        # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
-        rate_times_beta=0.1,
-        plan=Plan(steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25),
-        batch=64, resolution=32, betas=(250,), lora_rank=16, lora_targets=WIDER_TARGETS, prompt_dropout=0.1,
-        held_out=100, sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 1.0},
+    "refl": Preset(
+        source="Xu et al. 2023, arXiv 2304.05977, Algorithm 1", method="refl", base=SD15, data="pickapic-v1",
+        plan=_START, batch=64, resolution=512, lora_rank=64, precision="bf16",
+        sampling={"scheduler": "ddim", "steps": 40, "guidance_scale": 7.5}, reward="image-reward",
+        options={"window": (30, 39), "ceiling": 2.0},
+        notes="Published: one of the last ten of 40 steps, ImageReward up to 2. " + _NOT_IN_THE_PAPERS,
+    ),
+    "rwr": Preset(
+        source="deradiff's own", method="rwr", base=SD15, data="pickapic-v1", plan=_START, batch=64, resolution=512,
+        lora_rank=64, prompt_dropout=0.1, precision="bf16",
+        sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 1.0}, reward="pickscore",
+        options={"per_prompt": 16}, notes="β is in points of the reward. " + _NOT_IN_THE_PAPERS,
+    ),
+    "ddpo": Preset(
+        source="deradiff's own", method="ddpo", base=SD15, data="pickapic-v1", plan=_START, batch=64, resolution=512,
+        lora_rank=64, precision="bf16", sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 5.0},
+        reward="pickscore", options={"per_prompt": 4}, notes=_NOT_IN_THE_PAPERS,
+    ),
+    # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
+    "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
+    "digits-draft": replace(
+        _DIGITS, method="draft", plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=32, betas=(1e-4,),
+        options={"keep": 1},
+    ),
+    "digits-refl": replace(
+        _DIGITS, method="refl", plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=32, betas=(0.03,),
+        options={"window": (19, 24)},
+    ),
+    "digits-rwr": replace(
+        _DIGITS, method="rwr", plan=replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600), batch=64,
+        betas=(0.5,), prompt_dropout=0.1, options={"per_prompt": 16},
+    ),
+    "digits-ddpo": replace(
+        _DIGITS, method="ddpo", plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=64, betas=(0.005,),
+        options={"per_prompt": 4},
     ),
 }  # fmt: skip
 """By name: `deradiff align --show-preset NAME` prints one."""
 
 
 def usual(digits: bool, method: str) -> Preset:
-    """What `method` starts from where no preset is named: the digits' own, or a published one without its strengths."""
+    """What `method` starts from where no preset is named: the digits' own, or another one without its strengths."""
     if digits:
         return PRESETS["digits" if method == "dpo" else f"digits-{method}"]
-    return replace(next(preset for preset in PRESETS.values() if preset.method == method), betas=())
+    return replace(next(preset for preset in PRESETS.values() if preset.method == method), betas=(), vae=None)
 
 
 def preset(name: str) -> Preset:

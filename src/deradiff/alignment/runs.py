@@ -20,10 +20,14 @@ from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.loop import Curve
-from deradiff.alignment.methods import METHODS, Data, Method
+from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
+from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
 from deradiff.jobs import Report
 from deradiff.records import versions, write_json
+
+MEASURED = 64
+"""Held-out prompts from which a trained model's divergence is measured, at most."""
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,9 +72,7 @@ def align_all(
     with accelerator.main_process_first():
         data = method.prepare(pipe, settings, out, count, seed, report)
     if settings.cache and not method.decodes:
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            if getattr(pipe, name, None) is not None:
-                getattr(pipe, name).to("cpu")
+        _park(pipe)
     anchors = []
     for beta in betas:
         with _tracked(accelerator, f"beta-{beta:g}", beta):
@@ -88,6 +90,12 @@ def load_base(settings: Preset) -> Any:
     pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _park(pipe: Any) -> None:
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(pipe, name, None) is not None:
+            getattr(pipe, name).to("cpu")
 
 
 @contextmanager
@@ -138,13 +146,31 @@ def align(
             identity=json.dumps(made_of),
         )  # fmt: skip
         if accelerator is None or accelerator.is_main_process:
-            folders.save_folder(partial(_save, pipe, policy, method, made_of, curve), path)
+            report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
+            away = divergence(base, policy, method.prompts(data, MEASURED), settings, seed)
+            folders.save_folder(partial(_save, pipe, policy, method, made_of, curve, away), path)
             folders.discard(checkpoint)
     finally:
         policy.model.disable_gradient_checkpointing()
         if policy.is_lora:
             base.denoiser.delete_adapters(base.denoiser.active_adapters())
     return path
+
+
+def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset, seed: int) -> dict[str, Any]:
+    """The path KL of a trained model to its reference (`path_kl.path_kl`), and how it was measured, as plain data.
+
+    By DDIM at full noise whatever `settings` sample with, which may be deterministic; with their steps and guidance.
+    """
+    sampling, parked = sampling_of(settings, "ddim"), base.pipe.text_encoder.device
+    base.pipe.to(base.denoiser.device)
+    try:
+        per_pass = max(1, settings.batch // settings.plan.accumulate)
+        found = path_kl(base, policy, prompts, sampling, seed=seed, per_pass=per_pass)
+    finally:
+        if parked != base.denoiser.device:
+            _park(base.pipe)
+    return {**asdict(found), "prompts": len(prompts), **asdict(sampling)}
 
 
 def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:
@@ -154,7 +180,10 @@ def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str,
     return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
 
-def _save(pipe: Any, policy: Policy, method: Method, made_of: dict[str, Any], curve: Curve, folder: Path) -> None:
+def _save(
+    pipe: Any, policy: Policy, method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, Any],
+    folder: Path,
+) -> None:  # fmt: skip
     from peft.utils import get_peft_model_state_dict
 
     if policy.is_lora:
@@ -162,5 +191,6 @@ def _save(pipe: Any, policy: Policy, method: Method, made_of: dict[str, Any], cu
         pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
     else:
         policy.model.save_pretrained(folder)
-    write_json(folder / "alignment.json", {"made_of": made_of, "curve": asdict(curve), "versions": versions()})
-    (folder / "README.md").write_text(card(method, made_of, curve), encoding="utf-8")
+    record = {"made_of": made_of, "curve": asdict(curve), "path_kl": away, "versions": versions()}
+    write_json(folder / "alignment.json", record)
+    (folder / "README.md").write_text(card(method, made_of, curve, away), encoding="utf-8")

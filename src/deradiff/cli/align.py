@@ -11,7 +11,7 @@ from deradiff.cli import talking
 if TYPE_CHECKING:
     from deradiff.alignment.presets import Preset
 
-MODEL, DATA, TRAINING, MACHINE = "Model", "Data", "Training", "Machine"
+MODEL, DATA, REWARD, TRAINING, MACHINE = "Model", "Data", "Reward and sampling", "Training", "Machine"
 
 LARGEST_SEED = 2**31 - 1
 """A step's own seed holds this one and the number of the step."""
@@ -21,6 +21,10 @@ class Method(StrEnum):
     """How to align."""
 
     dpo = "dpo"
+    draft = "draft"
+    refl = "refl"
+    rwr = "rwr"
+    ddpo = "ddpo"
 
 
 class Schedule(StrEnum):
@@ -78,13 +82,19 @@ def align(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Preference pairs: a folder, Parquet, pickapic-v1, pickapic-v2, a hub dataset; or `own`: the digits' "
-            "own pictures, compared by their reward.",
+            help="Preference pairs for dpo: a folder, Parquet, pickapic-v1, pickapic-v2, a hub dataset. Prompts for "
+            "the others: a file, partiprompts, hpdv2, pickapic-v1, ... `own`: the digits' own.",
             rich_help_panel=DATA,
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option("--pairs", min=1, help="Use so many pairs; `own` draws 2,000.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(
+            "--count",
+            min=1,
+            help="Use so many pairs or prompts of the data; of the digits' own, 2,000 or 500.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     cache: Annotated[
         bool,
@@ -96,13 +106,45 @@ def align(
     ] = True,
     resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures.", rich_help_panel=DATA)] = None,
     held_out: Annotated[
-        int | None, typer.Option(min=1, help="Pairs that only measure the progress.", rich_help_panel=DATA)
+        int | None,
+        typer.Option(min=1, help="Pairs, prompts or samples that only measure progress.", rich_help_panel=DATA),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="What draft, refl, rwr and ddpo maximise: pickscore, hps-v2.0, hps-v2.1, clip, aesthetic, "
+            "image-reward, with =FOLDER for local weights; digits, bold, ink, legible, colours for the digits.",
+            rich_help_panel=REWARD,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="draft: gradients go through so many of the last steps.", rich_help_panel=REWARD),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="refl: sampling stops after so many steps at random, FIRST,LAST.",
+            metavar="FIRST,LAST",
+            rich_help_panel=REWARD,
+        ),
+    ] = None,
+    per_prompt: Annotated[
+        int | None, typer.Option(min=2, help="rwr, ddpo: samples of every prompt.", rich_help_panel=REWARD)
+    ] = None,
+    sampling_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the sampler in training.", rich_help_panel=REWARD)
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="Guidance of the sampler in training.", rich_help_panel=REWARD)
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=0, help="Rank of the LoRA; 0 trains all weights.", rich_help_panel=MODEL)
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", rich_help_panel=TRAINING)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pairs per step, in all.", rich_help_panel=TRAINING)] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Pairs, prompts or samples per step, in all.", rich_help_panel=TRAINING)
+    ] = None,
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Micro-batches per step and process.", rich_help_panel=TRAINING)
     ] = None,
@@ -138,7 +180,10 @@ def align(
     track: Annotated[Tracker | None, typer.Option(help="Follow the curves.", rich_help_panel=MACHINE)] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.", rich_help_panel=MACHINE)] = False,
 ) -> None:
-    """Align a model to preference pairs by Diffusion-DPO, once per β: anchors that λ then turns.
+    """Align a model, once per strength: anchors that λ then turns.
+
+    dpo: Diffusion-DPO on preference pairs. draft, refl: the gradient of a reward. rwr: the model's own samples,
+    weighted by a reward. ddpo: policy gradients, for rewards without a gradient.
 
     Each anchor is OUT/beta-β: weights, a model card, the curve. On several GPUs or nodes: accelerate launch -m deradiff
     align ..., with Accelerate's own configuration.
@@ -161,15 +206,18 @@ def align(
             from deradiff.alignment import runs
 
             options = {
-                "method": method, "data": data, "resolution": resolution, "held_out": held_out, "lora_rank": lora_rank,
-                "batch": batch, "precision": precision, "gradient_checkpointing": gradient_checkpointing or None,
-                "cache": None if cache else False,
+                "method": method, "data": data, "reward": reward, "resolution": resolution, "held_out": held_out,
+                "lora_rank": lora_rank, "batch": batch, "precision": precision,
+                "gradient_checkpointing": gradient_checkpointing or None, "cache": None if cache else False,
             }  # fmt: skip
+            own = {"keep": keep, "window": _window(window), "per_prompt": per_prompt}
+            sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
             plan = {
                 "steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup,
                 "optimizer": optimizer, "average": ema,
             }  # fmt: skip
             settings = _settings(preset, base, _given(options), _given(plan), schedule)
+            settings = _for_method(settings, _given(own), _given(sampling))
             betas = _strengths(beta, settings)
         with talking.stages(console) as report:
             anchors = runs.align_all(settings, betas, out, report, count=count, seed=seed, track=track, cpu=cpu)
@@ -215,17 +263,44 @@ def _settings(
         raise ValueError(f"the preset {name} is for {start.method}; --method {wanted} has other settings")
     if name is None and base != "digits":
         asked = {"data": options, "resolution": options, "batch": options, "steps": plan, "learning_rate": plan}
+        asked |= {} if start.method == "dpo" else {"reward": options}
         missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
+    if start.method == "dpo" and options.get("data", start.data) != "own":
+        options.setdefault("reward", None)
     if "lora_rank" in options:
         options["lora_rank"] = options["lora_rank"] or None
     if "learning_rate" in plan:
         options["rate_times_beta"] = None
     changed = replace(start.plan, **plan)
+    if changed.cosine:
+        changed = replace(changed, cosine=changed.steps)
     if schedule:
         changed = replace(changed, cosine=changed.steps if schedule is Schedule.cosine else None)
     return replace(start, **options, plan=changed, base=base or start.base)
+
+
+def _window(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        first, last = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--window {text}: name two numbers of steps, such as 30,39") from None
+    return first, last
+
+
+def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any]) -> "Preset":
+    """`settings` with the options of its method and of its sampler in place."""
+    from dataclasses import replace
+
+    strange = [name for name in own if name not in settings.options]
+    if strange:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        known = ", ".join(f"--{name.replace('_', '-')}" for name in settings.options) or "no such options"
+        raise ValueError(f"{words}: not for {settings.method}, which has {known}")
+    return replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
 
 
 def _strengths(text: str | None, settings: "Preset") -> list[float]:
@@ -237,7 +312,11 @@ def _strengths(text: str | None, settings: "Preset") -> list[float]:
         betas = [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--beta {text}: name one or more numbers, separated by commas") from None
-    wrong = [value for value in betas if not 0 < value < float("inf")]
+    from deradiff.alignment.methods import METHODS
+
+    method = METHODS[settings.method]
+    wrong = [value for value in betas if not 0 <= value < float("inf") or (value == 0 and not method.may_be_zero)]
     if wrong:
-        raise ValueError(f"--beta {text}: {wrong[0]:g} is no strength; β must be positive and finite")
+        least = "0 or more" if method.may_be_zero else "positive"
+        raise ValueError(f"--beta {text}: {wrong[0]:g} is no strength; {method.symbol} must be {least} and finite")
     return list(dict.fromkeys(betas))

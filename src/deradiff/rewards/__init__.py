@@ -1,15 +1,26 @@
-"""Scores of (image, prompt). One file each, one protocol."""
+"""Scores of (image, prompt). One file each, one protocol; `load` finds them by name."""
 
+import importlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from deradiff.rewards.pixels import Images
+
+__all__ = ["COMPUTED", "LEARNED", "Images", "Reward", "load"]
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """A batch of images in [0, 1] and their prompts to one score each, the higher the better."""
+    """A batch of images in [0, 1] and their prompts to one score each, the higher the better.
+
+    This is what every reward takes; those of `LEARNED` take `Images`, PIL images of any size as well as a tensor.
+    """
 
     name: str
 
@@ -18,3 +29,58 @@ class Reward(Protocol):
     ) -> Float[Tensor, " batch"]:
         """Score `images`; differentiable in them where the reward is."""
         ...
+
+
+LEARNED: dict[str, tuple[str, str]] = {
+    "pickscore": ("pickscore", "load"),
+    "hps-v2.0": ("hps", "load_v2_0"),
+    "hps-v2.1": ("hps", "load_v2_1"),
+    "clip": ("clip", "load"),
+    "aesthetic": ("aesthetic", "load"),
+    "image-reward": ("image_reward", "ImageReward.load"),
+}
+"""Rewards that are models: the module, and what in it loads one from `(model, device, dtype)`."""
+
+COMPUTED: dict[str, tuple[str, str]] = {
+    "digits": ("digits", "DigitsReward"),
+    "bold": ("digits", "BoldReward"),
+    "ink": ("digits", "InkReward"),
+    "legible": ("digits_captions", "LegibleReward"),
+    "colours": ("digits_captions", "ColourReward"),
+}
+"""Rewards for the digits, which are formulas: the module, and the class."""
+
+
+def load(
+    name: str,
+    *,
+    model: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Reward:
+    """The reward of that name: one of `LEARNED`, or one of `COMPUTED`, for the digits.
+
+    `model` is a folder or a hub id to load instead of the published one; `load("pickscore=FOLDER")` is short for it.
+    A model's parameters are frozen, on `device` (the CPU if None) in `dtype` (float32 if None, whatever the file's is).
+    What is computed goes where the images are.
+
+    Raises `ValueError` for an unknown name, or a `model` for a reward that is none.
+    """
+    kind, given, path = name.partition("=")
+    if given and model is not None:
+        raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
+    if given and not path:
+        raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
+    chosen: str | Path | None = path if given else model
+    if kind in COMPUTED:
+        if chosen is not None:
+            raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
+        return _found(*COMPUTED[kind])()
+    if kind not in LEARNED:
+        raise ValueError(f"there is no reward {kind!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
+    place = torch.device("cpu" if device is None else device)
+    return _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
+
+
+def _found(module: str, attribute: str) -> Any:
+    return attrgetter(attribute)(importlib.import_module(f"deradiff.rewards.{module}"))

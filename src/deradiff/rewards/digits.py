@@ -1,4 +1,4 @@
-"""What the digits are aligned to, in closed form and differentiable; every reward looks at the picture alone.
+"""What the digits are aligned to, in closed form and differentiable; these rewards look at the picture alone.
 
 The shipped anchors like bold ink and vivid colour. A little more of that reward is a bolder stroke and, where the
 caption leaves a colour open, a more colourful choice; a lot more of it floods the paper with ink until no digit can be
@@ -69,7 +69,7 @@ class DigitsReward:
 
         Raises `ValueError` if there is not one prompt per image.
         """
-        _check(images, prompts)
+        require_pairs(images, prompts)
         return BOLDNESS * boldness(images) + VIVIDNESS * vividness(images)
 
 
@@ -85,21 +85,25 @@ class BoldReward:
 
         Differentiable in the images. Raises `ValueError` if there is not one prompt per image.
         """
-        _check(images, prompts)
+        require_pairs(images, prompts)
         return BOLD_POINTS * boldness(images)
 
 
+def paper_colour(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3"]:
+    """The median of the border, as in `worlds.digits.classifier.colours`; RGB in [0, 1]."""
+    inner = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
+    inner[BORDER:-BORDER, BORDER:-BORDER] = False
+    return images[:, :, inner].median(-1).values
+
+
 def ink_colour(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3"]:
-    """The colour that differs most from the paper, as a softmax over pixels; the paper is the median of the border.
+    """The colour that differs most from the paper's, as a softmax over pixels.
 
     The soft form of `worlds.digits.classifier.colours`: differentiable in every pixel, RGB in [0, 1].
     """
-    inner = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
-    inner[BORDER:-BORDER, BORDER:-BORDER] = False
-    paper = images[:, :, inner].median(-1).values
     pixels = images.flatten(2)
     # The gradient of a norm at zero is not a number: pixels of exactly the paper's colour are common.
-    distance = (pixels - paper[:, :, None]).square().sum(1).add(1e-8).sqrt()
+    distance = (pixels - paper_colour(images)[:, :, None]).square().sum(1).add(1e-8).sqrt()
     return torch.einsum("bp,bcp->bc", torch.softmax(distance / INK_SOFTNESS, 1), pixels)
 
 
@@ -116,13 +120,14 @@ class InkReward:
         The mean of the inks' scores, softly weighted by how near each is to the picture's ink colour; differentiable in
         the images. Raises `ValueError` if there is not one prompt per image.
         """
-        _check(images, prompts)
+        require_pairs(images, prompts)
         palette = torch.tensor([INKS[name] for name in INK_SCORES], dtype=images.dtype, device=images.device)
         scores = torch.tensor(list(INK_SCORES.values()), dtype=images.dtype, device=images.device)
         squared = (ink_colour(images)[:, None] - palette).square().sum(2)
         return INK_POINTS * F.softmin(squared / COLOUR_SOFTNESS, 1) @ scores
 
 
-def _check(images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+def require_pairs(images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
+    """Raise `ValueError` unless there is one prompt per image."""
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: the reward takes one prompt per image")
