@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from deradiff.cli import app
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
-from deradiff.worlds.digits.truth import Case, Plan, cases, prompts, run
+from deradiff.worlds.digits.truth import Case, Plan, cases, needed, prompts, run
 from deradiff.worlds.digits.truth_report import rows, summary, table
 
 PLAN = Plan(prompts=3, images=3, counts=(2,), guided_counts=(), steps=3, guidance_scales=(1.0,))
@@ -98,6 +98,19 @@ def test_two_processes_compute_what_one_does_and_guidance_has_its_own_counts(tra
     alone = run(trained, tmp_path / "alone", plan, lambda *_: None, workers=1)
     assert run(trained, tmp_path / "together", plan, lambda *_: None, workers=2) == alone
     assert [("particles 2" in record["arms"]) for record in alone] == [True, True, False, False]
+
+
+def test_a_part_of_the_study_needs_its_target_its_anchors_and_its_control(trained, tmp_path):
+    assert needed(["dpo/bold-0.5+ink-0.25"]) == {"dpo/bold-0.5+ink-0.25", "dpo/bold-1", "dpo/ink-1"}
+    assert needed(["weighted/ink-2"]) == {"weighted/ink-2", "weighted/ink-1", "weighted/control"}
+    for wrong in ("ink-0.5", "dpo/vivid-1", "dpo/ink", "other/ink-1", "dpo/"):
+        with pytest.raises(ValueError, match=f"{wrong} names no target"):
+            needed([wrong])
+    plan = replace(PLAN, guidance_scales=(1.0, 1.5))
+    [record] = run(trained, tmp_path / "out", plan, lambda *_: None, 1, ["weighted/bold-0.5"], 1.5)
+    assert record["case"]["guidance_scale"] == 1.5
+    with pytest.raises(ValueError, match="that were asked for"):
+        run(trained, tmp_path / "out", plan, lambda *_: None, 1, ["weighted/ink-0.5"])
 
 
 def told(reward: str, shift: float, errors: dict[str, tuple[float, float]], kind: str) -> dict:

@@ -177,6 +177,13 @@ def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_pat
         train_truth(broken, replace(settings, seed=1), lambda *_: None)
 
 
+def test_one_model_is_trained_alone(tmp_path: Path) -> None:
+    train_truth(tmp_path, miniature(), lambda *_: None, workers=1, only=["weighted/control"])
+    assert [path.parent.name for path in tmp_path.rglob("truth.json")] == ["control"]
+    with pytest.raises(ValueError, match=r"no model is planned for dpo/ink-1: choose among weighted/bold-0\.5"):
+        train_truth(tmp_path, miniature(), lambda *_: None, workers=1, only=["dpo/ink-1"])
+
+
 def test_a_target_without_an_anchor_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'vivid', which has no β: bold, ink have"):
         train_truth(tmp_path, replace(miniature(), targets=({"vivid": 1.0},)), lambda *_: None)

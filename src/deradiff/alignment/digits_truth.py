@@ -14,7 +14,7 @@ folder that `deradiff.realign(pipe, folder)` takes, with `truth.json` in it: wha
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -104,10 +104,13 @@ class TruthSettings:
         )  # fmt: skip
 
 
-def train_truth(folder: Path, settings: TruthSettings, report: Report, workers: int = 2) -> None:
+def train_truth(
+    folder: Path, settings: TruthSettings, report: Report, workers: int = 2, only: Collection[str] = ()
+) -> None:
     """Make `folder/pool-*.safetensors`, `folder/weighted/<target>` and `folder/dpo/<target>`, `workers` at a time.
 
-    Raises `ValueError` if `folder` holds a truth with other settings, or if a target names a reward without an anchor.
+    With `only`, of the models those named `family/target`: none depends on another. Raises `ValueError` if `folder`
+    holds a truth with other settings, if a target names a reward without an anchor, or for a name that is not planned.
     """
     for reward in {name for target in settings.targets for name in target}:
         if reward not in settings.betas:
@@ -115,9 +118,15 @@ def train_truth(folder: Path, settings: TruthSettings, report: Report, workers: 
     claim(folder, asdict(settings), "truth")
     chunks: list[Job] = [partial(draw_pool, folder, settings, number) for number in range(settings.chunks)]
     run_jobs(chunks, workers, report)
-    weighted: list[Job] = [partial(train_weighted, folder, settings, target) for target in settings.targets]
-    dpo: list[Job] = [partial(train_dpo, folder, settings, target) for target in settings.targets if target]
-    run_jobs([*weighted, *dpo], workers, report)
+    models: dict[str, Job] = {
+        f"{family}/{target_name(target)}": partial(train, folder, settings, target)
+        for family, train in (("weighted", train_weighted), ("dpo", train_dpo))
+        for target in settings.targets
+        if target or family == "weighted"
+    }
+    if unknown := set(only) - set(models):
+        raise ValueError(f"no model is planned for {', '.join(sorted(unknown))}: choose among {', '.join(models)}")
+    run_jobs([job for name, job in models.items() if not only or name in only], workers, report)
 
 
 def target_name(target: Target) -> str:

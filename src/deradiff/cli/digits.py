@@ -43,6 +43,13 @@ def build(
 def truth(
     out: Annotated[Path, typer.Option("--out", help="Folder of models and results. An interrupted run continues.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each; they change no bit.")] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this target, such as dpo/ink-0.5, with the models it needs. May be repeated."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Compare at this guidance alone, 1 or 1.5; by default at both.")
+    ] = None,
 ) -> None:
     """Train models at the very strengths that λ stands for, and compare every way of sampling with them: hours.
 
@@ -57,11 +64,12 @@ def truth(
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
         from deradiff.records import write_json
         from deradiff.worlds.digits import truth_report
-        from deradiff.worlds.digits.truth import Plan, run
+        from deradiff.worlds.digits.truth import Plan, needed, run
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
-        train_truth(out / "models", TruthSettings(), report, workers)
-        records = run(out / "models", out / "results", Plan(), report, workers)
+        targets = only or []
+        train_truth(out / "models", TruthSettings(), report, workers, needed(targets))
+        records = run(out / "models", out / "results", Plan(), report, workers, targets, guidance_scale)
     for record in records:
         _print_truth(console, record)
     told = {"training": truth_report.training(out / "models"), "cases": truth_report.summary(records)}

@@ -8,7 +8,7 @@ which leave the ink's colour open, and set beside the retrained model through th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from deradiff.worlds.digits.classifier import read
 from deradiff.worlds.digits.data import INKS, PAPERS
 
 REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward())}
+
+FAMILIES = ("weighted", "dpo")
 
 SHIPPED = "reference"
 """Stands for the reference that ships, which no training made."""
@@ -94,7 +96,7 @@ def cases(trained: Path, plan: Plan) -> list[Case]:
     The anchors themselves are left out.
     """
     found = []
-    for family in ("weighted", "dpo"):
+    for family in FAMILIES:
         for folder in sorted((trained / family).glob("*-*")) if (trained / family).is_dir() else []:
             parts = (part.rpartition("-") for part in folder.name.split("+"))
             target = {reward: float(lam) for reward, _, lam in parts}
@@ -114,14 +116,42 @@ def prompts(plan: Plan) -> list[str]:
     ]
 
 
-def run(trained: Path, out: Path, plan: Plan, report: Report, workers: int = 2) -> list[Record]:
+def needed(names: Iterable[str]) -> set[str]:
+    """The trained models that the targets `family/target` are compared with and sampled from, by their folders.
+
+    Raises `ValueError` for a name that is no target's.
+    """
+    found = set[str]()
+    for name in names:
+        family, _, folder = name.partition("/")
+        parts = [part.rpartition("-") for part in folder.split("+")]
+        try:
+            target = {reward: float(lam) for reward, _, lam in parts}
+        except ValueError:
+            target = {}
+        if family not in FAMILIES or not target or not set(target) <= set(REWARDS):
+            raise ValueError(f"{name} names no target: write a family and λ of its rewards, such as dpo/ink-0.5")
+        found |= {*Case(family, target, 1.0).models().values()}
+    return found - {SHIPPED}
+
+
+def run(
+    trained: Path, out: Path, plan: Plan, report: Report, workers: int = 2, only: Collection[str] = (),
+    guidance_scale: float | int | None = None,
+) -> list[Record]:  # fmt: skip
     """Compute every case that `out` does not hold yet, `workers` at a time, and return all.
 
-    Raises `ValueError` where no target has been trained, or `out` holds a study of another plan.
+    With `only`, those of the targets named `family/target`; with `guidance_scale`, those at that one of the plan's.
+    Raises `ValueError` where no such target has been trained, or `out` holds a study of another plan.
     """
-    todo = cases(trained, plan)
+    todo = [
+        case
+        for case in cases(trained, plan)
+        if (not only or f"{case.family}/{folder_of(case.target)}" in only)
+        and guidance_scale in (None, case.guidance_scale)
+    ]
     if not todo:
-        raise ValueError(f"{trained} holds no trained targets with their anchors")
+        raise ValueError(f"{trained} holds no trained targets with their anchors that were asked for")
     claim(out, asdict(plan), "study")
     models = {(name, case.guidance_scale) for case in todo for name in case.models().values()}
     for scale in plan.guidance_scales:
