@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 
+from deradiff.rewards import load
 from deradiff.rewards.digits_captions import ColourReward, LegibleReward, machine, margins
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.classifier import features, read, recover_ink_map, svm
@@ -83,3 +85,12 @@ def test_wrong_prompts_are_named(reward: LegibleReward | ColourReward) -> None:
         reward(images, ["a seven"])
     with pytest.raises(ValueError, match="'a cat' is not a caption of the digits"):
         reward(images, ["a seven", "a cat"])
+
+
+@pytest.mark.parametrize("name", ["digits", "bold", "ink", "legible", "colours"])
+def test_pil_images_score_what_their_tensor_does(name: str) -> None:
+    pictures = render("held-out", 3, seed=7)
+    levels = (pictures.images * 255).round().to(torch.uint8)
+    files = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
+    reward, prompts = load(name), [asked(int(d), 1, 2) for d in pictures.digits]
+    assert torch.allclose(reward(files, prompts), reward(levels / 255, prompts), atol=1e-5)  # type: ignore[arg-type]

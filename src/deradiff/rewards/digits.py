@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from deradiff.rewards.pixels import Images, picture_tensor, require_pairs
 from deradiff.worlds.digits.classifier import BORDER
 from deradiff.worlds.digits.data import INKS
 
@@ -41,6 +42,14 @@ COLOUR_SOFTNESS = 0.03
 are 0.15 apart: at either one the other has a say below 1%, and halfway between them the score changes fastest."""
 
 
+def paired(images: Images, prompts: Sequence[str]) -> Float[Tensor, "batch 3 height width"]:
+    """`images` as one tensor, a tensor as it is. Raises `ValueError` unless there is one prompt per image."""
+    require_pairs(images, prompts)
+    if isinstance(images, Tensor):
+        return images
+    return torch.cat([picture_tensor(image, place).float() for place, image in enumerate(images)])
+
+
 def boldness(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, " batch"]:
     """The share of the picture covered by ink, in [0, 1].
 
@@ -62,15 +71,13 @@ class DigitsReward:
 
     name = "bold and vivid"
 
-    def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images` in [0, 1]; the prompts only have to be as many. Differentiable in the images.
 
         Raises `ValueError` if there is not one prompt per image.
         """
-        require_pairs(images, prompts)
-        return BOLDNESS * boldness(images) + VIVIDNESS * vividness(images)
+        pictures = paired(images, prompts)
+        return BOLDNESS * boldness(pictures) + VIVIDNESS * vividness(pictures)
 
 
 class BoldReward:
@@ -78,15 +85,12 @@ class BoldReward:
 
     name = "bold"
 
-    def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images` in [0, 1], in points from 0 to `BOLD_POINTS`; the prompts only have to be as many.
 
         Differentiable in the images. Raises `ValueError` if there is not one prompt per image.
         """
-        require_pairs(images, prompts)
-        return BOLD_POINTS * boldness(images)
+        return BOLD_POINTS * boldness(paired(images, prompts))
 
 
 def paper_colour(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3"]:
@@ -112,22 +116,14 @@ class InkReward:
 
     name = "ink"
 
-    def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images` in [0, 1], in points from 0 to `INK_POINTS`; the prompts only have to be as many.
 
         The mean of the inks' scores, softly weighted by how near each is to the picture's ink colour; differentiable in
         the images. Raises `ValueError` if there is not one prompt per image.
         """
-        require_pairs(images, prompts)
-        palette = torch.tensor([INKS[name] for name in INK_SCORES], dtype=images.dtype, device=images.device)
-        scores = torch.tensor(list(INK_SCORES.values()), dtype=images.dtype, device=images.device)
-        squared = (ink_colour(images)[:, None] - palette).square().sum(2)
+        pictures = paired(images, prompts)
+        palette = torch.tensor([INKS[name] for name in INK_SCORES]).to(pictures)
+        scores = torch.tensor(list(INK_SCORES.values())).to(pictures)
+        squared = (ink_colour(pictures)[:, None] - palette).square().sum(2)
         return INK_POINTS * F.softmin(squared / COLOUR_SOFTNESS, 1) @ scores
-
-
-def require_pairs(images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> None:
-    """Raise `ValueError` unless there is one prompt per image."""
-    if len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: the reward takes one prompt per image")

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from deradiff.rewards.digits import COLOUR_SOFTNESS, ink_colour, paper_colour, require_pairs
+from deradiff.rewards.digits import COLOUR_SOFTNESS, ink_colour, paired, paper_colour
+from deradiff.rewards.pixels import Images
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.classifier import features, recover_ink_map, svm
 from deradiff.worlds.digits.data import INKS, PAPERS
@@ -62,19 +63,17 @@ class LegibleReward:
 
     name = "legible"
 
-    def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images` of 32 x 32 pixels in [0, 1]: 1 where every contest is won, softly near a margin of 0.
 
         Differentiable in the images. Raises `ValueError` if there is not one prompt per image, or if one is no caption
         of the digits.
         """
-        require_pairs(images, prompts)
+        pictures = paired(images, prompts)
         digits = [captions.parse(prompt).digit for prompt in prompts]
         signs = torch.tensor([[(i == d) - (j == d) for i, j in machine().contestants] for d in digits])
-        won = torch.sigmoid(signs.to(images.device) * margins(features(recover_ink_map(images))) / MARGIN_SOFTNESS)
-        return ((won * signs.abs().to(won)).sum(1) / signs.abs().sum(1).to(won)).to(images.dtype)
+        won = torch.sigmoid(signs.to(pictures.device) * margins(features(recover_ink_map(pictures))) / MARGIN_SOFTNESS)
+        return ((won * signs.abs().to(won)).sum(1) / signs.abs().sum(1).to(won)).to(pictures.dtype)
 
 
 class ColourReward:
@@ -82,18 +81,16 @@ class ColourReward:
 
     name = "colours"
 
-    def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-    ) -> Float[Tensor, " batch"]:
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images` in [0, 1]: the mean over the named colours of their softmin among the palette's.
 
         1 for a caption that names none, with which no picture disagrees. Differentiable in the images. Raises
         `ValueError` if there is not one prompt per image, or if one is no caption of the digits.
         """
-        require_pairs(images, prompts)
+        pictures = paired(images, prompts)
         asked = [captions.parse(prompt) for prompt in prompts]
-        inks = agreement(ink_colour(images), INKS, [parts.ink for parts in asked])
-        papers = agreement(paper_colour(images), PAPERS, [parts.paper for parts in asked])
+        inks = agreement(ink_colour(pictures), INKS, [parts.ink for parts in asked])
+        papers = agreement(paper_colour(pictures), PAPERS, [parts.paper for parts in asked])
         return torch.stack([inks, papers], 1).nanmean(1).nan_to_num(nan=1.0)
 
 
