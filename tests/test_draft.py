@@ -157,10 +157,11 @@ class Interrupted(Exception):
 
 
 def trained(
-    folder: Path, method: str, rank: int | None = 2, stop_at: int | None = None, plan: Plan = PLAN
+    folder: Path, method: str, stop_at: int | None = None, plan: Plan = PLAN, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], Curve]:
-    base = base_of()
-    policy = Policy(base, rank, seed=4)
+    base = base_of(dtype=dtype)
+    policy = Policy(base, 2, seed=4)
+    policy.model.to(dtype)
 
     def report(done: int, planned: int, line: str) -> None:
         if done == stop_at:
@@ -187,11 +188,12 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, method: st
 
 @pytest.mark.parametrize("method", ["draft", "refl"])
 def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> None:
+    # In float64: Adam's first steps are as long for a gradient of 1e-8 as for any other, rounding errors included.
     plan = replace(PLAN, steps=2)
-    whole, _ = trained(tmp_path / "whole", method, plan=plan)
-    parts, _ = trained(tmp_path / "parts", method, plan=replace(plan, accumulate=2))
+    whole, _ = trained(tmp_path / "whole", method, plan=plan, dtype=torch.float64)
+    parts, _ = trained(tmp_path / "parts", method, plan=replace(plan, accumulate=2), dtype=torch.float64)
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-6)
 
 
 def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:

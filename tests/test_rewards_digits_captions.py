@@ -93,4 +93,4 @@ def test_pil_images_score_what_their_tensor_does(name: str) -> None:
     levels = (pictures.images * 255).round().to(torch.uint8)
     files = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
     reward, prompts = load(name), [asked(int(d), 1, 2) for d in pictures.digits]
-    assert torch.allclose(reward(files, prompts), reward(levels / 255, prompts), atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(reward(files, prompts), reward(levels / 255, prompts), atol=1e-5)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from deradiff.rewards.pixels import Images
 
-__all__ = ["COMPUTED", "LEARNED", "Images", "Reward", "load"]
+__all__ = ["COMPUTED", "LEARNED", "Images", "PictureReward", "Reward", "load"]
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """A batch of images in [0, 1] and their prompts to one score each, the higher the better.
+    """A batch of images in [0, 1] and their prompts to one score each, the higher the better: what alignment asks for.
 
-    This is what every reward takes; those of `LEARNED` take `Images`, PIL images of any size as well as a tensor.
+    A reward of your own need not do more; those that `load` gives are `PictureReward`.
     """
 
     name: str
@@ -28,6 +28,15 @@ class Reward(Protocol):
         self, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
     ) -> Float[Tensor, " batch"]:
         """Score `images`; differentiable in them where the reward is."""
+        ...
+
+
+@runtime_checkable
+class PictureReward(Reward, Protocol):
+    """A reward that scores PIL images as well as tensors."""
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
+        """Score `images`, a float tensor in [0, 1] or PIL images; differentiable in a tensor where the reward is."""
         ...
 
 
@@ -57,7 +66,7 @@ def load(
     model: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> Reward:
+) -> PictureReward:
     """The reward of that name: one of `LEARNED`, or one of `COMPUTED`, for the digits.
 
     `model` is a folder or a hub id to load instead of the published one; `load("pickscore=FOLDER")` is short for it.

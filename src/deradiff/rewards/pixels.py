@@ -1,15 +1,16 @@
 """Pictures as an image tower takes them: resized until the shortest side fits, cropped at the centre, normalised.
 
-The processors that the papers used work on PIL images, and Pillow resizes in 8 bits: first along the rows, rounded to
-one of 256 levels, then along the columns, rounded again. `clip_pixels` computes exactly these levels on tensors, so
-that a tensor and the PIL image it would be saved as have one score. Rounding has no useful gradient; the gradient here
-is that of the same computation without rounding (the straight-through estimator, Bengio et al. 2013).
+The processors that the papers used work on PIL images, and Pillow resizes in 8 bits: along the rows, rounded to one of
+256 levels, and along the columns, rounded again. `clip_pixels` computes exactly these levels on tensors, so that a
+tensor and the PIL image it would be saved as have one score. Rounding has no useful gradient; the gradient here is that
+of the same computation without rounding (the straight-through estimator, Bengio et al. 2013).
 """
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
+import PIL
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -24,7 +25,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 LEVELS = 255.0
 FIXED_POINT = 2.0**22
-"""Pillow's weights are integers in this unit."""
+"""Pillow's weights are integers, one divided by so many."""
+
+CHOOSES_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
+"""Whether the installed Pillow begins with the columns where that is faster, which older ones never did."""
 
 
 def clip_pixels(
@@ -106,18 +110,29 @@ def resized_in_levels(
     rows, columns = (
         (weights * FIXED_POINT).round().div(FIXED_POINT).to(images) for weights in crop(images, side, lambda m: m // 2)
     )
-    across = rounded(rounded(LEVELS * images) @ columns.T)
-    return rounded(rows @ across) / LEVELS
+    levels = rounded(LEVELS * images)
+    shorter, narrower = (
+        before - after for before, after in zip(images.shape[-2:], resized_shape(images, side), strict=True)
+    )
+    if CHOOSES_ORDER and shorter > max(0, 2 * narrower):
+        return rounded(rounded(rows @ levels) @ columns.T) / LEVELS
+    return rounded(rows @ rounded(levels @ columns.T)) / LEVELS
+
+
+def resized_shape(images: Float[Tensor, "batch 3 height width"], side: int) -> tuple[int, int]:
+    """Height and width when the shortest is `side`, the other rounded down."""
+    height, width = images.shape[-2:]
+    shortest = min(height, width)
+    return int(side * height / shortest), int(side * width / shortest)
 
 
 def crop(
     images: Float[Tensor, "batch 3 height width"], side: int, offset: Callable[[int], int]
 ) -> tuple[Float[Tensor, "{side} height"], Float[Tensor, "{side} width"]]:
-    """The weights of each row and each column that the centre crop keeps; `offset` of what a side has too much."""
-    lengths = images.shape[-2:]
-    resized = [int(side * length / min(lengths)) for length in lengths]
+    """The weights of each row and each column that the centre crop keeps; `offset` of what a length has too much."""
     rows, columns = (
-        bicubic(length, size, offset(size - side), side) for length, size in zip(lengths, resized, strict=True)
+        bicubic(length, resized, offset(resized - side), side)
+        for length, resized in zip(images.shape[-2:], resized_shape(images, side), strict=True)
     )
     return rows, columns
 

@@ -1,0 +1,213 @@
+"""Human Preference Score v2: CLIP ViT-H/14 tuned to people's rankings in HPD v2 (Wu et al. 2023, arXiv 2306.09341).
+
+The published checkpoints are pickles of an open_clip model. They are read as tensors alone, renamed to transformers'
+CLIP and kept as safetensors.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deradiff.rewards.clip import TOKENIZER_FILES, WEIGHT_FILES, ClipReward, clip_model, folder_of, tokenizer_of
+from deradiff.rewards.pixels import LEVELS, Images, batches, crop, normalized, rounded
+
+HPS = "xswu/HPSv2"
+CHECKPOINTS = {"hps-v2.0": "HPS_v2_compressed.pt", "hps-v2.1": "HPS_v2.1_compressed.pt"}
+"""The files of `HPS`, by the reward's name. Scores of the two versions cannot be compared."""
+
+VIT_H_14: dict[str, Any] = {
+    "projection_dim": 1024,
+    # An end-of-text id of 2 is transformers' sign for pooling as open_clip does, at the highest token.
+    "text_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "hidden_act": "gelu", "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "projection_dim": 1024,
+    },
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+        "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "projection_dim": 1024,
+    },
+}  # fmt: skip
+"""open_clip's ViT-H-14 in the fields of transformers' `CLIPConfig`."""
+
+
+def load_v2_0(model: str | Path | None, device: torch.device, dtype: torch.dtype) -> ClipReward:
+    """HPS v2.0 as a cosine, about 0.27; `model` is as in `load`."""
+    return load("hps-v2.0", model, device, dtype)
+
+
+def load_v2_1(model: str | Path | None, device: torch.device, dtype: torch.dtype) -> ClipReward:
+    """HPS v2.1 as a cosine, about 0.29; `model` is as in `load`."""
+    return load("hps-v2.1", model, device, dtype)
+
+
+def load(name: str, model: str | Path | None, device: torch.device, dtype: torch.dtype) -> ClipReward:
+    """The version `name` of HPS from `model`: the .pt file, a folder or hub id that has it, or a converted folder.
+
+    None is `HPS`. A .pt file is converted once, into the folder `kept_at` says; the tokenizer is taken from beside it,
+    or is that of `clip.CLIP_H`, the same. Raises `ValueError` where files are missing, or no ViT-H/14 of open_clip.
+    """
+    path = Path(model or HPS).expanduser()
+    if not path.is_file():
+        path = folder_of(model or HPS, [CHECKPOINTS[name], *WEIGHT_FILES, *TOKENIZER_FILES])
+        published = path / CHECKPOINTS[name]
+        if published.is_file() or not (path / "config.json").is_file():
+            path = published
+    if path.is_dir():
+        return ClipReward(name, clip_model(path, device, dtype), tokenizer_of(path), hps_pixels)
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has neither {path.name}, the published checkpoint, nor the config.json of a converted one"
+        )
+    return ClipReward(name, clip_model(converted(path), device, dtype), tokenizer_of(path.parent), hps_pixels)
+
+
+def hps_pixels(
+    images: Images,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch 3 {side} {side}"]:
+    """What the authors' code makes of `images`; the arguments and errors are those of `pixels.clip_pixels`.
+
+    It resizes a float tensor, so that nothing is rounded or clipped after that: torchvision 0.17 or later, whose
+    interpolation is antialiased. Half a pixel too much of a margin goes to the even side.
+    """
+    small = []
+    for part in batches(images, torch.device(device)):
+        rows, columns = (weights.to(part) for weights in crop(part, side, lambda margin: round(margin / 2)))
+        small.append(rows @ (rounded(LEVELS * part) / LEVELS) @ columns.T)
+    return normalized(torch.cat(small), mean, std).to(dtype)
+
+
+# -- from open_clip ---------------------------------------------------------------------------------------------------
+
+RENAMED = (
+    (r"^(?!visual\.)", "text_model."),
+    (r"^visual\.", "vision_model."),
+    (r"^text_model\.(logit_scale|text_projection)$", r"\1"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^vision_model\.proj$", "visual_projection.weight"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
+    (r"\.(token_embedding\.weight|class_embedding)$", r".embeddings.\1"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.ln_pre\.", ".pre_layrnorm."),
+    (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.transformer\.resblocks\.", ".encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+)
+"""What to call a tensor of open_clip's in transformers, one substitution after the other."""
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of open_clip's `CLIP` as one of transformers' `CLIPModel`; names nobody knows are kept.
+
+    Queries, keys and values, one matrix there, are apart here; the projections, multiplied from the right there, are
+    transposed. The prefix `module.` of distributed training goes.
+    """
+    found: dict[str, Tensor] = {}
+    for old, tensor in tensors.items():
+        name = old.removeprefix("module.")
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if "self_attn.in_proj_" in name:
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            found |= {name.replace("in_proj_", f"{letter}_proj."): part.contiguous() for letter, part in parts}
+        else:
+            found[name] = tensor.T.contiguous() if name.endswith("_projection.weight") else tensor.contiguous()
+    return found
+
+
+def require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless `tensors` have the names and shapes of those `expected`."""
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is not expected" for name in tensors if name not in expected]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} and not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            f"the checkpoint is not the open_clip model that was expected: {', '.join(wrong[:4])}{more} (in "
+            "transformers' names). HPS v2 is a ViT-H-14."
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of an open_clip checkpoint, of which nothing is run. Raises `ValueError` if it holds other things."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: it is damaged, or holds code, which is never run "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
+    tensors = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} is no checkpoint of open_clip: neither it nor its 'state_dict' is tensors by name")
+    return tensors
+
+
+def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any] = VIT_H_14) -> Path:
+    """Write the open_clip `checkpoint` as a transformers CLIP model into the new `folder`, in its own precision.
+
+    `config` are the fields of the `CLIPConfig` it has. The folder appears when it is whole. Raises `ValueError` for a
+    checkpoint that does not fit, and `FileExistsError` for a folder that is there.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: name a new folder, or load this one")
+    described = CLIPConfig(**config)
+    with torch.device("meta"):
+        expected = CLIPModel(described).state_dict()
+    tensors = renamed(read_checkpoint(Path(checkpoint).expanduser()))
+    require_fit(tensors, expected)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        described.save_pretrained(part)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def converted(checkpoint: Path) -> Path:
+    """The folder that holds `checkpoint` converted, which is done if it has not been."""
+    folder = kept_at(checkpoint)
+    if not folder.is_dir():
+        try:
+            convert(checkpoint, folder, VIT_H_14)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    return folder
+
+
+def kept_at(checkpoint: Path) -> Path:
+    """Where `checkpoint` is kept converted: in `deradiff` of the hub library's `HF_HOME`, by path, size and date."""
+    file = checkpoint.resolve()
+    state = file.stat()
+    digest = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    return Path(constants.HF_HOME) / "deradiff" / f"{checkpoint.stem}-{digest}"
