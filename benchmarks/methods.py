@@ -33,9 +33,9 @@ from deradiff.worlds.digits.truth import Plan, prompts
 STRENGTHS: dict[str, list[float]] = {
     "dpo": [250.0],
     "draft": [0.0, 1e-4, 1e-3, 1.0],
-    "refl": [0.0, 0.03],
-    "rwr": [1.0, 0.5],
-    "ddpo": [0.0, 0.005],
+    "refl": [0.03],
+    "rwr": [0.5],
+    "ddpo": [0.0],
 }
 PROMPTS, IMAGES, STEPS, SEED = 60, 16, 25, 17
 

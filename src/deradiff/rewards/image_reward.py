@@ -1,0 +1,307 @@
+"""ImageReward: BLIP tuned to experts' rankings of pictures that were generated for one prompt (Xu et al. 2023).
+
+arXiv 2304.05977. The prompt's tokens look at the picture through cross attention, and what the first of them has become
+goes through five linear layers with nothing between them. The published checkpoint is a pickle of the authors' modules:
+it is read as tensors alone, renamed to transformers' BLIP and kept as safetensors.
+"""
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deradiff.rewards.aesthetic import LINEAR, rating_layers
+from deradiff.rewards.clip import folder_of
+from deradiff.rewards.hps import kept_at
+from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, batches, clip_pixels, require_pairs, resized_shape
+
+IMAGE_REWARD = "THUDM/ImageReward"
+"""The name that the authors' code asks for; the organisation now calls itself zai-org."""
+CHECKPOINT = "ImageReward.pt"
+CONVERTED = ("config.json", "model.safetensors")
+
+BERT = "google-bert/bert-base-uncased"
+"""Whose tokenizer it is; the checkpoint's repository has none."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+LONGEST = 35
+"""Tokens of a prompt that are read, its two ends among them."""
+
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
+"""What the authors subtract from the last layer's output, and divide by."""
+
+BLIP_L: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+        # Only a decoder has cross attention in transformers; the call says that attention looks both ways.
+        "is_decoder": True,
+    },
+    "vision_config": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+"""The authors' BLIP in the fields of transformers' `BlipConfig`, whose defaults are other heads and another epsilon."""
+
+
+class ImageReward:
+    """How well people would like a picture for its prompt: the authors' four example pictures have 0.58 to -2.03.
+
+    `vision` and `text` are transformers' `BlipVisionModel` and `BlipTextModel`, `layers` make a score of the text's
+    first state; all are frozen. `tokenizer` is what `tokenizer_of` gives.
+
+    Raises `ValueError` for a tokenizer of another vocabulary than the text model's.
+    """
+
+    name = "image-reward"
+
+    def __init__(self, vision: Any, text: Any, layers: nn.Module, tokenizer: Any) -> None:
+        self.vision = vision.requires_grad_(False).eval()
+        self.text = text.requires_grad_(False).eval()
+        self.layers = layers.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        if len(tokenizer) != text.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model {text.config.vocab_size}: it must be that of "
+                f"{BERT}"
+            )
+
+    @classmethod
+    def load(cls, model: str | Path | None, device: torch.device, dtype: torch.dtype) -> "ImageReward":
+        """The reward from `model`: the .pt file, a folder or hub id that has it, or a converted folder.
+
+        None is `IMAGE_REWARD`. A .pt file is converted once, into the folder `hps.kept_at` says. The tokenizer is taken
+        from beside it, or else is that of `BERT`. The last layers stay in float32 where `dtype` is half precision.
+
+        Raises `ValueError` where files are missing, or do not fit.
+        """
+        path = Path(model or IMAGE_REWARD).expanduser()
+        if not path.is_file():
+            path = folder_of(model or IMAGE_REWARD, [CHECKPOINT, *CONVERTED, *TOKENIZER_FILES])
+            if not all((path / name).is_file() for name in CONVERTED):
+                path = path / CHECKPOINT
+        if path.is_dir():
+            return cls(*models(path, device, dtype), tokenizer_of(path))
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} has neither {path.name}, the published checkpoint, nor the {' and '.join(CONVERTED)} "
+                "of a converted one"
+            )
+        return cls(*models(converted(path), device, dtype), tokenizer_of(path.parent))
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
+        """Score `images`, each with its prompt, in float32 at least; differentiable in a tensor of images.
+
+        An image with NaN scores NaN. Raises `ValueError` if there is not one prompt per image, and for images that
+        `pixels.clip_pixels` refuses.
+        """
+        require_pairs(images, prompts)
+        side = self.vision.config.image_size
+        pixels = torchvision_pixels(images, side, CLIP_MEAN, CLIP_STD, self.vision.device, self.vision.dtype)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, padding_side="right", truncation=True, max_length=LONGEST, return_tensors="pt"
+        ).to(self.text.device)
+        states = self.text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=self.vision(pixel_values=pixels).last_hidden_state,
+            is_decoder=False,
+        ).last_hidden_state
+        first = states[:, 0].to(torch.promote_types(states.dtype, torch.float32))
+        return (self.layers(first)[:, 0] - SCORE_MEAN) / SCORE_STD
+
+
+def torchvision_pixels(
+    images: Images,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Float[Tensor, "batch 3 {side} {side}"]:
+    """What torchvision, which the authors use, makes of PIL images; the arguments are those of `pixels.clip_pixels`.
+
+    The two differ in half a pixel of margin: CLIP's processor gives it to the lower side, torchvision to the even one.
+    """
+    found = []
+    for part in batches(images, torch.device(device)):
+        # Where the even side is the upper one, it is the lower one in the picture's mirror image.
+        margins = (length - side for length in resized_shape(part, side))
+        mirrored = [axis for axis, margin in zip((2, 3), margins, strict=True) if margin % 4 == 3]
+        found.append(clip_pixels(part.flip(mirrored), side, mean, std, device, dtype).flip(mirrored))
+    return torch.cat(found)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def models(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, nn.Module]:
+    """Vision, text and last layers of a converted folder. Raises `ValueError` where tensors do not fit its config."""
+    from transformers import BlipConfig, BlipTextModel, BlipVisionModel
+
+    config = BlipConfig.from_pretrained(folder, local_files_only=True)
+    tensors = load_file(folder / "model.safetensors")
+    require_fit(tensors, expected(config), folder)
+    vision, text = (
+        kind.from_pretrained(None, config=part, state_dict=below(tensors, prefix), dtype=dtype, **options).to(device)
+        for kind, part, prefix, options in (
+            (BlipVisionModel, config.vision_config, "vision_model.", {}),
+            (BlipTextModel, config.text_config, "text_model.", {"add_pooling_layer": False}),
+        )
+    )
+    layers = rating_layers(tensors, config.text_config.hidden_size)
+    return vision, text, layers.to(device, torch.promote_types(dtype, torch.float32))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in `folder`, that of `BERT` where it has none, with the two tokens that BLIP adds.
+
+    Raises `ValueError` if the hub does not give that either.
+    """
+    from transformers import BertTokenizer
+
+    if not has_tokenizer(folder):
+        advice = f"no tokenizer in {folder}: there is neither tokenizer.json nor vocab.txt. Copy them there from {BERT}"
+        try:
+            folder = folder_of(BERT, TOKENIZER_FILES)
+        except ValueError as error:
+            raise ValueError(f"{advice}. It could not be had from the hub: {error}") from error
+        if not has_tokenizer(folder):
+            raise ValueError(f"{advice}. The copy in the hub's cache, {folder}, has none either.")
+    tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a BERT tokenizer's files are there; without them transformers makes one that knows no word."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+
+
+# -- from the authors' modules ----------------------------------------------------------------------------------------
+
+UNUSED = r"^blip\.(vision_proj|text_proj)\.|\.position_ids$"
+"""Tensors of the checkpoint that the score does not depend on: BLIP's contrastive heads, and a list of places."""
+
+RENAMED = (
+    (r"^blip\.visual_encoder\.", "vision_model."),
+    (r"^blip\.text_encoder\.", "text_model."),
+    (r"^mlp\.layers\.", "layers."),
+    (r"^vision_model\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^vision_model\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^vision_model\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^vision_model\.norm\.", "vision_model.post_layernorm."),
+    (r"^vision_model\.blocks\.", "vision_model.encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+)
+"""What to call a tensor of the authors' in transformers, one substitution after the other."""
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' state dict as `vision_model.*`, `text_model.*`, `layers.*`; names nobody knows are kept."""
+    found: dict[str, Tensor] = {}
+    for old, tensor in tensors.items():
+        if re.search(UNUSED, old):
+            continue
+        name = old
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        found[name] = tensor.contiguous()
+    return found
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def expected(config: Any) -> dict[str, Tensor]:
+    """The tensors, without values, that the two models of a `BlipConfig` have."""
+    from transformers import BlipTextModel, BlipVisionModel
+
+    with torch.device("meta"):
+        vision = BlipVisionModel(config.vision_config).state_dict()
+        text = BlipTextModel(config.text_config, add_pooling_layer=False).state_dict()
+    return {f"vision_model.{name}": tensor for name, tensor in vision.items()} | {
+        f"text_model.{name}": tensor for name, tensor in text.items()
+    }
+
+
+def require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
+    """Raise `ValueError` unless `tensors` of `source` are those `expected`, in name and shape, beside the last layers.
+
+    What is missing or misshapen among those, `aesthetic.rating_layers` says.
+    """
+    layers = {f"layers.{place}.{part}" for place in LINEAR for part in ("weight", "bias")}
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is not expected" for name in tensors if name not in expected and name not in layers]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)} and not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{source} is not ImageReward: {', '.join(wrong[:4])}{more} (in transformers' names)")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, of which nothing is run. Raises `ValueError` if it holds other things."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors alone: it is damaged, or holds code, which is never run "
+            f"({str(error).partition(chr(10))[0]})"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} is no checkpoint of ImageReward, which is tensors by name and nothing else")
+    return found
+
+
+def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any] = BLIP_L) -> Path:
+    """Write the authors' `checkpoint` as safetensors in transformers' names into the new `folder`, in its precision.
+
+    `config` are the fields of the `BlipConfig` it has. The folder appears when it is whole. Raises `ValueError` for a
+    checkpoint that does not fit, and `FileExistsError` for a folder that is there.
+    """
+    from transformers import BlipConfig
+
+    checkpoint, folder = Path(checkpoint).expanduser(), Path(folder).expanduser()
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: name a new folder, or load this one")
+    described = BlipConfig(**config)
+    tensors = renamed(read_checkpoint(checkpoint))
+    require_fit(tensors, expected(described), checkpoint)
+    rating_layers(tensors, described.text_config.hidden_size)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        described.save_pretrained(part)
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def converted(checkpoint: Path) -> Path:
+    """The folder that holds `checkpoint` converted, which is done if it has not been."""
+    folder = kept_at(checkpoint)
+    if not folder.is_dir():
+        try:
+            convert(checkpoint, folder, BLIP_L)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    return folder
