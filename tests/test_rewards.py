@@ -33,8 +33,6 @@ def test_what_is_computed_needs_no_model() -> None:
 @pytest.mark.parametrize("name", [*rewards.LEARNED, *rewards.COMPUTED])
 def test_every_name_leads_somewhere(name: str) -> None:
     module, attribute = {**rewards.LEARNED, **rewards.COMPUTED}[name]
-    if name == "image-reward":
-        pytest.importorskip("deradiff.rewards.image_reward")
     assert callable(rewards._found(module, attribute))
 
 

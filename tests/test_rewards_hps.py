@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from deradiff import rewards
-from deradiff.rewards import hps
+from deradiff.rewards import checkpoints, hps
 from deradiff.rewards.clip import ClipReward
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD
 from test_rewards_clip import spelt, tokenizer
@@ -103,7 +103,7 @@ def test_the_published_model_fits() -> None:
         }
         expected = CLIPModel(CLIPConfig(**hps.VIT_H_14)).state_dict()
     assert len(tensors) == said["tensors"]
-    hps.require_fit(hps.renamed(tensors), expected)
+    hps.require_fit(hps.renamed(tensors), expected, "not ViT-H-14")
     vision, text = hps.VIT_H_14["vision_config"], hps.VIT_H_14["text_config"]
     assert vision["hidden_size"] / vision["num_attention_heads"] == 80 and text["num_attention_heads"] == 16
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_converted_once(checkpoint: Path, monkeypatch: pytest.Mo
     first = rewards.load(f"hps-v2.0={checkpoint}")(images, ["a"])
     monkeypatch.setattr(hps, "read_checkpoint", lambda path: pytest.fail("it was read again"))
     assert torch.equal(rewards.load("hps-v2.1", model=checkpoint.parent)(images, ["a"]), first)
-    (folder,) = (Path(hps.constants.HF_HOME) / "deradiff").iterdir()
+    (folder,) = (Path(checkpoints.constants.HF_HOME) / "deradiff").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     tokenizer().save_pretrained(folder)
     assert torch.equal(rewards.load(f"hps-v2.1={folder}")(images, ["a"]), first)
@@ -169,7 +169,7 @@ def test_code_in_a_pickle_does_not_run(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="it is damaged"):
         rewards.load(f"hps-v2.1={checkpoint}")
     torch.save([torch.zeros(2)], checkpoint)
-    with pytest.raises(ValueError, match="no checkpoint of open_clip"):
+    with pytest.raises(ValueError, match="no checkpoint of a model"):
         rewards.load(f"hps-v2.1={checkpoint}")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from deradiff import rewards
-from deradiff.rewards import image_reward
+from deradiff.rewards import checkpoints, image_reward
 from deradiff.rewards.image_reward import BLIP_L, ImageReward
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD
 from hub_server import Hub, serving
@@ -173,7 +173,7 @@ def test_the_published_model_fits() -> None:
         }
     assert len(tensors) == said["tensors"]
     found = image_reward.renamed(tensors)
-    image_reward.require_fit(found, image_reward.expected(BlipConfig(**BLIP_L)), GOLDEN)
+    image_reward.require_whole(found, BlipConfig(**BLIP_L), GOLDEN)
     layers = image_reward.rating_layers({name: torch.zeros(tensor.shape) for name, tensor in found.items()}, 768)
     assert [layer.out_features for layer in layers] == [1024, 128, 64, 16, 1]
     towers = BLIP_L["vision_config"], BLIP_L["text_config"]
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, monkeypatch: pytest.Monkey
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(image_reward, "save_file", full)
+        patched.setattr(checkpoints, "save_file", full)
         with pytest.raises(OSError, match="no space left"):
             load(checkpoint)
     assert list((Path(constants.HF_HOME) / "deradiff").iterdir()) == []
@@ -261,7 +261,7 @@ def test_code_in_a_pickle_does_not_run(checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="it is damaged"):
         load(checkpoint)
     torch.save({"model": weights(golden()[0])}, checkpoint)
-    with pytest.raises(ValueError, match="tensors by name and nothing else"):
+    with pytest.raises(ValueError, match="no checkpoint of a model"):
         load(checkpoint)
 
 

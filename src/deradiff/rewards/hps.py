@@ -4,21 +4,17 @@ The published checkpoints are pickles of an open_clip model. They are read as te
 CLIP and kept as safetensors.
 """
 
-import hashlib
-import os
-import pickle
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
+from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
 from deradiff.rewards.clip import TOKENIZER_FILES, WEIGHT_FILES, ClipReward, clip_model, folder_of, tokenizer_of
 from deradiff.rewards.pixels import LEVELS, Images, batches, crop, normalized, rounded
 
@@ -54,8 +50,9 @@ def load_v2_1(model: str | Path | None, device: torch.device, dtype: torch.dtype
 def load(name: str, model: str | Path | None, device: torch.device, dtype: torch.dtype) -> ClipReward:
     """The version `name` of HPS from `model`: the .pt file, a folder or hub id that has it, or a converted folder.
 
-    None is `HPS`. A .pt file is converted once, into the folder `kept_at` says; the tokenizer is taken from beside it,
-    or is that of `clip.CLIP_H`, the same. Raises `ValueError` where files are missing, or no ViT-H/14 of open_clip.
+    None is `HPS`. A .pt file is converted once, into the folder `checkpoints.kept_at` says; the tokenizer is taken from
+    beside it, or is that of `clip.CLIP_H`, the same. Raises `ValueError` where files are missing, or no ViT-H/14 of
+    open_clip.
     """
     path = Path(model or HPS).expanduser()
     if not path.is_file():
@@ -69,7 +66,12 @@ def load(name: str, model: str | Path | None, device: torch.device, dtype: torch
         raise ValueError(
             f"{path.parent} has neither {path.name}, the published checkpoint, nor the config.json of a converted one"
         )
-    return ClipReward(name, clip_model(converted(path), device, dtype), tokenizer_of(path.parent), hps_pixels)
+    return ClipReward(
+        name,
+        clip_model(converted(path, partial(convert, config=VIT_H_14)), device, dtype),
+        tokenizer_of(path.parent),
+        hps_pixels,
+    )
 
 
 def hps_pixels(
@@ -134,38 +136,6 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` unless `tensors` have the names and shapes of those `expected`."""
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is not expected" for name in tensors if name not in expected]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} and not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(
-            f"the checkpoint is not the open_clip model that was expected: {', '.join(wrong[:4])}{more} (in "
-            "transformers' names). HPS v2 is a ViT-H-14."
-        )
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of an open_clip checkpoint, of which nothing is run. Raises `ValueError` if it holds other things."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: it is damaged, or holds code, which is never run "
-            f"({str(error).partition(chr(10))[0]})"
-        ) from error
-    tensors = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} is no checkpoint of open_clip: neither it nor its 'state_dict' is tensors by name")
-    return tensors
-
-
 def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any] = VIT_H_14) -> Path:
     """Write the open_clip `checkpoint` as a transformers CLIP model into the new `folder`, in its own precision.
 
@@ -174,40 +144,10 @@ def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any
     """
     from transformers import CLIPConfig, CLIPModel
 
-    folder = Path(folder).expanduser()
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: name a new folder, or load this one")
+    folder = require_new(folder)
     described = CLIPConfig(**config)
     with torch.device("meta"):
         expected = CLIPModel(described).state_dict()
     tensors = renamed(read_checkpoint(Path(checkpoint).expanduser()))
-    require_fit(tensors, expected)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        described.save_pretrained(part)
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def converted(checkpoint: Path) -> Path:
-    """The folder that holds `checkpoint` converted, which is done if it has not been."""
-    folder = kept_at(checkpoint)
-    if not folder.is_dir():
-        try:
-            convert(checkpoint, folder, VIT_H_14)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    return folder
-
-
-def kept_at(checkpoint: Path) -> Path:
-    """Where `checkpoint` is kept converted: in `deradiff` of the hub library's `HF_HOME`, by path, size and date."""
-    file = checkpoint.resolve()
-    state = file.stat()
-    digest = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
-    return Path(constants.HF_HOME) / "deradiff" / f"{checkpoint.stem}-{digest}"
+    require_fit(tensors, expected, "the checkpoint is not open_clip's ViT-H-14, which HPS v2 is")
+    return write_model(tensors, described, folder)

@@ -5,22 +5,20 @@ goes through five linear layers with nothing between them. The published checkpo
 it is read as tensors alone, renamed to transformers' BLIP and kept as safetensors.
 """
 
-import os
-import pickle
 import re
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deradiff.rewards.aesthetic import LINEAR, rating_layers
+from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
 from deradiff.rewards.clip import folder_of
-from deradiff.rewards.hps import kept_at
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, batches, clip_pixels, require_pairs, resized_shape
 
 IMAGE_REWARD = "THUDM/ImageReward"
@@ -78,8 +76,9 @@ class ImageReward:
     def load(cls, model: str | Path | None, device: torch.device, dtype: torch.dtype) -> "ImageReward":
         """The reward from `model`: the .pt file, a folder or hub id that has it, or a converted folder.
 
-        None is `IMAGE_REWARD`. A .pt file is converted once, into the folder `hps.kept_at` says. The tokenizer is taken
-        from beside it, or else is that of `BERT`. The last layers stay in float32 where `dtype` is half precision.
+        None is `IMAGE_REWARD`. A .pt file is converted once, into the folder `checkpoints.kept_at` says. The tokenizer
+        is taken from beside it, or else is that of `BERT`. The last layers stay in float32 where `dtype` is half
+        precision.
 
         Raises `ValueError` where files are missing, or do not fit.
         """
@@ -95,7 +94,7 @@ class ImageReward:
                 f"{path.parent} has neither {path.name}, the published checkpoint, nor the {' and '.join(CONVERTED)} "
                 "of a converted one"
             )
-        return cls(*models(converted(path), device, dtype), tokenizer_of(path.parent))
+        return cls(*models(converted(path, partial(convert, config=BLIP_L)), device, dtype), tokenizer_of(path.parent))
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images`, each with its prompt, in float32 at least; differentiable in a tensor of images.
@@ -149,7 +148,7 @@ def models(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
 
     config = BlipConfig.from_pretrained(folder, local_files_only=True)
     tensors = load_file(folder / "model.safetensors")
-    require_fit(tensors, expected(config), folder)
+    require_whole(tensors, config, folder)
     vision, text = (
         kind.from_pretrained(None, config=part, state_dict=below(tensors, prefix), dtype=dtype, **options).to(device)
         for kind, part, prefix, options in (
@@ -237,36 +236,14 @@ def expected(config: Any) -> dict[str, Tensor]:
     }
 
 
-def require_fit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
-    """Raise `ValueError` unless `tensors` of `source` are those `expected`, in name and shape, beside the last layers.
+def require_whole(tensors: Mapping[str, Tensor], config: Any, source: Path) -> None:
+    """Raise `ValueError` unless `tensors` of `source` are those of the two models, and of the last layers.
 
-    What is missing or misshapen among those, `aesthetic.rating_layers` says.
+    What is missing or misshapen among the last layers, `aesthetic.rating_layers` says.
     """
     layers = {f"layers.{place}.{part}" for place in LINEAR for part in ("weight", "bias")}
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is not expected" for name in tensors if name not in expected and name not in layers]
-    wrong += [
-        f"{name} is {tuple(tensors[name].shape)} and not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"{source} is not ImageReward: {', '.join(wrong[:4])}{more} (in transformers' names)")
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of which nothing is run. Raises `ValueError` if it holds other things."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors alone: it is damaged, or holds code, which is never run "
-            f"({str(error).partition(chr(10))[0]})"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise ValueError(f"{path} is no checkpoint of ImageReward, which is tensors by name and nothing else")
-    return found
+    towers = {name: tensor for name, tensor in tensors.items() if name not in layers}
+    require_fit(towers, expected(config), f"{source} is not ImageReward")
 
 
 def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any] = BLIP_L) -> Path:
@@ -277,31 +254,9 @@ def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any
     """
     from transformers import BlipConfig
 
-    checkpoint, folder = Path(checkpoint).expanduser(), Path(folder).expanduser()
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already: name a new folder, or load this one")
+    checkpoint, folder = Path(checkpoint).expanduser(), require_new(folder)
     described = BlipConfig(**config)
     tensors = renamed(read_checkpoint(checkpoint))
-    require_fit(tensors, expected(described), checkpoint)
+    require_whole(tensors, described, checkpoint)
     rating_layers(tensors, described.text_config.hidden_size)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        described.save_pretrained(part)
-        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def converted(checkpoint: Path) -> Path:
-    """The folder that holds `checkpoint` converted, which is done if it has not been."""
-    folder = kept_at(checkpoint)
-    if not folder.is_dir():
-        try:
-            convert(checkpoint, folder, BLIP_L)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    return folder
+    return write_model(tensors, described, folder)
