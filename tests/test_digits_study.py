@@ -125,8 +125,9 @@ def told(reward: str, shift: float, errors: dict[str, tuple[float, float]], kind
 
 
 def test_rows_say_what_was_missed_what_particles_remove_and_whether_the_verdict_was_right():
-    off = {"algorithm 1": (-0.2, 0.02), "particles 16": (0.05, 0.02)}
-    right = {"algorithm 1": (0.01, 0.02)}
+    off = {"algorithm 1": (-0.2, 0.02), "weighted": (0.05, 0.02), "particles 16": (0.05, 0.02)}
+    right = {"algorithm 1": (0.01, 0.02), "weighted": (0.005, 0.02)}
+    overshot = {"algorithm 1": (0.1, 0.02), "weighted": (0.3, 0.02)}
     found = rows(
         [
             told("ink", 0.5, off, "off"),
@@ -134,10 +135,11 @@ def test_rows_say_what_was_missed_what_particles_remove_and_whether_the_verdict_
             told("bold", -0.5, right, "trust"),
             told("bold", 0.5, right, "off"),
             told("bold", 0.5, off, "uneven"),
+            told("bold", 0.5, overshot, "off"),
         ]
     )
-    assert [row.judgement for row in found] == ["right", "miss", "right", "false alarm", "open"]
-    assert [row.missed for row in found] == [True, True, False, False, True]
+    assert [row.judgement for row in found] == ["right", "miss", "right", "false alarm", "open", "false alarm"]
+    assert [row.missed for row in found] == [True, True, False, False, True, True]
     assert found[0].beyond == pytest.approx(0.16 / 0.5) and found[2].beyond == 0
     assert found[0].removed("particles 16") == pytest.approx(0.75) and found[2].removed("particles 16") is None
     assert "by_prompt" not in json.dumps(summary([told("ink", 0.5, off, "off")]))

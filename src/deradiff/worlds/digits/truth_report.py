@@ -72,11 +72,15 @@ class Row:
 
     @property
     def judgement(self) -> str:
-        """The verdict beside the truth: right, a miss, a false alarm, or open where nothing was claimed."""
+        """The verdict beside the truth: right, a miss, a false alarm, or open where nothing was claimed.
+
+        "Off" claims that the weighted mean is nearer: where it is not, that was a false alarm.
+        """
         if self.verdict in TRUSTING:
             return "right" if self.beyond <= TRUSTED else "miss"
         if self.verdict == "off":
-            return "right" if self.beyond > 0 else "false alarm"
+            nearer = abs(self.errors["weighted"].value) < abs(self.errors["algorithm 1"].value)
+            return "right" if self.beyond > 0 and nearer else "false alarm"
         return "open"
 
 
@@ -147,9 +151,13 @@ def shares(records: Sequence[Record]) -> str:
         lines.append(
             f"| {row.family} | {row.target} | {row.guidance_scale:g} | {row.reward} | "
             + " | ".join(parts)
-            + (f" | {100 * removed:.0f}% |" if row.missed and removed is not None else " | |")
+            + (f" | {_removed(removed)} |" if row.missed and removed is not None else " | |")
         )
     return "\n".join(lines) + "\n"
+
+
+def _removed(share: float) -> str:
+    return f"{100 * share:.0f}%" if share > 0 else "none, adds to it"
 
 
 def _percent(estimate: Estimate | None, whole: Estimate) -> str:
