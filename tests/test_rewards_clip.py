@@ -96,7 +96,7 @@ def by_transformers(images: Sequence[Image.Image], prompts: Sequence[str], made:
 @pytest.mark.parametrize("name", ["clip", "pickscore"])
 def test_the_score_is_the_cosine(folder: Path, name: str) -> None:
     reward, images, prompts = rewards.load(f"{name}={folder}"), pictures(), spelt(PROMPTS)
-    assert isinstance(reward, rewards.Reward) and isinstance(reward, ClipReward) and reward.name == name
+    assert isinstance(reward, rewards.Reward) and isinstance(reward, ClipReward) and reward.name == f"{name}={folder}"
     expected = by_transformers(images, prompts, model())
     torch.testing.assert_close(reward(images, prompts), expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.05

@@ -66,7 +66,8 @@ def test_scores_rise_along_their_gradient(reward: LegibleReward | ColourReward) 
     pictures = render("held-out", 16, seed=6)
     prompts = [asked((int(d) + 1) % 10, 0, 0) for d in pictures.digits]
     # Flat colours tie in every median, and where pixels tie nothing is differentiable.
-    images = (pictures.images.double() + 0.02 * torch.randn(16, 3, 32, 32, dtype=torch.float64)).requires_grad_(True)
+    noise = 0.02 * torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    images = (0.8 * pictures.images.double() + 0.1 + noise).requires_grad_(True)
     before = reward(images, prompts)
     (gradient,) = torch.autograd.grad(before.sum(), images)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -85,6 +86,20 @@ def test_wrong_prompts_are_named(reward: LegibleReward | ColourReward) -> None:
         reward(images, ["a seven"])
     with pytest.raises(ValueError, match="'a cat' is not a caption of the digits"):
         reward(images, ["a seven", "a cat"])
+
+
+@pytest.mark.parametrize("name", ["digits", "bold", "ink", "legible", "colours"])
+def test_what_is_no_picture_of_the_digits(name: str) -> None:
+    reward, picture = load(name), render("held-out", 1, seed=7).images
+    assert reward(torch.full_like(picture, torch.nan), ["a seven"]).isnan().all() or name in ("legible", "colours")
+    assert reward(torch.full_like(picture, torch.nan), ["a red seven on white paper"]).isnan().all()
+    assert reward(picture.half(), ["a seven"]).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        reward(2 * picture - 1, ["a seven"])
+    with pytest.raises(ValueError, match="no images"):
+        reward([], [])
+    with pytest.raises(ValueError, match="these differ"):
+        reward([Image.new("RGB", (32, 32)), Image.new("RGB", (16, 16))], ["a seven", "a two"])
 
 
 @pytest.mark.parametrize("name", ["digits", "bold", "ink", "legible", "colours"])

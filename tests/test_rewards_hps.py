@@ -66,7 +66,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_embeddings_and_scores_are_open_clips(checkpoint: Path) -> None:
     (tensors, said), reward = golden(), rewards.load(f"hps-v2.1={checkpoint}")
-    assert isinstance(reward, ClipReward) and reward.name == "hps-v2.1"
+    assert isinstance(reward, ClipReward) and reward.name.startswith("hps-v2.1")
     prompts = spelt(said["prompts"])
     torch.testing.assert_close(reward.embed_images(pictures(tensors)), tensors["images"], atol=1e-5, rtol=0)
     torch.testing.assert_close(reward.embed_prompts(prompts), tensors["texts"], atol=1e-5, rtol=0)

@@ -21,7 +21,8 @@ def scored(
     reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
 ) -> Float[Tensor, " batch"]:
     """The rewards of `images`. Raises `ValueError` where one is no number, or has no gradient though `images` has."""
-    found = at_least_single(reward(images, prompts))
+    with torch.autocast(images.device.type, enabled=False):
+        found = at_least_single(reward(images, prompts))
     if images.requires_grad and not found.requires_grad:
         raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
     if not found.isfinite().all():

@@ -34,8 +34,8 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
     earlier checkpoint and the training in memory are worth more than stopping.
     """
     fresh, former = _temporary(folder), _former(folder)
-    fresh.mkdir(parents=True, exist_ok=True)
     try:
+        fresh.mkdir(parents=True, exist_ok=True)
         save(fresh)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)

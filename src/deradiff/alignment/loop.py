@@ -6,6 +6,7 @@ accumulated micro-batches are parts of one global batch (`Part`): how many there
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -236,10 +237,12 @@ def train(
             folders.write(checkpoint, write)
 
     def require_finite(step: int) -> None:
-        if not recent.isfinite():
+        whole = all(bool(p.isfinite().all()) for p in parameters)
+        if not recent.isfinite() or not whole:
+            what = "a weight was no number any more" if recent.isfinite() else f"the loss was {recent.item()}"
             last = f"the checkpoint in {checkpoint} is good" if checkpoint.exists() else "there is no checkpoint yet"
             raise TrainingFailed(
-                f"the loss was {recent.item()} before step {step}: lower the learning rate ({plan.learning_rate:g}), "
+                f"{what} before step {step}: lower the learning rate ({plan.learning_rate:g}), "
                 f"or look for NaN in the data or the reward; {last}"
             )
 
@@ -249,6 +252,11 @@ def train(
         with averaged, torch.no_grad(), accelerator.autocast():
             mine = torch.tensor(held_out_loss(model), dtype=torch.float64)
         value = broadcast(mine.to(accelerator.device)).item() if accelerator.num_processes > 1 else mine.item()
+        if not math.isfinite(value):
+            raise TrainingFailed(
+                f"the held-out loss is {value} at step {step}: lower the learning rate ({plan.learning_rate:g}), or "
+                "look for NaN in the data or the reward"
+            )
         if not curve.held_out or value < min(curve.held_out):
             curve.kept_step = step
             best[:] = [a.clone() for a in average or (p.detach() for p in parameters)] if plan.patience else []
@@ -302,6 +310,9 @@ def train(
             save(step + 1)
             saved = time.monotonic()
     require_finite(plan.steps)
+    if time.monotonic() - saved > min(plan.checkpoint_seconds, 10):
+        # What comes after training may fail as well, and the steps since the last checkpoint are paid for.
+        save(curve.step[-1])
     curve.stopped = curve.stopped or "all steps done"
     if plan.patience:
         copy_to(parameters, best)

@@ -3,12 +3,14 @@
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
@@ -32,6 +34,7 @@ from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.jobs import Report
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
+from deradiff.weights import effective_sample_size
 from deradiff.worlds.digits import captions
 
 OWN_PAIRS, OWN_PROMPTS = 2000, 500
@@ -64,13 +67,15 @@ class Method:
     loss: str
     """What the held-out loss is."""
     unit: str
-    """What a batch counts; the data's fingerprint has their number under this name."""
+    """What the data count; their fingerprint has the number under this name."""
+    batch: str
+    """What a batch counts."""
     decodes: bool
     """Whether training needs VAE and text encoders, with all data prepared."""
     prepare: Callable[[DiffusionPipeline, Preset, Path, int | None, int, Report], Any]
     train: Callable[..., Curve]
-    prompts: Callable[[Any, int], list[str]]
-    """Of the data, so many of the prompts that are not trained on, or fewer."""
+    prompts: Callable[[Any, Preset, int], list[str]]
+    """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def _dpo(
     )  # fmt: skip
 
 
-def _pairs_held_out(data: LatentCache | PairFolder | PairStream, count: int) -> list[str]:
+def _pairs_held_out(data: LatentCache | PairFolder | PairStream, settings: Preset, count: int) -> list[str]:
     if isinstance(data, LatentCache):
         return data.take(data.held_out[:count]).texts
     return [pair.prompt for pair in itertools.islice(data.held_out(), count)]
@@ -191,7 +196,7 @@ def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
     return trained
 
 
-def _prompts_held_out(data: Prompts, count: int) -> list[str]:
+def _prompts_held_out(data: Prompts, settings: Preset, count: int) -> list[str]:
     return list(data.held_out[:count])
 
 
@@ -201,23 +206,33 @@ def _prompts_held_out(data: Prompts, count: int) -> list[str]:
 def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
     """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
     base = Base(pipe)
+    name = " with ".join(filter(None, (settings.base, settings.vae)))
     return draw_samples(
-        out / "samples", base, settings.base, _prompts(settings, count, seed), settings.options["per_prompt"],
+        out / "samples", base, name, _prompts(settings, count, seed), settings.options["per_prompt"],
         reward_of(settings, base.denoiser.device), sampling_of(settings), seed=seed,
         report=partial(report, "drawing samples"),
     )  # fmt: skip
 
 
 def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, **common: Any) -> Curve:
-    weights = tilted_weights(data.rewards / beta, data.conditions())
+    conditions = data.conditions()
+    weights = tilted_weights(data.rewards / beta, conditions)
+    totals = torch.zeros(int(conditions.max()) + 1, dtype=weights.dtype).index_add(0, conditions, weights)
+    effective = float(effective_sample_size(totals.log()))
+    if effective < len(totals) / 2:
+        warnings.warn(
+            f"β = {beta:g}: the weights count {effective:.0f} of {len(totals)} prompts, so that a few lucky samples "
+            "are trained on again and again. Raise β, or draw more samples of every prompt (--per-prompt)",
+            stacklevel=2,
+        )
     return train_rwr(
         base, policy, data.samples, weights, settings.plan, held_out=settings.held_out, batch=settings.batch,
         dropout=settings.prompt_dropout, **common,
     )  # fmt: skip
 
 
-def _samples_held_out(data: OwnSamples, count: int) -> list[str]:
-    return list(dict.fromkeys(reversed(data.samples.prompts)))[:count]
+def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[str]:
+    return list(dict.fromkeys(data.samples.prompts[-settings.held_out :]))[:count]
 
 
 _SAMPLED = "minus the mean reward of pictures for held-out prompts, with the term of the strength"
@@ -231,6 +246,7 @@ METHODS: dict[str, Method] = {
         "the method's released code.",
         loss="log 2 = 0.69315 before alignment",
         unit="pairs",
+        batch="pairs",
         decodes=False,
         prepare=prepare_pairs,
         train=_dpo,
@@ -244,6 +260,7 @@ METHODS: dict[str, Method] = {
         "elements of a latent and over the last K steps (Annealed Importance Guidance, equation 4); 0 leaves it out.",
         loss=_SAMPLED,
         unit="prompts",
+        batch="prompts",
         decodes=True,
         prepare=prepare_prompts,
         train=_with_reward(train_draft),
@@ -257,6 +274,7 @@ METHODS: dict[str, Method] = {
         "step, summed over the elements of a latent, in place of the published denoising loss; 0 leaves it out.",
         loss=_SAMPLED,
         unit="prompts",
+        batch="prompts",
         decodes=True,
         prepare=prepare_prompts,
         train=_with_reward(train_refl),
@@ -270,6 +288,7 @@ METHODS: dict[str, Method] = {
         "alignment that a KL divergence of strength β regularises.",
         loss="weighted denoising loss of held-out samples",
         unit="samples",
+        batch="samples",
         decodes=True,
         prepare=prepare_samples,
         train=_rwr,
@@ -283,6 +302,7 @@ METHODS: dict[str, Method] = {
         "per nat (DPOK); 0 leaves it out (DDPO).",
         loss=_SAMPLED,
         unit="prompts",
+        batch="pictures",
         decodes=True,
         prepare=prepare_prompts,
         train=_with_reward(train_ddpo),

@@ -13,8 +13,10 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.alignment.base import Base
 from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
+from deradiff.alignment.sampling import decode
 from deradiff.records import claim, whole, write_json
 from deradiff.rewards import Reward
 
@@ -47,7 +49,7 @@ def draw_pairs(
         raise ValueError(f"temperature = {temperature}: it must be 0 or more, in points of the reward")
     settings = {
         "base": base, "prompts": list(prompts), "reward": reward.name, "temperature": temperature, "steps": steps,
-        "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk,
+        "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk, "precision": str(pipe.unet.dtype),
     }  # fmt: skip
     claim(folder, settings, "set of drawn pairs")
     for name in ("images", "chunks"):
@@ -67,15 +69,17 @@ def draw_pairs(
     return folder
 
 
+@torch.no_grad()
 def _chunk(
     folder: Path, pipe: Any, prompts: Sequence[str], start: int, reward: Reward, settings: dict[str, Any], number: int
 ) -> list[dict[str, str]]:
     texts = [prompt for prompt in prompts for _ in range(2)]
     generator = torch.Generator().manual_seed((settings["seed"] << 32) + number)
-    drawn = pipe(
+    latents = pipe(
         texts, num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"], generator=generator,
-        output_type="pt",
+        output_type="latent",
     ).images  # fmt: skip
+    drawn = decode(Base(pipe), latents)
     files = []
     for i, image in enumerate(pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(drawn))):
         name = f"images/{start + i // 2:06d}-{'ab'[i % 2]}.png"

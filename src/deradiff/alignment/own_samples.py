@@ -61,7 +61,7 @@ def draw_samples(
     settings = {
         "base": name, "prompts": list(prompts), "per_prompt": per_prompt, "reward": reward.name,
         "scheduler": sampling.scheduler, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
-        "resolution": sampling.resolution, "seed": seed,
+        "resolution": sampling.resolution, "seed": seed, "precision": str(base.denoiser.dtype),
     }  # fmt: skip
     claim(folder, settings, "set of drawn samples")
     count, latents, rewards = len(prompts) * per_prompt, [], []

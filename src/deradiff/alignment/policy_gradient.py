@@ -76,7 +76,7 @@ def clipped_policy_gradient(
 
 def scored(reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Tensor:
     """The reward of each image, without its gradient. Raises `ValueError` where one is not finite."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         scores = reward(images, prompts).to(images.device, torch.float32)
     wrong = (~scores.isfinite()).nonzero().flatten().tolist()
     if wrong:

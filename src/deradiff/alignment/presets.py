@@ -83,6 +83,9 @@ _START = Plan(
     steps=2000, learning_rate=1e-4, warmup=100, adam_betas=(0.9, 0.999), accumulate=16, average=0.0, evaluate_every=100,
     checkpoint_seconds=600,
 )  # fmt: skip
+_PLAIN = Plan(
+    steps=1000, learning_rate=1e-5, warmup=0, adam_betas=(0.9, 0.999), average=0.0, checkpoint_seconds=600,
+)  # fmt: skip
 _NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
 _KL = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
@@ -160,10 +163,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def usual(digits: bool, method: str) -> Preset:
-    """What `method` starts from where no preset is named: the digits' own, or another one without its strengths."""
+    """What `method` starts from where no preset is named: the digits' own, or the plainest way to train.
+
+    All weights in float32 at a constant rate, nothing accumulated; sampler and options are those of the method's first
+    preset.
+    """
     if digits:
         return PRESETS["digits" if method == "dpo" else f"digits-{method}"]
-    return replace(next(preset for preset in PRESETS.values() if preset.method == method), betas=(), vae=None)
+    called = next(preset for preset in PRESETS.values() if preset.method == method)
+    return replace(called, betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
 
 
 def preset(name: str) -> Preset:

@@ -56,7 +56,10 @@ def train_refl(
     """
     first, last = window
     if not 1 <= first <= last <= sampling.steps:
-        raise ValueError(f"stopping after {first} to {last} of {sampling.steps} steps: 1 ≤ first ≤ last ≤ all steps")
+        raise ValueError(
+            f"a window of {first},{last} means stopping after {first} to {last} of {sampling.steps} steps: name "
+            "1 ≤ first ≤ last ≤ all steps"
+        )
     require(kl, prompts, held_out)
 
     def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:

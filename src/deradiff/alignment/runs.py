@@ -1,6 +1,7 @@
 """Alignments from one command: base and data in, per strength an anchor on disk that `deradiff.realign` loads."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,6 +56,7 @@ def align_all(
         ModuleNotFoundError: the tracker is not installed.
     """
     method = METHODS[settings.method]
+    require_folder(out)
     if track and not any(map(find_spec, TRACKERS[track])):
         raise ModuleNotFoundError(f"--track {track} needs a package that is not installed: pip install {track}")
     # One process may align again with another precision, which Accelerate otherwise remembers from the first time.
@@ -92,6 +94,16 @@ def load_base(settings: Preset) -> Any:
     return pipe
 
 
+def require_folder(out: Path) -> None:
+    """Raise `OSError` unless files can be written into `out`, which is made: before the hours of work, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"--out {out} cannot be written ({error.strerror}): name another folder") from None
+
+
 def _park(pipe: Any) -> None:
     for name in ("vae", "text_encoder", "text_encoder_2"):
         if getattr(pipe, name, None) is not None:
@@ -127,13 +139,18 @@ def align(
     folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
     an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
-    method, name = METHODS[settings.method], f"beta-{beta:g}"
+    method, name = METHODS[settings.method], f"beta-{beta:.12g}"
     path, checkpoint = out / name, out / f"{name}-checkpoint"
     made_of = _identity(beta, settings, data, seed)
     if path.exists():
+        if not (path / "alignment.json").is_file():
+            raise ValueError(f"{path} is there and holds no alignment: name another folder, or delete it")
         found = json.loads((path / "alignment.json").read_text(encoding="utf-8"))["made_of"]
         if found != made_of:
-            raise ValueError(f"{path} holds an alignment with other settings: name another folder, or delete it")
+            raise ValueError(
+                f"{path} holds an alignment with other settings ({', '.join(_unlike(found, made_of))}): name another "
+                "folder, or delete it"
+            )
         return path
     base = Base(pipe)
     policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
@@ -147,7 +164,7 @@ def align(
         )  # fmt: skip
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
-            away = divergence(base, policy, method.prompts(data, MEASURED), settings, seed)
+            away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
             folders.save_folder(partial(_save, pipe, policy, method, made_of, curve, away), path)
             folders.discard(checkpoint)
     finally:
@@ -163,14 +180,24 @@ def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset,
     By DDIM at full noise whatever `settings` sample with, which may be deterministic; with their steps and guidance.
     """
     sampling, parked = sampling_of(settings, "ddim"), base.pipe.text_encoder.device
+    # A standard error takes two paths.
+    drawn = prompts * 2 if len(prompts) == 1 else prompts
     base.pipe.to(base.denoiser.device)
     try:
         per_pass = max(1, settings.batch // settings.plan.accumulate)
-        found = path_kl(base, policy, prompts, sampling, seed=seed, per_pass=per_pass)
+        found = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
     finally:
         if parked != base.denoiser.device:
             _park(base.pipe)
     return {**asdict(found), "prompts": len(prompts), **asdict(sampling)}
+
+
+def _unlike(one: Any, other: Any, name: str = "") -> list[str]:
+    """Where two records of settings differ, by dotted names."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    below = [_unlike(one.get(key), other.get(key), f"{name}.{key}".lstrip(".")) for key in {**one, **other}]
+    return [found for part in below for found in part]
 
 
 def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def sample(
     both = _together(untold, told) if guided and untold is not None else told
 
     def predict(noisy: Tensor, at: Tensor) -> Tensor:
-        return base.predict(denoiser, noisy, at, both)
+        # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
+        return at_least_single(base.predict(denoiser, noisy.to(base.denoiser.dtype), at, both))
 
     latents, kept = noise * scheduler.init_noise_sigma, []
     draws = "generator" in inspect.signature(scheduler.step).parameters

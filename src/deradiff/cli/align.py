@@ -129,6 +129,10 @@ def align(
             rich_help_panel=REWARD,
         ),
     ] = None,
+    ceiling: Annotated[
+        float | None,
+        typer.Option(help="refl: rewards above this count as this, in points.", rich_help_panel=REWARD),
+    ] = None,
     per_prompt: Annotated[
         int | None, typer.Option(min=2, help="rwr, ddpo: samples of every prompt.", rich_help_panel=REWARD)
     ] = None,
@@ -210,7 +214,7 @@ def align(
                 "lora_rank": lora_rank, "batch": batch, "precision": precision,
                 "gradient_checkpointing": gradient_checkpointing or None, "cache": None if cache else False,
             }  # fmt: skip
-            own = {"keep": keep, "window": _window(window), "per_prompt": per_prompt}
+            own = {"keep": keep, "window": _window(window), "ceiling": ceiling, "per_prompt": per_prompt}
             sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
             plan = {
                 "steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup,
@@ -267,6 +271,13 @@ def _settings(
         missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
+    if options.get("reward") not in (None, start.reward):
+        # The ceiling is in points of the preset's own reward.
+        start = replace(start, options={key: value for key, value in start.options.items() if key != "ceiling"})
+    if start.base == "digits" and options.get("resolution", start.resolution) != start.resolution:
+        raise ValueError(f"the digits have {start.resolution} pixels a side: leave --resolution out")
+    if start.method != "dpo" and "cache" in options:
+        raise ValueError(f"--no-cache: {start.method} has no pairs to cache")
     if start.method == "dpo" and options.get("data", start.data) != "own":
         options.setdefault("reward", None)
     if "lora_rank" in options:
@@ -295,10 +306,11 @@ def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any
     """`settings` with the options of its method and of its sampler in place."""
     from dataclasses import replace
 
-    strange = [name for name in own if name not in settings.options]
+    names = {*settings.options, *(["ceiling"] if settings.method == "refl" else [])}
+    strange = [name for name in own if name not in names]
     if strange:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
-        known = ", ".join(f"--{name.replace('_', '-')}" for name in settings.options) or "no such options"
+        known = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "no such options"
         raise ValueError(f"{words}: not for {settings.method}, which has {known}")
     return replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
 

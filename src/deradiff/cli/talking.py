@@ -27,7 +27,7 @@ def refusing_wrong_input(
         if kind.__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
             messages.print(f"error: out of memory; {out_of_memory}.", style="bold red")
             raise typer.Exit(1) from None
-        wrong_input = isinstance(error, (ValueError, OSError, FloatingPointError))
+        wrong_input = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
         if not wrong_input and not kind.__module__.startswith("deradiff."):
             raise
         messages.print(f"error: {_sentence(error)}", style="bold red", markup=False)

@@ -88,7 +88,10 @@ def load(
     if kind not in LEARNED:
         raise ValueError(f"there is no reward {kind!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
     place = torch.device("cpu" if device is None else device)
-    return _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
+    reward = _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
+    if chosen is not None:
+        reward.name = f"{kind}={chosen}"  # what was scored by one model is not to be taken for another's
+    return reward
 
 
 def _found(module: str, attribute: str) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from deradiff.rewards.pixels import Images, picture_tensor, require_pairs
+from deradiff.rewards.pixels import Images, batches, require_pairs, require_pictures
 from deradiff.worlds.digits.classifier import BORDER
 from deradiff.worlds.digits.data import INKS
 
@@ -43,11 +43,17 @@ are 0.15 apart: at either one the other has a say below 1%, and halfway between 
 
 
 def paired(images: Images, prompts: Sequence[str]) -> Float[Tensor, "batch 3 height width"]:
-    """`images` as one tensor, a tensor as it is. Raises `ValueError` unless there is one prompt per image."""
+    """`images` as one tensor, in float32 at least.
+
+    Raises `ValueError` unless there is one prompt per image, for no images, for a tensor that is not in [0, 1], and for
+    PIL images of several sizes.
+    """
     require_pairs(images, prompts)
-    if isinstance(images, Tensor):
-        return images
-    return torch.cat([picture_tensor(image, place).float() for place, image in enumerate(images)])
+    parts = batches(images, torch.device("cpu")) if not isinstance(images, Tensor) else [require_pictures(images)]
+    if len({part.shape for part in parts}) > 1:
+        raise ValueError("pictures of the digits have one size: these differ")
+    dtype = torch.promote_types(images.dtype, torch.float32) if isinstance(images, Tensor) else torch.float32
+    return torch.cat(parts).to(dtype)
 
 
 def boldness(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, " batch"]:

@@ -16,7 +16,7 @@ from deradiff.rewards.digits import COLOUR_SOFTNESS, ink_colour, paired, paper_c
 from deradiff.rewards.pixels import Images
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.classifier import features, recover_ink_map, svm
-from deradiff.worlds.digits.data import INKS, PAPERS
+from deradiff.worlds.digits.data import INKS, PAPERS, SIZE
 
 MARGIN_SOFTNESS = 0.25
 """The margin of a support vector machine at which a contest is won by 98%; support vectors lie at a margin of 1."""
@@ -70,6 +70,9 @@ class LegibleReward:
         of the digits.
         """
         pictures = paired(images, prompts)
+        if pictures.shape[-2:] != (SIZE, SIZE):
+            height, width = pictures.shape[-2:]
+            raise ValueError(f"pictures of {height} x {width} pixels: the digits' classifier reads {SIZE} x {SIZE}")
         digits = [captions.parse(prompt).digit for prompt in prompts]
         signs = torch.tensor([[(i == d) - (j == d) for i, j in machine().contestants] for d in digits])
         won = torch.sigmoid(signs.to(pictures.device) * margins(features(recover_ink_map(pictures))) / MARGIN_SOFTNESS)
@@ -91,15 +94,16 @@ class ColourReward:
         asked = [captions.parse(prompt) for prompt in prompts]
         inks = agreement(ink_colour(pictures), INKS, [parts.ink for parts in asked])
         papers = agreement(paper_colour(pictures), PAPERS, [parts.paper for parts in asked])
-        return torch.stack([inks, papers], 1).nanmean(1).nan_to_num(nan=1.0)
+        is_named = torch.tensor([[parts.ink is not None, parts.paper is not None] for parts in asked]).to(inks)
+        count = is_named.sum(1)
+        return torch.where(count > 0, (torch.stack([inks, papers], 1) * is_named).sum(1) / count.clamp(min=1), 1.0)
 
 
 def agreement(
     colours: Float[Tensor, "batch 3"], palette: dict[str, tuple[float, float, float]], named: Sequence[str | None]
 ) -> Float[Tensor, " batch"]:
-    """The softmin share of the named colour among the palette's, by squared RGB distance; NaN where none is named."""
+    """The softmin share of the named colour among the palette's, by squared RGB distance; the first's where none is."""
     known = torch.tensor(list(palette.values()), dtype=colours.dtype, device=colours.device)
     shares = F.softmin((colours[:, None] - known).square().sum(2) / COLOUR_SOFTNESS, 1)
     places = torch.tensor([0 if name is None else list(palette).index(name) for name in named], device=colours.device)
-    is_open = torch.tensor([name is None for name in named], device=colours.device)
-    return shares.gather(1, places[:, None])[:, 0].masked_fill(is_open, torch.nan)
+    return shares.gather(1, places[:, None])[:, 0]

@@ -56,6 +56,8 @@ def clip_pixels(
 
 def require_pairs(images: Images, prompts: Sequence[str]) -> None:
     """Raise `ValueError` unless there is one prompt per image."""
+    if isinstance(images, Image.Image):
+        raise ValueError("one PIL image was given: pass a list of images, and as many prompts")
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} images and {len(prompts)} prompts: the reward takes one prompt per image")
 
@@ -94,6 +96,8 @@ def picture_tensor(image: Image.Image, place: int = 0) -> Float[Tensor, "1 3 hei
         raise ValueError(
             f"image {place} is a {type(image).__name__}: pass PIL images, or one float tensor (batch, 3, height, width)"
         )
+    if image.mode.partition(";")[0] in ("I", "F"):
+        raise ValueError(f"image {place} has mode {image.mode!r}, whose range is unknown: convert it to 8 bits first")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
