@@ -245,8 +245,13 @@ def test_micro_batches_only_round_differently(tmp_path: Path) -> None:
     whole, _ = aligned(tmp_path / "whole", None, plan=plan)
     parts, _ = aligned(tmp_path / "parts", None, plan=replace(plan, accumulate=2))
     start = dict(base_of().denoiser.named_parameters())
-    moved = max((whole[name] - start[name]).abs().max().item() for name in whole)
-    assert max((whole[name] - parts[name]).abs().max().item() for name in whole) < 0.05 * moved
+
+    def norm(differences: list[torch.Tensor]) -> float:
+        return torch.cat([difference.flatten() for difference in differences]).norm().item()
+
+    # Together: Adam's first steps are as long for a gradient of 1e-8, which rounding can turn, as for any other.
+    moved = norm([whole[name] - start[name] for name in whole])
+    assert 0 < norm([whole[name] - parts[name] for name in whole]) < 0.05 * moved
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path: Path) -> None:
