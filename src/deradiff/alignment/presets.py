@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
         source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SDXL, data="pickapic-v1",
         plan=_DRAFT, batch=32, resolution=1024, betas=_KL, lora_rank=64, precision="bf16",
         sampling={"scheduler": "euler", "steps": 25, "guidance_scale": 5.0}, reward="hps-v2.0", options={"keep": 1},
-        notes="Their EDM sampler is Euler's here, the same steps at the same noise levels. " + _DRAFT_NOTES,
+        notes="Sampled with EDM, of an order and noise levels that are not published; here with Euler. " + _DRAFT_NOTES,
     ),
     "aig-sd14": Preset(
         source="Annealed Importance Guidance, §4 and A.7.1", method="draft", base=SD14, data="pickapic-v1",
