@@ -300,7 +300,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     [
         (["quality", "--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written"),
         (["quality", "--guidance-scale", "inf"], "--guidance-scale must be finite"),
-        (["build", "--out", __file__], "File exists"),
+        (["build", "--out", __file__], "is a file: name a folder"),
     ],
 )
 def test_wrong_input_of_the_digits_is_refused_before_they_are_loaded(
