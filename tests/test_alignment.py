@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
 from tiny import make
+from two_processes import run_by_two
 
 PLAN = Plan(
     steps=6, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
@@ -251,7 +250,7 @@ def test_micro_batches_only_round_differently(tmp_path: Path) -> None:
 
     # Together: Adam's first steps are as long for a gradient of 1e-8, which rounding can turn, as for any other.
     moved = norm([whole[name] - start[name] for name in whole])
-    assert 0 < norm([whole[name] - parts[name] for name in whole]) < 0.05 * moved
+    assert 0 < norm([whole[name] - parts[name] for name in whole]) < 0.01 * moved
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path: Path) -> None:
@@ -307,39 +306,22 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
 
 
 TWO = """
-import sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator
-sys.path.insert(0, {tests!r})
 from test_alignment import PLAN, InMemory, base_of
-from dataclasses import replace
 from deradiff.alignment.base import Policy
 from deradiff.alignment.dpo import train_dpo
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
 base = base_of()
 policy = Policy(base, 2, seed=4)
 curve = train_dpo(
     base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
-    seed=7, checkpoint=Path({folder!r}), report=lambda *_: None, accelerator=accelerator, identity="two",
+    seed=7, checkpoint=folder / "checkpoint", report=lambda *_: None, accelerator=accelerator, identity="two",
 )
-assert accelerator.num_processes == 2
-if accelerator.is_main_process:
-    weights = {{name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}}
-    torch.save({{"weights": weights, "held_out": curve.held_out}}, {out!r})
+weights = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+result = {"weights": weights, "held_out": curve.held_out}
 """
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(TWO.format(tests=tests, folder=str(tmp_path / "checkpoint"), out=str(tmp_path / "out.pt")))
-    # What `accelerate launch` starts on several GPUs; for processors alone it would want MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    found = run_by_two(TWO, tmp_path)
     alone, curve = aligned(tmp_path / "alone", 2)
     assert found["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
     start = {name: p for name, p in Policy(base_of(), 2, seed=4).model.named_parameters() if p.requires_grad}

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from anchor_files import lora, made, module_of, predict, saved
 from deradiff.anchors import AnchorError, AnchorNotFound, IncompatibleAnchor, PickledAnchor, load_anchor
-from hub_server import Hub, serving
+from hub_server import Hub, standing_in
 
 BARE = "diffusion_pytorch_model.safetensors"
 REPO = "owner/aligned"
@@ -23,20 +22,8 @@ REPO = "owner/aligned"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process talks to as if HF_ENDPOINT had named it, and an empty cache."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # its pauses between attempts
-    with serving() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        huggingface_hub.close_session()
+    with standing_in(tmp_path, monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 @pytest.fixture

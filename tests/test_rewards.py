@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -14,7 +13,7 @@ from huggingface_hub import constants
 from deradiff import rewards
 from deradiff.rewards import hps
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
-from hub_server import Hub, serving
+from hub_server import Hub, standing_in
 from test_rewards_clip import pictures, spelt, written, written_predictor
 from test_rewards_hps import TINY, written_checkpoint
 
@@ -55,20 +54,8 @@ def test_importing_the_protocol_imports_no_model() -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process talks to as if HF_ENDPOINT had named it, and an empty cache."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        huggingface_hub.close_session()
+    with standing_in(tmp_path, monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 def published(hub: Hub, repo: str, folder: Path) -> None:

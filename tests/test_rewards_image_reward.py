@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -16,7 +15,7 @@ from deradiff import rewards
 from deradiff.rewards import checkpoints, image_reward
 from deradiff.rewards.image_reward import BLIP_L, ImageReward
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD
-from hub_server import Hub, serving
+from hub_server import Hub, standing_in
 
 GOLDEN = Path(__file__).parent / "data" / "image_reward_golden.safetensors"
 """Made by the script of the same name, which says how."""
@@ -284,19 +283,8 @@ def test_files_that_are_missing(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process talks to as if HF_ENDPOINT had named it, and an empty cache."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        huggingface_hub.close_session()
+    with standing_in(tmp_path, monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 def test_it_is_fetched_with_berts_tokenizer(hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
