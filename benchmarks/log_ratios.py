@@ -1,4 +1,4 @@
-"""Is an anchor the reference tilted by its reward? python benchmarks/divergence.py --models OUT/models
+"""Is an anchor the reference tilted by its reward? python benchmarks/log_ratios.py --models OUT/models
 
 of `deradiff digits truth --out OUT`. If it is, the log ratio of the two models' paths is r/β and a constant, whatever
 path noise took to the picture (docs/limits.md). Here pictures of the reference are noised along several paths each,
@@ -7,7 +7,7 @@ one caption it is told how much is the path's and not the picture's, and by how 
 reward. Beside that stands the tilt that the anchor's own samples show: so many nats per point, on the reference's
 samples, give their mean reward. For an exact tilt both are 1/β. Weights of realigned samples come from the same
 differences of predictions: they correct towards the log ratio, whether samples follow it or not. The table goes to
-docs/data/digits-divergence.json.
+docs/data/digits-log-ratios.json.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def measured(models: Path, name: str, pool: Pool) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--models", type=Path, required=True, help="OUT/models of deradiff digits truth --out OUT")
-    options.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs/data/digits-divergence.json")
+    options.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs/data/digits-log-ratios.json")
     given = options.parse_args()
     talking.silence_other_bars()
     pool, rows = load_pool(given.models, TruthSettings()), {}
