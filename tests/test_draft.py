@@ -260,7 +260,7 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
     base = base_of()
     policy = Policy(base)
     for reward, words in (
-        (Broken(), "broken scored a picture of 'two blue owls' nan"),
+        (Broken(), "'broken' is nan for 'two blue owls'"),
         (Flat(), "flat has no gradient"),
     ):
         with pytest.raises(ValueError, match=words):

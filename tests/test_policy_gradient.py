@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,6 +30,7 @@ from deradiff.alignment.sampling import Sampling, decode
 from deradiff.gaussian import Gaussian
 from deradiff.weights import mean
 from tiny import make
+from two_processes import run_by_two
 
 PROMPTS = ["a red fox", "two blue owls", "a fox", "an owl"]
 PLAN = Plan(steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, checkpoint_seconds=0)
@@ -246,30 +245,14 @@ def test_interrupted_alignment_ends_with_the_same_bits(tmp_path: Path, rank: int
 
 
 TWO = """
-import sys
-from pathlib import Path
-import torch
-from accelerate import Accelerator
-sys.path.insert(0, {tests!r})
-from dataclasses import replace
 from test_policy_gradient import PLAN, aligned
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-weights, curve = aligned(Path({folder!r}), 2, replace(PLAN, steps=2), accelerator=accelerator)
-assert accelerator.num_processes == 2
-if accelerator.is_main_process:
-    torch.save({{"weights": weights, "held_out": curve.held_out}}, {out!r})
+weights, curve = aligned(folder / "two", 2, replace(PLAN, steps=2), accelerator=accelerator)
+result = {"weights": weights, "held_out": curve.held_out}
 """
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    tests = str(Path(__file__).parent)
-    script.write_text(TWO.format(tests=tests, folder=str(tmp_path / "two"), out=str(tmp_path / "out.pt")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    found = run_by_two(TWO, tmp_path)
     alone, curve = aligned(tmp_path / "alone", 2, replace(PLAN, steps=2))
     assert found["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
     start = {name: p for name, p in Policy(base_of(), 2, seed=4).model.named_parameters() if p.requires_grad}
@@ -337,10 +320,10 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"kl": -0.1}, "kl = -0.1: the weight"),
-        ({"kl": math.nan}, "kl = nan"),
-        ({"prompts": []}, "no prompts: there is nothing"),
-        ({"held_out": []}, "no prompts are held out"),
+        ({"kl": -0.1}, "λ_KL = -0.1: the strength"),
+        ({"kl": math.nan}, "λ_KL = nan"),
+        ({"prompts": []}, "0 prompts to train on"),
+        ({"held_out": []}, "0 held out"),
         ({"per_prompt": 1}, "per_prompt = 1: .* compared"),
         ({"per_prompt": 3}, "a batch of 4 has 1 parts of 4"),
         ({"plan": replace(PLAN, accumulate=4)}, "a batch of 4 has 4 parts of 1"),

@@ -55,13 +55,27 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"settings": mine, "versions": versions()})
     held = json.loads(file.read_text(encoding="utf-8"))
-    theirs = held.get("settings", {})
-    different = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
-    if different:
-        listed = "; ".join(f"{key} {_short(theirs.get(key))}, now {_short(mine.get(key))}" for key in different)
-        raise ValueError(f"{folder} holds a {what} with other settings: {listed}. Name another folder, or delete it")
+    require_same(folder, what, held.get("settings", {}), mine)
     if held["versions"] != versions():
         warnings.warn(f"{folder} was begun with other versions: {held['versions']}, now {versions()}", stacklevel=3)
+
+
+def require_same(folder: Path, what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise `ValueError` that says where they differ unless the settings of the `what` in `folder` are `mine`."""
+    different = _differences(theirs, mine)
+    if different:
+        listed = "; ".join(f"{name} {_short(old)}, now {_short(new)}" for name, old, new in different)
+        raise ValueError(f"{folder} holds a {what} with other settings: {listed}. Name another folder, or delete it")
+
+
+def _differences(theirs: Any, mine: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """What differs, by dotted names."""
+    if not (isinstance(theirs, Mapping) and isinstance(mine, Mapping)):
+        return [] if theirs == mine else [(name, theirs, mine)]
+    below = [
+        _differences(theirs.get(key), mine.get(key), f"{name}.{key}".lstrip(".")) for key in sorted({*mine, *theirs})
+    ]
+    return [found for part in below for found in part]
 
 
 def _short(value: Any, longest: int = 200) -> str:

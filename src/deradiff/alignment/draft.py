@@ -14,21 +14,8 @@ from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.objectives import regularised_reward
 from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
+from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
-
-
-def scored(
-    reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
-) -> Float[Tensor, " batch"]:
-    """The rewards of `images`. Raises `ValueError` where one is no number, or has no gradient though `images` has."""
-    with torch.autocast(images.device.type, enabled=False):
-        found = at_least_single(reward(images, prompts))
-    if images.requires_grad and not found.requires_grad:
-        raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
-    if not found.isfinite().all():
-        worst = int((~found.isfinite()).nonzero()[0])
-        raise ValueError(f"{reward.name} scored a picture of {prompts[worst]!r} {found[worst].item()}: not a number")
-    return found
 
 
 def divergence(
@@ -80,7 +67,10 @@ def objective(
     untold = unconditional(base, len(prompts), sampling.resolution) if guided else None
     noise = sampling.noise(base, generators)
     drawn = sample(base, model, told, untold, noise, sampling, keep=keep, generators=generators, until=until)
-    rewards = scored(reward, decode(base, drawn.latents), prompts)
+    images = decode(base, drawn.latents)
+    rewards = scored(reward, images, prompts)
+    if images.requires_grad and not rewards.requires_grad:
+        raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
     # Without a KL term the reference need not be evaluated.
     divergences = divergence(base, policy, model, drawn.kept, told) if kl else torch.zeros_like(rewards)
     return regularised_reward(rewards.clamp(max=ceiling), divergences, kl)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deradiff.alignment.base import Base
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
 
 Report = Callable[[int, int, str], None]
@@ -125,7 +126,7 @@ def scored_with_gradient(
     noise = noise.detach().requires_grad_(True)
     with torch.enable_grad():
         images = render(noise)
-        scores = _finite(reward(images, prompts), f"the reward {reward.name!r}", prompts)
+        scores = scored(reward, images, prompts)
         norm_log_density = log_density_of_norm(noise)
     # Apart, because a reward that hides the images from the gradient would leave that of the norm alone.
     found = torch.autograd.grad(scores.sum(), noise, allow_unused=True)[0] if scores.requires_grad else None
@@ -135,7 +136,12 @@ def scored_with_gradient(
             "differentiable reward, and no torch.no_grad() inside it"
         )
     gradient = found + norm_weight * torch.autograd.grad(norm_log_density.sum(), noise)[0]
-    _finite(gradient.flatten(1).norm(dim=1), f"the norm of the gradient of {reward.name!r}", prompts)
+    wrong = (~gradient.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"the gradient of {reward.name!r} is not finite for {prompts[wrong[0]]!r}: lower the learning rate; in "
+            "half precision, try float32"
+        )
     return images.detach(), scores.detach(), gradient
 
 
@@ -192,7 +198,7 @@ def optimize_noise(
             report(iteration + 1, iterations, f"{which}: mean score {scores.mean():.4g}, best {best[2].mean():.4g}")
         with torch.no_grad():
             images = render(at)
-            scores = _finite(reward(images, mine), f"the reward {reward.name!r}", mine)
+            scores = scored(reward, images, mine)
         images, at, _ = _better(best, images, at, scores)
         return images, at, torch.stack([*trajectory, scores])
 
@@ -278,14 +284,3 @@ def _require_noise_first(base: Base, sampling: Sampling) -> None:
             "where latents are hardly noise. Give the pipeline a scheduler from "
             "from_config(pipe.scheduler.config, timestep_spacing='trailing'), whose configuration is taken over"
         )
-
-
-def _finite(values: Float[Tensor, " batch"], what: str, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
-    """`values`, one per prompt. Raises `ValueError` where one is not finite."""
-    wrong = (~values.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"{what} is {values[wrong[0]].item()} for {prompts[wrong[0]]!r}. If it began as a number, lower the "
-            "learning rate; in half precision, try float32"
-        )
-    return values

@@ -17,6 +17,7 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
+from deradiff.alignment.scoring import scored
 from deradiff.records import claim, whole, write_json
 from deradiff.rewards import Reward
 
@@ -86,10 +87,7 @@ def _chunk(
         with whole(folder / name) as temporary:
             image.save(temporary, format="PNG")
         files.append(name)
-    scores = reward(drawn.float(), texts).float().cpu().view(-1, 2)
-    if not scores.isfinite().all():
-        worst = int((~scores.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"{reward.name} scored a picture of {prompts[worst]!r} {scores[worst].tolist()}: not a number")
+    scores = scored(reward, drawn, texts).float().cpu().view(-1, 2)
     wins = _wins(scores, settings["temperature"], generator)
     return [
         {"prompt": prompt, "winner": files[2 * i + int(not first)], "loser": files[2 * i + int(first)]}

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.draft import scored
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import Report
 from deradiff.alignment.rwr import Samples
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.scoring import scored
 from deradiff.records import claim, whole
 from deradiff.rewards import Reward
 

@@ -18,10 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.draft import require
 from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.path_kl import Chain, divergence
 from deradiff.alignment.sampling import Sampling, decode
+from deradiff.alignment.scoring import scored
 from deradiff.gaussian import Gaussian
 from deradiff.rewards import Reward
 
@@ -74,26 +76,6 @@ def clipped_policy_gradient(
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
-def scored(reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]) -> Tensor:
-    """The reward of each image, without its gradient. Raises `ValueError` where one is not finite."""
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        scores = reward(images, prompts).to(images.device, torch.float32)
-    wrong = (~scores.isfinite()).nonzero().flatten().tolist()
-    if wrong:
-        first = wrong[0]
-        broken = not bool(images[first].isfinite().all())
-        cause = (
-            "the picture itself holds NaN: lower the learning rate, or train in bfloat16 or float32"
-            if broken
-            else "the picture is sound, so look into the reward"
-        )
-        raise ValueError(
-            f"the reward {reward.name!r} is {scores[first].item()} for {prompts[first]!r} ({len(wrong)} of "
-            f"{len(scores)} scores are not finite); {cause}"
-        )
-    return scores
-
-
 def loss(
     base: Base,
     policy: Policy,
@@ -115,7 +97,8 @@ def loss(
     """
     chain = Chain(base, prompts, sampling)
     path = list(chain.walk(model, generators))
-    rewards = scored(reward, decode(base, path[-1].after), prompts)
+    with torch.no_grad():
+        rewards = scored(reward, decode(base, path[-1].after), prompts)
     advantage = advantages(rewards, group, normalized=kl == 0)
     value, found = -rewards.mean(), rewards.new_zeros(())
     decisions = [step for step in path if step.is_random]
@@ -177,12 +160,7 @@ def train_ddpo(
         ValueError: `kl` negative or not finite; no prompts, or none held out; a part of the batch that is not a
             multiple of `per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
     """
-    if not 0 <= kl < float("inf"):
-        raise ValueError(f"kl = {kl}: the weight of the divergence must be 0 or more, in points of the reward per nat")
-    if not prompts:
-        raise ValueError("no prompts: there is nothing to draw images for")
-    if not held_out:
-        raise ValueError("no prompts are held out: nothing would tell whether the alignment still improves")
+    require(kl, prompts, held_out)
     accelerator = accelerator or Accelerator(cpu=True)
     _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
 

@@ -25,7 +25,7 @@ from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
 from deradiff.jobs import Report
-from deradiff.records import versions, write_json
+from deradiff.records import require_same, versions, write_json
 
 MEASURED = 64
 """Held-out prompts from which a trained model's divergence is measured, at most."""
@@ -77,7 +77,7 @@ def align_all(
         _park(pipe)
     anchors = []
     for beta in betas:
-        with _tracked(accelerator, f"beta-{beta:g}", beta):
+        with _tracked(accelerator, _name(beta), beta):
             anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
     return anchors if accelerator.is_main_process else []
 
@@ -139,18 +139,14 @@ def align(
     folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
     an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
-    method, name = METHODS[settings.method], f"beta-{beta:.12g}"
+    method, name = METHODS[settings.method], _name(beta)
     path, checkpoint = out / name, out / f"{name}-checkpoint"
     made_of = _identity(beta, settings, data, seed)
     if path.exists():
         if not (path / "alignment.json").is_file():
             raise ValueError(f"{path} is there and holds no alignment: name another folder, or delete it")
         found = json.loads((path / "alignment.json").read_text(encoding="utf-8"))["made_of"]
-        if found != made_of:
-            raise ValueError(
-                f"{path} holds an alignment with other settings ({', '.join(_unlike(found, made_of))}): name another "
-                "folder, or delete it"
-            )
+        require_same(path, "model", found, made_of)
         return path
     base = Base(pipe)
     policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
@@ -174,6 +170,10 @@ def align(
     return path
 
 
+def _name(beta: float) -> str:
+    return f"beta-{beta:.12g}"
+
+
 def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset, seed: int) -> dict[str, Any]:
     """The path KL of a trained model to its reference (`path_kl.path_kl`), and how it was measured, as plain data.
 
@@ -190,14 +190,6 @@ def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset,
         if parked != base.denoiser.device:
             _park(base.pipe)
     return {**asdict(found), "prompts": len(prompts), **asdict(sampling)}
-
-
-def _unlike(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two records of settings differ, by dotted names."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return [] if one == other else [name]
-    below = [_unlike(one.get(key), other.get(key), f"{name}.{key}".lstrip(".")) for key in {**one, **other}]
-    return [found for part in below for found in part]
 
 
 def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:

@@ -96,7 +96,9 @@ class ColourReward:
         papers = agreement(paper_colour(pictures), PAPERS, [parts.paper for parts in asked])
         is_named = torch.tensor([[parts.ink is not None, parts.paper is not None] for parts in asked]).to(inks)
         count = is_named.sum(1)
-        return torch.where(count > 0, (torch.stack([inks, papers], 1) * is_named).sum(1) / count.clamp(min=1), 1.0)
+        nothing_asked = 1 + 0 * papers  # NaN where the picture is
+        agreed = (torch.stack([inks, papers], 1) * is_named).sum(1) / count.clamp(min=1)
+        return torch.where(count > 0, agreed, nothing_asked)
 
 
 def agreement(

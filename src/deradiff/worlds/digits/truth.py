@@ -90,6 +90,12 @@ def folder_of(target: Mapping[str, float]) -> str:
     return "+".join(f"{reward}-{lam:g}" for reward, lam in target.items())
 
 
+def target_of(folder: str) -> dict[str, float]:
+    """The inverse of `folder_of`. Raises `ValueError` for a name with another form."""
+    parts = (part.rpartition("-") for part in folder.split("+"))
+    return {reward: float(lam) for reward, _, lam in parts}
+
+
 def cases(trained: Path, plan: Plan) -> list[Case]:
     """Every target that has a model under `trained` and whose anchors have one too: simple ones first.
 
@@ -98,8 +104,7 @@ def cases(trained: Path, plan: Plan) -> list[Case]:
     found = []
     for family in FAMILIES:
         for folder in sorted((trained / family).glob("*-*")) if (trained / family).is_dir() else []:
-            parts = (part.rpartition("-") for part in folder.name.split("+"))
-            target = {reward: float(lam) for reward, _, lam in parts}
+            target = target_of(folder.name)
             anchored = all((trained / family / f"{reward}-1").is_dir() for reward in target)
             anchored &= family == "dpo" or (trained / "weighted" / "control").is_dir()
             if anchored and target != dict.fromkeys(list(target)[:1], 1.0):
@@ -124,9 +129,8 @@ def needed(names: Iterable[str]) -> set[str]:
     found = set[str]()
     for name in names:
         family, _, folder = name.partition("/")
-        parts = [part.rpartition("-") for part in folder.split("+")]
         try:
-            target = {reward: float(lam) for reward, _, lam in parts}
+            target = target_of(folder)
         except ValueError:
             target = {}
         if family not in FAMILIES or not target or not set(target) <= set(REWARDS):
