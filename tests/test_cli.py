@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 import deradiff
 import tiny
-from deradiff import sweeps
+from deradiff import notation, sweeps
 from deradiff.cli import app, arguments, demo, talking
 from deradiff.dial import DialError
 from deradiff.mirroring import UnmirroredState
@@ -366,12 +366,12 @@ def test_an_anchor_equal_to_the_reference_is_warned_about(models: tuple[Path, Pa
     ],
 )
 def test_lists_and_inclusive_ranges(text: str, values: list[float]) -> None:
-    assert arguments.numbers(text, "--lam") == values
+    assert notation.numbers(text, "--lam") == values
 
 
 def test_seeds() -> None:
-    assert arguments.seeds(["7", "1,2", "0:2", "10:14:2"]) == (7, 1, 2, 0, 10, 12, 14)
-    assert arguments.seeds(["9007199254740993", "9007199254740992"]) == (9007199254740993, 9007199254740992)
+    assert notation.seeds(["7", "1,2", "0:2", "10:14:2"]) == (7, 1, 2, 0, 10, 12, 14)
+    assert notation.seeds(["9007199254740993", "9007199254740992"]) == (9007199254740993, 9007199254740992)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_seeds() -> None:
     ],
 )
 def test_schedules(text: str, schedule: Schedule | None) -> None:
-    assert arguments.schedule(text, "steps") == schedule
+    assert notation.schedule(text, "steps") == schedule
 
 
 def test_a_spline_is_multiplied_with_lam_too() -> None:

@@ -77,6 +77,8 @@ class Dial:
 
     `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
     context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
+    While `watching` is set, models without weight are evaluated as well: images stay what they are, and `weights` then
+    knows the path KL and the implicit reward of a single model too, at the price of the other models' evaluations.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Dial:
         self.method: Method = method
         self.last: StepRecord | None = None
         self.population: Callable[..., Tensor] | None = None
+        self.watching = False
         self._ledger = Ledger()
         self._lams, self._path = lams, path
         self._weights: Any = None
@@ -271,7 +274,7 @@ class Dial:
             # How many images the batch holds, only `step` knows.
             self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
         weights = self._weights
-        models = tuple(k for k in range(len(weights)) if weights[k].any())
+        models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
         chosen = weights[list(models)]
         return _Evaluation(progress, models, chosen, weights[1:], self._lams.images, rows, distilled)
 

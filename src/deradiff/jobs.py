@@ -59,10 +59,14 @@ _reports: "Queue[Progress] | None" = None
 def _begin(reports: "Queue[Progress]") -> None:
     global _reports
     _reports = reports
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process when its parent does. A worker would else finish its job, for hours, and for nobody."""
     parent = multiprocessing.parent_process()
 
     def leave() -> None:
-        # A worker whose parent was killed would finish its job, for hours, and for nobody.
         if parent is not None:
             parent.join()
             os._exit(1)
@@ -96,3 +100,8 @@ def reproducible(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

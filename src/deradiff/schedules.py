@@ -107,6 +107,10 @@ class Schedule(ABC):
         """λ at `progress`, by this schedule's own clock (`over`)."""
         return self(getattr(progress, self.over))
 
+    def scaled(self, factor: Number) -> Schedule:
+        """The same curve with every λ multiplied by `factor`."""
+        return dataclasses.replace(self, lam=factor * self.lam)  # type: ignore[call-arg, attr-defined]
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw λ against progress on `ax`, a new figure's when there is none, and return it."""
         if ax is None:
@@ -261,6 +265,10 @@ class Spline(Schedule):
 
     def __str__(self) -> str:
         return f"spline through {len(self.points)} points"
+
+    def scaled(self, factor: Number) -> Spline:
+        """The same curve with every λ multiplied by `factor`."""
+        return dataclasses.replace(self, points=[(s, factor * lam) for s, lam in self.points])
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw λ against progress, and the points, on `ax`, a new figure's when there is none, and return it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
 from deradiff.realignment import realign
-from deradiff.schedules import Schedule, Spline
+from deradiff.schedules import Schedule
 from deradiff.sheets import contact_sheet
 from deradiff.weights import verdict
 
@@ -45,10 +45,7 @@ class Column(BaseModel):
     def _of(self, lam: float) -> float | Schedule:
         if self.schedule is None:
             return lam
-        shape = Schedule.from_dict(self.schedule)
-        if isinstance(shape, Spline):
-            return replace(shape, points=[(s, lam * value) for s, value in shape.points])
-        return replace(shape, lam=lam)  # type: ignore[call-arg]
+        return Schedule.from_dict(self.schedule).scaled(lam)
 
     def beta(self, anchor_beta: float | None) -> float | None:
         """The strength β/λ; None where it has no meaning: λ <= 0 or annealed, several anchors, an unknown β."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deradiff import notation
 from deradiff.cli import arguments, talking
 
 
@@ -164,14 +165,14 @@ def generate(
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
     with talking.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
-        shape = arguments.schedule(schedule, over.value)
+        shape = notation.schedule(schedule, over.value)
         annealed = shape.to_dict() if shape else None
         chosen: dict[str, Any] = {
             "reference": reference,
             "anchors": anchors,
             "prompts": arguments.prompts(prompt or (), prompts),
             "columns": [{"lam": lam, "schedule": annealed} for lam in arguments.lams(lam, tuple(anchors))],
-            "seeds": arguments.seeds(seed),
+            "seeds": notation.seeds(seed),
             "scheduler": scheduler,
             "steps": steps,
             "guidance_scale": guidance_scale,

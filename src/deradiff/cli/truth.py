@@ -37,10 +37,11 @@ def truth(
     Writes a report with figures and tables, and the numbers of every case as JSON. Hundreds of runs: give it time.
     """
     with talking.refusing_wrong_input(), talking.progress("comparing") as on_step:
+        from deradiff.jobs import cores
         from deradiff.worlds import comparison, comparison_cases, comparison_report
 
         plan = comparison_cases.planned(quick=quick, worlds=tuple(world or ()), samples=samples, steps=steps)
-        records = comparison.run(plan, out, on_step, workers or comparison.cores())
+        records = comparison.run(plan, out, on_step, workers or cores())
         files = comparison_report.write(records, plan, out)
     _print(records, plan)
     report, *figures = files

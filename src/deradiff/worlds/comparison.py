@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -296,8 +295,3 @@ def _file(folder: Path, case: Case) -> Path:
 
 def _read(folder: Path, case: Case) -> Record:
     return json.loads(_file(folder, case).read_text(encoding="utf-8"))
-
-
-def cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
