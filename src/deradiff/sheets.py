@@ -1,5 +1,6 @@
-"""Contact sheets: a labelled grid of images, one row per prompt and seed, one column per λ."""
+"""Contact sheets: a labelled grid of images, one row per prompt and seed, one column per λ; and panels of several."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 SMALLEST_CELL, LARGEST_CELL = 128, 320
-MARGIN, GAP = 20, 6
+SMALLEST_TILE, LARGEST_TILE = 96, 160
+"""Of an image in a panel."""
+MARGIN, GAP, TILE_GAP, PANEL_GAP = 20, 6, 2, 24
+PANELS_WIDTH = 1640
+"""What a sheet of panels may be wide, unless a single panel is wider."""
 ROW_LABEL_WIDTH = 190
 TYPE_SIZE = 14
 INK, FAINT_INK, PAPER = (25, 25, 30), (105, 105, 115), (255, 255, 255)
@@ -50,6 +55,40 @@ def contact_sheet(
     return sheet
 
 
+def panel_sheet(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str], heading: str = "") -> Image.Image:
+    """Draw titled panels beside and below each other, each with several images in a square, row by row.
+
+    Titles are set as the labels of `contact_sheet`, and images sized likewise, but smaller. Raises `ValueError` where
+    panels and titles do not match.
+    """
+    if not panels or len(panels) != len(titles) or not all(panels):
+        raise ValueError(f"{len(titles)} titles do not fit panels with {[len(panel) for panel in panels]} images")
+    tile = _cell_size(panels[0][0], SMALLEST_TILE, LARGEST_TILE)
+    most = max(len(panel) for panel in panels)
+    wide = math.isqrt(most - 1) + 1
+    width, height = wide * (tile[0] + TILE_GAP) - TILE_GAP, -(-most // wide) * (tile[1] + TILE_GAP) - TILE_GAP
+    rows = -(-len(panels) // max(1, (PANELS_WIDTH - 2 * MARGIN + PANEL_GAP) // (width + PANEL_GAP)))
+    across = -(-len(panels) // rows)
+    total = 2 * MARGIN + across * (width + PANEL_GAP) - PANEL_GAP
+    labels = [_wrap(title, width, lines=4) for title in titles]
+    head = _wrap(heading, total - 2 * MARGIN, lines=4) if heading else []
+    tops, bottom = [], MARGIN + (_height(head) + PANEL_GAP if head else 0)
+    for start in range(0, len(panels), across):
+        tops.append(bottom + max(_height(lines) for lines in labels[start : start + across]) + GAP)
+        bottom = tops[-1] + height + PANEL_GAP
+
+    sheet = Image.new("RGB", (total, bottom - PANEL_GAP + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, (MARGIN, MARGIN), head)
+    for number, (panel, lines) in enumerate(zip(panels, labels, strict=True)):
+        left, top = MARGIN + number % across * (width + PANEL_GAP), tops[number // across]
+        _write(draw, (left, top - GAP - _height(lines)), lines)
+        for place, image in enumerate(panel):
+            at = (left + place % wide * (tile[0] + TILE_GAP), top + place // wide * (tile[1] + TILE_GAP))
+            sheet.paste(_fit(image, tile), at)
+    return sheet
+
+
 @cache
 def _font(bold: bool) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: every machine has the same letters, λ and β among them."""
@@ -59,12 +98,12 @@ def _font(bold: bool) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), TYPE_SIZE)
 
 
-def _cell_size(image: Image.Image) -> tuple[int, int]:
+def _cell_size(image: Image.Image, smallest: int = SMALLEST_CELL, largest: int = LARGEST_CELL) -> tuple[int, int]:
     longest = max(image.size)
-    if longest < SMALLEST_CELL:
-        factor = -(-SMALLEST_CELL // longest)
+    if longest < smallest:
+        factor = -(-smallest // longest)
         return image.width * factor, image.height * factor
-    scale = min(1.0, LARGEST_CELL / longest)
+    scale = min(1.0, largest / longest)
     return round(image.width * scale), round(image.height * scale)
 
 

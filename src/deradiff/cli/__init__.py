@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deradiff import __version__
-from deradiff.cli import align, cost, demo, digits, generate, truth
+from deradiff.cli import align, cost, demo, digits, experiment, generate, truth
 
 app = typer.Typer(
     name="deradiff",
@@ -20,6 +20,7 @@ app.command()(cost.cost)
 app.command()(demo.demo)
 app.command()(truth.truth)
 app.add_typer(digits.app, name="digits")
+app.add_typer(experiment.app, name="experiment")
 
 
 def _print_version(asked: bool) -> bool:

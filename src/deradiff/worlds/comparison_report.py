@@ -5,12 +5,13 @@ Sentences are made from the numbers. A comparison that comes out otherwise reads
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from deradiff import pages
+from deradiff.pages import counted, table
 from deradiff.records import versions, whole, write_json
 from deradiff.weights import EVEN, TRUSTED, Estimate
 from deradiff.worlds import comparison_figures
@@ -27,22 +28,6 @@ from deradiff.worlds.comparison_tables import (
     true_error,
     verdict_rows,
 )
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d1d22; background: #fff;
-       max-width: 1120px; margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.8rem; margin-bottom: .3rem; } h2 { margin-top: 2.8rem; font-size: 1.25rem; }
-p { max-width: 78ch; } .lead { color: #555; }
-figure { margin: 1rem 0 2rem; } figure img { width: 100%; height: auto; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: .8rem 0 1.6rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e8; white-space: nowrap;
-         font-variant-numeric: tabular-nums; vertical-align: top; }
-th { border-bottom: 1px solid #888; font-weight: 600; white-space: normal; vertical-align: bottom; }
-td.words, th.words { text-align: left; white-space: normal; }
-small { color: #666; } .met { color: #00664a; font-weight: 600; } .missed { color: #b03a00; font-weight: 600; }
-details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
-"""
 
 
 def write(records: Sequence[Record], plan: Plan, out: Path) -> list[Path]:
@@ -71,7 +56,7 @@ def page(records: Sequence[Record], plan: Plan, figures: dict[str, Path]) -> str
     worlds = list(dict.fromkeys(record["case"]["world"] for record in records))
     parts = [
         "<h1>Realignment against the truth</h1>",
-        f'<p class="lead">{len(records)} cases in {_counted(len(worlds), "closed-form world")} '
+        f'<p class="lead">{len(records)} cases in {counted(len(worlds), "closed-form world")} '
         f"({escape(', '.join(worlds))}): DDIM on Stable Diffusion's schedule, {plan.steps} steps, {plan.samples:,} "
         "samples a case. Errors are shares of the exact reward shift, the exact expected reward at λ minus the "
         "reference's; ± is one standard error in tables and two in figures.</p>",
@@ -107,12 +92,7 @@ def page(records: Sequence[Record], plan: Plan, figures: dict[str, Path]) -> str
                 _figure(figures[name]),
             ]
     parts += ["<h2>All cases</h2>", _explanation(), *(_cases(select(records, world=world)) for world in worlds)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Realignment against the truth</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    return pages.page("Realignment against the truth", parts)
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------
@@ -137,7 +117,7 @@ def verdict_sentence(records: Sequence[Record]) -> str:
     off = sum(row.runs for row in rows if row.kind == "off")
     needless = sum(row.false_alarms for row in rows if row.kind == "off")
     return (
-        f"Of {_counted(trusted, 'run')} called exact or trustworthy, {misses} truly miss by more than {TRUSTED:.0%} "
+        f"Of {counted(trusted, 'run')} called exact or trustworthy, {misses} truly miss by more than {TRUSTED:.0%} "
         f"beyond Monte Carlo error (misses). Of the {others} others, {alarms} are within {TRUSTED:.0%} (false alarms); "
         f"{needless} of these are among the {off} called off, the rest among those that cannot tell. Dots on the "
         f"diagonal are errors that the verdict estimated right, and the band is {TRUSTED:.0%} of the shift; runs of "
@@ -246,32 +226,15 @@ def _signed(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.1f} ± {100 * estimate.error:.1f}%"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table of cells that are HTML already; the first `words` columns are set as text."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = [' class="words"' if i < words else "" for i in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-
-    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    head = line("th", headings)
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
 def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></figure>'
+    return pages.figure(path.read_bytes(), "png", path.stem)
 
 
 def _goals(records: Sequence[Record]) -> str:
-    return _table(
+    return table(
         ("", "at most", "worst", "", "runs", "where it is worst"),
         [
             (
@@ -313,14 +276,14 @@ def _verdicts(records: Sequence[Record]) -> str:
         f"{max((row.worst for row in rows), default=0):.1%}",
     )
     limit = f"{TRUSTED:.0%}"
-    return _table(
+    return table(
         ("verdict", "η", "runs", f"true error ≤ {limit}", f"> {limit}", "false alarms", "misses", "largest true error"),
         [*cells, total],
     )
 
 
 def _evenness(records: Sequence[Record]) -> str:
-    return _table(
+    return table(
         (
             "ESS/n",
             "sampler",
@@ -342,7 +305,7 @@ def _evenness(records: Sequence[Record]) -> str:
             )
             for row in evenness_rows(records)
         ],
-        words=2,
+        words=range(2),
     )
 
 
@@ -373,8 +336,8 @@ def _cases(records: Sequence[Record]) -> str:
                 f"{record['exact']['divergence']:.3f}",
             )
         )
-    title = f"{escape(records[0]['case']['world'])}: {_counted(len(records), 'case')}"
-    return f"<details><summary>{title}</summary>{_table(headings, rows)}</details>"
+    title = f"{escape(records[0]['case']['world'])}: {counted(len(records), 'case')}"
+    return f"<details><summary>{title}</summary>{table(headings, rows)}</details>"
 
 
 def _arm(record: Record, arm: str) -> str:

@@ -1,0 +1,208 @@
+"""`deradiff experiment`: a plan, run, looked at, exported and reported."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deradiff.cli import talking
+
+if TYPE_CHECKING:
+    from deradiff.experiments.crews import Crew
+    from deradiff.experiments.plan import Plan
+    from deradiff.experiments.store import Store
+
+app = typer.Typer(
+    help="Every table and figure of both papers for models of your own, from one plan.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(help="The folder of the experiment.")]
+
+
+class Form(StrEnum):
+    """What tables can be exported as."""
+
+    csv = "csv"
+    parquet = "parquet"
+
+
+@app.command()
+def plan(
+    preset: Annotated[
+        str, typer.Option(help="deradiff-sdxl, deradiff-sd15, aig-sdxl, aig-sd14 (the papers' own), or digits.")
+    ],
+    models: Annotated[
+        str | None,
+        typer.Option(help="The folder of the aligned models (aligned). With it, the digits mix two rewards as well."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A new file; printed by default.")] = None,
+) -> None:
+    """Write a plan: one of the papers' experiments, to be run as it is or changed first."""
+    with talking.refusing_wrong_input():
+        from deradiff.experiments.plan import write_plan
+        from deradiff.experiments.presets import preset as found
+        from deradiff.records import whole
+
+        text = write_plan(found(preset, models))
+        if out is None:
+            typer.echo(text, nl=False)
+            return
+        talking.require_writable("--out", out)
+        if out.exists():
+            raise FileExistsError(f"{out} exists: name a new file.")
+        with whole(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    talking.files([out])
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The experiment's folder. One that was begun there goes on.")
+    ],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
+    ] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Work with Ray's actors instead of processes.")] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A Ray cluster's address, or auto; by default one is started here.")
+    ] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all images and check their hashes first.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Score again what could not be scored.")] = False,
+) -> None:
+    """Draw and score what the plan wants and the folder does not hold. Killed at any time, the same command goes on."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("Loading torch and diffusers …"):
+        talking.silence_other_bars()
+        from deradiff.experiments import crews, running
+        from deradiff.experiments.plan import read_plan
+        from deradiff.jobs import cores
+        from deradiff.pipelines import device_called
+
+    with talking.refusing_wrong_input("take a smaller batch_size in the plan"), talking.stages(console) as report:
+        planned = read_plan(file)
+        place = device_called(device)
+
+        def crew() -> "Crew":
+            size = workers or (cores() if place == "cpu" else 1)
+            if ray or ray_address:
+                return crews.OnRay(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
+            return crews.Here(planned, place, threads) if size == 1 else crews.Processes(planned, place, threads, size)
+
+        outcome = running.run(planned, out, crew, report, thoroughly=verify, again=retry)
+    if outcome.lost:
+        console.print(f"{outcome.lost} images were gone or altered, and were drawn again.", highlight=False)
+    console.print(
+        f"{outcome.drawn} images drawn, {outcome.scored} scores and features computed in {outcome.seconds:.0f} s, "
+        f"{outcome.overhead:.1%} of it outside models and scorers.",
+        highlight=False,
+    )
+    talking.files([out])
+    if outcome.failures:
+        for name, item, error in outcome.failures[:10]:
+            talking.messages.print(f"error: {name} of {item}: {error}", style="red", markup=False)
+        console.print(
+            f"{len(outcome.failures)} scores could not be computed. The rest is done; --retry tries them again.",
+            highlight=False,
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """What is there of every arm, and what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with talking.refusing_wrong_input(), _opened(folder) as (planned, store):
+        from deradiff.experiments.results import Results
+
+        console = Console()
+        for sampling in planned.sampling:
+            results = Results(planned, store, sampling)
+            table = Table(title=f"{planned.name}, {sampling}", title_justify="left")
+            for heading in ("arm", "images", "planned", *planned.scores, *planned.features):
+                table.add_column(heading, justify="left" if heading == "arm" else "right")
+            for arm in results.arms:
+                done, wanted = results.done(arm)
+                measured = results.measured(arm)
+                table.add_row(
+                    arm.name, f"{done:,}", f"{wanted:,}",
+                    *(f"{measured[name]:,}" for name in (*planned.scores, *planned.features)),
+                )  # fmt: skip
+            console.print(table)
+        for name, wanted_prompts in planned.prompts.items():
+            if wanted_prompts.substitute_for:
+                console.print(f"{name}: a substitute for {wanted_prompts.substitute_for}.", highlight=False)
+        for name, item, error in store.failures()[:20]:
+            console.print(f"[red]could not be scored:[/] {name} of {item}: {error}", highlight=False)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder for the tables.")],
+    form: Annotated[Form, typer.Option("--format", help="csv, or parquet (needs pyarrow).")] = Form.csv,
+) -> None:
+    """Write a table of all images, with what decided each, what it was made with and its scores."""
+    with talking.refusing_wrong_input(), _opened(folder) as (planned, store):
+        from deradiff.experiments.export import write
+
+        files = write(planned, store, out, form.value)
+    talking.files(files)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the report goes; FOLDER/report by default.")
+    ] = None,
+) -> None:
+    """Draw the papers' tables and figures from what is there: one HTML page, and PNG, SVG and CSV of each."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with (
+        talking.refusing_wrong_input(),
+        console.status("Measuring and drawing …"),
+        _opened(folder) as (planned, store),
+    ):
+        from deradiff.experiments.report import write
+
+        files, failed = write(planned, store, out or folder / "report")
+    talking.files(files[:1])
+    for key, error in failed:
+        talking.messages.print(f"error: {key} could not be drawn: {error}", style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+class _opened:
+    """The plan and the store of an experiment that was begun, to be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> "tuple[Plan, Store]":
+        talking.silence_other_bars()
+        from deradiff.experiments.plan import parse_plan
+        from deradiff.experiments.store import Store
+
+        self._store = Store(self._folder, write=False)
+        return parse_plan(self._store.fact("plan"), f"the plan in {self._store.file}"), self._store
+
+    def __exit__(self, *raised: Any) -> None:
+        self._store.__exit__(*raised)

@@ -1,0 +1,1 @@
+"""Experiments: a plan, its store, its runners and its report."""

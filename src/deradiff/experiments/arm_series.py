@@ -1,0 +1,189 @@
+"""The arms of an experiment as the series of its trade-offs: one method, one anchor, one parameter that grows."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from deradiff.experiments.plan import Arm, Drawing, Plan, drawing_of
+from deradiff.experiments.results import Results
+from deradiff.measures import paired_difference
+from deradiff.records import slug
+
+ByPrompt: TypeAlias = Float[np.ndarray, " prompt"]
+
+FEW = 3
+"""As many anchors of one method have a place in a legend each."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Arms that differ by one parameter, in the order in which it grows."""
+
+    kind: str
+    """How it is drawn: the method, or "particles"."""
+    label: str
+    """In the legend; series may share it."""
+    variant: int
+    """Which series of its kind it is, from 0: what its line is drawn by."""
+    look: int
+    """The same where its label is its own, else 0: what its markers are drawn by."""
+    arms: tuple[Arm, ...]
+    connected: bool
+    """Whether a line through the arms means anything."""
+
+
+def kind_of(arm: Arm) -> str:
+    """Its method; particles apart from Algorithm 1."""
+    return "particles" if arm.particles else arm.method
+
+
+def arms_on(results: Results, *prompts: str) -> list[Arm]:
+    """The arms that are drawn for all of these prompt sets."""
+    return [arm for arm in results.arms if {*prompts} <= {*results.plan.sets(arm.prompts)}]
+
+
+def distinct(results: Results, *prompts: str) -> list[Arm]:
+    """Those without the ones that draw the images of another, as λ = 0 and λ = 1 do; models as they are stay."""
+    arms = arms_on(results, *prompts)
+    kept: dict[Drawing, Arm] = {}
+    for arm in sorted(arms, key=lambda arm: arm.method not in ("reference", "model")):
+        kept.setdefault(drawing(results, arm), arm)
+    return [arm for arm in arms if kept[drawing(results, arm)] is arm]
+
+
+def drawing(results: Results, arm: Arm) -> Drawing:
+    """What an arm draws, whatever the plan calls it: the same for arms with the same images."""
+    return drawing_of(results.plan, arm, "", 0)
+
+
+def series_of(results: Results) -> list[Series]:
+    """Every arm but the reference: models by family, others by anchor."""
+    plan = results.plan
+    groups: dict[tuple[str, ...], list[Arm]] = {}
+    for arm in results.arms:
+        if arm.method == "model":
+            groups.setdefault(("model", plan.models[arm.anchors[0][0]].family), []).append(arm)
+        elif arm.method != "reference":
+            names = "" if arm.method in ("combine", "optimize-noise") else arm.anchors[0][0]
+            groups.setdefault((kind_of(arm), names, arm.schedule.partition(":")[0]), []).append(arm)
+    found: list[Series] = []
+    for (kind, of, *_), arms in groups.items():
+        siblings = sorted({key[1] for key in groups if key[0] == kind})
+        arms.sort(key=lambda arm: _parameter(plan, arm))
+        variant = sum(one.kind == kind for one in found)
+        look = siblings.index(of) if len(siblings) <= FEW or kind == "model" else 0
+        found.append(
+            Series(
+                kind, _label(plan, kind, of, len(siblings)), variant, look, tuple(arms),
+                kind in ("realign", "anneal", "interpolate") or all(_strength(plan, arm) for arm in arms),
+            )
+        )  # fmt: skip
+    return found
+
+
+def model_label(plan: Plan, name: str) -> str:
+    """`β = 500` where that names one model, else the plan's name."""
+    beta = plan.models[name].beta
+    return name if beta is None or [m.beta for m in plan.models.values()].count(beta) > 1 else f"β = {beta:g}"
+
+
+def short_label(plan: Plan, arm: Arm) -> str:
+    """What tells an arm from the others of its series."""
+    if arm.method == "model":
+        return model_label(plan, arm.anchors[0][0])
+    if arm.schedule:
+        return arm.schedule.replace(":", " ")
+    return arm.name if arm.lam is None else f"λ = {arm.lam:.3g}"
+
+
+def short(name: str) -> str:
+    """A score or an extractor without the folder of its weights."""
+    return name.partition("=")[0]
+
+
+def keys(names: Sequence[str]) -> dict[str, str]:
+    """Names as parts of file names, each another."""
+    found: dict[str, str] = {}
+    for name in names:
+        mine = slug(short(name))
+        number = sum(known.partition(".")[0] == mine for known in found.values())
+        found[name] = f"{mine}.{number + 1}" if number else mine
+    return found
+
+
+def substitutes(plan: Plan, names: Sequence[str]) -> str:
+    """The sentence of a caption that says which prompts are not the papers' own; empty where all are."""
+    told = [f"{name} stands for {text}" for name in names if (text := plan.prompts[name].substitute_for)]
+    return f" Substituted prompts: {'; '.join(told)}." if told else ""
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """A mean score minus the reference's, with the ends of its 95% interval, over so many prompts."""
+
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+
+def change(results: Results, by_prompt: ByPrompt, prompts: str, score: str) -> Change | None:
+    """How far scores (one for each prompt) are from the reference's: a paired bootstrap over the prompts of both.
+
+    None where there is no reference, or fewer than 2 prompts have both.
+    """
+    if results.reference is None:
+        return None
+    known = results.by_prompt(results.reference, prompts, score)
+    both = np.isfinite(by_prompt) & np.isfinite(known)
+    if both.sum() < 2:
+        return None
+    found = paired_difference(torch.from_numpy(by_prompt[both, None]), torch.from_numpy(known[both, None]))
+    return Change(found.estimate.value, *found.interval, found.prompts)
+
+
+def over_prompts(table: Float[np.ndarray, "prompt seed"]) -> tuple[float, float]:
+    """Mean and standard error over prompts, each averaged over the seeds that have a value; NaN for none."""
+    there = np.isfinite(table)
+    rows = there.any(1)
+    by_prompt = np.where(there, table, 0.0).sum(1)[rows] / there.sum(1)[rows]
+    if not len(by_prompt):
+        return math.nan, math.nan
+    error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else math.nan
+    return float(by_prompt.mean()), float(error)
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _label(plan: Plan, kind: str, of: str, siblings: int) -> str:
+    if kind == "model":
+        return f"{of}, as aligned"
+    words = {
+        "realign": "realigned (DeRaDiff)", "particles": "realigned by particles", "anneal": "annealed guidance (AIG)",
+        "interpolate": "interpolated weights", "combine": "combined rewards", "optimize-noise": "optimised noise",
+    }[kind]  # fmt: skip
+    return f"{words}, {model_label(plan, of)}" if of and 1 < siblings <= FEW else words
+
+
+def _strength(plan: Plan, arm: Arm) -> float:
+    """1/β of a model as it is, 0 where it has none."""
+    beta = plan.models[arm.anchors[0][0]].beta if arm.method == "model" else None
+    return 1 / beta if beta else 0.0
+
+
+def _parameter(plan: Plan, arm: Arm) -> tuple[float, float]:
+    """What arms of a series are sorted by: the schedule's number, then λ or 1/β."""
+    number = arm.schedule.partition(":")[2]
+    grows = float(number) if re.fullmatch(r"\d+(\.\d+)?", number) else 0.0
+    return grows, _strength(plan, arm) if arm.method == "model" else arm.lam or 0.0

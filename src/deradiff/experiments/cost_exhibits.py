@@ -1,0 +1,263 @@
+"""What methods cost: reward at equal cost, and the alignments that realignment saves (DeRaDiff, §6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from deradiff import notation
+from deradiff.experiments.agreement_figures import unit
+from deradiff.experiments.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
+from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments.front_figures import STYLES, Bought, equal_cost, extrapolates
+from deradiff.experiments.plan import Arm
+from deradiff.experiments.results import Results, Table
+from deradiff.measures import non_dominated
+
+SECTION = "Cost"
+
+SWEEPS = (3, 5, 10)
+"""Numbers of strengths that DeRaDiff's §6 counts savings for."""
+
+TWICE_A_STEP = ("heun", "kdpm2")
+"""Samplers of second order, which evaluate the network twice in every step but the last."""
+
+NOTHING = 1e-12
+"""What counts as λ = 0 or 1: the rounding of `mixing.with_reference`."""
+
+
+# -- network evaluations ----------------------------------------------------------------------------------------------
+
+
+class Evaluations(NamedTuple):
+    """How often denoisers are evaluated for one image; a guided step evaluates each model twice."""
+
+    forward: float
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Both together: the gradient in the input alone, weights being fixed, is about as much work as a forward."""
+        return self.forward + self.backward
+
+
+def evaluations(results: Results, arm: Arm, prompts: str) -> Evaluations | None:
+    """What an image of `arm` takes by itself; None where only its images could tell, and there are none.
+
+    A model without weight in a step is not evaluated in it: λ = 0 is the reference alone, λ = 1 the anchor alone. An
+    experiment may evaluate more than that, for the path KL, or where images of different λ share a batch.
+    """
+    if arm.noise is not None:
+        told = results.told(arm, prompts)
+        if not told:
+            return None
+        return Evaluations(*(float(np.mean([one[name] for one in told])) for name in ("forward", "backward")))
+    sampling = results.plan.sampling[arm.sampling]
+    calls = calls_of(sampling.scheduler, sampling.steps)
+    guided = 2 if sampling.guidance_scale is None or sampling.guidance_scale > 1 else 1
+    per_call = [models_at(arm, call / calls) for call in range(calls)]
+    return Evaluations(float(guided * sum(per_call) * max(1, arm.particles)))
+
+
+def calls_of(scheduler: str | None, steps: int) -> int:
+    """How often a sampler calls its denoiser; a pipeline's own is taken to do so once a step."""
+    if scheduler == "pndm":  # its second step is taken twice
+        return steps + 1
+    return 2 * steps - 1 if scheduler in TWICE_A_STEP else steps
+
+
+def models_at(arm: Arm, progress: float) -> int:
+    """How many models have a weight when so much of the sampling is done, 0 to 1."""
+    if arm.method in ("reference", "interpolate"):
+        return 1
+    shape = notation.schedule(arm.schedule, "steps") if arm.schedule else None
+    lams = [lam if shape is None else shape.scaled(lam)(progress) for _, lam in arm.anchors]
+    weights = [1 - sum(lams), *lams]
+    return sum(abs(weight) > NOTHING for weight in weights)
+
+
+# -- equal cost -------------------------------------------------------------------------------------------------------
+
+
+def exhibits(results: Results) -> Iterator[Exhibit]:
+    """All methods at equal cost, for each prompt set; and what is saved."""
+    if results.plan.scores:
+        slugs = keys(list(results.plan.prompts))
+        for prompts in results.plan.prompts:
+            yield from at_equal_cost(results, prompts, slugs[prompts])
+    yield from savings(results)
+
+
+class Offer(NamedTuple):
+    """One way to spend evaluations."""
+
+    name: str
+    kind: str
+    label: str
+    look: int
+    hollow: bool
+    by_prompt: ByPrompt
+    evaluations: Evaluations
+    seconds: float
+
+
+def offers(results: Results, prompts: str, score: str) -> list[Offer]:
+    """Every arm with its cost, and the reference with the best of several images, which costs as many times more."""
+    reference = results.reference
+    if reference is None:
+        return []
+    labels = {arm: (one.kind, one.label, one.look) for one in series_of(results) for arm in one.arms}
+    found = []
+    for arm in distinct(results, prompts):
+        cost = evaluations(results, arm, prompts)
+        if cost is not None and arm != reference:
+            by_prompt = results.by_prompt(arm, prompts, score)
+            found.append(Offer(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
+    plain = evaluations(results, reference, prompts)
+    assert plain is not None
+    table = results.scores(reference, prompts, score)
+    for power in range(1, 1 + int(math.log2(table.shape[1]))):
+        count = 2**power
+        best = Offer(
+            f"reference, best of {count}", "best-of", STYLES["best-of"].label, 0, False, best_of(table, count),
+            Evaluations(count * plain.forward), count * results.seconds(reference),
+        )  # fmt: skip
+        found.append(best)
+    return found
+
+
+def best_of(table: Table, count: int) -> ByPrompt:
+    """For each prompt the expected maximum of `count` of its seeds' scores; NaN where it has fewer.
+
+    Without bias: the mean maximum over all subsets of that size, in which the k-th smallest of n is the greatest
+    `C(k - 1, count - 1)` times out of `C(n, count)`.
+    """
+    found = np.full(len(table), np.nan)
+    for row, scores in enumerate(table):
+        known = np.sort(scores[np.isfinite(scores)])
+        if len(known) >= count:
+            shares = [math.comb(k, count - 1) / math.comb(len(known), count) for k in range(len(known))]
+            found[row] = float(np.dot(known, shares))
+    return found
+
+
+def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit]:
+    """The first score of every arm minus the reference's, against what an image costs."""
+    score, reference = results.plan.scores[0], results.reference
+    if reference is None:
+        return
+    plain, second = evaluations(results, reference, prompts), results.seconds(reference)
+    assert plain is not None
+    known = [
+        (offer, gain)
+        for offer in offers(results, prompts, score)
+        if (gain := change(results, offer.by_prompt, prompts, score)) is not None
+    ]
+    if not known:
+        return
+    plane = torch.tensor([[gain.value, offer.evaluations.total] for offer, gain in known], dtype=torch.float64)
+    best = non_dominated(torch.cat([plane, torch.tensor([[0.0, plain.total]])]), (True, False)).tolist()
+    mean, error = results.mean(reference, prompts, score)
+    count = int(np.isfinite(results.by_prompt(reference, prompts, score)).sum())
+    own = ("reference", "reference", *plain, 1.0, second, 1.0, mean, error, 0.0, 0.0, 0.0, count)
+    rows: list[tuple[Any, ...]] = [(*own, "yes" if best[-1] else "")]
+    bought = []
+    for (offer, gain), is_best in zip(known, best, strict=False):
+        relative = offer.evaluations.total / plain.total, offer.seconds / second
+        finite = offer.by_prompt[np.isfinite(offer.by_prompt)]
+        spread = float(finite.std(ddof=1)) / len(finite) ** 0.5
+        rows.append(
+            (offer.name, offer.kind, *offer.evaluations, relative[0], offer.seconds, relative[1], float(finite.mean()),
+             spread, *gain, "yes" if is_best else "")
+        )  # fmt: skip
+        bought.append(Bought(offer.kind, offer.label, offer.look, offer.hollow, *gain[:3], *relative, is_best))
+    yield Exhibit(
+        key=f"equal-cost-{slug}",
+        section=SECTION,
+        title=f"What methods gain at equal cost, {prompts}",
+        caption=_cost_caption(results, prompts, score),
+        header=(
+            "arm", "method", "forward evaluations", "backward evaluations", "evaluations / reference's", "seconds",
+            "seconds / reference's", "mean score", "s.e. of mean score", "difference to the reference", "95% from",
+            "95% to", "prompts (n)", "non-dominated",
+        ),
+        rows=tuple(rows),
+        figure=equal_cost(bought, f"{unit(short(score))},\ndifference to the reference"),
+    )  # fmt: skip
+
+
+def _cost_caption(results: Results, prompts: str, score: str) -> str:
+    sampling = results.plan.sampling[results.sampling]
+    assumed = ""
+    if sampling.guidance_scale is None:
+        assumed = " The plan leaves guidance to the pipeline; it is counted as guided."
+    watched = ""
+    if results.plan.path_kl:
+        watched = (
+            " Seconds hold more than the method needs: the plan asks for the path KL, for which the reference is "
+            "evaluated beside models that are drawn as they are, about doubling theirs; go by evaluations."
+        )
+    return (
+        f"Mean {short(score)} on “{prompts}” minus the reference's on the same prompts and seeds, against the cost of "
+        "an image. Left: network evaluations, in multiples of the reference's; arms of the same cost lie side by side "
+        "on a band, dashed the best gain at that cost or less, ringed what no arm beats in both. Hollow markers are at "
+        "λ > 1. A step evaluates one model for the reference, a model as it is and interpolated weights; reference and "
+        "anchor for realigned and annealed ones, but only those that have a weight in it; the reference and each "
+        "anchor for combined rewards; K times as many for K particles; and what was counted for optimised noise, a "
+        "backward pass through a denoiser as one more. Guided steps count twice. Reward models, text encoders and "
+        f"decoders are not counted. Right: measured seconds.{watched}{assumed} “Best of n” is the expected best of n "
+        "images of the reference by this very score, and, like optimised noise, needs it when sampling. Bars: 95% "
+        "intervals by a paired bootstrap over prompts. Asked for by DeRaDiff's reviewers; no figure of either "
+        "paper." + substitutes(results.plan, [prompts])
+    )
+
+
+# -- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def savings(results: Results) -> Iterator[Exhibit]:
+    """Aligning once against aligning at every strength, for the plan's targets and for the paper's numbers."""
+    realigned = [arm for arm in results.of_method("realign") if not arm.particles]
+    if not realigned:
+        return
+    from deradiff.cost import PaperInputs, saved  # with all of diffusers
+
+    targets = len({arm.target for arm in realigned if arm.target})
+    hours = results.plan.report.alignment_gpu_hours
+    one = PaperInputs(gpu_hours=hours)
+    reference = results.reference
+    mixing = [arm for arm in realigned if arm.lam not in (0.0, 1.0)]
+    extra = twice = math.nan
+    if reference is not None and mixing:
+        extra = float(np.mean([results.seconds(arm) for arm in mixing])) - results.seconds(reference)
+        twice = models_at(mixing[0], 0.5) / models_at(reference, 0.5)
+    counts = [*([(targets, "targets of this plan")] if targets > 1 else []), *((n, "DeRaDiff, §6") for n in SWEEPS)]
+    rows = tuple(
+        (
+            count, which, count * hours, hours, (count - 1) * hours, 100 * saved(count), (count - 1) * one.exaflops,
+            twice, extra, (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,
+        )
+        for count, which in counts
+    )  # fmt: skip
+    yield Exhibit(
+        key="compute-saved",
+        section=SECTION,
+        title="Compute saved by aligning once",
+        caption=(
+            f"N strengths by aligning at each of them, {hours:g} GPU hours each, against aligning once and realigning "
+            "(DeRaDiff, §6): the share saved is 1 - 1/N. EFLOP as the paper counts them, on A100s at half of their 312 "
+            "TFLOP/s. What it costs is a second model evaluated at every step of every image: twice the evaluations, "
+            "and here so many seconds more per image than the reference's (mean over this plan's realigned arms, as "
+            "measured in their batches). The last column is how many images use up what was saved, if alignment and "
+            "sampling ran on the same hardware."
+        ),
+        header=(
+            "N", "which", "GPU hours, sweep", "GPU hours, aligned once", "GPU hours saved", "saved, %", "EFLOP saved",
+            "evaluations per image / reference's", "extra seconds per image", "images that use up the saving",
+        ),
+        rows=rows,
+    )  # fmt: skip

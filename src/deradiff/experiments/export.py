@@ -1,0 +1,85 @@
+"""A run's images, scores and provenance as one table, for other tools."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from deradiff.experiments.plan import Plan
+from deradiff.experiments.running import contents
+from deradiff.experiments.store import Store
+from deradiff.records import whole, write_json
+
+
+def write(plan: Plan, store: Store, out: Path, form: Literal["csv", "parquet"]) -> list[Path]:
+    """Write `images.csv` or `images.parquet`, a row for every cell that has its image, and `runs.json` into `out`.
+
+    Raises `FileExistsError` for a folder that holds anything, `ImportError` for Parquet without pyarrow.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} already holds files: name another folder")
+    save = _parquet if form == "parquet" else _csv
+    if form == "parquet":
+        _require_pyarrow()
+    out.mkdir(parents=True, exist_ok=True)
+    file, runs = out / f"images.{form}", out / "runs.json"
+    with whole(file) as temporary:
+        save(temporary, list(rows(plan, store)))
+    facts = {"plan": plan.model_dump(mode="json"), "weights": store.fact("fingerprints")}
+    write_json(runs, facts | {"runs": {str(number): record for number, record in store.runs().items()}})
+    return [file, runs]
+
+
+def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
+    """Every cell whose image is there: where it stands in the experiment, what decided it, its file and its scores."""
+    images, told = store.drawn(), store.told()
+    scores = {name: store.scores(name) for name in plan.scores}
+    for cell, item in contents(plan, store, fresh=False).cells.items():
+        if item not in images:
+            continue
+        about, seconds, run = told[item]
+        drawing = cell.drawing
+        yield {
+            "image": item,
+            "file": images[item].path.relative_to(store.folder).as_posix(),
+            "sha256": images[item].sha256,
+            "arm": cell.arm.name,
+            "method": cell.arm.method,
+            "target": cell.arm.target,
+            "lam": json.dumps(dict(cell.arm.anchors)),
+            "schedule": drawing.schedule,
+            "particles": drawing.particles,
+            "sampling": cell.arm.sampling,
+            "prompt_set": cell.prompts,
+            "prompt": drawing.prompt,
+            "seed": drawing.seed,
+            "seconds": seconds,
+            "run": run,
+            "log_weight": about.get("log_weight"),
+            "path_kl": about.get("path_kl"),
+            **{name: known.get(item) for name, known in scores.items()},
+        }
+
+
+def _csv(file: Path, table: list[dict[str, Any]]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(table[0]) if table else [])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _require_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise ImportError("Parquet needs pyarrow: pip install 'deradiff[align]', or export to csv") from None
+
+
+def _parquet(file: Path, table: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), file)

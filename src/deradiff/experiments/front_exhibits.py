@@ -1,0 +1,315 @@
+"""Trade-offs: reward against diversity and divergence (AIG, figures 3, 4, 17 to 24), and scores against λ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from deradiff.experiments import cost_exhibits, diversity_exhibits
+from deradiff.experiments.agreement_figures import unit
+from deradiff.experiments.arm_series import (
+    arms_on,
+    change,
+    distinct,
+    keys,
+    kind_of,
+    model_label,
+    over_prompts,
+    series_of,
+    short,
+    substitutes,
+)
+from deradiff.experiments.diversity_exhibits import FID, LSCD, RECALL, SCD, VENDI, Measure, Measured, diversity
+from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments.front_figures import Panel, Point, Strip, attributes, trade_offs
+from deradiff.experiments.plan import Arm
+from deradiff.experiments.results import Results
+from deradiff.measures import non_dominated
+
+SECTION = "Trade-offs"
+
+FRONTS = {
+    FID: "FID (← closer)", RECALL: "recall (closer →)", SCD: "SCD (← closer)", LSCD: "LSCD (← closer)",
+    VENDI: "Vendi (more diverse →)",
+}  # fmt: skip
+"""The columns of AIG's figure 4, and Vendi, with what their axes are called."""
+
+FARTHEST = 2.0
+"""The largest λ that scores are drawn against: beyond the anchor it is no longer about what comes back."""
+
+
+def exhibits(results: Results) -> Iterator[Exhibit]:
+    """Those that the plan has data for: trade-offs, diversity, cost."""
+    diversities = {extractor: diversity(results, extractor) for extractor in results.plan.features}
+    yield from fronts(results, diversities)
+    yield from divergence(results)
+    yield from returning(results)
+    yield from diversity_exhibits.exhibits(results, diversities)
+    yield from cost_exhibits.exhibits(results)
+
+
+# -- fronts -----------------------------------------------------------------------------------------------------------
+
+
+def fronts(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> Iterator[Exhibit]:
+    """For each score and extractor: the score on every prompt set against every measure of diversity."""
+    scores, extractors = keys(results.plan.scores), keys(list(diversities))
+    for score in results.plan.scores:
+        for extractor, found in diversities.items():
+            grid = {prompts: front(results, prompts, score, found) for prompts in results.plan.prompts}
+            grid = {prompts: row for prompts, row in grid.items() if row}
+            if grid:
+                yield Exhibit(
+                    key=f"front-{scores[score]}-{extractors[extractor]}",
+                    section=SECTION,
+                    title=f"{short(score)} against diversity, by {short(extractor)} features",
+                    caption=_front_caption(results, score, extractor, found, list(grid)),
+                    header=_FRONT_HEADER,
+                    rows=tuple(
+                        row
+                        for prompts, panels in grid.items()
+                        for row in _front_rows(results, prompts, score, found, panels)
+                    ),
+                    figure=trade_offs([list(row.values()) for row in grid.values()]),
+                )
+
+
+def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measured]) -> dict[Measure, Panel]:
+    """The panels of one prompt set, one for each measure that the reference and two more arms have."""
+    upwards = {
+        arm: mean
+        for arm in distinct(results, prompts, results.diversity_on)
+        if arm in found and math.isfinite((mean := results.mean(arm, prompts, score))[0])
+    }
+    panels = {}
+    for measure, across in FRONTS.items():
+        points = {
+            arm: Point(arm, found[arm].values[measure], mean, found[arm].errors[measure], error)
+            for arm, (mean, error) in upwards.items()
+            if math.isfinite(found[arm].values[measure])
+        }
+        label = f"“{prompts}”\n{unit(short(score))}"
+        panel = panel_of(results, points, label, across, measure.maximize, measure.squared)
+        if panel is not None:
+            panels[measure] = panel
+    return panels
+
+
+def panel_of(
+    results: Results, points: Mapping[Arm, Point], upwards: str, across: str, maximize: bool, squared: bool,
+    title: str = "",
+) -> Panel | None:  # fmt: skip
+    """The trade-off of these points; None where there are not two to compare with the reference.
+
+    The ideal point is the best mean score at what the reference has across, as in AIG's figure 4.
+    """
+    reference, chosen = results.reference, results.plan.report.unregularised
+    if reference is None or reference not in points or len(points) < 3:
+        return None
+    plane = torch.tensor([[point.y, point.x] for point in points.values()], dtype=torch.float64)
+    best = non_dominated(plane, (True, maximize)).tolist()
+    unregularised = results.model(chosen) if chosen else None
+    series = [(one, tuple(points[arm] for arm in one.arms if arm in points)) for one in series_of(results)]
+    return Panel(
+        series=tuple((one, some) for one, some in series if some),
+        base=points[reference],
+        unregularised=points.get(unregularised) if unregularised else None,
+        ideal=(points[reference].x, max(point.y for point in points.values())),
+        front=frozenset(arm for arm, is_best in zip(points, best, strict=True) if is_best),
+        across=across,
+        upwards=upwards,
+        squared=squared,
+        title=title,
+    )
+
+
+_FRONT_HEADER = (
+    "prompts", "arm", "method", "series", "λ", "mean score", "s.e. of mean score", "prompts (n)",
+    *(
+        column
+        for measure in FRONTS
+        for column in (measure.name, f"s.e. of {measure.name}", f"non-dominated in {measure.name}")
+    ),
+    "images for diversity",
+)  # fmt: skip
+
+
+def _front_rows(
+    results: Results, prompts: str, score: str, found: Mapping[Arm, Measured], row: Mapping[Measure, Panel]
+) -> list[tuple[Any, ...]]:
+    rows = []
+    for arm in sorted({point.arm for panel in row.values() for point in _points(panel)}, key=results.arms.index):
+        mine = found[arm]
+        numbers = [
+            value
+            for measure in FRONTS
+            for value in (
+                mine.values[measure], mine.errors[measure], _yes(measure in row and arm in row[measure].front)
+            )
+        ]  # fmt: skip
+        rows.append((*_about(results, prompts, arm, score), *numbers, mine.images))
+    return rows
+
+
+def _points(panel: Panel) -> list[Point]:
+    return [panel.base, *(point for _, points in panel.series for point in points)]
+
+
+def _about(results: Results, prompts: str, arm: Arm, score: str) -> tuple[Any, ...]:
+    """The first columns of a trade-off's rows."""
+    series = next((one.label for one in series_of(results) if arm in one.arms), "reference")
+    by_prompt = results.by_prompt(arm, prompts, score)
+    return (
+        prompts, arm.name, kind_of(arm), series, arm.lam, *results.mean(arm, prompts, score),
+        int(np.isfinite(by_prompt).sum()),
+    )  # fmt: skip
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else ""
+
+
+_MARKS = (
+    "Filled markers of realigned models and interpolated weights are at λ ≤ 1, hollow ones at λ > 1. Lines join the "
+    "arms of one anchor, or the models of one family by their β. Rings mark the arms that no other beats both ways, "
+    "noise in the values not looked at. Vertical bars: ±1 standard error over prompts. All arms share prompts and "
+    "seeds: bars hold what prompts do to all of them alike, so that two arms may differ by less than their bars and "
+    "still differ."
+)
+
+
+def _front_caption(
+    results: Results, score: str, extractor: str, found: Mapping[Arm, Measured], sets: Sequence[str]
+) -> str:
+    where, wanted = results.diversity_on, results.plan.report
+    figures = "figures 4 and 17 to 20" if score == results.plan.scores[0] else "figures 21 to 24"
+    errors = (
+        "Horizontal bars: ±1 standard error, for Vendi over prompts, else by a jackknife over prompts"
+        if any(math.isfinite(mine.errors[FID]) for mine in found.values())
+        else "Horizontal bars: ±1 standard error over prompts, for Vendi alone"
+    )
+    images = sorted({mine.images for mine in found.values()})
+    return (
+        f"Mean {short(score)} on each prompt set against diversity on “{where}” ({_span(images)} images of each arm), "
+        f"by {short(extractor)} features, against the reference's images: Fréchet distance (FID where the features are "
+        f"Inception's), recall with k = {wanted.neighbours}, SCD and LSCD; and the Vendi score within prompts, which "
+        "needs no reference. FID, SCD and LSCD are squared distances, on square-root axes. The star is the best mean "
+        "score at the reference's own diversity"
+        + (f"; “unregularised” is {wanted.unregularised}" if wanted.unregularised else "")
+        + f". {_MARKS} {errors}. After Annealed Importance Guidance, {figures}."
+        + substitutes(results.plan, list(dict.fromkeys([*sets, where])))
+    )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+# -- divergence -------------------------------------------------------------------------------------------------------
+
+
+def divergence(results: Results) -> Iterator[Exhibit]:
+    """The first score against the path KL to the reference."""
+    if not results.plan.scores:
+        return
+    score, panels, rows = results.plan.scores[0], [], []
+    for prompts in results.plan.prompts:
+        points = {}
+        for arm in distinct(results, prompts):
+            kl, kl_error = over_prompts(results.path_kl(arm, prompts))
+            mean, error = results.mean(arm, prompts, score)
+            if math.isfinite(kl) and math.isfinite(mean):
+                points[arm] = Point(arm, kl, mean, kl_error, error)
+        panel = panel_of(results, points, unit(short(score)), "path KL to the reference, nats", False, True, prompts)
+        if panel is not None:
+            panels.append(panel)
+            rows += [
+                (*_about(results, prompts, arm, score), point.x, point.dx, _yes(arm in panel.front))
+                for arm, point in points.items()
+            ]
+    if panels:
+        sets = [panel.title for panel in panels]
+        yield Exhibit(
+            key="front-path-kl",
+            section=SECTION,
+            title=f"{short(score)} against the divergence from the reference",
+            caption=(
+                f"Mean {short(score)} against the KL divergence of the arm's sampling paths from the reference's, the "
+                "sum over steps of the divergence of one step's Gaussian, averaged over the arm's own paths; an upper "
+                "bound of the images' KL. Where aligning is a gentle tilt, the gain is in proportion to the square "
+                "root of the KL, a straight line on this square-root axis. Interpolated weights, particles and "
+                "optimised noise have no path KL of their own and are left out, as is whatever was sampled "
+                f"deterministically. {_MARKS} Horizontal bars: ±1 standard error over prompts. After Annealed "
+                "Importance Guidance, figure 3a, with realigned models beside those trained with KL regularisation, "
+                "and the reward-divergence fronts that DeRaDiff's reviewers asked "
+                "for." + substitutes(results.plan, sets)
+            ),
+            header=(*_FRONT_HEADER[:8], "path KL, nats", "s.e. of path KL", "non-dominated"),
+            rows=tuple(rows),
+            figure=trade_offs([panels[start : start + 3] for start in range(0, len(panels), 3)]),
+        )
+
+
+# -- attributes against λ ---------------------------------------------------------------------------------------------
+
+
+def returning(results: Results) -> Iterator[Exhibit]:
+    """How each score comes back to the reference's as λ falls, for anchors with two λ or more between the two."""
+    panels: dict[str, dict[str, list[Strip]]] = {}
+    rows = []
+    for prompts in results.plan.prompts:
+        for score in results.plan.scores:
+            for anchor, arms in strips(results, prompts).items():
+                changes = [change(results, results.by_prompt(arm, prompts, score), prompts, score) for _, arm in arms]
+                known = [(lam, arm, one) for (lam, arm), one in zip(arms, changes, strict=True) if one is not None]
+                if sum(0 < lam < 1 for lam, *_ in known) < 2:
+                    continue
+                whole = next((one.value for lam, _, one in known if lam == 1), math.nan)
+                label = model_label(results.plan, anchor)
+                panels.setdefault(prompts, {}).setdefault(short(score), []).append(
+                    Strip(
+                        label, [lam for lam, *_ in known], [one.value for *_, one in known],
+                        [one.low for *_, one in known], [one.high for *_, one in known],
+                    )
+                )  # fmt: skip
+                rows += [
+                    (prompts, score, anchor, lam, arm.name, *results.mean(arm, prompts, score), *one,
+                     one.value / whole if whole else math.nan)
+                    for lam, arm, one in known
+                ]  # fmt: skip
+    if rows:
+        yield Exhibit(
+            key="attributes-by-lambda",
+            section=SECTION,
+            title="How attributes come back as λ falls",
+            caption=(
+                "Every score of realigned models minus the reference's on the same prompts and seeds, against λ: 0 is "
+                "the reference, 1 the anchor, beyond lies extrapolation. Mixing the reference in brings its attributes "
+                "back, wanted ones and biases alike, as a reviewer of DeRaDiff remarked; the scores show at which λ "
+                "each does. The last column of the numbers is what is left of the anchor's own change. Bars: 95% "
+                "intervals by a paired bootstrap over prompts." + substitutes(results.plan, list(panels))
+            ),
+            header=(
+                "prompts", "score", "anchor", "λ", "arm", "mean", "s.e. of mean", "difference to the reference",
+                "95% from", "95% to", "prompts (n)", "share of the anchor's difference",
+            ),
+            rows=tuple(rows),
+            figure=attributes(panels),
+        )  # fmt: skip
+
+
+def strips(results: Results, prompts: str) -> dict[str, list[tuple[float, Arm]]]:
+    """Every anchor with its arms by Algorithm 1 up to `FARTHEST`, by λ; the reference and the anchor included."""
+    found: dict[str, dict[float, Arm]] = {}
+    for arm in arms_on(results, prompts):
+        if arm.method == "realign" and not arm.particles and arm.lam is not None and arm.lam <= FARTHEST:
+            found.setdefault(arm.anchors[0][0], {})[arm.lam] = arm
+    for anchor, arms in found.items():
+        for lam, end in ((0.0, results.reference), (1.0, results.model(anchor))):
+            if end is not None and end in arms_on(results, prompts):
+                arms.setdefault(lam, end)
+    return {anchor: sorted(arms.items(), key=lambda one: one[0]) for anchor, arms in found.items()}

@@ -1,0 +1,534 @@
+"""A plan: the models, prompts, methods and numbers that an experiment consists of, read from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deradiff import notation
+from deradiff.pipelines import SCHEDULERS
+from deradiff.realignment import lam_for_beta
+from deradiff.schedules import Schedule
+
+ALL: Final = "all"
+"""Written in place of a list of names."""
+
+DIGITS = "digits"
+"""The source of prompts for the digits model."""
+
+Names = tuple[str, ...] | Literal["all"]
+
+Lams = tuple[float, ...]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# -- what there is ----------------------------------------------------------------------------------------------------
+
+
+class Model(_Part):
+    """An aligned model: any source that `realign` takes, and the strength it was aligned with."""
+
+    source: str
+    beta: float | None = Field(default=None, gt=0)
+    """The KL strength β. Models of one `family` are aligned alike, so that their β mean the same."""
+    family: str = "aligned"
+
+
+class Prompts(_Part):
+    """A set of prompts, each drawn with every seed."""
+
+    source: str | tuple[str, ...] | None = None
+    """What `alignment.prompts.load_prompts` takes, several for their union, or `digits`."""
+    prompts: tuple[str, ...] = ()
+    """The prompts themselves, instead of a source."""
+    count: int | None = Field(default=None, ge=1)
+    draw_seed: int | None = None
+    """The `count` prompts are drawn with this seed; without it they are the first."""
+    split: str = "train"
+    seeds: tuple[int, ...] = (0,)
+    substitute_for: str = ""
+    """What these prompts stand for that was never published; the report says so."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _read_seeds(cls, given: Any) -> Any:
+        texts = [given] if isinstance(given, int | str) else given
+        return notation.seeds([str(text) for text in texts], "seeds")
+
+    @model_validator(mode="after")
+    def _either(self) -> Prompts:
+        if (self.source is None) == (not self.prompts):
+            raise ValueError("prompts come from a source or are listed under prompts: give one of both")
+        if self.prompts and len({*self.prompts}) < len(self.prompts):
+            raise ValueError("a prompt is listed twice")
+        if not self.seeds:
+            raise ValueError("at least one seed is needed")
+        return self
+
+
+class Sampling(_Part):
+    """How images are sampled; what is not given is the pipeline's own."""
+
+    scheduler: str | None = None
+    steps: int = Field(default=25, ge=1)
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in SCHEDULERS:
+            raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
+        return name
+
+
+# -- what is done with it ---------------------------------------------------------------------------------------------
+
+
+class NoiseOptimization(_Part):
+    """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
+
+    The defaults are ReNO's.
+    """
+
+    reward: str
+    iterations: int = Field(default=50, ge=1)
+    learning_rate: float = Field(default=5.0, gt=0)
+    norm_weight: float = Field(default=0.01, ge=0)
+    pipeline: str | None = None
+    """Another pipeline than the reference, such as a one-step model."""
+    steps: int | None = Field(default=None, ge=1)
+    """Other steps than the sampling's, such as one."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get an image for a prompt and a seed: what the rows of every table are."""
+
+    name: str
+    method: str
+    anchors: tuple[tuple[str, float], ...] = ()
+    """The models that take part and their λ; none is the reference."""
+    schedule: str = ""
+    """How λ grows, in the notation of `notation.schedule`; empty where it stays."""
+    particles: int = 0
+    target: str = ""
+    """The model that this arm approximates."""
+    noise: NoiseOptimization | None = None
+    prompts: Names = ALL
+    """The prompt sets that it is drawn for."""
+    sampling: str = ""
+    """The name of how it is sampled."""
+
+    @property
+    def lam(self) -> float | None:
+        """λ where there is one anchor."""
+        return self.anchors[0][1] if len(self.anchors) == 1 else None
+
+
+class _Method(_Part):
+    prompts: Names = ALL
+    """The prompt sets that this method is drawn for."""
+
+
+class Reference(_Method):
+    """The reference as it is."""
+
+    method: Literal["reference"]
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One."""
+        yield Arm("reference", self.method, prompts=self.prompts)
+
+
+class AsIs(_Method):
+    """Aligned models as they are: retrained ones, KL-regularised ones, ReFL, ..."""
+
+    method: Literal["model"]
+    models: Names = ALL
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One for each model."""
+        for name in plan.named(self.models):
+            yield Arm(name, self.method, ((name, 1.0),), prompts=self.prompts)
+
+
+class _OfAnchors(_Method):
+    anchors: Names = Field(default=ALL)
+    lam: Lams = ()
+
+    @field_validator("lam", mode="before")
+    @classmethod
+    def _read_lam(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return tuple(notation.numbers(given, "lam"))
+        return (given,) if isinstance(given, int | float) else given
+
+
+class Realign(_OfAnchors):
+    """DeRaDiff: one anchor at several λ, or at those λ that stand for the β of other models of its family."""
+
+    method: Literal["realign"]
+    targets: Names = ()
+    particles: int = Field(default=0, ge=0)
+    """Particles for every image, of which one is drawn by weight; 0 for Algorithm 1."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Realign:
+        if bool(self.lam) == bool(self.targets):
+            raise ValueError("realign needs λ as `lam`, or the models it stands for as `targets`: give one of both")
+        return self
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One for each anchor and λ."""
+        suffix = f", {self.particles} particles" if self.particles else ""
+        for name in plan.named(self.anchors):
+            for lam in self.lam:
+                yield Arm(
+                    f"{name}, λ = {lam:g}{suffix}",
+                    self.method,
+                    ((name, lam),),
+                    "",
+                    self.particles,
+                    prompts=self.prompts,
+                )
+            for target in plan.named(self.targets) if self.targets else ():
+                anchor, other = plan.models[name], plan.models[target]
+                if anchor.family != other.family and self.targets == ALL:
+                    continue
+                if anchor.beta is None or other.beta is None or anchor.family != other.family:
+                    raise ValueError(
+                        f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β'"
+                    )
+                lam = lam_for_beta(anchor.beta, other.beta)
+                named = f"{name} → {target}{suffix}"
+                yield Arm(named, self.method, ((name, lam),), "", self.particles, target, prompts=self.prompts)
+
+
+class Combine(_Method):
+    """Several rewards at once: λ for each of several anchors (DeRaDiff, appendix A.4)."""
+
+    method: Literal["combine"]
+    lams: tuple[dict[str, float], ...] = Field(min_length=1)
+    particles: int = Field(default=0, ge=0)
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One for each combination."""
+        suffix = f", {self.particles} particles" if self.particles else ""
+        for lams in self.lams:
+            if len(plan.named(tuple(lams))) < 2:
+                raise ValueError(f"combine needs λ of two anchors or more, got {lams}: one is for realign")
+            name = " + ".join(f"{lam:g} {anchor}" for anchor, lam in lams.items())
+            yield Arm(f"{name}{suffix}", self.method, tuple(lams.items()), "", self.particles, prompts=self.prompts)
+
+
+class Anneal(_OfAnchors):
+    """Annealed importance guidance: λ grows from 0 along a schedule."""
+
+    method: Literal["anneal"]
+    schedules: tuple[str, ...] = Field(min_length=1)
+    lam: Lams = (1.0,)
+
+    @field_validator("schedules")
+    @classmethod
+    def _known(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for text in given:
+            if notation.schedule(text, "steps", "schedules") is None:
+                raise ValueError("a constant λ is no annealing: take realign")
+        return given
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One for each anchor, λ and schedule."""
+        for name in plan.named(self.anchors):
+            for lam in self.lam:
+                for schedule in self.schedules:
+                    reach = "" if lam == 1 else f" up to {lam:g}"
+                    yield Arm(f"{name}, {schedule}{reach}", self.method, ((name, lam),), schedule, prompts=self.prompts)
+
+
+class Interpolate(_OfAnchors):
+    """Weight interpolation, which for a LoRA is LoRA scaling."""
+
+    method: Literal["interpolate"]
+    lam: Lams = Field(min_length=1)
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One for each anchor and λ."""
+        for name in plan.named(self.anchors):
+            for lam in self.lam:
+                yield Arm(f"{name}, weights at {lam:g}", self.method, ((name, lam),), prompts=self.prompts)
+
+
+class OptimizeNoise(_Method, NoiseOptimization):
+    """The reference, or another pipeline, from noise that was optimised for a reward."""
+
+    method: Literal["optimize-noise"]
+
+    def arms(self, plan: Plan) -> Iterator[Arm]:
+        """One."""
+        noise = NoiseOptimization(**{name: getattr(self, name) for name in NoiseOptimization.model_fields})
+        which = f" of {self.pipeline}" if self.pipeline else ""
+        yield Arm(
+            f"noise{which} for {self.reward}, {self.iterations} iterations",
+            self.method,
+            noise=noise,
+            prompts=self.prompts,
+        )
+
+
+Method = Annotated[
+    Reference | AsIs | Realign | Combine | Anneal | Interpolate | OptimizeNoise, Field(discriminator="method")
+]
+
+
+# -- what is wanted of it ---------------------------------------------------------------------------------------------
+
+
+class Wanted(_Part):
+    """What the report makes of the images; what is left out is chosen from the plan, or left out of the report."""
+
+    diversity_on: str | None = None
+    """The prompt set whose images diversity is measured with."""
+    neighbours: int = Field(default=10, ge=1)
+    """k of precision and recall."""
+    healthy: str | None = None
+    """The model that counts as not reward-hacked, for DeRaDiff's Table 3."""
+    hacked: tuple[str, ...] = ()
+    unregularised: str | None = None
+    """The model that the fronts mark as aligned without regularisation."""
+    pictures: int = Field(default=6, ge=1)
+    """How many prompts the picture sheets show."""
+    alignment_gpu_hours: float = Field(default=336.0, gt=0)
+    """What aligning once costs (DeRaDiff, §6: 336 for SDXL)."""
+
+
+class Plan(_Part):
+    """An experiment. Raises `ValueError` (pydantic's) for anything that does not exist or does not fit."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    reference: str
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    allow_pickle: bool = False
+    models: dict[str, Model] = Field(min_length=1)
+    prompts: dict[str, Prompts] = Field(min_length=1)
+    sampling: dict[str, Sampling] = Field(min_length=1)
+    methods: tuple[Method, ...] = Field(min_length=1)
+    scores: tuple[str, ...] = ()
+    """Rewards by name (`rewards.load`); the first is the one that the fronts are drawn for."""
+    features: tuple[str, ...] = ()
+    """Feature extractors by name (`measures.features`), for FID, recall, SCD, LSCD and Vendi."""
+    path_kl: bool = True
+    """Evaluate the reference beside models drawn as they are, for their path KL; costs their sampling once more."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images computed together: it decides their last bits, so it is a part of the plan."""
+    report: Wanted = Wanted()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Plan:
+        for name in self.scores:
+            _require_score(name)
+        for name in self.features:
+            _require_extractor(name)
+        wanted = self.report
+        self.named(tuple(filter(None, (wanted.healthy, *wanted.hacked, wanted.unregularised))))
+        if wanted.diversity_on is not None:
+            self.sets((wanted.diversity_on,))
+        arms = self.arms()
+        for arm in arms:
+            if arm.noise is not None:
+                _require_score(arm.noise.reward)
+        return self
+
+    def named(self, names: Names) -> tuple[str, ...]:
+        """The models of these names. Raises `ValueError` for one that there is not."""
+        return _chosen(names, self.models, "model")
+
+    def sets(self, names: Names) -> tuple[str, ...]:
+        """The prompt sets of these names. Raises `ValueError` for one that there is not."""
+        return _chosen(names, self.prompts, "prompt set")
+
+    def arms(self) -> list[Arm]:
+        """Every way to get an image: the methods' arms, for each way of sampling.
+
+        One that several methods ask for is there once, for the prompt sets of them all.
+        """
+        found: dict[str, Arm] = {}
+        for arm in (arm for method in self.methods for arm in method.arms(self)):
+            sets = {*self.sets(arm.prompts), *(found[arm.name].prompts if arm.name in found else ())}
+            found[arm.name] = replace(arm, prompts=tuple(name for name in self.prompts if name in sets))
+        return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in found.values()]
+
+    def cells(self, texts: Mapping[str, tuple[str, ...]]) -> Iterator[Cell]:
+        """Every image of the experiment, for the prompts of each set (`prompts.resolve`)."""
+        for arm in self.arms():
+            for name in self.sets(arm.prompts):
+                for row, prompt in enumerate(texts[name]):
+                    for column, seed in enumerate(self.prompts[name].seeds):
+                        yield Cell(arm, name, row, column, drawing_of(self, arm, prompt, seed))
+
+
+def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...]:
+    if names == ALL:
+        return tuple(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no {what} {', '.join(map(repr, unknown))}; the plan has {', '.join(known)}")
+    return tuple(names)
+
+
+def _require_score(name: str) -> None:
+    from deradiff.rewards import COMPUTED, LEARNED
+
+    if name.partition("=")[0] not in {*COMPUTED, *LEARNED}:
+        raise ValueError(f"there is no score {name!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
+
+
+def _require_extractor(name: str) -> None:
+    from deradiff.measures.features import EXTRACTORS, DigitsExtractor
+
+    known = (*EXTRACTORS, DigitsExtractor.name)
+    if name.partition("=")[0] not in known:
+        raise ValueError(f"there is no feature extractor {name!r}: choose among {', '.join(known)}")
+
+
+# -- single images ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Everything that decides an image but the weights of the models, in one form however the plan words it.
+
+    Anchors at λ = 0 are left out: the reference is the same under whatever name it is asked for.
+    """
+
+    kind: Literal["mixture", "weights", "particles", "noise"]
+    anchors: tuple[tuple[str, float], ...]
+    schedule: str
+    particles: int
+    noise: NoiseOptimization | None
+    sampling: Sampling
+    prompt: str
+    seed: int
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Drawings of one group can share a batch: the same networks are evaluated, in the same way.
+
+        Annealed ones keep apart, since what a run tells about its weights is told of all its images.
+        """
+        names = tuple(name for name, _ in self.anchors)
+        alone = not self.schedule and [lam for _, lam in self.anchors] == [1.0]
+        blend = self.anchors if self.kind == "weights" else ()
+        return self.kind, names, alone, bool(self.schedule), blend, self.particles, self.noise, self.sampling
+
+    def dial(self, names: tuple[str, ...]) -> Any:
+        """λ of the anchors `names` in the form that a dial takes."""
+        known = dict(self.anchors)
+        lams = {name: _scaled(self.schedule, known.get(name, 0.0)) for name in names}
+        return lams if len(lams) > 1 else next(iter(lams.values()))
+
+
+class Cell(NamedTuple):
+    """One image in the experiment: the arm, the prompt set, the prompt's and the seed's place in it."""
+
+    arm: Arm
+    prompts: str
+    row: int
+    column: int
+    drawing: Drawing
+
+
+def drawing_of(plan: Plan, arm: Arm, prompt: str, seed: int) -> Drawing:
+    """What `arm` draws for a prompt and a seed."""
+    kind: Any = "mixture"
+    if arm.noise is not None:
+        kind = "noise"
+    elif arm.method == "interpolate":
+        kind = "weights"
+    elif arm.particles:
+        kind = "particles"
+    anchors = tuple(sorted((name, lam) for name, lam in arm.anchors if lam))
+    if kind == "weights" and (not anchors or [lam for _, lam in anchors] == [1.0]):
+        kind = "mixture"  # the weights of one of the models, where both are the same
+    schedule = arm.schedule if anchors else ""
+    return Drawing(kind, anchors, schedule, arm.particles, arm.noise, plan.sampling[arm.sampling], prompt, seed)
+
+
+def _scaled(schedule: str, lam: float) -> float | Schedule:
+    shape = notation.schedule(schedule, "steps") if schedule else None
+    return lam if shape is None else shape.scaled(lam)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file.
+
+    Raises `FileNotFoundError`, and `ValueError` for what is no plan: the message names every place that is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no plan {path}: write one with `deradiff experiment plan --preset digits`")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_plan(content, str(path))
+
+
+def parse_plan(content: Any, where: str) -> Plan:
+    """The plan that is plain data. Raises `ValueError` that names every place that is wrong in `where`."""
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        wrong = [f"{_place(one['loc'])}{one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
+        raise ValueError(f"{where} is no plan: {'; '.join(wrong)}") from None
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return f"{'.'.join(map(str, location))}: " if location else ""
+
+
+def write_plan(plan: Plan) -> str:
+    """The plan as YAML that `read_plan` reads: what was given, not what was left at its default."""
+    data = plan.model_dump(mode="json", exclude_unset=True)
+    for one in data["prompts"].values():
+        if "seeds" in one:
+            one["seeds"] = _range(one["seeds"])
+    data["methods"] = [{"method": method.pop("method"), **method} for method in data["methods"]]
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _range(seeds: list[int]) -> str | list[int]:
+    """Seeds in a row as `first:last`."""
+    first, last = seeds[0], seeds[-1]
+    return f"{first}:{last}" if len(seeds) > 2 and seeds == list(range(first, last + 1)) else seeds
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists and mappings of plain values on one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
+        return super().represent_sequence(tag, sequence, flow_style=_flat(sequence))
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
+        nested = [value for value in mapping.values() if isinstance(value, list | dict)]
+        return super().represent_mapping(tag, mapping, flow_style=len(mapping) < 7 and all(map(_flat, nested)))
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """No anchors of YAML's: they would look like ours."""
+        return True
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, list) and all(not isinstance(one, list | dict) for one in value)

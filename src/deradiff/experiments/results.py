@@ -1,0 +1,244 @@
+"""What an experiment has found so far, by arm and prompt set: all that tables and figures are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.running import Contents, contents
+from deradiff.experiments.store import Store
+from deradiff.ledger import RunWeights
+from deradiff.weights import Verdict, verdict
+
+Table = Float[np.ndarray, "prompt seed"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model approximated from another: the cell of a table of anchors and targets."""
+
+    anchor: str
+    target: str
+    lam: float
+    approximated: Arm
+    retrained: Arm
+
+
+class Results:
+    """The numbers of a store for a plan, at one way of sampling. What is not there yet is NaN, or not among the rows.
+
+    Raises `ValueError` for a way of sampling that the plan does not have.
+    """
+
+    def __init__(self, plan: Plan, store: Store, sampling: str | None = None) -> None:
+        self.plan = plan
+        self.sampling = next(iter(plan.sampling)) if sampling is None else sampling
+        if self.sampling not in plan.sampling:
+            raise ValueError(f"the plan does not sample by {sampling!r}: it has {', '.join(plan.sampling)}")
+        self.contents: Contents = contents(plan, store, fresh=False)
+        self._drawn, self._told = store.drawn(), store.told()
+        self._scores = {name: store.scores(name) for name in plan.scores}
+        self._features = {name: store.features(name) for name in plan.features}
+        self.failures, self.runs = store.failures(), store.runs()
+
+    # -- what there is ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """The arms of this way of sampling, in the plan's order."""
+        return [arm for arm in self.plan.arms() if arm.sampling == self.sampling]
+
+    def named(self, name: str) -> Arm | None:
+        """The arm of that name, None where there is none."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def of_method(self, *methods: str) -> list[Arm]:
+        """The arms of these methods."""
+        return [arm for arm in self.arms if arm.method in methods]
+
+    @property
+    def reference(self) -> Arm | None:
+        """The reference as it is."""
+        return next(iter(self.of_method("reference")), None)
+
+    def model(self, name: str) -> Arm | None:
+        """The arm that draws this model as it is."""
+        return next((arm for arm in self.of_method("model") if arm.anchors == ((name, 1.0),)), None)
+
+    def pairs(self, particles: bool = False) -> list[Pair]:
+        """Every approximation of a model that was also drawn as it is; by Algorithm 1, or by particles."""
+        found = []
+        for arm in self.of_method("realign"):
+            retrained = self.model(arm.target) if arm.target else None
+            if retrained is not None and bool(arm.particles) == particles:
+                (anchor, lam), *_ = arm.anchors
+                found.append(Pair(anchor, arm.target, lam, arm, retrained))
+        return found
+
+    def families(self) -> dict[str, list[str]]:
+        """The models of each family, those with the largest β, hence least aligned, first."""
+        found: dict[str, list[str]] = {}
+        for name, model in self.plan.models.items():
+            found.setdefault(model.family, []).append(name)
+        return {
+            family: sorted(names, key=lambda name: -(self.plan.models[name].beta or 0.0))
+            for family, names in found.items()
+        }
+
+    @property
+    def diversity_on(self) -> str:
+        """The prompt set that diversity is measured with: the plan's choice, or the one with most seeds."""
+        chosen = self.plan.report.diversity_on
+        return chosen or max(self.plan.prompts, key=lambda name: len(self.plan.prompts[name].seeds))
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    def scores(self, arm: Arm, prompts: str, name: str) -> Table:
+        """A score of every image of an arm; NaN where there is none (yet)."""
+        return self._table(arm, prompts, lambda item: self._scores[name].get(item))
+
+    def mean(self, arm: Arm, prompts: str, name: str) -> tuple[float, float]:
+        """The mean score and its standard error over prompts, of those that have one; NaN for none."""
+        by_prompt = self.by_prompt(arm, prompts, name)
+        by_prompt = by_prompt[np.isfinite(by_prompt)]
+        if not len(by_prompt):
+            return float("nan"), float("nan")
+        error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else float("nan")
+        return float(by_prompt.mean()), float(error)
+
+    def by_prompt(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, " prompt"]:
+        """The score of every prompt, averaged over the seeds that have one; NaN for a prompt without any."""
+        table = self.scores(arm, prompts, name)
+        there = np.isfinite(table)
+        sums = np.where(there, table, 0.0).sum(1)
+        return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
+
+    def features(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, "image feature"]:
+        """The feature vectors of an arm's images, prompt after prompt; those that are there."""
+        known = self._features[name]
+        vectors = [known[item] for _, _, item in self._items(arm, prompts) if item in known]
+        return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+    def feature_groups(self, arm: Arm, prompts: str, name: str) -> list[Float[np.ndarray, "seed feature"]]:
+        """The same, prompt by prompt."""
+        known = self._features[name]
+        found: dict[int, list[Any]] = {}
+        for row, _, item in self._items(arm, prompts):
+            if item in known:
+                found.setdefault(row, []).append(known[item])
+        return [np.stack(vectors) for vectors in found.values()]
+
+    def features_by_place(
+        self, arm: Arm, prompts: str, name: str
+    ) -> dict[tuple[int, int], Float[np.ndarray, " feature"]]:
+        """The same by the place (prompt, seed) of the image, for comparisons of images that belong together."""
+        known = self._features[name]
+        return {(row, column): known[item] for row, column, item in self._items(arm, prompts) if item in known}
+
+    def path_kl(self, arm: Arm, prompts: str) -> Table:
+        """What each image's path adds to the divergence of the arm's model from the reference, in nats.
+
+        0 for the reference; NaN where it is not known: deterministic samplers, interpolated weights, particles.
+        """
+        if arm.method == "reference":
+            return self._table(arm, prompts, lambda item: 0.0 if item in self._told else None)
+        return self._table(
+            arm, prompts, lambda item: self._told[item][0].get("path_kl") if item in self._told else None
+        )
+
+    def seconds(self, arm: Arm) -> float:
+        """Mean seconds that one image took, in its batch; NaN for none."""
+        found = [
+            self._told[item][1] for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)
+            if item in self._told
+        ]  # fmt: skip
+        return float(np.mean(found)) if found else float("nan")
+
+    def told(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
+        """What was told about each of the arm's images that are there: weights, effective particles, evaluations."""
+        return [self._told[item][0] for _, _, item in self._items(arm, prompts) if item in self._told]
+
+    def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
+        """How far an arm's mean score can be trusted (`weights.verdict`); None where it has no weights."""
+        rows, told, scores = [], [], []
+        for row, _, item in self._items(arm, prompts):
+            score = self._scores[name].get(item)
+            if item in self._told and score is not None and "log_weight" in self._told[item][0]:
+                rows.append(row)
+                told.append(self._told[item][0])
+                scores.append(score)
+        if not told:
+            return None
+        reference = self.reference
+        baseline = self.mean(reference, prompts, name)[0] if reference is not None else float("nan")
+        return verdict(
+            _weights(arm, told), torch.tensor(scores, dtype=torch.float64), torch.tensor(rows),
+            baseline=baseline if np.isfinite(baseline) else None, name=name,
+        )  # fmt: skip
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def image(self, arm: Arm, prompts: str, row: int, column: int) -> Path | None:
+        """The file of an image; None where it is not there."""
+        item = self._index.get((arm, prompts), {}).get((row, column))
+        found = self._drawn.get(item) if item is not None else None
+        return None if found is None else found.path
+
+    def done(self, arm: Arm) -> tuple[int, int]:
+        """How many images of an arm are there, and how many are planned."""
+        items = [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
+        return sum(item in self._drawn for item in items), len(items)
+
+    def measured(self, arm: Arm) -> dict[str, int]:
+        """How many images of an arm have each score and each extractor's features."""
+        items = [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
+        known: dict[str, Any] = self._scores | self._features
+        return {name: sum(item in found for item in items) for name, found in known.items()}
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _index(self) -> dict[tuple[Arm, str], dict[tuple[int, int], str]]:
+        found: dict[tuple[Arm, str], dict[tuple[int, int], str]] = {}
+        for cell, item in self.contents.cells.items():
+            found.setdefault((cell.arm, cell.prompts), {})[cell.row, cell.column] = item
+        return found
+
+    def _items(self, arm: Arm, prompts: str) -> Iterator[tuple[int, int, str]]:
+        for (row, column), item in sorted(self._index.get((arm, prompts), {}).items()):
+            yield row, column, item
+
+    def _table(self, arm: Arm, prompts: str, value: Any) -> Table:
+        table = np.full((len(self.contents.texts[prompts]), len(self.plan.prompts[prompts].seeds)), np.nan)
+        for row, column, item in self._items(arm, prompts):
+            found = value(item)
+            if found is not None:
+                table[row, column] = found
+        return table
+
+
+def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> RunWeights:
+    """The weights of images that were drawn in several batches, as of one run."""
+    names = [name for name in told[0]["log_ratios"] if all(name in one["log_ratios"] for one in told)]
+    paths = [one["path_kl"] for one in told]
+    return RunWeights(
+        log_weights=torch.tensor([one["log_weight"] for one in told], dtype=torch.float64),
+        log_ratios={
+            name: torch.tensor([one["log_ratios"][name] for one in told], dtype=torch.float64) for name in names
+        },
+        path_kl=None if None in paths else torch.tensor(paths, dtype=torch.float64),
+        memoryless=all(one["memoryless"] for one in told),
+        lams=torch.tensor([[lam] * len(told) for _, lam in sorted(arm.anchors)], dtype=torch.float64).reshape(
+            len(arm.anchors), len(told)
+        ),
+        obstacles=frozenset(obstacle for one in told for obstacle in one["obstacles"]),
+        predictions=told[0]["predictions"],
+    )

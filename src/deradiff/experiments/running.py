@@ -1,0 +1,261 @@
+"""Run a plan: draw what the store does not have, score what has no score. Interrupted at any time, it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deradiff.experiments.crews import Crew, Todo, work
+from deradiff.experiments.plan import Cell, Drawing, Plan
+from deradiff.experiments.sources import fingerprints, resolve
+from deradiff.experiments.store import Image, Missing, Store
+from deradiff.experiments.worker import Done, Draw, Score
+from deradiff.jobs import Report
+from deradiff.records import versions
+
+SCORED_TOGETHER = 64
+"""Images that a scorer is given at a time."""
+
+
+@dataclass
+class Outcome:
+    """What a run did."""
+
+    drawn: int = 0
+    lost: int = 0
+    """Images that were gone or altered, and were drawn again."""
+    scored: int = 0
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+    """(score, image, error): what could not be scored."""
+    seconds: float = 0.0
+    busy: float = 0.0
+    """Seconds that the workers spent in models and scorers, per worker."""
+
+    @property
+    def overhead(self) -> float:
+        """The share of the time in which the average worker computed nothing."""
+        return 1 - self.busy / self.seconds if self.seconds else 0.0
+
+
+def identity(drawing: Drawing, plan: Plan, prints: dict[str, Any]) -> str:
+    """The name of an image: a hash of everything that decides it, the models' weights rather than their names.
+
+    The device and the batch are left out: they decide the last bits, and would make every image another.
+    """
+    about = {
+        "kind": drawing.kind,
+        "reference": prints[""]["sha256"],
+        "dtype": plan.dtype,
+        "anchors": sorted((prints[name]["sha256"], lam) for name, lam in drawing.anchors),
+        "schedule": drawing.schedule,
+        "particles": drawing.particles,
+        "noise": drawing.noise and drawing.noise.model_dump(),
+        "pipeline": drawing.noise and drawing.noise.pipeline and prints[drawing.noise.pipeline]["sha256"],
+        "sampling": drawing.sampling.model_dump(),
+        "prompt": drawing.prompt,
+        "seed": drawing.seed,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A plan with its prompts and weights made definite: which images it consists of."""
+
+    plan: Plan
+    texts: dict[str, tuple[str, ...]]
+    cells: dict[Cell, str]
+    """Every cell of the experiment, and the identity of its image, which several cells may share."""
+
+    @property
+    def drawings(self) -> dict[str, Drawing]:
+        """Every image by its identity."""
+        return {item: cell.drawing for cell, item in self.cells.items()}
+
+
+def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
+    """What `plan` consists of. Prompts are found once and stay in the store, as their lists on the hub may change.
+
+    With `fresh` false the weights are those of the last run, and are not looked at.
+    """
+    texts = {name: _texts(wanted.model_dump(mode="json", exclude={"seeds", "substitute_for"}), partial(resolve, wanted),
+                          store, fresh) for name, wanted in plan.prompts.items()}  # fmt: skip
+    prints = store.fact("fingerprints") or {}
+    if fresh:
+        prints = fingerprints(plan, prints)
+        store.remember("fingerprints", prints)
+    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in plan.cells(texts)})
+
+
+def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:
+    name = f"prompts {hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()}"
+    known = store.fact(name)
+    if known is None:
+        known = find()
+        if fresh:
+            store.remember(name, known)
+    return tuple(known)
+
+
+def in_batches(plan: Plan, cells: Sequence[tuple[Cell, str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Batches of the images: those of one group together, all λ of a prompt beside each other."""
+    arms = {arm: number for number, arm in enumerate(plan.arms())}
+    sets = {name: number for number, name in enumerate(plan.prompts)}
+    groups: dict[Any, dict[str, Drawing]] = {}
+    for cell, item in sorted(cells, key=lambda it: (sets[it[0].prompts], it[0].row, it[0].column, arms[it[0].arm])):
+        groups.setdefault(cell.drawing.group, {})[item] = cell.drawing
+    for group in groups.values():
+        size = max(1, plan.batch_size // max(1, next(iter(group.values())).particles))
+        rows = [(item, record(drawing)) for item, drawing in group.items()]
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def record(drawing: Drawing) -> dict[str, Any]:
+    """A drawing as plain data."""
+    noise = drawing.noise and drawing.noise.model_dump()
+    return asdict(drawing) | {"sampling": drawing.sampling.model_dump(), "noise": noise}
+
+
+def run(
+    plan: Plan, folder: Path, crew: Callable[[], Crew], report: Report, *, thoroughly: bool = False, again: bool = False
+) -> Outcome:
+    """Draw and score what the store in `folder` lacks, and say what was done.
+
+    Args:
+        plan: what is wanted. It may be another than that of the last run: what both want is there.
+        folder: made where there is none.
+        crew: makes the workers, once there is work for them.
+        report: told of progress.
+        thoroughly: read all images that are there, instead of trusting the size and time of their files.
+        again: try once more what could not be scored.
+
+    Raises `StoreError`, and whatever a model raises; all that was done until then stays.
+    """
+    outcome, began = Outcome(), time.perf_counter()
+    workers: list[Crew] = []
+
+    def hired() -> Crew:
+        if not workers:
+            workers.append(crew())
+        return workers[0]
+
+    with Store(folder, create=True) as store:
+        try:
+            store.remember("plan", plan.model_dump(mode="json"))
+            whole = contents(plan, store)
+            store.begin({"versions": versions(), "plan": plan.name})
+            outcome.lost += len(set(store.check(thoroughly)) & set(whole.drawings))
+            while True:
+                _draw(whole, store, hired, report, outcome)
+                lost = _score(whole, store, hired, report, outcome, again)
+                if not lost:
+                    break
+                outcome.lost += lost
+            outcome.failures = store.failures()
+            if workers:
+                outcome.busy /= workers[0].size
+        finally:
+            for hand in workers:
+                hand.close()
+    outcome.seconds = time.perf_counter() - began
+    return outcome
+
+
+def _draw(whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome) -> None:
+    drawings = whole.drawings
+    # Whoever shares a batch with an image decides its last bits, so a batch is drawn again as a whole. That cannot be
+    # where the plan no longer has them all.
+    stale = [
+        item
+        for members in store.batches().values()
+        for item, drawn in members
+        if not drawn and not drawings.keys() >= {item for item, _ in members}
+    ]
+    store.unbatch(stale)
+    known = store.known()
+    store.add_batches(in_batches(whole.plan, [(cell, item) for cell, item in whole.cells.items() if item not in known]))
+    batches = {
+        number: members
+        for number, members in store.batches().items()
+        if any(not drawn and item in drawings for item, drawn in members)
+    }
+    planned, done = len(drawings), len(drawings.keys() & store.drawn().keys())
+    if not batches:
+        return
+    report("drawing", done, planned, "")
+    todos = [
+        Todo(task.group, partial(_itself, task))
+        for number, members in batches.items()
+        for task in [_task(number, members, drawings)]
+    ]
+    for task, result in work(todos, hired()):
+        assert isinstance(task, Draw)
+        names = [batches[task.number][place][0] for place in task.wanted]
+        store.put([(name, *found) for name, found in zip(names, result.results, strict=True)], result.seconds)
+        outcome.busy += result.seconds
+        outcome.drawn += len(names)
+        done += len(names)
+        report("drawing", done, planned, "")
+
+
+def _itself(task: Draw) -> Draw:
+    return task
+
+
+def _task(number: int, members: Sequence[tuple[str, bool]], drawings: dict[str, Drawing]) -> Draw:
+    wanted = tuple(place for place, (_, drawn) in enumerate(members) if not drawn)
+    return Draw(number, tuple(drawings[item] for item, _ in members), wanted)
+
+
+def _score(
+    whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome, again: bool
+) -> int:
+    """Score what has no score yet; the number of images that turned out to be gone."""
+    drawings, images = whole.drawings, store.drawn()
+    there = [item for item in drawings if item in images]
+    lost: set[str] = set()
+    wanted = [("scores", name) for name in whole.plan.scores] + [("features", name) for name in whole.plan.features]
+    todos: list[Todo] = []
+    planned = 0
+    for table, name in wanted:
+        items = store.unscored(table, name, there, again)
+        planned += len(items)
+        for start in range(0, len(items), SCORED_TOGETHER):
+            some = [images[item] for item in items[start : start + SCORED_TOGETHER]]
+            todos.append(Todo((table, name), partial(_loaded, table, name, some, drawings, lost)))
+    if not todos:
+        return 0
+    done = 0
+    for task, result in work(todos, hired()):
+        assert isinstance(task, Score)
+        pairs: Iterable[tuple[Image, tuple[Any, str | None]]] = zip(task.token, result.results, strict=True)
+        store.put_scores(task.table, task.name, [(image, *found) for image, found in pairs])
+        outcome.busy += result.seconds
+        outcome.scored += len(task.token)
+        done += len(task.token)
+        report("scoring", done, planned, task.name)
+    store.forget(lost)
+    return len(lost)
+
+
+def _loaded(table: str, name: str, images: Sequence[Image], drawings: dict[str, Drawing], lost: set[str]) -> Score:
+    """The task of scoring these images, without those that are not what was drawn: they go to `lost`."""
+    found: list[tuple[Image, bytes]] = []
+    for image in images:
+        try:
+            found.append((image, image.read()))
+        except Missing:
+            lost.add(image.id)
+    return Score(
+        table, name, tuple(png for _, png in found), tuple(drawings[image.id].prompt for image, _ in found),
+        tuple(image for image, _ in found),
+    )  # fmt: skip
+
+
+__all__ = ["Contents", "Done", "Outcome", "contents", "identity", "in_batches", "run"]

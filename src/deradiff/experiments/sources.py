@@ -1,0 +1,107 @@
+"""What a plan names, made definite: which prompts, and which weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deradiff.alignment.prompts import load_prompts
+from deradiff.experiments.plan import DIGITS, Plan, Prompts
+from deradiff.pipelines import anchor_source
+
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
+
+
+def resolve(wanted: Prompts) -> tuple[str, ...]:
+    """The prompts of a set. Raises what `load_prompts` raises, and `ValueError` where there are fewer than `count`."""
+    if wanted.prompts:
+        return wanted.prompts
+    sources = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
+    if sources == (DIGITS,):
+        return _digits(wanted.count or 100, wanted.draw_seed or 0)
+    if len(sources) == 1:
+        return load_prompts(sources[0], wanted.count, wanted.draw_seed, split=wanted.split).prompts
+    union = dict.fromkeys(text for source in sources for text in load_prompts(source, split=wanted.split).prompts)
+    return _drawn(list(union), wanted, " and ".join(sources))
+
+
+def _drawn(prompts: list[str], wanted: Prompts, source: str) -> tuple[str, ...]:
+    """So many of the prompts: the first, or drawn with the seed."""
+    import random
+
+    count = len(prompts) if wanted.count is None else wanted.count
+    if count > len(prompts):
+        raise ValueError(f"{source} hold {len(prompts)} different prompts, {count} were asked for")
+    if wanted.draw_seed is None:
+        return tuple(prompts[:count])
+    return tuple(random.Random(wanted.draw_seed).sample(prompts, count))
+
+
+def _digits(count: int, seed: int) -> tuple[str, ...]:
+    """Different captions of the digits model; there are so few that drawing them at random repeats some."""
+    from deradiff.worlds.digits import captions
+
+    found = tuple(dict.fromkeys(captions.sample_prompts(20 * min(count, 1000), seed)))[:count]
+    if len(found) < count:
+        raise ValueError(f"the digits have fewer than {count} different prompts: {len(found)} were found")
+    return found
+
+
+def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Of the reference and every model: a hash of its weights, and the state of the files that it was computed from.
+
+    `known` is an earlier answer: files that have the size and time they had then are not read again. Raises `OSError`
+    for a source that is neither a file, a folder nor a hub id that can be reached.
+    """
+    sources = {"": (plan.reference, plan.revision)} | {name: (m.source, None) for name, m in plan.models.items()}
+    for arm in plan.arms():
+        if arm.noise is not None and arm.noise.pipeline:
+            sources[arm.noise.pipeline] = (arm.noise.pipeline, None)
+    return {
+        name: fingerprint(source, revision, (known or {}).get(name)) for name, (source, revision) in sources.items()
+    }
+
+
+def fingerprint(source: str, revision: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`{"sha256": ..., "files": ...}` of a local source, `{"sha256": <commit>, "files": {}}` of one on the hub."""
+    path = _local(source)
+    if path is None:
+        return {"sha256": _commit(source, revision), "files": {}}
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _WEIGHTS and f.is_file())
+    state = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    if known is not None and known["files"] == state:
+        return dict(known)
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.relative_to(path).as_posix().encode() if file != path else b"")
+        with file.open("rb") as content:
+            whole.update(hashlib.file_digest(content, "sha256").digest())
+    return {"sha256": whole.hexdigest(), "files": state}
+
+
+def _local(source: str) -> Path | None:
+    if source == "digits":
+        from deradiff.worlds.digits import reference_path
+
+        return reference_path()
+    path = Path(anchor_source(source))
+    return path if path.exists() else None
+
+
+def _commit(source: str, revision: str | None) -> str:
+    """The commit that a hub id stands for now, or without a connection the one in the cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        return str(HfApi().model_info(source, revision=revision, timeout=20).sha)
+    except Exception as error:
+        cached = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "refs" / (revision or "main")
+        if cached.is_file():
+            return cached.read_text().strip()
+        raise OSError(
+            f"{source} is neither a file nor a folder, and as a hub id it cannot be reached "
+            f"({' '.join(str(error).split())}): check the name, or the connection"
+        ) from None

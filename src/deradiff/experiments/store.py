@@ -1,0 +1,327 @@
+"""The store: an SQLite file that knows every image of an experiment, and the images as files beside it.
+
+An image counts once its row says so, and its row is written after its file has its name. One process writes; any
+number may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deradiff.records import whole
+
+SCHEMA = 1
+"""The version of the tables below; a store of a later one is refused."""
+
+_TABLES = """
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs (number INTEGER PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE items (
+    id TEXT PRIMARY KEY, batch INTEGER NOT NULL, place INTEGER NOT NULL, drawing TEXT NOT NULL,
+    sha256 TEXT, size INTEGER, mtime INTEGER, told TEXT, seconds REAL, run INTEGER REFERENCES runs
+) WITHOUT ROWID;
+CREATE INDEX batches ON items (batch, place);
+CREATE TABLE scores (
+    item TEXT NOT NULL, name TEXT NOT NULL, sha256 TEXT NOT NULL, value REAL, error TEXT, run INTEGER,
+    PRIMARY KEY (item, name)
+) WITHOUT ROWID;
+CREATE TABLE features (
+    item TEXT NOT NULL, name TEXT NOT NULL, sha256 TEXT NOT NULL, vector BLOB, error TEXT, run INTEGER,
+    PRIMARY KEY (item, name)
+) WITHOUT ROWID;
+"""
+
+
+class StoreError(RuntimeError):
+    """The store cannot be read or written; the message says what to do."""
+
+
+class Missing(StoreError):
+    """An image that the store knows is gone or is not what it was."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image that is there: its bytes are those that were drawn."""
+
+    id: str
+    sha256: str
+    path: Path
+
+    def read(self) -> bytes:
+        """The file's bytes. Raises `Missing` if they are not what was written."""
+        with suppress(OSError):
+            found = self.path.read_bytes()
+            if hashlib.sha256(found).hexdigest() == self.sha256:
+                return found
+        raise Missing(f"{self.path} is gone or was altered")
+
+
+class Store:
+    """The images of an experiment and everything known about them, in the folder of a run.
+
+    A context manager; `create` makes the folder where there is none. Raises `StoreError` for a folder without a store,
+    or with one of a later version, for a disk that is full, and where another process writes to it.
+    """
+
+    def __init__(self, folder: Path, *, create: bool = False, write: bool = True) -> None:
+        self.folder, self.file, self.images = folder, folder / "store.sqlite", folder / "images"
+        fresh = not self.file.exists()
+        if fresh and not create:
+            raise StoreError(f"{folder} holds no experiment: start one with `deradiff experiment run`")
+        if fresh and folder.exists() and any(folder.iterdir()):
+            raise StoreError(f"{folder} holds other files and no experiment: name another folder")
+        self.images.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(folder / "lock") if write else None
+        with _explained(self.file):
+            self._db = sqlite3.connect(self.file, isolation_level=None, timeout=30)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA:
+                raise StoreError(
+                    f"{self.file} was written by a later deradiff (store version {version}; this one reads {SCHEMA}): "
+                    "update deradiff"
+                )
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # After a power cut the last rows may be lost, but the file stays whole; their images are drawn again.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            if version == 0:
+                with self._transaction():
+                    for statement in filter(str.strip, _TABLES.split(";")):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+        self.run: int | None = None
+        if write:
+            for left in self.images.glob("*/.*.partial"):
+                left.unlink(missing_ok=True)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _explained(self.file):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        with _explained(self.file):
+            yield from self._db.execute(query, values)
+
+    # -- facts and provenance -----------------------------------------------------------------------------------------
+
+    def fact(self, name: str) -> Any:
+        """What was remembered under `name`; None if nothing was."""
+        found = next(self._rows("SELECT value FROM facts WHERE name = ?", name), None)
+        return None if found is None else json.loads(found[0])
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep `value`, plain data, under `name`."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value, ensure_ascii=False))
+            )
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """A run begins: what it makes from here on was made with the versions and devices of `record`."""
+        with self._transaction():
+            found = self._db.execute("SELECT number FROM runs WHERE record = ?", (_json(record),)).fetchone()
+            self.run = found[0] if found else None
+            if self.run is None:
+                self.run = self._db.execute("INSERT INTO runs (record) VALUES (?)", (_json(record),)).lastrowid
+
+    def runs(self) -> dict[int, dict[str, Any]]:
+        """What every run was made with, by its number."""
+        return {number: json.loads(record) for number, record in self._rows("SELECT number, record FROM runs")}
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def known(self) -> set[str]:
+        """The identities of all images that belong to a batch, drawn or not."""
+        return {row[0] for row in self._rows("SELECT id FROM items")}
+
+    def add_batches(self, batches: Iterable[Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+        """Append batches of (identity, everything that decides the image). They stay together from now on."""
+        with self._transaction():
+            number = self._db.execute("SELECT COALESCE(MAX(batch), -1) FROM items").fetchone()[0]
+            for batch in batches:
+                number += 1
+                rows = [(item, number, place, _json(drawing)) for place, (item, drawing) in enumerate(batch)]
+                self._db.executemany("INSERT INTO items (id, batch, place, drawing) VALUES (?, ?, ?, ?)", rows)
+
+    def batches(self) -> dict[int, list[tuple[str, bool]]]:
+        """The members of every batch in order, each with whether its image is there."""
+        found: dict[int, list[tuple[str, bool]]] = {}
+        for item, batch, drawn in self._rows("SELECT id, batch, sha256 IS NOT NULL FROM items ORDER BY batch, place"):
+            found.setdefault(batch, []).append((item, bool(drawn)))
+        return found
+
+    def unbatch(self, items: Iterable[str]) -> None:
+        """Forget that these images, which are not there, belong to a batch."""
+        with self._transaction():
+            self._db.executemany("DELETE FROM items WHERE id = ? AND sha256 IS NULL", [(item,) for item in items])
+
+    def drawn(self) -> dict[str, Image]:
+        """Every image that is there."""
+        rows = self._rows("SELECT id, sha256 FROM items WHERE sha256 IS NOT NULL")
+        return {item: Image(item, sha256, self.path(item)) for item, sha256 in rows}
+
+    def path(self, item: str) -> Path:
+        """Where the image's file is."""
+        return self.images / item[:2] / f"{item}.png"
+
+    def put(self, found: Sequence[tuple[str, bytes, Mapping[str, Any]]], seconds: float) -> None:
+        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together."""
+        rows = []
+        for item, png, told in found:
+            path = self.path(item)
+            path.parent.mkdir(exist_ok=True)
+            with _explained(self.file), whole(path) as temporary:
+                temporary.write_bytes(png)
+            state = path.stat()
+            digest = hashlib.sha256(png).hexdigest()
+            rows.append((digest, state.st_size, state.st_mtime_ns, _json(told), seconds / len(found), self.run, item))
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE items SET sha256 = ?, size = ?, mtime = ?, told = ?, seconds = ?, run = ? WHERE id = ?", rows
+            )
+
+    def told(self) -> dict[str, tuple[dict[str, Any], float, int]]:
+        """Of every image that is there: what was told about it, its seconds, and the number of its run."""
+        rows = self._rows("SELECT id, told, seconds, run FROM items WHERE sha256 IS NOT NULL")
+        return {item: (json.loads(told), seconds, run) for item, told, seconds, run in rows}
+
+    def check(self, thoroughly: bool = False) -> list[str]:
+        """Find images that are gone or were altered, and forget them, so that they are drawn again.
+
+        A file with the size and time that it was written with is taken for whole, unless `thoroughly` reads them all.
+        """
+        lost = []
+        for item, sha256, size, mtime in list(
+            self._rows("SELECT id, sha256, size, mtime FROM items WHERE sha256 IS NOT NULL")
+        ):
+            image = Image(item, sha256, self.path(item))
+            try:
+                state = image.path.stat()
+                if thoroughly or (state.st_size, state.st_mtime_ns) != (size, mtime):
+                    image.read()
+            except (OSError, Missing):
+                lost.append(item)
+        self.forget(lost)
+        return lost
+
+    def forget(self, items: Iterable[str]) -> None:
+        """These images are not there any more."""
+        with self._transaction():
+            self._db.executemany("UPDATE items SET sha256 = NULL WHERE id = ?", [(item,) for item in items])
+
+    # -- what is measured of single images ----------------------------------------------------------------------------
+
+    def unscored(self, table: str, name: str, items: Iterable[str], again: bool = False) -> list[str]:
+        """Those of `items` that have no value of this name yet, for the image that is there now.
+
+        Images for which it failed count as done, except `again`.
+        """
+        _require_table(table)
+        query = f"SELECT i.id FROM items i JOIN {table} s ON s.item = i.id AND s.name = ? AND s.sha256 = i.sha256" + (
+            " WHERE s.error IS NULL" if again else ""
+        )
+        done = {row[0] for row in self._rows(query, name)}
+        return [item for item in items if item not in done]
+
+    def put_scores(self, table: str, name: str, found: Sequence[tuple[Image, Any, str | None]]) -> None:
+        """Keep the values, or errors in words, of one scorer: numbers in `scores`, vectors in `features`."""
+        _require_table(table)
+        rows = []
+        for image, value, error in found:
+            if table == "features" and value is not None:
+                value = np.asarray(value, dtype="<f4").tobytes()
+            rows.append((image.id, name, image.sha256, value, error, self.run))
+        with self._transaction():
+            self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def scores(self, name: str) -> dict[str, float]:
+        """The score of every image that is there and has one."""
+        query = "SELECT id, value FROM items JOIN scores s ON item = id AND s.sha256 = items.sha256 WHERE name = ?"
+        return {item: value for item, value in self._rows(query, name) if value is not None}
+
+    def features(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """The feature vector of every image that is there and has one."""
+        query = "SELECT id, vector FROM items JOIN features s ON item = id AND s.sha256 = items.sha256 WHERE name = ?"
+        return {item: np.frombuffer(blob, dtype="<f4") for item, blob in self._rows(query, name) if blob is not None}
+
+    def failures(self) -> list[tuple[str, str, str]]:
+        """(score, image, error) of everything that could not be computed for an image that is there."""
+        parts = [
+            f"SELECT s.name, s.item, s.error FROM {table} s JOIN items i ON i.id = s.item AND i.sha256 = s.sha256 "
+            "WHERE s.error IS NOT NULL"
+            for table in ("scores", "features")
+        ]
+        return [(name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts))]
+
+
+def _require_table(table: str) -> None:
+    if table not in ("scores", "features"):
+        raise ValueError(f"there is no table {table!r}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    """Errors of SQLite and of a full disk in words."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if "full" in str(error):
+            raise StoreError(_full(file)) from error
+        if "locked" in str(error):
+            raise StoreError(f"{file} is in use by another process: wait for it, or stop it") from error
+        raise StoreError(f"{file} cannot be used ({error}): it may be damaged; restore it, or begin anew") from error
+    except OSError as error:
+        import errno
+
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(_full(file)) from error
+        raise
+
+
+def _full(file: Path) -> str:
+    return f"the disk of {file.parent} is full: make room and run again; what is stored stays, and is not done again"
+
+
+def _locked(path: Path) -> Any:
+    """A file held open and locked for as long as this process writes to the store; the lock goes with the process."""
+    handle = path.open("a")
+    try:
+        import fcntl
+    except ImportError:  # Windows, where SQLite's own lock has to do
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise StoreError(f"another process runs the experiment in {path.parent}: wait for it, or stop it") from None
+    return handle

@@ -1,0 +1,362 @@
+"""What a worker does: it draws batches of images and scores stored ones. Plain data goes in and comes out."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from deradiff.experiments.plan import Drawing, Plan
+from deradiff.jobs import reproducible
+from deradiff.records import CHUNK
+
+REMEMBERED = 2048
+"""How many prompts' embeddings a worker keeps."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draw a batch; of its images, those in `wanted` (places) are kept."""
+
+    number: int
+    drawings: tuple[Drawing, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def group(self) -> Any:
+        """Tasks of one group need the same models."""
+        return self.drawings[0].group
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score images, PNG files, by one scorer: a reward for the table `scores`, an extractor for `features`."""
+
+    table: str
+    name: str
+    images: tuple[bytes, ...]
+    prompts: tuple[str, ...]
+    token: Any = None
+    """What the driver recognises the images by; workers have no use for it."""
+
+    @property
+    def group(self) -> Any:
+        """Tasks of one group need the same model."""
+        return self.table, self.name
+
+
+Task = Draw | Score
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a task: of `Draw` (PNG file, what was told) for each wanted image, of `Score` (value, error)."""
+
+    results: list[Any]
+    seconds: float
+    """In the models and scorers alone."""
+
+
+@dataclass
+class Worker:
+    """Holds the pipeline, the anchors of the present group and the scorers that it has needed so far."""
+
+    plan: Plan
+    device: str = "cpu"
+    threads: int = 1
+    _held: ExitStack = field(default_factory=ExitStack, repr=False)
+    _now: Any = None
+    _pipes: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    """Each pipeline, and the scheduler that it came with."""
+    _scorers: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _dial: Any = None
+
+    def do(self, task: Task) -> Done:
+        """Do a task. Raises what the models raise; a scorer's failures are part of its result."""
+        with self._fixed():
+            began = time.perf_counter()
+            results = self._draw(task) if isinstance(task, Draw) else self._score(task)
+            return Done(results, time.perf_counter() - began)
+
+    def pid(self) -> int:
+        """The process that this worker is in."""
+        return os.getpid()
+
+    def release(self) -> None:
+        """Give the pipeline back as it was."""
+        self._held.close()
+        self._now = self._dial = None
+
+    @contextmanager
+    def _fixed(self) -> Iterator[None]:
+        """On a CPU the number of threads decides the last bits of sums."""
+        if self.device == "cpu":
+            with reproducible(self.threads):
+                yield
+        else:
+            yield
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def _draw(self, task: Draw) -> list[tuple[bytes, dict[str, Any]]]:
+        drawings = task.drawings
+        images = self._by_noise(drawings) if drawings[0].kind == "noise" else self._realigned(drawings)
+        return [(_png(images[place][0], drawings[place]), images[place][1]) for place in task.wanted]
+
+    def _realigned(self, drawings: Sequence[Drawing]) -> list[tuple[Image.Image, dict[str, Any]]]:
+        from deradiff import sweeps
+
+        first = drawings[0]
+        pipe = self._pipe(first)
+        shots = [sweeps.Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
+        names = self._dial.anchors if self._dial is not None else ()
+        lams = [drawing.dial(names) if names else 0.0 for drawing in drawings]
+        given = {name: getattr(first.sampling, name) for name in ("negative_prompt", "height", "width")}
+        given["guidance_scale"] = self._guidance(first)
+        call = {name: value for name, value in given.items() if value is not None}
+        if self._dial is None:
+            return [(image, {}) for image in _plainly(pipe, drawings, call)]
+        if first.kind == "particles":
+            drawn = sweeps.sample_by_particles(
+                pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=self.plan.batch_size,
+                particles=first.particles, **call,
+            )  # fmt: skip
+        else:
+            drawn = sweeps.sample(
+                pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=len(drawings), **call
+            )
+        found = {shot.column: (image, _told(told)) for shot, image, told in drawn}
+        return [found[number] for number in range(len(drawings))]
+
+    def _guidance(self, drawing: Drawing) -> float | None:
+        """The guidance scale, None for the pipeline's own."""
+        from deradiff.pipelines import usual_guidance
+
+        chosen = drawing.sampling.guidance_scale
+        return usual_guidance(self.plan.reference) if chosen is None else chosen
+
+    def _by_noise(self, drawings: Sequence[Drawing]) -> list[tuple[Image.Image, dict[str, Any]]]:
+        from deradiff.alignment.base import Base
+        from deradiff.alignment.noise_optimization import initial_noise, optimize_noise
+        from deradiff.alignment.sampling import Sampling
+
+        first, noise = drawings[0], drawings[0].noise
+        assert noise is not None
+        base = Base(self._pipe(first))
+        chosen = first.sampling
+        sampling = Sampling(
+            chosen.scheduler or "ddim", noise.steps or chosen.steps, self._guidance(first) or 1.0, chosen.height
+        )
+        started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])
+        found = optimize_noise(
+            base, [drawing.prompt for drawing in drawings], self._scorer("scores", noise.reward), sampling,
+            iterations=noise.iterations, learning_rate=noise.learning_rate, norm_weight=noise.norm_weight,
+            seed=first.seed, noise=started, per_pass=len(drawings),
+        )  # fmt: skip
+        told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
+        return [
+            (image, told | {"plain": float(found.scores[0, row])}) for row, image in enumerate(_pictures(found.images))
+        ]
+
+    def _pipe(self, drawing: Drawing) -> Any:
+        """The pipeline with its scheduler, the anchors of this group on the dial; those of the last are let go."""
+        key = drawing.group
+        if self._now != key:
+            self._held.close()
+            self._held, self._now, self._dial = ExitStack(), key, None
+        source = (drawing.noise.pipeline if drawing.noise else None) or self.plan.reference
+        if source not in self._pipes:
+            pipe = self._loaded(source)
+            self._pipes[source] = pipe, pipe.scheduler
+        pipe, own = self._pipes[source]
+        if self._dial is None and drawing.kind != "noise":
+            self._take(pipe, own, drawing)
+        return pipe
+
+    def _loaded(self, source: str) -> Any:
+        from deradiff.pipelines import DTYPES, load_pipeline
+
+        pipe: Any = load_pipeline(
+            source,
+            dtype=DTYPES[self.plan.dtype],
+            revision=self.plan.revision if source == self.plan.reference else None,
+            allow_pickle=self.plan.allow_pickle,
+        ).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.encode_prompt = Remembering(pipe.encode_prompt)
+        return pipe
+
+    def _take(self, pipe: Any, own: Any, drawing: Drawing) -> None:
+        """Put the group's scheduler and anchors on the pipeline."""
+        from deradiff.pipelines import anchor_source, scheduler_like
+        from deradiff.realignment import realign
+
+        name = drawing.sampling.scheduler
+        pipe.scheduler = type(own).from_config(own.config) if name is None else scheduler_like(own, name)
+        anchors = {name: anchor_source(self.plan.models[name].source) for name, _ in drawing.anchors}
+        if not anchors:
+            return
+        self._dial = self._held.enter_context(
+            realign(
+                pipe,
+                anchors,
+                dict.fromkeys(anchors, 1.0),
+                method="weights" if drawing.kind == "weights" else "mixture",
+                allow_pickle=self.plan.allow_pickle,
+            )
+        )
+        self._dial.watching = self.plan.path_kl and drawing.kind == "mixture"
+
+    # -- scoring ------------------------------------------------------------------------------------------------------
+
+    def _score(self, task: Score) -> list[tuple[Any, str | None]]:
+        """Values and errors of the images. What fails in a batch is tried image by image, to find out which it is."""
+        if not task.images:
+            return []
+        scorer = self._scorer(task.table, task.name)
+        try:
+            return [(value, None) for value in self._values(scorer, task, range(len(task.images)))]
+        except Exception:
+            return [self._alone(scorer, task, row) for row in range(len(task.images))]
+
+    def _alone(self, scorer: Any, task: Score, row: int) -> tuple[Any, str | None]:
+        try:
+            return self._values(scorer, task, [row])[0], None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    @torch.no_grad()
+    def _values(self, scorer: Any, task: Score, rows: Sequence[int]) -> list[Any]:
+        images = torch.stack([_pixels(task.images[row]) for row in rows]).to(self.device)
+        if task.table == "features":
+            vectors = scorer(images).float().cpu().numpy()
+            if not np.isfinite(vectors).all():
+                raise ValueError("a feature is not finite")
+            return list(vectors)
+        scores = scorer(images, [task.prompts[row] for row in rows]).double().cpu().tolist()
+        if not np.isfinite(scores).all():
+            raise ValueError("the score is not finite")
+        return list(scores)
+
+    def _scorer(self, table: str, name: str) -> Any:
+        if (table, name) not in self._scorers:
+            if table == "features":
+                from deradiff.measures import features
+
+                self._scorers[table, name] = features.load(name, device=self.device)
+            else:
+                from deradiff import rewards
+
+                self._scorers[table, name] = rewards.load(name, device=self.device)
+        return self._scorers[table, name]
+
+
+class Remembering:
+    """A pipeline's `encode_prompt` that computes the embeddings of a prompt once.
+
+    Each prompt is encoded by itself, so that its embeddings do not depend on what else is in the batch.
+    """
+
+    def __init__(self, encode: Callable[..., Any]) -> None:
+        self._encode = encode
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def __call__(self, prompt: Any = None, *arguments: Any, **options: Any) -> Any:
+        """What the pipeline's own method returns; embeddings that are given are passed through."""
+        if "prompt" in options:
+            prompt = options.pop("prompt")
+        if prompt is None:
+            return self._encode(prompt, *arguments, **options)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        found = []
+        for row, text in enumerate(prompts):
+            others = [_of_row(value, row, len(prompts)) for value in arguments]
+            mine = {name: _of_row(value, row, len(prompts)) for name, value in options.items()}
+            key = json.dumps([text, others, mine], default=str, sort_keys=True)
+            if key not in self._known:
+                self._known[key] = self._encode(text, *others, **mine)
+                if len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            found.append(self._known[key])
+        return tuple(_joined(parts) for parts in zip(*found, strict=True))
+
+
+def _of_row(value: Any, row: int, rows: int) -> Any:
+    """A prompt's own part of an argument that is a list with one for each: negative prompts, second prompts."""
+    is_list = isinstance(value, list) and len(value) == rows and all(isinstance(one, str) for one in value)
+    return value[row] if is_list else value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The rows of all prompts together. What has none (Flux's position ids) or is not there is the same for all."""
+    first = parts[0]
+    if not isinstance(first, torch.Tensor) or first.ndim < 2 or (first.ndim == 2 and first.shape[-1] == 3):
+        return first
+    return torch.cat(list(parts))
+
+
+def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Image.Image]:
+    """The reference alone, without a dial."""
+    if "negative_prompt" in call:
+        call = call | {"negative_prompt": [call["negative_prompt"]] * len(drawings)}
+    output = pipe(
+        prompt=[drawing.prompt for drawing in drawings],
+        generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in drawings],
+        num_inference_steps=drawings[0].sampling.steps,
+        **call,
+    )
+    return list(output.images)
+
+
+def _told(told: Any) -> dict[str, Any]:
+    """What a run told about one image, as plain data."""
+    if told.particles is not None:
+        return {
+            "effective": float(told.particles.effective), "families": int(told.particles.families),
+            "collapsed": bool(told.particles.collapsed.any()),
+        }  # fmt: skip
+    run = told.run
+    if run is None:
+        return {}
+    return {
+        "log_weight": float(run.log_weights),
+        "log_ratios": {name: float(ratio) for name, ratio in run.log_ratios.items()},
+        "path_kl": None if run.path_kl is None else float(run.path_kl),
+        "memoryless": run.memoryless,
+        "obstacles": sorted(run.obstacles),
+        "predictions": run.predictions,
+    }
+
+
+def _png(image: Image.Image, drawing: Drawing) -> bytes:
+    """A PNG file that carries what decided it. Nothing in it depends on when or where it was drawn."""
+    from dataclasses import asdict
+
+    about = asdict(drawing) | {"sampling": drawing.sampling.model_dump()}
+    about["noise"] = drawing.noise.model_dump() if drawing.noise else None
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(about, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def _pixels(png: bytes) -> torch.Tensor:
+    with Image.open(io.BytesIO(png)) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def _pictures(images: torch.Tensor) -> list[Image.Image]:
+    levels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(level) for level in levels]
