@@ -11,12 +11,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from deradiff.experiments import agreement_exhibits, agreement_figures, agreement_statistics
-from deradiff.experiments.agreement_pairs import Compared, Study, resampled_means, studies
-from deradiff.experiments.agreement_summaries import middle
-from deradiff.experiments.agreement_verdicts import Judged, counts, judged
-from deradiff.experiments.exhibits import Exhibit
 from deradiff.experiments.plan import Arm, Plan, parse_plan
+from deradiff.experiments.reporting import agreement_exhibits, agreement_figures, agreement_statistics
+from deradiff.experiments.reporting.agreement_pairs import Compared, Study, resampled_means, studies
+from deradiff.experiments.reporting.agreement_summaries import middle
+from deradiff.experiments.reporting.agreement_verdicts import Judged, counts, judged
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Pair, Results, Table
 from deradiff.measures.agreement import paired_difference
 from deradiff.weights import Comparison, Estimate, Verdict

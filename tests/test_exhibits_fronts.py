@@ -12,9 +12,10 @@ import pytest
 import scipy.linalg
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from deradiff.experiments import cost_exhibits, diversity_exhibits, front_exhibits
-from deradiff.experiments.arm_series import change, distinct, keys, over_prompts, series_of
-from deradiff.experiments.diversity_exhibits import (
+from deradiff.experiments.plan import Arm, Plan, parse_plan
+from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits, front_exhibits
+from deradiff.experiments.reporting.arm_series import change, distinct, keys, over_prompts, series_of
+from deradiff.experiments.reporting.diversity_exhibits import (
     DISTANCE,
     FID,
     LSCD,
@@ -26,8 +27,7 @@ from deradiff.experiments.diversity_exhibits import (
     Measured,
     diversity,
 )
-from deradiff.experiments.front_figures import Bought, by_cost, root_ticks
-from deradiff.experiments.plan import Arm, Plan, parse_plan
+from deradiff.experiments.reporting.front_figures import Bought, by_cost, root_ticks
 from deradiff.experiments.results import Results
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store

@@ -11,10 +11,10 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from deradiff.experiments import hacking_exhibits, picture_exhibits
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.picture_sheets import ABSENT, best_set, found, label, shots
 from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.reporting import hacking_exhibits, picture_exhibits
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.picture_sheets import ABSENT, best_set, found, label, shots
 from deradiff.experiments.results import Results
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store

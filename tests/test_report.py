@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from deradiff import pages
-from deradiff.experiments import report, report_page, running
-from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments import running
 from deradiff.experiments.plan import Plan
+from deradiff.experiments.reporting import report, report_page
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from small_experiment import Fake, silent, small

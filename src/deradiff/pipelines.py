@@ -138,3 +138,8 @@ def device_called(name: str) -> str:
             f"there is no {name} to compute on here: torch {torch.__version__} sees no such device."
         ) from None
     return name
+
+
+def device_name(device: str) -> str:
+    """What a record calls a device: an NVIDIA GPU by its model."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -89,7 +89,7 @@ def run(
         from deradiff.experiments import crews, running
         from deradiff.experiments.plan import read_plan
         from deradiff.jobs import cores
-        from deradiff.pipelines import device_called
+        from deradiff.pipelines import device_called, device_name
 
     with talking.refusing_wrong_input("take a smaller batch_size in the plan"), talking.stages(console) as report:
         planned = read_plan(file)
@@ -101,7 +101,8 @@ def run(
                 return crews.OnRay(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
             return crews.Here(planned, place, threads) if size == 1 else crews.Processes(planned, place, threads, size)
 
-        outcome = running.run(planned, out, crew, report, thoroughly=verify, again=retry)
+        about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
+        outcome = running.run(planned, out, crew, report, about=about, thoroughly=verify, again=retry)
     if outcome.lost:
         console.print(f"{outcome.lost} images were gone or altered, and were drawn again.", highlight=False)
     console.print(
@@ -180,7 +181,7 @@ def report(
         console.status("Measuring and drawing …"),
         _opened(folder) as (planned, store),
     ):
-        from deradiff.experiments.report import write
+        from deradiff.experiments.reporting.report import write
 
         files, failed = write(planned, store, out or folder / "report")
     talking.files(files[:1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,8 +123,9 @@ def record(drawing: Drawing) -> dict[str, Any]:
 
 
 def run(
-    plan: Plan, folder: Path, crew: Callable[[], Crew], report: Report, *, thoroughly: bool = False, again: bool = False
-) -> Outcome:
+    plan: Plan, folder: Path, crew: Callable[[], Crew], report: Report, *, about: Mapping[str, Any] | None = None,
+    thoroughly: bool = False, again: bool = False,
+) -> Outcome:  # fmt: skip
     """Draw and score what the store in `folder` lacks, and say what was done.
 
     Args:
@@ -132,6 +133,7 @@ def run(
         folder: made where there is none.
         crew: makes the workers, once there is work for them.
         report: told of progress.
+        about: what the workers are, such as their device: it stands in the record of everything they make.
         thoroughly: read all images that are there, instead of trusting the size and time of their files.
         again: try once more what could not be scored.
 
@@ -149,7 +151,7 @@ def run(
         try:
             store.remember("plan", plan.model_dump(mode="json"))
             whole = contents(plan, store)
-            store.begin({"versions": versions(), "plan": plan.name})
+            store.begin({"versions": versions(), "plan": plan.name, **(about or {})})
             outcome.lost += len(set(store.check(thoroughly)) & set(whole.drawings))
             while True:
                 _draw(whole, store, hired, report, outcome)

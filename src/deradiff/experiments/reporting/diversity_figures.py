@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from deradiff.experiments.agreement_figures import dressed
-from deradiff.experiments.front_figures import BASE, LINES, WIDTH, graded, plain
+from deradiff.experiments.reporting.agreement_figures import dressed
+from deradiff.experiments.reporting.front_figures import BASE, LINES, WIDTH, graded, plain
 from deradiff.measures.spectral import Cloud
 from deradiff.worlds.comparison_figures import Style
 

@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deradiff.experiments.agreement_figures import dressed
-from deradiff.experiments.arm_series import Series
 from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting.agreement_figures import dressed
+from deradiff.experiments.reporting.arm_series import Series
 from deradiff.worlds.comparison_figures import Style
 
 WIDTH = 11.0

@@ -9,13 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
-from deradiff.experiments import agreement_figures, agreement_statistics
-from deradiff.experiments.agreement_pairs import Study, studies
-from deradiff.experiments.agreement_rows import BARS, COUNTS, NUMBERS, exhibit, images, names, numbers
-from deradiff.experiments.agreement_statistics import PARTS, Numbers
-from deradiff.experiments.agreement_summaries import particles, table_1, table_2, verdict_counts, verdict_errors
-from deradiff.experiments.agreement_verdicts import Judged, judged
-from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments.reporting import agreement_figures, agreement_statistics
+from deradiff.experiments.reporting.agreement_pairs import Study, studies
+from deradiff.experiments.reporting.agreement_rows import BARS, COUNTS, NUMBERS, exhibit, images, names, numbers
+from deradiff.experiments.reporting.agreement_statistics import PARTS, Numbers
+from deradiff.experiments.reporting.agreement_summaries import (
+    particles,
+    table_1,
+    table_2,
+    verdict_counts,
+    verdict_errors,
+)
+from deradiff.experiments.reporting.agreement_verdicts import Judged, judged
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 
 POINTS = ("anchor", "target", "part", "log2_beta_ratio", *NUMBERS, "average")

@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deradiff.experiments import agreement_figures, agreement_statistics
-from deradiff.experiments.agreement_pairs import Study
-from deradiff.experiments.agreement_rows import BARS, COUNTS, NUMBERS, exhibit, images, names, numbers, percent
-from deradiff.experiments.agreement_verdicts import Judged, counts
-from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments.reporting import agreement_figures, agreement_statistics
+from deradiff.experiments.reporting.agreement_pairs import Study
+from deradiff.experiments.reporting.agreement_rows import (
+    BARS,
+    COUNTS,
+    NUMBERS,
+    exhibit,
+    images,
+    names,
+    numbers,
+    percent,
+)
+from deradiff.experiments.reporting.agreement_verdicts import Judged, counts
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.weights import TRUSTED
 

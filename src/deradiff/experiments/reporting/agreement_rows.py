@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deradiff.experiments.agreement_pairs import Compared, Study
-from deradiff.experiments.exhibits import Exhibit
+from deradiff.experiments.reporting.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.records import slug
 from deradiff.weights import Estimate

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from deradiff.experiments import cost_exhibits, diversity_exhibits
-from deradiff.experiments.agreement_figures import unit
-from deradiff.experiments.arm_series import (
+from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits
+from deradiff.experiments.reporting.agreement_figures import unit
+from deradiff.experiments.reporting.arm_series import (
     arms_on,
     change,
     distinct,
@@ -23,10 +24,18 @@ from deradiff.experiments.arm_series import (
     short,
     substitutes,
 )
-from deradiff.experiments.diversity_exhibits import FID, LSCD, RECALL, SCD, VENDI, Measure, Measured, diversity
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.front_figures import Panel, Point, Strip, attributes, trade_offs
-from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting.diversity_exhibits import (
+    FID,
+    LSCD,
+    RECALL,
+    SCD,
+    VENDI,
+    Measure,
+    Measured,
+    diversity,
+)
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.front_figures import Panel, Point, Strip, attributes, trade_offs
 from deradiff.experiments.results import Results
 from deradiff.measures import non_dominated
 

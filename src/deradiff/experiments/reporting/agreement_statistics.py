@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from deradiff.experiments.agreement_figures import dressed, intervals, is_cosine, signed, unit
-from deradiff.experiments.agreement_pairs import Compared, Study
-from deradiff.experiments.agreement_verdicts import Judged
+from deradiff.experiments.reporting.agreement_figures import dressed, intervals, is_cosine, signed, unit
+from deradiff.experiments.reporting.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.agreement_verdicts import Judged
 from deradiff.measures.agreement import (
     LIMITS,
     Agreement,

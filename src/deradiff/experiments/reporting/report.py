@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from matplotlib import rc_context
 
-from deradiff.experiments import agreement_exhibits, front_exhibits, picture_exhibits, report_page
-from deradiff.experiments.exhibits import Exhibit
 from deradiff.experiments.plan import Plan
+from deradiff.experiments.reporting import agreement_exhibits, front_exhibits, picture_exhibits, report_page
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.records import slug, whole

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from deradiff.experiments.agreement_pairs import COSINES, Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import COSINES, Compared, Study
 from deradiff.worlds.comparison_figures import ARMS, LOOK
 
 RETRAINED, REFERENCE = "#222222", "#8A8A8A"

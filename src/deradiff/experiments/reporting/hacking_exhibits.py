@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.picture_sheets import (
+from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.picture_sheets import (
     SAME_NOISE,
     Column,
     best_set,
@@ -24,7 +25,6 @@ from deradiff.experiments.picture_sheets import (
     substitute,
     uncurated,
 )
-from deradiff.experiments.plan import Arm
 from deradiff.experiments.results import Results
 from deradiff.measures.frechet import Frechet, frechet_distance
 from deradiff.measures.statistics import Statistics, compressed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deradiff.experiments.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import Compared, Study
 from deradiff.experiments.results import Results
 from deradiff.weights import TRUSTED, Estimate
 from deradiff.worlds.comparison_tables import TRUSTING

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.experiments.arm_series import (
+from deradiff.experiments.plan import Arm, Drawing
+from deradiff.experiments.reporting.arm_series import (
     arms_on,
     distinct,
     drawing,
@@ -24,9 +25,8 @@ from deradiff.experiments.arm_series import (
     short_label,
     substitutes,
 )
-from deradiff.experiments.diversity_figures import Curve, illustration, spectra_figure
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.plan import Arm, Drawing
+from deradiff.experiments.reporting.diversity_figures import Curve, illustration, spectra_figure
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.measures import (
     Statistics,

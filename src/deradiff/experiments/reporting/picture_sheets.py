@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw
 
 from deradiff import notation
-from deradiff.experiments.exhibits import Exhibit
 from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.records import slug
 from deradiff.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet

@@ -16,7 +16,7 @@ from deradiff.pages import counted
 from deradiff.records import versions
 
 if TYPE_CHECKING:
-    from deradiff.experiments.report import Drawn
+    from deradiff.experiments.reporting.report import Drawn
 
 STYLE = """
 nav { border: 1px solid #e4e4e8; border-radius: 6px; padding: .4rem 1.2rem; margin: 1.5rem 0; font-size: 15px; }

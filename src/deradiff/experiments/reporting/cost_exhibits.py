@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from deradiff import notation
-from deradiff.experiments.agreement_figures import unit
-from deradiff.experiments.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.front_figures import STYLES, Bought, equal_cost, extrapolates
 from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting.agreement_figures import unit
+from deradiff.experiments.reporting.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.front_figures import STYLES, Bought, equal_cost, extrapolates
 from deradiff.experiments.results import Results, Table
 from deradiff.measures import non_dominated
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deradiff import notation
-from deradiff.experiments import hacking_exhibits
-from deradiff.experiments.exhibits import Exhibit
-from deradiff.experiments.picture_sheets import (
+from deradiff.experiments.plan import Arm
+from deradiff.experiments.reporting import hacking_exhibits
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.picture_sheets import (
     SAME_NOISE,
     Column,
     Shot,
@@ -23,7 +24,6 @@ from deradiff.experiments.picture_sheets import (
     strength,
     uncurated,
 )
-from deradiff.experiments.plan import Arm
 from deradiff.experiments.results import Pair, Results
 
 GRID_SEEDS = 9

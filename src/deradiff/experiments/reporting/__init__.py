@@ -1,0 +1,1 @@
+"""What a report shows: exhibits from results, and the page that holds them."""
