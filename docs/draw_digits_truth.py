@@ -16,10 +16,10 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for path in truth_report.draw(cases, Path(folder)):
             (HERE / "images" / f"digits-truth-{path.name}").write_bytes(path.read_bytes())
-    for table in (truth_report.table, truth_report.shares, truth_report.inks_table):
+    for table in (truth_report.table, truth_report.shares, truth_report.anchors_table, truth_report.inks_table):
         print(table(cases))
-    # The models of both rewards together were trained later, with their anchors and control, by code of other bits.
-    for part in ("training", "training of both"):
+    # These models were trained by later code, of other bits, with their own anchors and control.
+    for part in ("training", "training of both and of guidance 1.5"):
         print(truth_report.training_table(told[part]))
 
 

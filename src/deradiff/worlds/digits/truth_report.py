@@ -117,6 +117,21 @@ def summary(records: Sequence[Record]) -> list[Record]:
     ]
 
 
+def anchors_table(records: Sequence[Record]) -> str:
+    """In Markdown: which part of its anchor's own shift the retrained model has, and Algorithm 1; of single rewards."""
+    lines = ["| models | target | guidance | retrained | Algorithm 1 |", "|---|---|---|---|---|"]
+    for record in records:
+        case, arms = record["case"], record["arms"]
+        if len(case["target"]) > 1:
+            continue
+        ((reward, lam),) = case["target"].items()
+        value = {arm: measured[reward]["value"] - arms["reference"][reward]["value"] for arm, measured in arms.items()}
+        parts = [f"{value[arm] / value[f'anchor {reward}']:.0%}" for arm in ("retrained", "algorithm 1")]
+        line = [case["family"], f"{reward} λ = {lam:g}", f"{case['guidance_scale']:g}", *parts]
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join(lines) + "\n"
+
+
 def training(models: Path) -> Record:
     """What every trained model was to reach and reached, with its curve, by `family/target`."""
     files = sorted(models.glob("*/*/truth.json"))
