@@ -148,7 +148,8 @@ class Policy:
             if not self.is_lora:
                 yield self._reference
                 return
-            layers = self._layers()
+            # Not those of `self.model`, which has no weights while they are divided between processes.
+            layers = _lora_layers(prepared)
             for layer in layers:
                 layer._disable_adapters = (
                     True  # `disable_adapters()` also freezes them, and walks the model twice a step
@@ -159,7 +160,8 @@ class Policy:
                 for layer in layers:
                     layer._disable_adapters = False
 
-    def _layers(self) -> list[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+def _lora_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -26,7 +26,7 @@ def divergence(
     for step in kept:
         # What earlier steps did to the latents is differentiated too: then the reference's own prediction moves.
         moves = step.noisy.requires_grad
-        with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(policy.model, moves):
+        with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(model, moves):
             prediction = base.predict(reference, step.noisy, step.timesteps, told)
         found = found + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
     return found

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deradiff.alignment import folders
+from deradiff.alignment import folders, sharding
 
 Report = Callable[[int, int, str], None]
 """Called with (steps done, steps planned, a line of words)."""
@@ -186,16 +186,30 @@ def train(
 
     State is written to the folder `checkpoint` every `plan.checkpoint_seconds` and read from there if it exists; the
     caller deletes it once it has saved the result. `identity` says what is trained on what: a checkpoint of another
-    run raises `ValueError`, and so does sharded training. A disk that is full costs a warning, the last good checkpoint
-    stays. Raises `TrainingFailed` if the loss is no longer finite.
+    run raises `ValueError`. A disk that is full costs a warning, the last good checkpoint stays. Raises
+    `TrainingFailed` if the loss is no longer finite.
+
+    Where Accelerate's configuration says FSDP, version 2, what is trained is divided between the processes, and `model`
+    has no weights meanwhile (see `sharding.divided`). A checkpoint holds whole weights all the same, which the first
+    process gathers in its host memory; any number of processes goes on from it. FSDP of version 1 and DeepSpeed raise
+    `ValueError`.
     """
     accelerator = accelerator or Accelerator(cpu=True)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} divides the weights between processes, which is not supported: let "
-            "Accelerate's configuration name multi-GPU (DDP), and where the model does not fit train a LoRA"
-        )
+    sharding.require_supported(accelerator, plan.optimizer)
+    with sharding.divided(model, accelerator) if accelerator.is_fsdp2 else nullcontext(model) as trained:
+        try:
+            return _train(trained, loss, held_out_loss, plan, accelerator, seed, checkpoint, report, identity, data)
+        finally:
+            accelerator.free_memory()
+
+
+def _train(
+    model: nn.Module, loss: Loss, held_out_loss: Callable[[nn.Module], float], plan: Plan, accelerator: Accelerator,
+    seed: int, checkpoint: Path, report: Report, identity: str, data: Stateful | None,
+) -> Curve:  # fmt: skip
     accelerator.gradient_accumulation_steps = plan.accumulate
+    # What micro-batches exchange only once is a whole gradient in every process until then.
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.is_fsdp2
     model, optimizer = accelerator.prepare(model, make_optimizer(trainable(model), plan))
     parameters = trainable(model)
     average = [p.detach().clone() for p in parameters] if plan.average else []
@@ -205,10 +219,10 @@ def train(
     def load() -> None:
         nonlocal curve, start, recent, average, best
         progress = folders.read(checkpoint, identity)
-        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location=accelerator.device)
-        copy_to(parameters, state["parameters"])
-        average, best = state["average"], state["best"]
-        optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
+        copy_to(parameters, sharding.parts(state["parameters"], parameters))
+        average, best = (sharding.parts(state[name], parameters) if state[name] else [] for name in ("average", "best"))
+        optimizer.load_state_dict(sharding.optimizer_parts(state["optimizer"], parameters))
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         curve, start = Curve(**progress["curve"]), progress["step"]
@@ -217,29 +231,35 @@ def train(
         recent = torch.tensor(progress["recent"], device=accelerator.device)
 
     def save(step: int) -> None:
+        require_finite(step)
+        first = accelerator.is_main_process
+        mine = {
+            "parameters": [p.detach() for p in parameters],
+            "average": average,
+            "best": best,
+            "optimizer": optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+        }
+        # All processes take part in these two; the first one writes.
+        state, lately = sharding.whole(mine, first), accelerator.reduce(recent, "mean").item()
+
         def write(folder: Path) -> None:
-            state = {
-                "parameters": [p.detach() for p in parameters],
-                "average": average,
-                "best": best,
-                "optimizer": optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-            }
             torch.save(state, folder / "state.pt")
             progress = {
-                "identity": identity, "step": step, "recent": recent.item(), "curve": asdict(curve),
+                "identity": identity, "step": step, "recent": lately, "curve": asdict(curve),
                 "data": data.state_dict() if data is not None else {},
             }  # fmt: skip
             (folder / "progress.json").write_text(json.dumps(progress))
 
-        require_finite(step)
-        if accelerator.is_main_process:
+        if first:
             folders.write(checkpoint, write)
 
     def require_finite(step: int) -> None:
-        whole = all(bool(p.isfinite().all()) for p in parameters)
-        if not recent.isfinite() or not whole:
-            what = "a weight was no number any more" if recent.isfinite() else f"the loss was {recent.item()}"
+        # Together, since one process alone would stop while the others wait for it.
+        broken = torch.tensor(float(not sharding.is_finite(parameters)), device=accelerator.device)
+        found, broken = accelerator.reduce(torch.stack([recent.float(), broken]), "sum")
+        if not found.isfinite() or broken:
+            what = "a weight was no number any more" if found.isfinite() else f"the loss was {found.item()}"
             last = f"the checkpoint in {checkpoint} is good" if checkpoint.exists() else "there is no checkpoint yet"
             raise TrainingFailed(
                 f"{what} before step {step}: lower the learning rate ({plan.learning_rate:g}), "
@@ -251,6 +271,7 @@ def train(
         averaged = swapped(parameters, average) if average else nullcontext()
         with averaged, torch.no_grad(), accelerator.autocast():
             mine = torch.tensor(held_out_loss(model), dtype=torch.float64)
+            sharding.free(model)
         value = broadcast(mine.to(accelerator.device)).item() if accelerator.num_processes > 1 else mine.item()
         if not math.isfinite(value):
             raise TrainingFailed(
@@ -267,6 +288,13 @@ def train(
         curve.train.append(since if step else value)
         recent = torch.zeros((), device=accelerator.device)
         accelerator.log({"loss": curve.train[-1], "held-out loss": value, "learning rate": plan.rate(step)}, step=step)
+
+    def elapsed(since: float) -> float:
+        mine = time.monotonic() - since
+        if accelerator.num_processes == 1:
+            return mine
+        # By the first process's clock: all take part in a checkpoint.
+        return broadcast(torch.tensor(mine, device=accelerator.device)).item()
 
     folders.recover(checkpoint, accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -291,7 +319,9 @@ def train(
                 value = loss(model, step_generator(seed, step), part)
                 accelerator.backward(value)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, plan.max_norm)
+                    # As `accelerator.clip_grad_norm_` does, which unscales twice where a LoRA is divided and in fp16.
+                    accelerator.unscale_gradients()
+                    nn.utils.clip_grad_norm_(parameters, plan.max_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             recent += value.detach() / plan.accumulate
@@ -306,11 +336,11 @@ def train(
                 curve.stopped = "flat"
             if accelerator.is_main_process:
                 report(step + 1, plan.steps, f"loss {curve.train[-1]:.4f}, held-out {curve.held_out[-1]:.5f}")
-        if time.monotonic() - saved > plan.checkpoint_seconds:
+        if elapsed(saved) > plan.checkpoint_seconds:
             save(step + 1)
             saved = time.monotonic()
     require_finite(plan.steps)
-    if time.monotonic() - saved > min(plan.checkpoint_seconds, 10):
+    if elapsed(saved) > min(plan.checkpoint_seconds, 10):
         # What comes after training may fail as well, and the steps since the last checkpoint are paid for.
         save(curve.step[-1])
     curve.stopped = curve.stopped or "all steps done"
@@ -320,5 +350,4 @@ def train(
         curve.kept_step = curve.step[-1]
         copy_to(parameters, average or parameters)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator.free_memory()
     return curve

@@ -106,8 +106,8 @@ def loss(
         raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
     for step in decisions:
         last = step is decisions[-1]
-        # Processes exchange gradients once, with the last step.
-        with nullcontext() if last else accelerator.no_sync(model):
+        # Processes exchange gradients once, with the last step; divided ones each time, instead of holding a whole one.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             transition = chain.transition(model, step.number, step.before)
             log_probs = log_density(transition, step.after)
             found = clipped_policy_gradient(log_probs, log_probs, advantage)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from deradiff import pipelines
-from deradiff.alignment import folders
+from deradiff.alignment import folders, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.loop import Curve
@@ -52,7 +53,8 @@ def align_all(
     What is not there yet is made: first the data, from `count` pairs, prompts or samples, which all strengths share.
 
     Raises:
-        ValueError: settings, data or folder are not what they should be (see `methods` and `align`).
+        ValueError: settings, data, folder or Accelerate's configuration are not what they should be (see `methods`,
+            `align` and `sharding`).
         ModuleNotFoundError: the tracker is not installed.
     """
     method = METHODS[settings.method]
@@ -66,6 +68,9 @@ def align_all(
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=settings.precision, log_with=track, project_dir=str(out), kwargs_handlers=[patient]
     )
+    # It would leave text encoders and rewards without weights in all processes but the first.
+    disable_fsdp_ram_efficient_loading()
+    sharding.require_supported(accelerator, settings.plan.optimizer)
     if not accelerator.is_main_process:
 
         def report(*_: Any) -> None: ...
