@@ -56,6 +56,7 @@ def test_a_target_needs_a_beta_of_the_same_family() -> None:
     # `all` means those that there can be.
     arms = small(models=models, methods=[{"method": "realign", "anchors": ["strong"], "targets": "all"}]).arms()
     assert [arm.target for arm in arms] == ["strong", "weak"]
+    assert "refl" not in {arm.target for arm in small(models=models).arms()}
 
 
 def test_files_that_hold_no_plan(tmp_path: Path) -> None:

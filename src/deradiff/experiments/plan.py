@@ -204,9 +204,9 @@ class Realign(_OfAnchors):
                 )
             for target in plan.named(self.targets) if self.targets else ():
                 anchor, other = plan.models[name], plan.models[target]
-                if anchor.family != other.family and self.targets == ALL:
-                    continue
                 if anchor.beta is None or other.beta is None or anchor.family != other.family:
+                    if self.targets == ALL:  # those that there can be
+                        continue
                     raise ValueError(
                         f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β'"
                     )
