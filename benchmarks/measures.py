@@ -3,9 +3,10 @@
 Two sets of 10,000 images with 2,048 features each, random and correlated, as many as Inception's `pool3` has; features
 are given, so no network is timed. The Fréchet distance is compared with the formula written out on float64 covariances
 with SciPy's matrix square root, also where there are fewer images than features. Times are of one run each, in seconds
-of this machine, with two threads. Processor seconds stand beside them, and the load average of the minute before: on a
-machine that does other things at the same time, half of the former is nearer to what two free cores would take. The
-result goes to benchmarks/measures.json.
+of this machine, with two threads where nothing else is said. Processor seconds stand beside them, and the load average
+of the minute before: on a machine that does other things at the same time two threads wait for each other, which both
+clocks count, and the processor seconds of one thread say best what the computation takes. The result goes to
+benchmarks/measures.json.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deradiff.measures import Statistics, frechet_distance, precision_and_recall, spectral_distance
+from deradiff.measures import frechet_distance, precision_and_recall, spectral_distance
 from deradiff.records import versions, write_json
 
 IMAGES, FEATURES, FEW, THREADS = 10_000, 2_048, 500, 2
@@ -65,13 +66,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    torch.set_num_threads(THREADS)
     load, (first, second) = os.getloadavg()[0], sets(IMAGES)
     seconds: dict[str, Seconds] = {}
-    found, seconds["Fréchet distance"] = timed(lambda: frechet_distance(first, second))
-    kept, seconds["statistics of both sets"] = timed(lambda: [Statistics.of(each) for each in (first, second)])
-    _, seconds["Fréchet distance of kept statistics"] = timed(lambda: frechet_distance(*kept))
-    _, seconds["SCD and LSCD of kept statistics"] = timed(lambda: spectral_distance(*kept))
+    for threads in (1, THREADS):
+        torch.set_num_threads(threads)
+        found, seconds[f"Fréchet distance, threads: {threads}"] = timed(lambda: frechet_distance(first, second))
+    _, seconds["SCD and LSCD"] = timed(lambda: spectral_distance(first, second))
     _, seconds["precision and recall, k = 10"] = timed(lambda: precision_and_recall(first, second))
     expected, seconds["Fréchet distance by SciPy's matrix root"] = timed(lambda: by_matrix_root(first, second))
     few = first[:FEW], second[:FEW]
@@ -80,7 +80,7 @@ def main() -> None:
         f"2 x {IMAGES} images": abs(found.value / expected - 1),
         f"2 x {FEW} images": abs(few_found.value / by_matrix_root(*few) - 1),
     }
-    met = seconds["Fréchet distance"].wall <= FID_SECONDS and max(errors.values()) <= FID_AGREEMENT
+    is_fast = {what: each.wall <= FID_SECONDS for what, each in seconds.items() if "threads:" in what}
     table = Table("what", "seconds", "of the processor")
     for what, each in seconds.items():
         table.add_row(what, f"{each.wall:.2f}", f"{each.processor:.2f}")
@@ -91,7 +91,10 @@ def main() -> None:
         "images": [IMAGES, IMAGES], "features": FEATURES, "threads": THREADS, "load average before": load,
         "versions": versions() | {"scipy": scipy.__version__},
     }  # fmt: skip
-    goals = {"Fréchet distance, seconds": FID_SECONDS, "relative error": FID_AGREEMENT, "met": met}
+    goals = {
+        f"at most {FID_SECONDS:g} seconds": is_fast,
+        f"relative errors at most {FID_AGREEMENT:g}": max(errors.values()) <= FID_AGREEMENT,
+    }
     times = {what: asdict(each) for what, each in seconds.items()}
     write_json(options.out, settings | {"seconds": times, "relative errors": errors, "goals": goals})
     print(options.out)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deradiff import schedules as schedules
     from deradiff.anchors import load_anchor as load_anchor
+    from deradiff.baking import bake as bake
     from deradiff.dial import Dial as Dial
     from deradiff.particles import sample_particles as sample_particles
     from deradiff.realignment import lam_for_beta as lam_for_beta
@@ -16,12 +17,13 @@ __version__ = "0.1.0"
 # torch and diffusers take seconds to import: a name is fetched from its module when somebody asks for it.
 _HOME = {
     "Dial": "deradiff.dial",
+    "bake": "deradiff.baking",
     "lam_for_beta": "deradiff.realignment",
     "load_anchor": "deradiff.anchors",
     "realign": "deradiff.realignment",
     "sample_particles": "deradiff.particles",
 }
-__all__ = ["Dial", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
+__all__ = ["Dial", "bake", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deradiff import __version__
-from deradiff.cli import align, cost, demo, digits, experiment, generate, truth
+from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, truth
 
 app = typer.Typer(
     name="deradiff",
@@ -16,8 +16,10 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.command()(align.align)
+app.command()(bake.bake)
 app.command()(cost.cost)
 app.command()(demo.demo)
+app.command()(search.search)
 app.command()(truth.truth)
 app.add_typer(digits.app, name="digits")
 app.add_typer(experiment.app, name="experiment")

@@ -1,0 +1,149 @@
+"""What baking costs and how near it comes, on the digits: python benchmarks/baking.py.
+
+λ = ½ of the anchor aligned hardest, whose weights are farthest from the reference's. For interpolated weights and for a
+student: the distance of baked images from realigned ones in units of λ's own effect, over the final latents of held-out
+prompts, with its standard error; what baking took, in seconds and in seconds of a processor (one thread; other work on
+the machine stretches the former); and what sampling costs, in evaluations of a denoiser and as a ratio of times to the
+plain pipeline's, measured side by side. The table goes to benchmarks/baking.json.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from rich.console import Console
+from rich.table import Table
+
+import deradiff
+from deradiff.baking import Sampler
+from deradiff.baking.distillation import DIGITS
+from deradiff.cli import talking
+from deradiff.jobs import reproducible
+from deradiff.records import versions, write_json
+from deradiff.worlds import digits
+from deradiff.worlds.digits import captions, quality
+
+BETA, LAM = min(digits.BETAS), 0.5
+PROMPTS, IMAGES, SEED = 600, 100, 0
+SAMPLER = Sampler(steps=25, guidance_scale=quality.GUIDANCE, batch_size=50)
+LIMIT = 15 * 60 * 2
+"""Seconds of a processor in 15 minutes on two cores."""
+
+
+def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
+    """One way of baking: what it took, how near it comes, what its result costs."""
+    pipe, prompts = digits.load_pipeline(), captions.sample_prompts(PROMPTS, seed=1)
+    wall, processor = time.perf_counter(), time.process_time()
+    begun: list[tuple[float, float]] = []
+
+    def watch(stage: str, done: int, planned: int, line: str) -> None:
+        if stage == "comparing" and not begun:
+            begun.append((time.perf_counter() - wall, time.process_time() - processor))
+        report(f"{method}: {stage}", done, planned, line)
+
+    found = deradiff.bake(
+        pipe, digits.anchor_path(BETA), LAM, folder, method=method, prompts=prompts, images=IMAGES, sampler=SAMPLER,
+        distillation=DIGITS, seed=SEED, force=True, name="digits", report=watch,
+    )  # fmt: skip
+    (judged,) = found.judgements
+    return {
+        "method": method,
+        "error": asdict(judged.error),
+        "effect": asdict(judged.effect),
+        "seconds": begun[0][0],
+        "processor_seconds": begun[0][1],
+        "sampling": sampling_cost(folder),
+    }
+
+
+def evaluations(pipe: Any) -> int:
+    """Rows that the denoiser sees for one image."""
+    rows: list[int] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    SAMPLER.latents(pipe, ["a seven"], [0])
+    hook.remove()
+    return sum(rows)
+
+
+def sampling_cost(folder: Path, rounds: int = 9) -> dict[str, Any]:
+    """Of the baked pipeline, beside the plain one: evaluations, and the median and quartiles of ratios of times.
+
+    Times of a processor. The two take turns, and a ratio is of one round's.
+    """
+    pipes: dict[str, Any] = {"plain": digits.load_pipeline(), "baked": StableDiffusionPipeline.from_pretrained(folder)}
+    prompts, seeds, ratios = ["a red seven on white paper"] * 16, range(16), []
+    for number in range(rounds + 1):
+        seconds = {}
+        for name in random.Random(number).sample(list(pipes), 2):
+            start = time.process_time()
+            SAMPLER.latents(pipes[name], prompts, seeds)
+            seconds[name] = time.process_time() - start
+        if number:
+            ratios.append(seconds["baked"] / seconds["plain"])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "evaluations": {name: evaluations(pipe) for name, pipe in pipes.items()},
+        "ratio": {"median": median, "quartiles": [low, high], "rounds": rounds},
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, help="keep the baked models in this folder, and go on where it was")
+    options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    chosen, console = options.parse_args(), Console()
+    talking.silence_other_bars()
+    with TemporaryDirectory() as temporary, reproducible(1), talking.stages(console) as report:
+        out = chosen.out or Path(temporary)
+        rows = [baked(method, out / method, report) for method in ("weights", "distill")]
+    weights, student = rows
+    goals = {
+        "a student's error is at most a third of the weights'": (
+            student["error"]["value"] / weights["error"]["value"], 1 / 3,
+        ),
+        "a student takes at most 15 minutes on two cores, in seconds of a processor": (
+            student["processor_seconds"], LIMIT,
+        ),
+        "baked weights are sampled in as many evaluations as the plain model": (
+            weights["sampling"]["evaluations"]["baked"] / weights["sampling"]["evaluations"]["plain"], 1.0,
+        ),
+    }  # fmt: skip
+    show(console, rows, goals)
+    record = {
+        "anchor_beta": BETA, "lam": LAM, "images": IMAGES, "prompts": PROMPTS, "sampler": asdict(SAMPLER),
+        "distillation": asdict(DIGITS), "seed": SEED, "threads": 1, "rows": rows,
+        "goals": {
+            name: {"value": value, "limit": limit, "met": value <= limit} for name, (value, limit) in goals.items()
+        },
+        "versions": versions(),
+    }  # fmt: skip
+    write_json(chosen.json, record)
+
+
+def show(console: Console, rows: list[dict[str, Any]], goals: dict[str, tuple[float, float]]) -> None:
+    table = Table(title=f"Digits, λ = {LAM:g} of the anchor at β = {BETA:g}")
+    for heading in ("method", "error", "seconds", "of a processor", "evaluations", "time of sampling"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        cost = row["sampling"]
+        table.add_row(
+            row["method"],
+            f"{row['error']['value']:.1%} ± {row['error']['error']:.1%}",
+            f"{row['seconds']:.1f}",
+            f"{row['processor_seconds']:.1f}",
+            f"{cost['evaluations']['baked'] / cost['evaluations']['plain']:.2f}x",
+            f"{cost['ratio']['median']:.2f}x",
+        )
+    console.print(table)
+    for name, (value, limit) in goals.items():
+        console.print(f"{'met   ' if value <= limit else 'missed'}  {name}: {value:.3g}, at most {limit:.3g}")
+
+
+if __name__ == "__main__":
+    main()

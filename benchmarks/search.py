@@ -1,0 +1,459 @@
+"""How good is the search for λ? python benchmarks/search.py closed | neighbours | digits
+
+`closed`: random problems in closed form with an optimum inside (0, 1). A mixture of Gaussians on a line is aligned to a
+linear reward; another score, which has a target of its own for every prompt, is highest somewhere between the two
+models. Images are drawn by the library, 8 for each of 32 prompts, from the same noise at every λ; the score's
+expectation is exact: for Algorithm 1's own samples by backward recursion through the sampler's steps with Gauss-Hermite
+quadrature, for the retrained model by its density. All methods have 8 evaluations. Regret is what the answer's expected
+score lacks of the best, as a share of the range over [0, 1].
+
+`neighbours`: whether scores at neighbouring λ, estimated from one run by importance weights, save evaluations.
+
+`digits`: legibility minus a price on boldness, searched by images on the model that ships with deradiff, against a grid
+of 41 λ.
+
+The results go to benchmarks/search.json, one part at a time. `closed` keeps what it has in a folder, and goes on there.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from numpy.polynomial.hermite_e import hermegauss
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from scipy.interpolate import CubicSpline
+
+import deradiff
+from deradiff import posteriors
+from deradiff.cli import talking
+from deradiff.experiments import crews
+from deradiff.experiments.plan import Plan
+from deradiff.jobs import cores, reproducible
+from deradiff.records import versions, write_json
+from deradiff.search import Goal, Tables, algorithm_2, maximise, spaces
+from deradiff.search import running as searching
+from deradiff.search.answers import Best
+from deradiff.search.evaluation import Laboratory
+from deradiff.search.loop import State
+from deradiff.search.proposals import Models, propose
+from deradiff.search.surrogate import Observed, Surrogate
+from deradiff.worlds.gaussian_mixture import SCHEDULE, World, linear_reward, mixture
+
+Kind = Literal["plain", "weighted"]
+Array = NDArray[np.float64]
+
+PROBLEMS, PROMPTS, SEEDS, STEPS, BUDGET = 200, 64, 8, 25, 8
+SPREAD = 0.3
+"""Standard deviation of the prompts' targets."""
+FINE = np.round(np.linspace(0, 1, 101), 2)
+KNOTS = np.linspace(0, 1, 21)
+GRID = np.linspace(-9, 9, 161)
+REGRET, SHARE, COVERAGE = 0.01, 0.5, (0.85, 0.95)
+
+
+# -- problems in closed form ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Problem:
+    """A random world, and a score whose best λ is asked for."""
+
+    seed: int
+    kind: Kind
+    _cache: dict[tuple[float, int], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        chance = np.random.default_rng(self.seed)
+        count = int(chance.integers(2, 5))
+        means, variances = chance.normal(0, 1.5, count), chance.uniform(0.05, 0.5, count)
+        shares = chance.dirichlet(np.full(count, 2.0)) + 0.02
+        self.tilt = float(chance.uniform(0.5, 3))
+        reference = mixture(shares.tolist(), means[:, None].tolist(), variances.tolist())
+        self.world = World(f"problem {self.seed}", reference, {"reward": linear_reward([1.0])})
+        ends = [float(self.world.aligned(tilts).expected(linear_reward([1.0]))) for tilts in ({}, self.tilts(1))]
+        self.target = ends[0] + chance.uniform(0.1, 0.9) * (ends[1] - ends[0])
+        self.saturating = bool(chance.integers(2))
+        self.steepness, self.price = float(chance.uniform(1.5, 4)), float(chance.uniform(0.02, 0.3))
+        prompts = np.random.default_rng([self.seed, 1])
+        self.targets = self.target + SPREAD * prompts.normal(size=PROMPTS)
+        self.ease = 0.5 * prompts.normal(size=PROMPTS)
+        self.scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False)
+
+    def tilts(self, lam: float) -> dict[str, float]:
+        return {"reward": self.tilt * lam}
+
+    def score(self, x: Array, target: Any) -> Array:
+        """A peak at the target, or a threshold there with a price on going further."""
+        if self.saturating:
+            return 1 / (1 + np.exp(-self.steepness * (x - target))) - self.price * x
+        return -((x - target) ** 2) / 2
+
+    # -- exactly ------------------------------------------------------------------------------------------------------
+
+    def of_any_prompt(self, x: Array) -> Array:
+        """The score expected over prompts."""
+        return sum(w * self.score(x, self.target + SPREAD * z) for z, w in zip(*normal(15), strict=True))
+
+    @cached_property
+    def exact(self) -> Array:
+        """The expected score at every λ of `FINE`."""
+        if self.kind == "plain":
+            return np.asarray(CubicSpline(KNOTS, self.by_recursion(KNOTS))(FINE))
+        x = np.linspace(-15, 15, 6001)
+        scores, found = self.of_any_prompt(x), []
+        for lam in FINE:
+            density = self.world.aligned(self.tilts(lam)).log_density(torch.from_numpy(x)[:, None]).exp().numpy()
+            found.append(float(density @ scores / density.sum()))
+        return np.array(found)
+
+    def by_recursion(self, lams: Array) -> Array:
+        """What Algorithm 1's samples score: from the last step back, `E[score | x_t]` on a grid of x_t."""
+        self.scheduler.set_timesteps(STEPS)
+        models = [self.world.denoiser(self.tilts(end)) for end in (0, 1)]
+        at = torch.from_numpy(GRID)[:, None]
+        nodes, shares = normal(16)
+        expected: list[Callable[[Array], Array]] = [self.of_any_prompt] * len(lams)
+        for t in reversed(self.scheduler.timesteps.tolist()):
+            zero, one = (model(at, t).sample[:, 0].numpy() for model in models)
+            carry, gain, variance = posteriors.coefficients(self.scheduler, torch.tensor(t), eta=1.0)
+            for i, lam in enumerate(lams):
+                mean = float(carry) * GRID + float(gain) * ((1 - lam) * zero + lam * one)
+                points = mean[:, None] + math.sqrt(float(variance)) * nodes
+                expected[i] = CubicSpline(GRID, expected[i](np.clip(points, GRID[0], GRID[-1])) @ shares)
+        nodes, shares = normal(40)
+        return np.array([one(nodes) @ shares for one in expected])
+
+    @property
+    def best(self) -> float:
+        return float(FINE[self.exact.argmax()])
+
+    @property
+    def range(self) -> float:
+        return float(np.ptp(self.exact))
+
+    @property
+    def is_interior(self) -> bool:
+        """Whether the best λ is inside, and better than both ends by a tenth of the range."""
+        ends = max(self.exact[0], self.exact[-1])
+        return 0.08 <= self.best <= 0.92 and self.exact.max() - ends >= 0.1 * self.range and self.range > 0.02
+
+    def regret(self, lam: float) -> float:
+        """As a share of the range."""
+        return float((self.exact.max() - np.interp(lam, FINE, self.exact)) / self.range)
+
+    # -- by images ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def realigned(self) -> tuple[Any, Any]:
+        pipe: Any = self.world.pipeline(self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, deradiff.realign(pipe, self.world.denoiser(self.tilts(1)), lam=0.0)
+
+    def images(self, lam: float, batch: int = 0) -> tuple[Array, Array, Array | None]:
+        """Scores, log W and log ratios at λ, [prompt, seed] each. One `batch` has the same noise at every λ."""
+        key = round(lam, 4), batch
+        if key not in self._cache:
+            pipe, dial = self.realigned
+            dial.lam = lam
+            noise = torch.Generator().manual_seed(1000 * self.seed + batch)
+            drawn = pipe(num_images_per_prompt=PROMPTS * SEEDS, num_inference_steps=STEPS, eta=1.0, generator=noise)
+            x, run = drawn.images[:, 0].double().numpy().reshape(PROMPTS, SEEDS), dial.weights
+            ratio = next((one.numpy().reshape(x.shape) for one in run.log_ratios.values()), None)
+            scores = self.score(x, self.targets[:, None]) + self.ease[:, None]
+            self._cache[key] = scores, run.log_weights.numpy().reshape(x.shape), ratio
+        found: tuple[Array, Array, Array | None] = self._cache[key]
+        return found
+
+    def by_prompt(self, lam: float, batch: int = 0) -> torch.Tensor:
+        """The mean score of each prompt, weighted where the retrained model's is asked for."""
+        scores, log_weights, _ = self.images(lam, batch)
+        return torch.from_numpy((shares(log_weights * (self.kind == "weighted")) * scores).sum(1))
+
+    def evaluator(self, fresh: bool) -> Callable[[float], float]:
+        """The mean score at λ; with `fresh` noise for every evaluation, else with the same for all."""
+        batches = itertools.count(1) if fresh else itertools.repeat(0)
+        return lambda lam: float(self.by_prompt(lam, next(batches)).mean())
+
+    def tables(self, points: Sequence[tuple[float, ...]]) -> Tables:
+        rows = [self.by_prompt(lam) for (lam,) in points]
+        return Tables({"score": self.by_prompt(0.0)}, {"score": torch.stack(rows)})
+
+
+def normal(count: int) -> tuple[Array, Array]:
+    """Nodes and weights of the expectation over a standard normal."""
+    nodes, weights = hermegauss(count)
+    return nodes, weights / weights.sum()
+
+
+def shares(log_weights: Array) -> Array:
+    """Weights that sum to one within each prompt."""
+    found = np.exp(log_weights - log_weights.max(1, keepdims=True))
+    return found / found.sum(1, keepdims=True)
+
+
+def problems(kind: Kind, first: int = 0) -> Iterator[Problem]:
+    for seed in itertools.count(first):
+        problem = Problem(seed, kind)
+        if problem.is_interior:
+            yield problem
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+SPACE, GOAL = spaces.lam("anchor"), Goal.read(["score"])
+
+
+def searched(problem: Problem, **settings: Any) -> dict[str, Any]:
+    state = State()
+    answer = maximise(SPACE, GOAL, problem.tables, budget=BUDGET, seed=problem.seed, state=state, **settings)
+    assert isinstance(answer, Best)
+    (lam,), ((low, high),) = answer.point, answer.ranges
+    return {
+        "lam": lam, "low": low, "high": high, "regret": problem.regret(lam), "evaluations": len(state.points),
+        "covered": low <= problem.best <= high,
+    }  # fmt: skip
+
+
+def printed(problem: Problem, acquisition: Literal["ei", "ucb"], fresh: bool = True) -> dict[str, Any]:
+    """Algorithm 2, which generates a batch for every evaluation: with `fresh` noise, as we read it."""
+    found = algorithm_2(problem.evaluator(fresh), budget=BUDGET, acquisition=acquisition, seed=problem.seed)
+    return {"lam": found.lam, "regret": problem.regret(found.lam), "evaluations": BUDGET}
+
+
+def uniform(problem: Problem, count: int, fresh: bool = True) -> dict[str, Any]:
+    """The best of a uniform grid, both ends included."""
+    lams, evaluate = np.linspace(0, 1, count), problem.evaluator(fresh)
+    lam = float(lams[np.argmax([evaluate(float(lam)) for lam in lams])])
+    return {"lam": lam, "regret": problem.regret(lam), "evaluations": count}
+
+
+METHODS: dict[str, Callable[[Problem], dict[str, Any]]] = {
+    "search": partial(searched, fraction=0.0),
+    "search, stopping": searched,
+    "Algorithm 2, EI": partial(printed, acquisition="ei"),
+    "Algorithm 2, UCB": partial(printed, acquisition="ucb"),
+    "uniform grid": partial(uniform, count=BUDGET),
+    "Algorithm 2, EI, same noise": partial(printed, acquisition="ei", fresh=False),
+    "Algorithm 2, UCB, same noise": partial(printed, acquisition="ucb", fresh=False),
+    "uniform grid, same noise": partial(uniform, count=BUDGET, fresh=False),
+}
+
+
+def closed(folder: Path, count: int) -> dict[str, Any]:
+    """All methods on all problems, summed up."""
+    found: dict[str, Any] = {}
+    kinds: tuple[Kind, ...] = ("weighted", "plain")
+    for kind in kinds:
+        found[kind] = summed_up(kept(folder / f"{kind}.jsonl", kind, count))
+    return found
+
+
+def kept(file: Path, kind: Kind, count: int) -> list[dict[str, Any]]:
+    """A row for each problem, those that are there already from the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    asked = problems(kind, 1 + max((row["seed"] for row in rows), default=-1))
+    with file.open("a") as out:
+        while len(rows) < count:
+            problem = next(asked)
+            row = {"seed": problem.seed, "best": problem.best, "range": problem.range}
+            rows.append(row | {name: method(problem) for name, method in METHODS.items()})
+            out.write(json.dumps(rows[-1]) + "\n")
+            out.flush()
+    return rows[:count]
+
+
+def summed_up(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, dict[str, float]] = {}
+    for name in METHODS:
+        regrets = np.array([row[name]["regret"] for row in rows])
+        found[name] = {
+            "median regret": float(np.median(regrets)), "mean regret": float(regrets.mean()),
+            "90% of regrets below": float(np.quantile(regrets, 0.9)),
+            "median distance": float(np.median([abs(row[name]["lam"] - row["best"]) for row in rows])),
+            "mean evaluations": float(np.mean([row[name]["evaluations"] for row in rows])),
+        }  # fmt: skip
+        if "covered" in rows[0][name]:
+            covered = float(np.mean([row[name]["covered"] for row in rows]))
+            found[name] |= {
+                "coverage": covered, "error of coverage": (covered * (1 - covered) / len(rows)) ** 0.5,
+                "mean width": float(np.mean([row[name]["high"] - row[name]["low"] for row in rows])),
+            }  # fmt: skip
+    return {"problems": len(rows), **found}
+
+
+# -- importance estimates at neighbouring λ ---------------------------------------------------------------------------
+
+
+def with_neighbours(problem: Problem, budget: int, step: float) -> float:
+    """The regret of a search that also observes λ ± `step` of each evaluation, by importance weights; 0 for none."""
+    points = [*SPACE.first()]
+    while True:
+        table, at = expanded(problem, points, step)
+        models = Models([Surrogate(SPACE.unit(at), Observed.of(table), len(points))], [])
+        candidates = SPACE.candidates(len(points), points)
+        if len(points) == budget:
+            return problem.regret(candidates[int(models.gains[0].mean(SPACE.unit(candidates)).argmax())][0])
+        point = propose(SPACE, models, points, candidates, len(points)).point
+        assert point is not None
+        points.append(point)
+
+
+def expanded(
+    problem: Problem, points: Sequence[tuple[float, ...]], step: float
+) -> tuple[torch.Tensor, list[tuple[float, ...]]]:
+    """Gains over the reference at the points and their neighbours; what dividing by few weights biases is undone."""
+    reference = problem.by_prompt(0.0)
+    rows: list[torch.Tensor] = []
+    at: list[tuple[float, ...]] = []
+    for (lam,) in points:
+        scores, log_weights, ratio = problem.images(lam)
+        mine = problem.by_prompt(lam)
+        rows.append(mine)
+        at.append((lam,))
+        if ratio is None or not step:
+            continue
+        for other in (lam - step, lam + step):
+            if 0 <= other <= 1:
+                moved = torch.from_numpy((shares(log_weights + (other - lam) * ratio) * scores).sum(1))
+                rows.append(mine + SEEDS / (SEEDS - 1) * (moved - mine))
+                at.append((other,))
+    return torch.stack(rows) - reference, at
+
+
+def neighbours(count: int) -> dict[str, Any]:
+    asked = problems("weighted")
+    chosen = [next(asked) for _ in range(count)]
+    found: dict[str, Any] = {"problems": count}
+    step: float
+    for budget in (4, 5, 6, 8):
+        for step in (0.0, 0.05, 0.1):
+            regrets = [with_neighbours(problem, budget, step) for problem in chosen]
+            found[f"{budget} evaluations, " + (f"λ ± {step:g}" if step else "alone")] = {
+                "median regret": float(np.median(regrets)), "mean regret": float(np.mean(regrets)),
+            }  # fmt: skip
+    return found
+
+
+# -- the digits -------------------------------------------------------------------------------------------------------
+
+PRICE = 0.05
+"""Points of legibility that a point of boldness costs."""
+
+
+def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
+    """The search, and then a grid of λ on the same prompts and noise."""
+    plan = Plan.model_validate(
+        {
+            "name": "digits",
+            "reference": "digits",
+            "models": {"anchor": {"source": "digits:30", "beta": 30}},
+            "prompts": {"digits": {"source": "digits", "count": count, "draw_seed": 3, "seeds": "0:1"}},
+            "sampling": {"ancestral": {"scheduler": "euler-a", "steps": 25, "guidance_scale": 1.0}},
+            "methods": [{"method": "reference"}],
+            "scores": ["legible", "bold", "colours"],
+            "features": ["digits"],
+            "batch_size": 64,
+        }
+    )
+    goal = Goal.read([f"legible - {PRICE}*bold"])
+    made: list[Any] = []
+
+    def crew() -> Any:
+        made.append(crews.Here(plan, "cpu", 1) if workers == 1 else crews.Processes(plan, "cpu", 1, workers))
+        return made[-1]
+
+    with talking.stages(Console(stderr=True)) as report:
+        found = searching.run(plan, SPACE, goal, folder, crew, report, budget=10)
+        answer = found.answer
+        assert isinstance(answer, Best)
+        with Laboratory(plan, SPACE, folder, crew, report, goal.names) as laboratory:
+            grid = [(round(float(lam), 3),) for lam in np.linspace(0, 1, lams)]
+            means = goal.objectives[0].table(laboratory(grid)).mean(1)
+    return {
+        "lam": answer.point[0], "low": answer.ranges[0][0], "high": answer.ranges[0][1],
+        "evaluations": len(answer.evaluations), "stopped": answer.stopped,
+        "grid": {"lams": lams, "best": grid[int(means.argmax())][0], "means": means.tolist()},
+        "check": next(iter(found.checks.values())).words,
+    }  # fmt: skip
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    for kind in ("weighted", "plain"):
+        part = found.get("closed", {}).get(kind)
+        if part is None:
+            continue
+        table = Table(
+            "method", "median regret", "mean", "90% below", "|λ - λ*|", "evaluations", "coverage",
+            title=f"{kind}: {part['problems']} problems", title_justify="left",
+        )  # fmt: skip
+        for name in METHODS:
+            row = part[name]
+            covered = f"{row['coverage']:.1%} ± {row['error of coverage']:.1%}" if "coverage" in row else ""
+            table.add_row(
+                name, f"{row['median regret']:.2%}", f"{row['mean regret']:.2%}", f"{row['90% of regrets below']:.1%}",
+                f"{row['median distance']:.3f}", f"{row['mean evaluations']:.1f}", covered,
+            )  # fmt: skip
+        console.print(table)
+        mine = part["search"]
+        others = [part[name]["median regret"] for name in ("Algorithm 2, EI", "Algorithm 2, UCB", "uniform grid")]
+        console.print(
+            f"at most {REGRET:.0%}: {mine['median regret'] <= REGRET}; at most {SHARE:g} of the others: "
+            f"{mine['median regret'] <= SHARE * min(others)} ({mine['median regret'] / min(others):.2f}); coverage in "
+            f"{COVERAGE}: {COVERAGE[0] <= mine['coverage'] <= COVERAGE[1]}",
+            highlight=False,
+        )
+    for name, row in found.get("neighbours", {}).items():
+        if name != "problems":
+            console.print(f"{name}: median {row['median regret']:.2%}, mean {row['mean regret']:.2%}", highlight=False)
+    if "digits" in found:
+        part = found["digits"]
+        console.print(
+            f"digits: λ* = {part['lam']:g} [{part['low']:g}, {part['high']:g}] in {part['evaluations']} evaluations, "
+            f"the grid of {part['grid']['lams']} says {part['grid']['best']:g}; {part['check']}",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("part", choices=("closed", "neighbours", "digits", "show"))
+    options.add_argument("--out", type=Path, default=Path("search-benchmark"), help="folder of what is kept")
+    options.add_argument("--count", type=int, help="problems, or prompts of the digits")
+    options.add_argument("--lams", type=int, default=41, help="λ of the digits' grid")
+    options.add_argument("--workers", type=int, default=cores(), help="processes that draw the digits")
+    options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    chosen, console = options.parse_args(), Console()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    talking.silence_other_bars()
+    found = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
+    with reproducible(1):
+        if chosen.part == "closed":
+            found["closed"] = closed(chosen.out, chosen.count or PROBLEMS)
+        elif chosen.part == "neighbours":
+            found["neighbours"] = neighbours(chosen.count or 50)
+        elif chosen.part == "digits":
+            found["digits"] = digits(chosen.out / "digits", chosen.workers, chosen.count or 150, chosen.lams)
+    if chosen.part != "show":
+        settings = {"prompts": PROMPTS, "seeds": SEEDS, "steps": STEPS, "budget": BUDGET, "price": PRICE}
+        write_json(chosen.json, {**found, "settings": settings, "versions": versions()})
+    show(console, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""A chosen λ as one ordinary checkpoint, which costs what the plain model costs and needs nothing of deradiff.
+
+Two ways: interpolated weights, in seconds, right to first order; and a student that is trained to predict what the
+mixture predicts. Either way the result says how far its images are from truly realigned ones.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from deradiff.anchors import denoiser_of
+from deradiff.anchors.checks import unwrapped
+from deradiff.baking import outputs
+from deradiff.baking.cards import card
+from deradiff.baking.distillation import Distillation
+from deradiff.baking.drawing import Sampler
+from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
+from deradiff.baking.methods import Job, distilled, hashes, interpolated
+from deradiff.baking.weights import fingerprint, open_anchor, require_plain
+from deradiff.dial import DialError, Lam, dial_of
+from deradiff.jobs import Report
+from deradiff.realignment import Source, realign
+from deradiff.records import versions, write_json, write_png
+from deradiff.schedules import Constant, Lams, Progress, Schedule, parse_lam
+
+__all__ = ["Baked", "Distillation", "Judgement", "Sampler", "bake"]
+
+Method = Literal["weights", "distill"]
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A baked model.
+
+    Attributes:
+        folder: where it is.
+        form: "pipeline", for `from_pretrained(folder)`, or "lora", for `load_lora_weights(folder)` on the reference.
+        judgements: how far its images are from realigned ones; empty where that was not measured.
+    """
+
+    folder: Path
+    form: Form
+    judgements: list[Judgement]
+
+
+def bake(
+    pipe: DiffusionPipeline,
+    anchor: Source | Mapping[str, Source],
+    lam: Lam | Mapping[str, Lam],
+    out: str | Path,
+    *,
+    method: Method = "weights",
+    prompts: Sequence[str] = (),
+    images: int = 32,
+    sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
+    distillation: Distillation = Distillation(),  # noqa: B008
+    seed: int = 0,
+    force: bool = False,
+    name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+    report: Report = lambda *_: None,
+) -> Baked:
+    """Make one checkpoint of `pipe` realigned at `lam`, which diffusers loads by itself.
+
+    Args:
+        pipe: the reference, a plain pipeline; it is given back as it was.
+        anchor: the aligned model, or several by name: see `realign`.
+        lam: λ as `realign` takes it, but the same for all images. A schedule needs `method="distill"`.
+        out: a new or empty folder. It gets the model, its card (`README.md`), `baking.json` and a contact sheet.
+        method: "weights" writes `(1 - Σλ) θ_0 + Σ λ θ`, a LoRA scaled and fused: exactly what a dial with
+            `method="weights"` computes with. An anchor's files are read tensor by tensor, so that memory holds no
+            second model. "distill" trains a student from there, on Stable Diffusion and SDXL.
+        prompts: for measuring how near the result comes; with "distill" also for training, less the last fifth, which
+            are held out for measuring.
+        images: so many images are compared, from the noise of the seeds `seed`, `seed + 1`, ...; 0 leaves it out.
+        sampler: how to sample, in training and for the comparison, with the scheduler that `pipe` has.
+        distillation: how to train.
+        seed: decides all that is drawn.
+        force: replace a baked model in `out`. What is none is never replaced.
+        name: what the reference is called in card and record, its hub id or path by default.
+        subfolder: see `realign`, as for the next three.
+        revision: see there.
+        allow_pickle: see there.
+        local_files_only: see there.
+        report: called with (stage, steps done, steps planned, a line of words).
+
+    An interrupted distillation goes on where it was if called again with the same arguments; until then the folder
+    `<out>.unfinished` keeps what it has.
+
+    Raises:
+        ValueError: λ that is not finite, not one for every anchor, or one per image; a schedule for "weights"; no
+            prompts where some are needed; a model that cannot be distilled; an unfinished distillation with other
+            settings; `anchors.AnchorError` for an anchor or a reference that cannot be used.
+        FileExistsError: `out` holds something.
+        OSError: the disk is too small or cannot be written to; nothing is left at `out` then.
+        DialError: `pipe` is realigned (a `RuntimeError`).
+    """
+    out = Path(out).resolve()
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
+    if dial_of(pipe) is not None:
+        raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
+    component, denoiser = denoiser_of(pipe)
+    reference = unwrapped(denoiser)
+    sources: dict[str, Source] = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if not sources:
+        raise ValueError("bake() needs at least one anchor, got an empty dictionary")
+    lams = parse_lam(lam, tuple(sources))
+    _require_bakeable(lams, method, distillation if method == "distill" else None, pipe, reference)
+    texts, held_out = split_prompts(prompts, images, method)
+    outputs.require_free(out, force)
+    require_plain(reference, set())
+    outputs.require_room(out, outputs.size_of(pipe))
+
+    where: dict[str, Any] = {
+        "subfolder": subfolder, "revision": revision, "allow_pickle": allow_pickle,
+        "local_files_only": local_files_only,
+    }  # fmt: skip
+    job = Job(pipe, reference, sources, where, lams, {}, seed, report)
+    with job.anchors(open_anchor) as opened:
+        anchors = {one.name: {"source": one.source, "sha256": hashes(one, reference)} for one in opened}
+    job.made_of.update(
+        _made_of(pipe, component, reference, name, lams, anchors, method, seed)
+        | ({} if method == "weights" else _trained_with(pipe, distillation, sampler, texts))
+    )
+    work = out.with_name(f"{out.name}.unfinished")
+    with outputs.fresh_folder(out) as folder:
+        if method == "weights":
+            form = interpolated(job, folder)
+        else:
+            form = distilled(job, folder, work, distillation, texts, sampler)
+        judgements: list[Judgement] = []
+        how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
+        if images:
+            judgements, sheet = judge(
+                pipe, partial(realign, pipe, sources, lams.raw, **where), partial(wearing, pipe, folder, form),
+                _cases(lams, method, distillation), [held_out[i % len(held_out)] for i in range(images)],
+                range(seed, seed + images), sampler, lambda done, planned: report("comparing", done, planned, ""),
+            )  # fmt: skip
+            write_png(folder / "sheet.png", sheet, job.made_of)
+        judged = [judgement.record() for judgement in judgements]
+        record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
+        write_json(folder / outputs.RECORD, record)
+        (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
+    shutil.rmtree(work, ignore_errors=True)
+    return Baked(out, form, judgements)
+
+
+def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[list[str], list[str]]:
+    """Prompts to train with, and those held out for `images` to be compared: the last fifth, or all for "weights".
+
+    Raises `ValueError` where there are too few.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is a list of prompts, got one string: write [{prompts!r}]")
+    texts = list(dict.fromkeys(prompts))
+    if images < 0:
+        raise ValueError(f"{images} images cannot be compared: name 0 or more")
+    if method == "weights":
+        if images and not texts:
+            raise ValueError("name prompts (--prompts) to measure the result with, or leave it unmeasured (--images 0)")
+        return [], texts[: max(images, 1)]
+    if len(texts) < 2:
+        raise ValueError(
+            f"{len(texts)} different prompts are too few to train with some and hold others out: name more"
+        )
+    held_out = max(1, len(texts) // 5)
+    return texts[:-held_out], texts[-held_out:]
+
+
+def _require_bakeable(
+    lams: Lams, method: Method, settings: Distillation | None, pipe: Any, reference: nn.Module
+) -> None:
+    """Raise `ValueError` for λ that one checkpoint cannot have."""
+    if lams.images is not None:
+        raise ValueError(f"λ is given for {lams.images} images, but one checkpoint has one λ for all: name one")
+    if method == "weights" and not lams.is_constant:
+        raise ValueError(
+            "interpolated weights have the same λ at every noise level, and this λ changes along the run: bake it with "
+            "method='distill', whose student learns the λ that belongs to each noise level"
+        )
+    if settings is None:
+        return
+    config: Any = getattr(reference, "config", {})
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            "this model is told its guidance scale (time_cond_proj_dim), and a student would have to be trained at "
+            "every one: bake it with method='weights'"
+        )
+    if settings.span is None:
+        return
+    if len(lams.anchors) > 1 or not lams.is_constant:
+        raise ValueError("a student for a span of λ is told one number: name one anchor, and λ without a schedule")
+    low, high = settings.span
+    lam = float(lams.at(Progress(0.0, 0.0), 1))
+    if not low <= lam <= high:
+        raise ValueError(
+            f"λ = {lam:g}, which the result is measured at, is outside the student's span {low:g} to {high:g}"
+        )
+    if not hasattr(pipe, "get_guidance_scale_embedding") or "time_cond_proj_dim" not in config:
+        raise ValueError(
+            f"{type(pipe).__name__} with its {type(reference).__name__} has no input by which a plain pipeline could "
+            "tell λ (time_cond_proj_dim): bake one λ at a time"
+        )
+
+
+def _made_of(
+    pipe: Any, component: str, reference: nn.Module, name: str | None, lams: Lams, anchors: dict[str, Any],
+    method: Method, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
+    lam = {one: _plain(lams.raw[one] if isinstance(lams.raw, Mapping) else lams.raw) for one in lams.anchors}
+    return {
+        "method": method, "words": _words(lams), "lam": lam, "pipeline": type(pipe).__name__,
+        "reference": {"name": called, "class": type(reference).__name__, "sha256": fingerprint(reference)},
+        "component": component, "anchors": anchors, "dtype": str(reference.dtype).removeprefix("torch."),
+        "seed": seed, "versions": versions(),
+    }  # fmt: skip
+
+
+def _trained_with(pipe: Any, settings: Distillation, sampler: Sampler, prompts: list[str]) -> dict[str, Any]:
+    found = {
+        "distillation": asdict(settings), "sampler": asdict(sampler), "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": sampler.guidance(pipe), "prompts": prompts,
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
+def _plain(lam: Any) -> Any:
+    return lam.to_dict() if isinstance(lam, Schedule) else lam
+
+
+def _words(lams: Lams) -> str:
+    raw = lams.raw if isinstance(lams.raw, Mapping) else {"": lams.raw}
+    return ", ".join(_said(lam) if len(raw) == 1 else f"{name} {_said(lam)}" for name, lam in raw.items())
+
+
+def _said(lam: Any) -> str:
+    return f"λ = {lam:g}" if not isinstance(lam, Schedule) else str(lam) if isinstance(lam, Constant) else f"λ {lam}"
+
+
+def _cases(lams: Lams, method: Method, settings: Distillation) -> list[Case]:
+    """At which λ a result is compared; the first is on the sheet."""
+    if method == "weights" or not settings.guided:
+        return [Case(_words(lams), lams.raw, None)]
+    if settings.span is None:
+        return [Case(_words(lams), lams.raw, 1.0)]
+    own = float(lams.at(Progress(0.0, 0.0), 1))
+    ends = [end for end in settings.span if end not in (own, 0.0)]
+    return [Case(f"λ = {value:g}", value, 1 + value) for value in (own, *ends)]

@@ -1,0 +1,165 @@
+"""The two ways of baking, from a pipeline and its anchors to files in a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deradiff.alignment.base import Base
+from deradiff.anchors import Anchor, load_anchor
+from deradiff.baking import outputs
+from deradiff.baking.distillation import (
+    ADAPTER,
+    Distillation,
+    Teacher,
+    distil,
+    draw_samples,
+    lam_by_timestep,
+    student_of,
+)
+from deradiff.baking.drawing import Sampler
+from deradiff.baking.judging import Form
+from deradiff.baking.weights import Blend, Opened, StoredAnchor, content_of, fingerprint, open_anchor, write_blend
+from deradiff.denoisers import Denoisers
+from deradiff.jobs import Report
+from deradiff.realignment import Source, realign
+from deradiff.schedules import Lams, Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be baked.
+
+    Attributes:
+        pipe: the reference's pipeline, plain.
+        reference: its denoiser.
+        sources: the anchors' sources by name.
+        where: further arguments of `load_anchor`.
+        lams: λ of every anchor.
+        made_of: what decides the weights, as plain data.
+        seed: of everything drawn.
+        report: told of the progress.
+        trained: gets the curve of a training.
+    """
+
+    pipe: Any
+    reference: Any
+    sources: Mapping[str, Source]
+    where: Mapping[str, Any]
+    lams: Lams
+    made_of: dict[str, Any]
+    seed: int
+    report: Report
+    trained: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def anchors(self, opening: Callable[..., Opened]) -> Iterator[list[Opened]]:
+        """The anchors, opened by `open_anchor` or `load_anchor`; afterwards the pipeline is without them."""
+        found: list[Opened] = []
+        try:
+            for name, source in self.sources.items():
+                found.append(opening(source, self.pipe, name=name, **self.where))
+            yield found
+        finally:
+            for anchor in found:
+                if isinstance(anchor, Anchor):
+                    anchor.unload(self.reference)
+
+
+def hashes(anchor: Opened, reference: nn.Module) -> dict[str, str]:
+    """SHA-256 of what an anchor is made of: its files, or the tensors of one that was loaded."""
+    if isinstance(anchor, StoredAnchor):
+        return {path.name: _of_file(path) for path in sorted(set(anchor.files.values()))}
+    if anchor.module is not None:
+        return {"tensors": fingerprint(anchor.module)}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(reference.named_parameters(), key=lambda pair: pair[0]):
+        if f".{anchor.adapter}." in name:
+            digest.update(name.encode())
+            digest.update(content_of(parameter))
+    return {"tensors": digest.hexdigest()}
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def interpolated(job: Job, folder: Path) -> Form:
+    """Write the pipeline with interpolated weights into `folder`, tensor by tensor."""
+    lams = dict(zip(job.lams.anchors, job.lams.at(Progress(0.0, 0.0), 1)[:, 0].tolist(), strict=True))
+    with job.anchors(open_anchor) as anchors:
+        blend = Blend(job.reference, [(anchor, lams[anchor.name]) for anchor in anchors])
+        job.report("weights", 0, 1, f"{len(blend.names)} tensors")
+        outputs.save_pipeline(job.pipe, folder, partial(write_blend, blend))
+    job.report("weights", 1, 1, "written")
+    return "pipeline"
+
+
+def distilled(
+    job: Job, folder: Path, work: Path, settings: Distillation, prompts: Sequence[str], sampler: Sampler
+) -> Form:
+    """Train a student and write it into `folder`: as a LoRA where all anchors are such, else as a pipeline.
+
+    What an interruption must not lose is in `work`; raises `ValueError` where that was begun with other settings.
+    """
+    # Of other versions a warning tells: see `records.claim`.
+    identity = {name: value for name, value in job.made_of.items() if name != "versions"}
+    base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
+    clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
+    with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
+        samples = draw_samples(
+            work / "samples", job.pipe, dial, prompts, sampler, settings, identity, job.seed,
+            partial(job.report, "drawing samples"),
+        )  # fmt: skip
+    lams = lam_by_timestep(job.lams, clock, sampler.steps)
+    with job.anchors(load_anchor) as opened:
+        anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
+        start = dict(zip(job.lams.anchors, lams.mean(1).tolist(), strict=True))
+        if settings.span is not None:
+            start = dict.fromkeys(start, sum(settings.span) / 2)
+        student = student_of(
+            Blend(job.reference, [(anchor, start[anchor.name]) for anchor in anchors]), settings, job.seed
+        )
+        denoisers = Denoisers(job.reference, anchors)
+        try:
+            job.trained["curve"] = asdict(
+                distil(
+                    base, Teacher(base, denoisers), student, samples, prompts, lams, settings, guidance,
+                    seed=job.seed, checkpoint=work / "checkpoint", report=partial(job.report, "training"),
+                    identity=json.dumps(identity, sort_keys=True),
+                )
+            )  # fmt: skip
+            return _save_student(job, folder, student, settings, [(anchor, start[anchor.name]) for anchor in anchors])
+        finally:
+            denoisers.undo()
+
+
+def _save_student(
+    job: Job, folder: Path, student: Any, settings: Distillation, start: Sequence[tuple[Anchor, float]]
+) -> Form:
+    """As a LoRA of the anchors and the student's own, or fused into a pipeline."""
+    adapters = [anchor.adapter for anchor, _ in start if anchor.adapter]
+    if (
+        settings.lora_rank is not None
+        and settings.span is None
+        and len(adapters) == len(start)
+        and outputs.can_be_joined(job.reference, adapters)
+    ):
+        parts = [(job.reference, anchor.adapter or "", lam) for anchor, lam in start]
+        state = outputs.joined_loras([*parts, (student, ADAPTER, 1.0)])
+        layers = {name: tensor.to(job.reference.dtype).contiguous() for name, tensor in state.items()}
+        job.pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        return "lora"
+    if settings.lora_rank is None:
+        whole = Blend(student.to(job.reference.dtype), [])
+    else:
+        whole = Blend(student, [(Anchor(ADAPTER, "student", adapter=ADAPTER), 1.0)])
+    outputs.save_pipeline(job.pipe, folder, partial(write_blend, whole))
+    return "pipeline"

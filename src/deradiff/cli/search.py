@@ -1,0 +1,222 @@
+"""`deradiff search`: the λ (or λ of several anchors, power or spline) that a score likes best, in a few evaluations."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deradiff.cli import arguments, talking
+
+if TYPE_CHECKING:
+    from deradiff.experiments.crews import Crew
+    from deradiff.search.spaces import Space
+
+MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched", "Sampling", "Machine"
+
+
+def search(
+    reference: Annotated[
+        str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
+    ],
+    anchor: Annotated[
+        list[str],
+        typer.Option(
+            "--anchor",
+            "-a",
+            rich_help_panel=MODELS,
+            help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
+            "Several, each as NAME=SOURCE.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The search's folder. One that was begun there goes on.")],
+    maximize: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--maximize",
+            "-m",
+            rich_help_panel=GOAL,
+            help="A score, or a sum of scores: 'legible - 0.1*bold'. Several have a Pareto set. Besides scores there "
+            "are path-kl, recall, vendi and distance.",
+        ),
+    ] = None,
+    minimize: Annotated[
+        list[str] | None, typer.Option(help="The same, the smaller the better: path-kl.", rich_help_panel=GOAL)
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="A condition: 'clip >= reference', 'recall >= 0.6', 'path-kl <= 3'.", rich_help_panel=GOAL),
+    ] = None,
+    held_out: Annotated[
+        str, typer.Option(help="Scores, with commas between, that the winner is checked by.", rich_help_panel=GOAL)
+    ] = "",
+    features: Annotated[
+        str | None,
+        typer.Option(help="An extractor (dinov2, clip, inception, digits) to see diversity by.", rich_help_panel=GOAL),
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=1, help="k of recall.", rich_help_panel=GOAL)] = 10,
+    weighted: Annotated[
+        bool,
+        typer.Option(
+            "--weighted",
+            rich_help_panel=GOAL,
+            help="Search the retrained model's score, by importance weights. Needs 8 seeds of a prompt, guidance 1.",
+        ),
+    ] = False,
+    over: Annotated[
+        str,
+        typer.Option(
+            help="lam; power, of an annealed λ; or knots:S,S,..., λ of a spline at those places (0 noise, 1 image).",
+            rich_help_panel=SPACE,
+        ),
+    ] = "lam",
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            "--range", help="LOW:HIGH of λ, at most 0:2 (0:1), or of the power (0.25:5).", rich_help_panel=SPACE
+        ),
+    ] = None,
+    box: Annotated[
+        bool,
+        typer.Option("--box", help="λ of several anchors may sum to more than 1.", rich_help_panel=SPACE),
+    ] = False,
+    evaluations: Annotated[
+        int, typer.Option(help="Evaluations at most, end points included.", rich_help_panel=SPACE)
+    ] = 8,
+    search_seed: Annotated[int, typer.Option(min=0, help="Of the search itself.", rich_help_panel=SPACE)] = 0,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of prompts, a list by name (partiprompts, ...), or digits.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many of --prompts, drawn at random.", rich_help_panel=SAMPLING)
+    ] = None,
+    seed: Annotated[
+        list[str],
+        typer.Option("--seed", "-s", help="Seeds of every prompt: 7, 1,2,3 or 0:7.", rich_help_panel=SAMPLING),
+    ] = ["0"],  # noqa: B006 (Typer never changes it)
+    scheduler: Annotated[
+        str | None, typer.Option(help="As in generate; the model's own by default.", rich_help_panel=SAMPLING)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)] = 25,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=SAMPLING)] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.", rich_help_panel=MACHINE)] = 8,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes; one on a GPU, one per processor on a CPU.", rich_help_panel=MACHINE),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read .bin and .ckpt files, which can run code.", rich_help_panel=MODELS),
+    ] = False,
+) -> None:
+    """Find the λ that a score likes best: a few evaluations on the same prompts and noise, and a model of the score.
+
+    The folder is an experiment: `deradiff experiment report` shows all of it. It also gets search.png (the posterior of
+    the score), sheet.png and search.json. The same command goes on where it was interrupted, and with more
+    --evaluations it goes further.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with talking.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
+        talking.silence_other_bars()
+        from deradiff.experiments import crews
+        from deradiff.experiments.plan import parse_plan
+        from deradiff.jobs import cores
+        from deradiff.pipelines import device_called, device_name, known_beta
+        from deradiff.search import words
+        from deradiff.search.goals import Goal
+        from deradiff.search.loop import State
+        from deradiff.search.running import run
+
+    with talking.refusing_wrong_input(), talking.stages(console) as report:
+        sources = arguments.anchors(anchor)
+        goal = Goal.read(maximize or (), minimize or (), require or ())
+        space = _space(over, tuple(sources), limits, box)
+        place = device_called(device)
+        held = [name.strip() for name in held_out.split(",") if name.strip()]
+        chosen = {
+            "scheduler": scheduler, "steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width,
+            "negative_prompt": negative_prompt,
+        }  # fmt: skip
+        plan = parse_plan(
+            {
+                "name": "search",
+                "reference": reference,
+                "dtype": "float32" if place == "cpu" else "float16",
+                "allow_pickle": allow_pickle,
+                "models": {name: {"source": source, "beta": known_beta(source)} for name, source in sources.items()},
+                "prompts": {"prompts": _prompts(prompt or [], prompts, count) | {"seeds": seed}},
+                "sampling": {"sampling": {name: value for name, value in chosen.items() if value is not None}},
+                "methods": [{"method": "reference"}],
+                "scores": [*dict.fromkeys([*goal.scores, *held])],
+                "features": [features] if features else [],
+                "batch_size": batch_size,
+                "report": {"neighbours": neighbours},
+            },
+            "this search",
+        )
+
+        def crew() -> "Crew":
+            size = workers or (cores() if place == "cpu" else 1)
+            return crews.Here(plan, place, 1) if size == 1 else crews.Processes(plan, place, 1, size)
+
+        def told(state: State) -> None:
+            console.print(words.evaluated(space, state), highlight=False)
+
+        outcome = run(
+            plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
+            about={"device": device_name(place), "threads": 1 if place == "cpu" else None}, told=told,
+        )  # fmt: skip
+    beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
+    for sentence in words.sentences(space, goal, outcome, beta):
+        typer.echo(sentence)
+    talking.files(outcome.files)
+
+
+def _prompts(given: list[str], source: str | None, count: int | None) -> dict[str, Any]:
+    """The prompts as a plan has them."""
+    if bool(given) == (source is not None):
+        raise ValueError("prompts are needed, from one place: --prompt, or --prompts with a file or a list by name.")
+    if given:
+        return {"prompts": list(dict.fromkeys(given))}
+    return {"source": source} | ({} if count is None else {"count": count, "draw_seed": 0})
+
+
+def _space(over: str, anchors: tuple[str, ...], limits: str | None, box: bool) -> "Space":
+    """What `--over`, `--range` and `--box` ask for."""
+    from deradiff.notation import decimal
+    from deradiff.search import spaces
+
+    kind, _, rest = over.partition(":")
+    if kind not in ("lam", "power", "knots") or (rest and kind != "knots"):
+        raise ValueError(f"--over {over!r} is unknown; there are lam, power and knots:S,S,..., as in knots:0,0.5,1.")
+    ends: tuple[float, ...] = ()
+    if limits is not None:
+        parts = limits.split(":")
+        if len(parts) != 2:
+            raise ValueError(f"--range {limits!r} is not understood; write LOW:HIGH, as in 0:1.5.")
+        ends = tuple(float(decimal(part, limits, "--range")) for part in parts)
+    if box and (kind != "lam" or len(anchors) < 2):
+        raise ValueError("--box is for λ of several anchors.")
+    if kind == "lam" and len(anchors) > 1:
+        return spaces.lams(anchors, *ends, simplex=not box)
+    if len(anchors) > 1:
+        raise ValueError(f"--over {kind} is searched for one anchor, got {len(anchors)}.")
+    if kind == "lam":
+        return spaces.lam(anchors[0], *ends)
+    if kind == "power":
+        return spaces.power(anchors[0], *ends)
+    places = [float(decimal(part, over, "--over")) for part in rest.split(",")] if rest else [0.0, 0.5, 1.0]
+    return spaces.knots(anchors[0], places, *ends)

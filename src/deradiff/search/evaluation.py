@@ -1,0 +1,156 @@
+"""Points of a search as arms of a growing experiment: drawn and scored by its runners, read from its store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deradiff.experiments import running
+from deradiff.experiments.crews import Crew
+from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.results import Results
+from deradiff.experiments.store import Store
+from deradiff.experiments.worker import Done, Task
+from deradiff.gaussian import IllConditionedMixture
+from deradiff.jobs import Report
+from deradiff.search.goals import Tables
+from deradiff.search.loop import Refused
+from deradiff.search.readings import Unscored, by_unit, require_measured
+from deradiff.search.spaces import Point, Space
+
+
+class Laboratory:
+    """Evaluates points of a space in the folder of an experiment. A context manager, which ends the workers.
+
+    Args:
+        plan: models, prompts, sampling, scores and features. What it draws besides is drawn as well.
+        space: whose points are evaluated.
+        folder: of the store; made where there is none. Images that it holds are not drawn again.
+        crew: makes the workers, once there is work for them.
+        report: told of progress.
+        names: the scores and measures that are read (`Goal.names`).
+        prompts: the plan's prompt set that is searched on; the first by default.
+        weighted: read scores as the retrained model's, by importance weights within prompts (`weights`), instead of
+            Algorithm 1's own.
+        about: what the workers are, for the record of every image.
+
+    Raises `ValueError` for a name that the plan does not measure.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        space: Space,
+        folder: Path,
+        crew: Callable[[], Crew],
+        report: Report,
+        names: Sequence[str],
+        *,
+        prompts: str | None = None,
+        weighted: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.plan, self.space, self.folder, self.weighted = plan, space, folder, weighted
+        self.prompts = next(iter(plan.prompts)) if prompts is None else plan.sets((prompts,))[0]
+        self.names = tuple(names)
+        self.left_out = 0
+        """Images that are left out everywhere, since a score of theirs failed somewhere."""
+        self._crew, self._report, self._maker = crew, report, about
+        self._hired: list[Crew] = []
+        require_measured(plan, self.prompts, self.names, weighted)
+
+    def __enter__(self) -> Laboratory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for crew in self._hired:
+            crew.close()
+        self._hired.clear()
+
+    def __call__(self, points: Sequence[Point]) -> Tables:
+        """Measure all of these points.
+
+        Raises `Refused` for the last one where the models have no mixture or its images mostly no scores, and what a
+        run raises.
+        """
+        results = self.drawn(points)
+        arms = [self.reference(results), *(self.space.arm(results.plan, point) for point in points)]
+        try:
+            rows, self.left_out = by_unit(results, arms, self.prompts, self.names, weighted=self.weighted)
+        except Unscored as error:
+            if error.arm == arms[0]:
+                raise ValueError(f"the reference: {error}") from None
+            raise Refused(str(error)) from None
+        reference, *others = rows
+        return Tables(reference, {name: torch.stack([row[name] for row in others]) for name in self.names})
+
+    def planned(self, points: Sequence[Point]) -> Plan:
+        """The plan with arms for the reference and these points."""
+        searched = {"prompts": [self.prompts]}
+        methods = [{"method": "reference"} | searched, *(self.space.method(point) | searched for point in points)]
+        given = self.plan.model_dump(exclude_unset=True)
+        return Plan.model_validate(given | {"methods": [*given["methods"], *methods]})
+
+    def drawn(self, points: Sequence[Point]) -> Results:
+        """The results with all images of these points and their scores there. Raises as calling does."""
+        plan = self.planned(points)
+        if not self._complete(plan):
+            self.run(plan)
+        with Store(self.folder, write=False) as store:
+            return Results(plan, store)
+
+    def reference(self, results: Results) -> Arm:
+        """The arm that draws the reference."""
+        assert results.reference is not None
+        return results.reference
+
+    def run(self, plan: Plan) -> None:
+        """Draw and score what `plan` wants, also what was lost since it was drawn."""
+        try:
+            running.run(plan, self.folder, self._lend, self._report, about=self._maker)
+        except IllConditionedMixture as error:
+            raise Refused(f"the models have no mixture there: {error}") from None
+
+    def _lend(self) -> Crew:
+        if not self._hired:
+            self._hired.append(self._crew())
+        return _Lent(self._hired[0])
+
+    def _complete(self, plan: Plan) -> bool:
+        """Whether a run would have nothing to do."""
+        if not (self.folder / "store.sqlite").exists():
+            return False
+        with Store(self.folder, write=False) as store:
+            if store.fact("fingerprints") is None:
+                return False
+            whole = running.contents(plan, store, fresh=False)
+            there = store.drawn()
+            wanted = [("scores", name) for name in plan.scores] + [("features", name) for name in plan.features]
+            return all(item in there for item in whole.drawings) and not any(
+                store.unscored(table, name, whole.drawings) for table, name in wanted
+            )
+
+
+class _Lent:
+    """A crew that outlives single runs, so that models are loaded once in a search."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew, self.size = crew, crew.size
+
+    def submit(self, worker: int, task: Task) -> Any:
+        """Give a worker a task."""
+        return self._crew.submit(worker, task)
+
+    def wait(self, pending: Collection[Any]) -> Any:
+        """One that is done."""
+        return self._crew.wait(pending)
+
+    def result(self, ticket: Any) -> Done:
+        """What became of it."""
+        return self._crew.result(ticket)
+
+    def close(self) -> None:
+        """Nothing: the next run needs the workers."""

@@ -1,0 +1,115 @@
+"""What a search knows, drawn: the posterior of the score, the evaluations, the acquisition function, the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deradiff.search.answers import Best, Front
+from deradiff.search.goals import Goal
+from deradiff.search.loop import State
+from deradiff.search.spaces import Point, Space
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#888888"  # Okabe and Ito's
+
+BAND = 1.6448536269514722
+"""Standard deviations that hold 90% of a normal distribution."""
+
+
+def draw(space: Space, goal: Goal, state: State, answer: Best | Front, path: Path) -> None:
+    """Write the figure of a search to `path` as PNG (DeRaDiff, figure 8).
+
+    For one objective: a panel for every coordinate along the line through the answer, with the acquisition function
+    below. For several: every pair of objectives, with the Pareto set.
+    """
+    from matplotlib.figure import Figure
+
+    panels = len(space.coordinates) if isinstance(answer, Best) else max(1, len(goal.objectives) - 1)
+    figure = Figure(figsize=(2.2 + 4.4 * panels, 5.6 if isinstance(answer, Best) else 4.4), layout="constrained")
+    if isinstance(answer, Best):
+        axes: Any = figure.subplots(2, panels, sharex="col", squeeze=False, height_ratios=(3, 1))
+        for k in range(panels):
+            _posterior(axes[0, k], space, goal, state, answer, k)
+            _acquisition(axes[1, k], space, state, answer, k)
+        axes[0, 0].legend(fontsize="small", loc="best")
+    else:
+        row: Any = figure.subplots(1, panels, squeeze=False)[0]
+        for k in range(panels):
+            _front(row[k], space, goal, answer, k + 1)
+        row[0].legend(fontsize="small", loc="best")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _line(space: Space, point: Point, k: int) -> list[Point]:
+    """The points of the space on the line through `point` along coordinate `k`."""
+    values = space.coordinates[k].values()
+    line = [tuple(value if i == k else at for i, at in enumerate(point)) for value in values]
+    return [one for one in line if space.holds(one)]
+
+
+def _posterior(axes: Axes, space: Space, goal: Goal, state: State, answer: Best, k: int) -> None:
+    """Posterior mean and band of the score along one coordinate, with what was observed."""
+    assert state.models is not None and state.tables is not None
+    (gain,), line = state.models.gains, _line(space, answer.point, k)
+    at, x = space.unit(line), [point[k] for point in line]
+    level = float(goal.objectives[0].at_reference(state.tables).mean())
+    mean, spread = level + gain.mean(at), BAND * gain.deviation(at)
+    axes.fill_between(x, (mean - spread).tolist(), (mean + spread).tolist(), color=BLUE, alpha=0.2, linewidth=0,
+                      label="90% of the posterior")  # fmt: skip
+    axes.plot(x, mean.tolist(), color=BLUE, linewidth=2, label="posterior mean")
+    on_line = [one for one in answer.evaluations if one.point in {*line}]
+    away = [one for one in answer.evaluations if one.point not in {*line}]
+    for found, colour, words in ((on_line, INK, "evaluations"), (away, GREY, "evaluations off this line")):
+        if found:
+            axes.errorbar([one.point[k] for one in found], [level + one.gains[0] for one in found],
+                          [BAND * one.errors[0] for one in found], fmt="o", color=colour, markersize=4, capsize=2,
+                          linewidth=1, label=words)  # fmt: skip
+    low, high = answer.ranges[k]
+    axes.axvspan(low, high, color=ORANGE, alpha=0.12, linewidth=0)
+    axes.axvline(answer.point[k], color=ORANGE, linewidth=1.5, label=f"best, {answer.point[k]:g} [{low:g}, {high:g}]")
+    axes.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_ylabel(f"{goal.objectives[0]}\n(errors of the difference from the reference)" if k == 0 else "")
+    axes.grid(alpha=0.25)
+
+
+def _acquisition(axes: Axes, space: Space, state: State, answer: Best, k: int) -> None:
+    """What another evaluation would be expected to gain, along one coordinate."""
+    assert state.proposal is not None
+    values = dict(zip(state.proposal.candidates, state.proposal.values.tolist(), strict=True))
+    if len(space.coordinates) == 1:
+        line = _line(space, answer.point, k)
+        known = [point for point in line if point in values]
+        axes.plot([point[k] for point in known], [values[point] for point in known], color=GREEN, linewidth=1.5)
+    else:
+        places = list(values)
+        axes.plot([point[k] for point in places], [values[point] for point in places], ".", color=GREEN, markersize=3)
+    axes.axvline(answer.point[k], color=ORANGE, linewidth=1.5)
+    axes.set_ylabel("expected gain" if k == 0 else "")
+    axes.set_xlabel(space.coordinates[k].name)
+    if space.coordinates[k].log:
+        axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+
+
+def _front(axes: Axes, space: Space, goal: Goal, answer: Front, j: int) -> None:
+    """The gains of all evaluations in the first objective and the j-th, and the Pareto set among them."""
+    axes.errorbar([one.gains[0] for one in answer.evaluations], [one.gains[j] for one in answer.evaluations],
+                  [BAND * one.errors[j] for one in answer.evaluations],
+                  [BAND * one.errors[0] for one in answer.evaluations], fmt="o", color=GREY, markersize=4,
+                  linewidth=0.8, label="evaluations")  # fmt: skip
+    order = sorted(answer.points, key=lambda one: one.gains[0].value)
+    x, y = [one.gains[0].value for one in order], [one.gains[j].value for one in order]
+    axes.plot(x, y, "o-", color=ORANGE, markersize=6, linewidth=1.5, label="Pareto set")
+    for one in order:
+        text = ", ".join(f"{value:g}" for value in one.point)
+        axes.annotate(text, (one.gains[0].value, one.gains[j].value), xytext=(5, 5), textcoords="offset points",
+                      fontsize="x-small")  # fmt: skip
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlabel(f"{goal.objectives[0]}, gain over the reference")
+    axes.set_ylabel(f"{goal.objectives[j]}, gain over the reference")
+    axes.grid(alpha=0.25)

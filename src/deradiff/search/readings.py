@@ -1,0 +1,191 @@
+"""Scores and measures of a search's points, unit by unit, read from the results of an experiment.
+
+Units are prompts, over whose seeds a number is averaged, or the seeds themselves where there is a single prompt. An
+image whose score failed at one point is left out at all of them: what is compared then has the same prompts and the
+same noise everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.results import Results
+from deradiff.measures.diversity import mean_pairwise_distance, vendi_score
+from deradiff.measures.precision_recall import squared_distances, squared_radii
+from deradiff.measures.statistics import require_features
+from deradiff.search.goals import DISTANCE, MEASURES, PATH_KL, RECALL, VENDI
+from deradiff.weights import ENOUGH as FEW
+from deradiff.weights import OBSTACLES, normalized
+
+ENOUGH = 0.5
+"""The share of an arm's images that must have scores."""
+
+OF_FEATURES = (RECALL, VENDI, DISTANCE)
+WITHIN_PROMPTS = (VENDI, DISTANCE)
+
+Table = Float[np.ndarray, "prompt seed"]
+Kept = Bool[np.ndarray, "prompt seed"]
+
+
+class Unscored(ValueError):
+    """Too few images of an arm have scores."""
+
+    def __init__(self, arm: Arm, message: str) -> None:
+        super().__init__(message)
+        self.arm = arm
+
+
+def require_measured(plan: Plan, prompts: str, names: Sequence[str], weighted: bool) -> None:
+    """Raise `ValueError` for a name that `plan` does not measure on this prompt set, or for too few images to weigh."""
+    seeds = len(plan.prompts[prompts].seeds)
+    if weighted and seeds < FEW:
+        raise ValueError(f"importance weights compare the images of a prompt: give {FEW:g} seeds at least, not {seeds}")
+    for name in names:
+        if name not in (*MEASURES, *plan.scores):
+            known = ", ".join([*plan.scores, *MEASURES])
+            raise ValueError(f"{name!r} is not measured here: scores and measures are {known}")
+        if name in OF_FEATURES and not plan.features:
+            raise ValueError(f"{name} compares images by features: name an extractor")
+        if name in WITHIN_PROMPTS and seeds < 2:
+            raise ValueError(f"{name} compares the images of a prompt: give two seeds at least")
+
+
+def by_unit(
+    results: Results, arms: Sequence[Arm], prompts: str, names: Sequence[str], *, weighted: bool = False
+) -> tuple[list[dict[str, Float[Tensor, " unit"]]], int]:
+    """Every named score and measure of each arm, in the same units, and how many images were left out.
+
+    The first arm is the reference, which recall is counted against. `weighted` reads scores as the retrained model's,
+    by importance weights within prompts; measures stay those of the images as they are.
+
+    Raises:
+        Unscored: fewer than half of an arm's images have their scores.
+        ValueError: a path KL or weights that are not known for the sampler.
+    """
+    read = [_Arm(results, arm, prompts, names, weighted) for arm in arms]
+    for one in read:
+        one.require_enough()
+    kept = np.logical_and.reduce([one.there for one in read])
+    if {*names} & {*WITHIN_PROMPTS}:
+        kept = kept & (kept.sum(1, keepdims=True) >= 2)
+    reference, left_out = read[0], int((~kept).sum())
+    return [{name: one.unit(name, kept, reference) for name in names} for one in read], left_out
+
+
+class _Arm:
+    """What is known of one arm, as [prompt, seed] tables and as features by place."""
+
+    def __init__(self, results: Results, arm: Arm, prompts: str, names: Sequence[str], weighted: bool) -> None:
+        self._results, self._arm, self._prompts = results, arm, prompts
+        self._tables = {name: self._table(name) for name in names if name not in OF_FEATURES}
+        self._features: Mapping[tuple[int, int], Any] = {}
+        self._weights = self._log_weights() if weighted else None
+        self.there: Kept = np.logical_and.reduce(
+            [np.isfinite(table) for table in self._tables.values()] or [np.ones(self._shape, dtype=bool)]
+        )
+        if {*names} & {*OF_FEATURES}:
+            self._features = results.features_by_place(arm, prompts, results.plan.features[0])
+            has = np.zeros(self._shape, dtype=bool)
+            for place in self._features:
+                has[place] = True
+            self.there = self.there & has
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        results = self._results
+        return len(results.contents.texts[self._prompts]), len(results.plan.prompts[self._prompts].seeds)
+
+    def _table(self, name: str) -> Table:
+        if name != PATH_KL:
+            return self._results.scores(self._arm, self._prompts, name)
+        if not any(lam for _, lam in self._arm.anchors):
+            return np.zeros(self._shape)  # the reference
+        found = self._results.path_kl(self._arm, self._prompts)
+        if not np.isfinite(found).any():
+            raise ValueError(
+                "the path KL is not known for this sampler: it needs one that draws noise in every step, such as "
+                "euler-a or ddpm"
+            )
+        return found
+
+    def _log_weights(self) -> Table:
+        """log W of every image; zero where one model acts alone."""
+        told = self._results.told(self._arm, self._prompts)
+        obstacles = sorted({obstacle for one in told for obstacle in one.get("obstacles", ())})
+        if obstacles:
+            reasons = "; ".join(OBSTACLES[obstacle] for obstacle in obstacles)
+            raise ValueError(f"there is no retrained model whose score could be estimated: {reasons}")
+        return np.array([one.get("log_weight", 0.0) for one in told]).reshape(self._shape)
+
+    def require_enough(self) -> None:
+        """Raise `Unscored` where too few images have their scores."""
+        if self.there.mean() >= ENOUGH:
+            return
+        errors = [error for _, _, error in self._results.failures]
+        why = f"; the first error: {errors[0]}" if errors else ""
+        raise Unscored(self._arm, f"{1 - self.there.mean():.0%} of the images could not be scored{why}")
+
+    def unit(self, name: str, kept: Kept, reference: _Arm) -> Float[Tensor, " unit"]:
+        """A score or measure of the images that are kept, unit by unit."""
+        if name in WITHIN_PROMPTS:
+            measure = vendi_score if name == VENDI else mean_pairwise_distance
+            places = np.argwhere(kept)
+            return measure(self._chosen(kept), torch.from_numpy(places[:, 0].copy())).per_prompt
+        if name == RECALL:
+            table = np.zeros(kept.shape)
+            table[kept] = self._covers(reference, kept)
+            return _averaged(table, kept)
+        if self._weights is None or name == PATH_KL:
+            return _averaged(self._tables[name], kept)
+        return _weighted(self._tables[name], self._weights, kept)
+
+    def _chosen(self, kept: Kept) -> Float[Tensor, "image feature"]:
+        vectors = np.stack([self._features[int(row), int(column)] for row, column in np.argwhere(kept)])
+        return torch.from_numpy(vectors).double()
+
+    def _covers(self, reference: _Arm, kept: Kept) -> Bool[np.ndarray, " image"]:
+        """Which of the reference's images lie on this arm's manifold (`measures.precision_and_recall`)."""
+        known = require_features(reference._chosen(kept), "the reference's")
+        drawn = require_features(self._chosen(kept), "the generated")
+        k = self._results.plan.report.neighbours
+        if not k < len(drawn):
+            raise ValueError(f"recall looks at {k} neighbours: {len(drawn)} images are too few, draw more")
+        centre = known.mean(0)
+        radii = squared_radii(drawn - centre, k)
+        found = [(squared <= radii).any(1) for _, squared in squared_distances(known - centre, drawn - centre)]
+        return torch.cat(found).numpy()
+
+
+# -- from images to units ---------------------------------------------------------------------------------------------
+
+
+def _averaged(table: Table, kept: Kept) -> Float[Tensor, " unit"]:
+    """The mean over seeds of each prompt that has any; the seeds of a single prompt."""
+    if len(kept) == 1:
+        return torch.from_numpy(table[kept])
+    rows = kept.any(1)
+    sums = np.where(kept, table, 0.0).sum(1)[rows]
+    return torch.from_numpy(sums / kept.sum(1)[rows])
+
+
+def _weighted(table: Table, log_weights: Table, kept: Kept) -> Float[Tensor, " unit"]:
+    """The weighted mean over seeds of each prompt.
+
+    Of a single prompt, whose images are the units, `f + n w_j (f_j - f)` with the weighted mean f: its mean is f, and
+    its spread gives f's standard error (the delta method).
+    """
+    rows = np.argwhere(kept)[:, 0].copy()
+    scores = torch.from_numpy(table[kept])
+    weights = normalized(torch.from_numpy(log_weights[kept]), torch.from_numpy(rows))
+    if len(kept) == 1:
+        mean = weights @ scores
+        return mean + len(scores) * weights * (scores - mean)
+    sums = torch.zeros(len(kept), dtype=torch.float64).index_add(0, torch.from_numpy(rows), weights * scores)
+    return sums[torch.from_numpy(kept.any(1))]

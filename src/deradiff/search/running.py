@@ -1,0 +1,234 @@
+"""A search from begin to end in one folder: images, scores, the answer, its figure and its pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from deradiff import records
+from deradiff.experiments.crews import Crew
+from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.results import Results
+from deradiff.experiments.store import Store
+from deradiff.jobs import Report
+from deradiff.search import figures
+from deradiff.search.answers import Best, Front
+from deradiff.search.checks import Check, check, nothing_to_check
+from deradiff.search.evaluation import Laboratory
+from deradiff.search.goals import Goal, Tables
+from deradiff.search.loop import FRACTION, Refused, State, maximise
+from deradiff.search.spaces import Point, Space
+from deradiff.sheets import contact_sheet
+
+SHOWN = 6
+"""Prompts on the sheet, and points of a front."""
+
+FACT = "search"
+"""Under which the store remembers how far a search has come."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found, and where it is written down."""
+
+    answer: Best | Front
+    checks: dict[Point, Check]
+    """Of the winner, or of every point of the front."""
+    refused: dict[Point, str]
+    """Points that could not be used, and why."""
+    verdict: dict[str, Any] | None
+    """How far the winner's score can be trusted (`weights.Verdict.record`); None where there are no weights."""
+    left_out: int
+    """Images that are left out everywhere, since a score of theirs failed somewhere."""
+    files: list[Path] = field(default_factory=list)
+
+
+def run(
+    plan: Plan,
+    space: Space,
+    goal: Goal,
+    folder: Path,
+    crew: Callable[[], Crew],
+    report: Report,
+    *,
+    budget: int = 8,
+    seed: int = 0,
+    fraction: float = FRACTION,
+    prompts: str | None = None,
+    weighted: bool = False,
+    about: Mapping[str, Any] | None = None,
+    told: Callable[[State], None] | None = None,
+) -> Outcome:
+    """Search `space` by an experiment in `folder`, which goes on where it was interrupted.
+
+    The plan gives models, prompts, sampling, scores and features; its scores that the goal does not name are held out
+    and checked at the winner. Every point is an arm of the experiment, so that nothing is drawn twice and
+    `deradiff experiment report` shows all of it. The winner is drawn in the end if no evaluation was there.
+
+    Args:
+        plan: see `experiments.plan`; its own methods are drawn as well.
+        space: what is searched.
+        goal: what is wanted.
+        folder: of the experiment, made where there is none; takes `search.json`, `search.png` and `sheet.png`.
+        crew: makes the workers (`experiments.crews`).
+        report: told of progress in drawing and scoring.
+        budget: evaluations, see `loop.maximise`, as `seed` and `fraction`.
+        prompts: the prompt set to search on; the first by default.
+        weighted: search the retrained model's score, by importance weights, instead of Algorithm 1's own.
+        about: what the workers are, such as their device, for the record of every image.
+        told: told of the search's state after every evaluation.
+
+    Raises what `loop.maximise`, `evaluation.Laboratory` and `experiments.running.run` raise.
+    """
+    state = State()
+    with Laboratory(
+        plan, space, folder, crew, report, goal.names, prompts=prompts, weighted=weighted, about=about
+    ) as laboratory:
+        identity = _identity(laboratory, seed)
+        _resume(laboratory, identity)
+
+        def evaluate(points: Sequence[Point]) -> Tables:
+            _remember(laboratory, identity, points)
+            try:
+                return laboratory(points)
+            except Refused:
+                _remember(laboratory, identity, (), points[-1])
+                raise
+
+        answer = maximise(space, goal, evaluate, budget=budget, seed=seed, fraction=fraction, state=state, report=told)
+        winners = [answer.point] if isinstance(answer, Best) else [one.point for one in answer.points]
+        _remember(laboratory, identity, winners)
+        results = laboratory.drawn(list(dict.fromkeys([*state.points, *winners])))
+        reference = laboratory.reference(results)
+        checks = {
+            point: nothing_to_check()
+            if not any(point) and space.kind in ("lam", "lams")
+            else check(results, reference, space.arm(results.plan, point), laboratory.prompts, goal)
+            for point in winners
+        }
+        verdict = _verdict(laboratory, goal, results, winners)
+        outcome = Outcome(answer, checks, state.refused, verdict, laboratory.left_out)
+        outcome.files.extend(_written(folder, laboratory, goal, state, outcome, results, seed))
+    return outcome
+
+
+def _verdict(laboratory: Laboratory, goal: Goal, results: Results, winners: Sequence[Point]) -> dict[str, Any] | None:
+    """How far the best point's first score is from the retrained model's."""
+    name = goal.objectives[0].terms[0][0]
+    if len(goal.objectives) > 1 or name not in goal.scores:
+        return None
+    found = results.verdict(laboratory.space.arm(results.plan, winners[0]), laboratory.prompts, name)
+    return None if found is None else found.record()
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def _identity(laboratory: Laboratory, seed: int) -> str:
+    """What decides which images a search draws and in which batches."""
+    decides = [laboratory.plan.model_dump(mode="json"), asdict(laboratory.space), laboratory.prompts, seed]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _remember(laboratory: Laboratory, identity: str, points: Sequence[Point], refused: Point | None = None) -> None:
+    """Write down which points are drawn, before they are."""
+    with Store(laboratory.folder, create=True) as store:
+        known = _known(store, identity)
+        now = [point for point in dict.fromkeys([*known, *points]) if point != refused]
+        if now != known:
+            store.remember(FACT, {"identity": identity, "points": now})
+
+
+def _known(store: Store, identity: str) -> list[Point]:
+    """The points that this search has drawn so far, or had begun to."""
+    found = store.fact(FACT)
+    return [tuple(point) for point in found["points"]] if found and found["identity"] == identity else []
+
+
+def _resume(laboratory: Laboratory, identity: str) -> None:
+    """Make whole what this search has drawn so far, all of it at once.
+
+    Images that shared a batch are drawn in it again, so that a resumed search sees the same images to the last bit.
+    """
+    if not (laboratory.folder / "store.sqlite").exists():
+        return
+    with Store(laboratory.folder, write=False) as store:
+        points = _known(store, identity)
+    if points:
+        with suppress(Refused):  # it broke off at such a point, and will meet it again
+            laboratory.run(laboratory.planned(points))
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def _written(
+    folder: Path, laboratory: Laboratory, goal: Goal, state: State, outcome: Outcome, results: Results, seed: int
+) -> list[Path]:
+    """The record, the figure and the sheet."""
+    paths = [folder / "search.png", folder / "sheet.png", folder / "search.json"]
+    with records.whole(paths[0]) as temporary:
+        figures.draw(laboratory.space, goal, state, outcome.answer, temporary)
+    about = record(laboratory, goal, outcome, seed)
+    records.write_png(paths[1], _sheet(laboratory, outcome, results), about)
+    records.write_json(paths[2], about)
+    return paths
+
+
+def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> dict[str, Any]:
+    """Everything about a search that is not in the store, as plain data."""
+    space = laboratory.space
+    return {
+        "space": {"kind": space.kind, "anchors": space.anchors, "simplex": space.simplex, "places": space.places}
+        | {"coordinates": [asdict(coordinate) for coordinate in space.coordinates]},
+        "objectives": [str(objective) for objective in goal.objectives],
+        "conditions": [condition.text for condition in goal.constraints],
+        "weighted": laboratory.weighted,
+        "seed": seed,
+        "answer": asdict(outcome.answer),
+        "checks": [{"point": point} | asdict(one) for point, one in outcome.checks.items()],
+        "refused": [{"point": point, "why": why} for point, why in outcome.refused.items()],
+        "verdict": outcome.verdict,
+        "left_out": outcome.left_out,
+        "versions": records.versions(),
+    }
+
+
+def _sheet(laboratory: Laboratory, outcome: Outcome, results: Results) -> Image.Image:
+    """The first prompts by the reference, the winners and the anchors."""
+    space, plan = laboratory.space, results.plan
+    columns: dict[str, Arm] = {"reference": laboratory.reference(results)}
+    for point in list(outcome.checks)[:SHOWN]:
+        columns[f"{space.words(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
+            plan, point
+        )
+    for point, name in zip(_alone(space), space.anchors, strict=False):
+        if point in [one.point for one in outcome.answer.evaluations] and point not in outcome.checks:
+            columns[f"{name}\nλ = 1"] = space.arm(plan, point)
+    texts = results.contents.texts[laboratory.prompts][:SHOWN]
+    rows = [[_opened(results, arm, laboratory.prompts, row) for arm in columns.values()] for row in range(len(texts))]
+    seeds = plan.prompts[laboratory.prompts].seeds
+    labels = [f"{text}\nseed {seeds[0]}" for text in texts]
+    return contact_sheet(rows, list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise")
+
+
+def _alone(space: Space) -> list[Point]:
+    """Where each anchor acts alone."""
+    if space.kind not in ("lam", "lams"):
+        return []
+    count = len(space.coordinates)
+    return [tuple(1.0 if k == i else 0.0 for k in range(count)) for i in range(count)]
+
+
+def _opened(results: Results, arm: Arm, prompts: str, row: int) -> Image.Image:
+    path = results.image(arm, prompts, row, 0)
+    assert path is not None
+    with Image.open(path) as image:
+        return image.convert("RGB")

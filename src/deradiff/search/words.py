@@ -1,0 +1,94 @@
+"""What a search found, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deradiff.search.answers import LEVEL, Best, Condition, Front, Interval
+from deradiff.search.goals import Goal
+from deradiff.search.loop import State
+from deradiff.search.running import Outcome
+from deradiff.search.spaces import Point, Space
+
+UNTOLD = ("exact", "few", "no target")
+"""Verdicts that say nothing about the answer."""
+
+
+def sentences(space: Space, goal: Goal, outcome: Outcome, anchor_beta: float | None = None) -> Iterator[str]:
+    """The answer, how sure it is, what holds there and what does not, each a sentence or two."""
+    answer = outcome.answer
+    if isinstance(answer, Best):
+        yield from _best(space, goal, answer, anchor_beta)
+        yield from (check.words for check in outcome.checks.values())
+        if outcome.verdict and outcome.verdict["kind"] not in UNTOLD:
+            yield f"Beside a retrained model: {outcome.verdict['words']}."
+    else:
+        yield from _front(space, goal, outcome, answer)
+    yield f"Stopped after {len(answer.evaluations)} evaluations: {answer.stopped}."
+    for point, why in outcome.refused.items():
+        yield f"{space.words(point)} could not be used, and nothing beyond it was tried: {why}"
+    if outcome.left_out:
+        yield f"{outcome.left_out} images were left out at every point, since a score of theirs failed at some."
+
+
+def evaluated(space: Space, state: State) -> str:
+    """The last evaluation, and where to next, in one line."""
+    assert state.tables is not None and state.proposal is not None
+    names = [f"{name} {float(table[-1].mean()):.4g}" for name, table in state.tables.points.items()]
+    then = state.proposal.point
+    after = "" if then is None else f"; next {space.words(then)}, expected to gain {state.proposal.gain:.2g}"
+    return f"{len(state.points)}. {space.words(state.points[-1])}: {', '.join(names)}{after}"
+
+
+def _best(space: Space, goal: Goal, answer: Best, anchor_beta: float | None) -> Iterator[str]:
+    (objective,) = goal.objectives
+    where = _where(space, answer.point, answer.ranges)
+    beta = ""
+    if anchor_beta is not None and space.kind == "lam" and answer.point[0] > 0:
+        beta = f", which stands for β = {anchor_beta / answer.point[0]:.4g}"
+    if not answer.reachable:
+        yield f"No point meets all conditions. {where} comes nearest."
+    else:
+        yield f"Best: {where} with probability {LEVEL:.0%}{beta}."
+    yield (
+        f"{objective} is expected to be {_numbers(answer.score)} there, {_signed(answer.gain)} from the reference's."
+    )
+    yield from (f"{condition}." for condition in answer.conditions)
+    if answer.gain.low <= 0 and any(answer.point):
+        yield "No gain over the reference can be told from noise: more prompts would tell."
+    wide = [
+        c.name
+        for c, (low, high) in zip(space.coordinates, answer.ranges, strict=True)
+        if c.unit(high) - c.unit(low) > 0.5
+    ]
+    if wide:
+        yield f"Where the best {' and '.join(wide)} lies can hardly be told: draw more prompts, or more seeds of them."
+
+
+def _front(space: Space, goal: Goal, outcome: Outcome, answer: Front) -> Iterator[str]:
+    if not answer.points:
+        yield "No point meets all conditions."
+        return
+    yield f"{len(answer.points)} points that no other beats in every objective:"
+    for one in answer.points:
+        gains = [f"{o} {_signed(gain)}" for o, gain in zip(goal.objectives, one.gains, strict=True)]
+        yield f"{space.words(one.point)}: {', '.join(gains)}; on the front with probability {one.probability:.0%}"
+        yield from (f"  {condition}" for condition in one.conditions if not _surely(condition))
+        yield f"  {outcome.checks[one.point].words}"
+
+
+def _surely(condition: Condition) -> bool:
+    return condition.probability > 0.99
+
+
+def _where(space: Space, point: Point, ranges: tuple[tuple[float, float], ...]) -> str:
+    parts = zip(space.coordinates, point, ranges, strict=True)
+    return ", ".join(f"{c.name} = {value:g}, in [{low:g}, {high:g}]" for c, value, (low, high) in parts)
+
+
+def _numbers(interval: Interval) -> str:
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
