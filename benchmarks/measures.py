@@ -4,8 +4,8 @@ Two sets of 10,000 images with 2,048 features each, random and correlated, as ma
 are given, so no network is timed. The Fréchet distance is compared with the formula written out on float64 covariances
 with SciPy's matrix square root, also where there are fewer images than features. Times are of one run each, in seconds
 of this machine, with two threads where nothing else is said. Processor seconds stand beside them, and the load average
-of the minute before: on a machine that does other things at the same time two threads wait for each other, which both
-clocks count, and the processor seconds of one thread say best what the computation takes. The result goes to
+of the minute before: on a machine that does other things at the same time two threads also wait for each other, which
+both clocks count, so the processor seconds of one thread say best what the computation takes. The result goes to
 benchmarks/measures.json.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deradiff.measures.statistics import Statistics, require_features
+from deradiff.measures.statistics import Statistics, require_features, singular_values
 
 SHAPES = [(40, 8), (9, 8), (8, 8), (5, 8), (2, 8)]
 
@@ -45,6 +45,20 @@ def test_what_never_changes_has_no_variance_at_all() -> None:
     features[:, 1] = 0.3
     covariance = Statistics.of(features).covariance
     assert torch.all(covariance[1] == 0) and torch.all(covariance[[0, 2], [0, 2]] > 0)
+
+
+def test_singular_values_leave_the_number_of_threads_as_it_was() -> None:
+    matrix = torch.randn(9, 5).double()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.testing.assert_close(singular_values(matrix), torch.linalg.svdvals(matrix))
+        assert torch.get_num_threads() == 2
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            singular_values(torch.full((3, 3), torch.nan).double()[0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_features_that_are_refused() -> None:

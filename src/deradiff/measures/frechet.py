@@ -6,11 +6,10 @@ Of two Gaussians with the features' means and covariances it is the squared 2-Wa
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.measures.statistics import Statistics, require_same_features, statistics_of
+from deradiff.measures.statistics import Statistics, require_same_features, singular_values, statistics_of
 
 __all__ = ["Frechet", "frechet_distance"]
 
@@ -58,7 +57,7 @@ def frechet_distance(
     first, second = statistics_of(reference, "the reference's"), statistics_of(generated, "the generated")
     require_same_features(first, second)
     traces = [float(each.root.square().sum()) for each in (first, second)]
-    overlap = float(torch.linalg.svdvals(first.root @ second.root.T).sum())
+    overlap = float(singular_values(first.root @ second.root.T).sum())
     means = float((first.mean - second.mean).square().sum())
     # Rounding can leave equal covariances a hair below zero, where no distance is.
     covariances = max(0.0, sum(traces) - 2 * overlap)

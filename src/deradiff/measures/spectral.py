@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.measures.frechet import Frechet, frechet_distance
-from deradiff.measures.statistics import Statistics, require_same_features, statistics_of
+from deradiff.measures.statistics import Statistics, require_same_features, singular_values, statistics_of
 
 __all__ = ["Cloud", "SpectralDistance", "reference_mismatch", "spectral_distance", "spectrum"]
 
@@ -60,7 +60,7 @@ def spectrum(features: Float[Tensor, "image feature"] | Statistics, name: str = 
     `statistics.require_features` does.
     """
     found = statistics_of(features, name)
-    deviations = torch.linalg.svdvals(found.root)
+    deviations = singular_values(found.root)
     bound = max(found.root.shape) * torch.finfo(deviations.dtype).eps * deviations[:1]
     variances = torch.where(deviations > bound, deviations, 0).square()
     return torch.cat([variances, variances.new_zeros(found.features - len(variances))])

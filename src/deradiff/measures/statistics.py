@@ -102,6 +102,20 @@ def compressed(root: Float[Tensor, "row feature"]) -> Float[Tensor, "fewer featu
     return torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root
 
 
+def singular_values(matrix: Float[Tensor, "row column"]) -> Float[Tensor, " smaller"]:
+    """From the largest on, by one thread.
+
+    LAPACK reduces the matrix column by column, at the pace of memory: a second thread saves nothing, and where cores
+    are busy the two spend their time waiting for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.svdvals(matrix)
+    finally:
+        torch.set_num_threads(threads)
+
+
 # -- what was given ---------------------------------------------------------------------------------------------------
 
 
