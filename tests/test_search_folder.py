@@ -18,6 +18,7 @@ from deradiff.experiments.plan import Drawing, Plan
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw
 from deradiff.gaussian import IllConditionedMixture
+from deradiff.notation import schedule
 from deradiff.search import Goal, figures, run, spaces
 from deradiff.search.answers import Best, Front
 from deradiff.search.running import Outcome
@@ -91,6 +92,10 @@ class Smooth(Fake):
     def png(self, drawings: Sequence[Drawing], place: int) -> bytes:
         drawing, info, buffer = drawings[place], PngImagePlugin.PngInfo(), io.BytesIO()
         lam = sum(lam for _, lam in drawing.anchors)
+        if drawing.schedule:
+            shape = schedule(drawing.schedule, "steps")
+            assert shape is not None
+            lam *= sum(shape(k / 10) for k in range(11)) / 11
         info.add_text("about", json.dumps({"lam": lam, "prompt": drawing.prompt, "seed": drawing.seed}))
         info.add_text("batch", repr([one.seed for one in drawings]))
         Image.new("RGB", (4, 4), (round(100 * lam), 20 * drawing.seed, len(drawing.prompt))).save(
@@ -163,6 +168,14 @@ def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
     assert search(tmp_path / "x", again, budget=5).answer == second.answer and again.draws == []
 
 
+def test_other_weights_under_the_same_name_are_other_images(tmp_path: Path) -> None:
+    search(tmp_path / "x", Smooth(), budget=3)
+    crew, models = Smooth(), {"strong": {"source": "digits:100", "beta": 100}, "weak": {"source": "digits:500"}}
+    search(tmp_path / "x", crew, given=plan(models=models), budget=3)
+    drawn = {lam for anchors, *_ in crew.identities for _, lam in anchors}
+    assert drawn >= {1.0, 0.5} and all(anchors for anchors, *_ in crew.identities)  # all but the reference
+
+
 def test_an_image_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     whole = search(tmp_path / "x", Smooth())
     before = files(tmp_path / "x")
@@ -170,6 +183,19 @@ def test_an_image_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     crew = Smooth()
     assert search(tmp_path / "x", crew).answer == whole.answer
     assert len(crew.identities) == 1 and files(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize(
+    "space",
+    [spaces.lams(["strong", "weak"]), spaces.power("strong"), spaces.knots("strong", [0, 1])],
+    ids=lambda space: space.kind,
+)
+def test_other_spaces_are_drawn_too(tmp_path: Path, space: spaces.Space) -> None:
+    outcome = search(tmp_path / "x", Smooth(), space=space, budget=len(space.first()) + 1)
+    assert isinstance(outcome.answer, Best) and len(outcome.answer.point) == len(space.coordinates)
+    # By the mean λ of a run: what Smooth likes is met within what a point more can tell.
+    assert outcome.answer.gain.value > 0.1
+    assert any(line.startswith("Best: ") for line in sentences(space, GOAL, outcome))
 
 
 def test_the_experiment_can_be_reported_on(tmp_path: Path) -> None:
@@ -239,8 +265,10 @@ def test_conditions_and_fronts_on_diversity(tmp_path: Path) -> None:
     assert 0.1 < outcome.answer.point[0] < 0.3 and outcome.answer.conditions[0].probability >= 0.8
     front = search(tmp_path / "x", Smooth(), Goal.read(["legible", "recall"]), given)
     assert isinstance(front.answer, Front) and len(front.checks) == len(front.answer.points) > 1
-    (sheet,) = [path for path in front.files if path.name == "sheet.png"]
-    assert sheet.exists()
+    never = Goal.read(["legible", "recall"], require=["recall >= 2"])
+    none = search(tmp_path / "x", Smooth(), never, given)
+    assert isinstance(none.answer, Front) and not none.answer.points
+    assert next(iter(sentences(SPACE, never, none))) == "No point meets all conditions."
 
 
 def test_one_prompt_is_measured_by_its_seeds(tmp_path: Path) -> None:

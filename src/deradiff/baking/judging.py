@@ -125,6 +125,7 @@ def judge(
     """
     exact, pictures, shown = [], [], slice(0, SHOWN)
     total = 2 + 2 * len(cases)
+    tick(0, total)
     with realigned() as dial:
         dial.lam = {name: 0.0 for name in dial.anchors}
         reference = sampler.latents(pipe, prompts, seeds)

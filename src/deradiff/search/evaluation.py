@@ -60,6 +60,7 @@ class Laboratory:
         """Images that are left out everywhere, since a score of theirs failed somewhere."""
         self._crew, self._report, self._maker = crew, report, about
         self._hired: list[Crew] = []
+        self._ran = False
         require_measured(plan, self.prompts, self.names, weighted)
 
     def __enter__(self) -> Laboratory:
@@ -97,7 +98,7 @@ class Laboratory:
     def drawn(self, points: Sequence[Point]) -> Results:
         """The results with all images of these points and their scores there. Raises as calling does."""
         plan = self.planned(points)
-        if not self._complete(plan):
+        if not (self._ran and self._complete(plan)):
             self.run(plan)
         with Store(self.folder, write=False) as store:
             return Results(plan, store)
@@ -108,7 +109,8 @@ class Laboratory:
         return results.reference
 
     def run(self, plan: Plan) -> None:
-        """Draw and score what `plan` wants, also what was lost since it was drawn."""
+        """Draw and score what `plan` wants, also what was lost since it was drawn, and with weights as they are now."""
+        self._ran = True
         try:
             running.run(plan, self.folder, self._lend, self._report, about=self._maker)
         except IllConditionedMixture as error:
@@ -120,12 +122,8 @@ class Laboratory:
         return _Lent(self._hired[0])
 
     def _complete(self, plan: Plan) -> bool:
-        """Whether a run would have nothing to do."""
-        if not (self.folder / "store.sqlite").exists():
-            return False
+        """Whether a run would have nothing to do, of models whose weights are those of the last one."""
         with Store(self.folder, write=False) as store:
-            if store.fact("fingerprints") is None:
-                return False
             whole = running.contents(plan, store, fresh=False)
             there = store.drawn()
             wanted = [("scores", name) for name in plan.scores] + [("features", name) for name in plan.features]

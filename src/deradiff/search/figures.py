@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deradiff.search.answers import Best, Front
 from deradiff.search.goals import Goal
 from deradiff.search.loop import State
-from deradiff.search.spaces import Point, Space
+from deradiff.search.spaces import Coordinate, Point, Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,8 @@ def _posterior(axes: Axes, space: Space, goal: Goal, state: State, answer: Best,
                           linewidth=1, label=words)  # fmt: skip
     low, high = answer.ranges[k]
     axes.axvspan(low, high, color=ORANGE, alpha=0.12, linewidth=0)
-    axes.axvline(answer.point[k], color=ORANGE, linewidth=1.5, label=f"best, {answer.point[k]:g} [{low:g}, {high:g}]")
+    axes.axvline(answer.point[k], color=ORANGE, linewidth=1.5, label="best, and 90% of where it may lie")
+    axes.set_title(f"{space.coordinates[k].name} = {answer.point[k]:g} [{low:g}, {high:g}]", fontsize="medium")
     axes.axhline(level, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_ylabel(f"{goal.objectives[0]}\n(errors of the difference from the reference)" if k == 0 else "")
     axes.grid(alpha=0.25)
@@ -90,9 +91,20 @@ def _acquisition(axes: Axes, space: Space, state: State, answer: Best, k: int) -
     axes.set_ylabel("expected gain" if k == 0 else "")
     axes.set_xlabel(space.coordinates[k].name)
     if space.coordinates[k].log:
-        axes.set_xscale("log")
+        _spread_evenly(axes, space.coordinates[k])
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
+
+
+def _spread_evenly(axes: Axes, coordinate: Coordinate) -> None:
+    """A logarithmic axis with ticks that are read at a glance."""
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    axes.set_xscale("log")
+    steps = [tick * 10**decade for decade in range(-3, 4) for tick in (1, 2, 5)]
+    axes.xaxis.set_major_locator(FixedLocator([step for step in steps if coordinate.low <= step <= coordinate.high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
 def _front(axes: Axes, space: Space, goal: Goal, answer: Front, j: int) -> None:
@@ -103,7 +115,8 @@ def _front(axes: Axes, space: Space, goal: Goal, answer: Front, j: int) -> None:
                   linewidth=0.8, label="evaluations")  # fmt: skip
     order = sorted(answer.points, key=lambda one: one.gains[0].value)
     x, y = [one.gains[0].value for one in order], [one.gains[j].value for one in order]
-    axes.plot(x, y, "o-", color=ORANGE, markersize=6, linewidth=1.5, label="Pareto set")
+    line = "o-" if len(goal.objectives) == 2 else "o"  # a line through the projection of more would mean nothing
+    axes.plot(x, y, line, color=ORANGE, markersize=6, linewidth=1.5, label="Pareto set")
     for one in order:
         text = ", ".join(f"{value:g}" for value in one.point)
         axes.annotate(text, (one.gains[0].value, one.gains[j].value), xytext=(5, 5), textcoords="offset points",

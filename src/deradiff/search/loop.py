@@ -13,7 +13,7 @@ from deradiff.search.proposals import Models, Proposal, propose
 from deradiff.search.spaces import Point, Space
 from deradiff.search.surrogate import Observed
 
-FRACTION = 0.1
+FRACTION = 0.05
 """The search stops where another evaluation is expected to gain less than this share of the gain's own error."""
 
 Evaluate = Callable[[Sequence[Point]], Tables]

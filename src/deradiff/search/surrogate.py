@@ -38,8 +38,9 @@ AMPLITUDE, AMPLITUDE_SPREAD = 1.5, 0.7
 LEVEL = 3.0
 """Standard deviation of the process's mean, in the same units: next to no prior at all."""
 
-ROUGHNESS = 1e-6
-"""Variance of what no smooth function explains, in those units squared; it also keeps matrices invertible."""
+ROUGHNESS = (0.003, 0.3)
+"""Range, even by logarithm, of the standard deviation of what neither a smooth function nor the known noise explains,
+in the same units. A few images that jump from one mode to another make a mean that is rougher than its error."""
 
 NODES, KEPT = 512, 32
 """Hyperparameters that are tried for each coordinate, and those that are kept, equally likely."""
@@ -91,10 +92,11 @@ class Surrogate:
         self.centre = float(observed.means.mean())
         self.scale = _scale(observed)
         targets = (observed.means - self.centre) / self.scale
-        noise = observed.covariance / self.scale**2 + ROUGHNESS * torch.eye(len(at), dtype=torch.float64)
-        lengths, amplitudes = _prior(at.shape[1], seed)
+        lengths, amplitudes, roughness = _prior(at.shape[1], seed)
+        rough = roughness.square()[:, None, None] * torch.eye(len(at), dtype=torch.float64)
+        noise = observed.covariance / self.scale**2 + rough
         kept = _resampled(_evidence(_kernel(lengths, amplitudes), at, targets, noise), seed)
-        self.model = _Ensemble(at, targets, noise, _kernel(lengths[kept], amplitudes[kept]))
+        self.model = _Ensemble(at, targets, noise[kept], _kernel(lengths[kept], amplitudes[kept]))
 
     def mean(self, at: Float[Tensor, "point coordinate"]) -> Float[Tensor, " point"]:
         """The posterior mean."""
@@ -143,14 +145,14 @@ class _Ensemble(SingleTaskGP):
         self,
         at: Float[Tensor, "point coordinate"],
         targets: Float[Tensor, " point"],
-        noise: Float[Tensor, "point point"],
+        noise: Float[Tensor, "node point point"],
         kernel: Kernel,
     ) -> None:
-        size = len(kernel.batch_shape) and kernel.batch_shape[0]
+        size = len(noise)
         super().__init__(
             at.expand(size, *at.shape),
             targets[:, None].expand(size, len(targets), 1),
-            likelihood=_KnownNoise(noise.expand(size, *noise.shape)),
+            likelihood=_KnownNoise(noise),
             covar_module=kernel,
             mean_module=ZeroMean(batch_shape=kernel.batch_shape),
             outcome_transform=None,
@@ -182,12 +184,15 @@ def _scale(observed: Observed) -> float:
     return spread if spread > 1e-9 * max(noise, abs(float(observed.means[0]))) else noise or 1.0
 
 
-def _prior(dim: int, seed: int) -> tuple[Float[Tensor, "node coordinate"], Float[Tensor, " node"]]:
-    """Length scales and amplitudes, spread evenly by their prior."""
-    places = SobolEngine(dim + 1, scramble=True, seed=seed).draw(NODES * dim, dtype=torch.float64)
+def _prior(
+    dim: int, seed: int
+) -> tuple[Float[Tensor, "node coordinate"], Float[Tensor, " node"], Float[Tensor, " node"]]:
+    """Length scales, amplitudes and roughness, spread evenly by their prior."""
+    places = SobolEngine(dim + 2, scramble=True, seed=seed).draw(NODES * dim, dtype=torch.float64)
     normal = torch.special.ndtri(places.clamp(1e-6, 1 - 1e-6))
     lengths = LENGTH * dim**0.5 * torch.exp(LENGTH_SPREAD * normal[:, :dim])
-    return lengths, AMPLITUDE * torch.exp(AMPLITUDE_SPREAD * normal[:, dim])
+    amplitudes = AMPLITUDE * torch.exp(AMPLITUDE_SPREAD * normal[:, dim])
+    return lengths, amplitudes, ROUGHNESS[0] * (ROUGHNESS[1] / ROUGHNESS[0]) ** places[:, dim + 1]
 
 
 def _kernel(lengths: Float[Tensor, "node coordinate"], amplitudes: Float[Tensor, " node"]) -> Kernel:
@@ -206,7 +211,7 @@ def _evidence(
     kernel: Kernel,
     at: Float[Tensor, "point coordinate"],
     targets: Float[Tensor, " point"],
-    noise: Float[Tensor, "point point"],
+    noise: Float[Tensor, "node point point"],
 ) -> Float[Tensor, " node"]:
     """The log marginal likelihood of every node."""
     total = kernel(at).to_dense() + noise

@@ -74,7 +74,8 @@ def _front(space: Space, goal: Goal, outcome: Outcome, answer: Front) -> Iterato
         gains = [f"{o} {_signed(gain)}" for o, gain in zip(goal.objectives, one.gains, strict=True)]
         yield f"{space.words(one.point)}: {', '.join(gains)}; on the front with probability {one.probability:.0%}"
         yield from (f"  {condition}" for condition in one.conditions if not _surely(condition))
-        yield f"  {outcome.checks[one.point].words}"
+        if outcome.checks[one.point].compared:
+            yield f"  {outcome.checks[one.point].words}"
 
 
 def _surely(condition: Condition) -> bool:
