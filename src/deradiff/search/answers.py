@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -176,13 +175,6 @@ def evaluations(goal: Goal, points: Sequence[Point], tables: Tables) -> tuple[Ev
         )
         for k, point in enumerate(points)
     )
-
-
-def record(answer: Best | Front) -> dict[str, Any]:
-    """The answer as plain data for JSON."""
-    from dataclasses import asdict
-
-    return asdict(answer)
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -50,9 +50,7 @@ def _best(space: Space, goal: Goal, answer: Best, anchor_beta: float | None) -> 
         yield f"No point meets all conditions. {where} comes nearest."
     else:
         yield f"Best: {where} with probability {LEVEL:.0%}{beta}."
-    yield (
-        f"{objective} is expected to be {_numbers(answer.score)} there, {_signed(answer.gain)} from the reference's."
-    )
+    yield (f"{objective} is expected to be {answer.score} there, {_signed(answer.gain)} from the reference's.")
     yield from (f"{condition}." for condition in answer.conditions)
     if answer.gain.low <= 0 and any(answer.point):
         yield "No gain over the reference can be told from noise: more prompts would tell."
@@ -85,10 +83,6 @@ def _surely(condition: Condition) -> bool:
 def _where(space: Space, point: Point, ranges: tuple[tuple[float, float], ...]) -> str:
     parts = zip(space.coordinates, point, ranges, strict=True)
     return ", ".join(f"{c.name} = {value:g}, in [{low:g}, {high:g}]" for c, value, (low, high) in parts)
-
-
-def _numbers(interval: Interval) -> str:
-    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
 def _signed(interval: Interval) -> str:
