@@ -81,9 +81,12 @@ def contents(folder: Path) -> tuple[dict[str, str], list[tuple[Any, ...]]]:
 
 
 def kills(folder: Path) -> dict[str, Any]:
-    """Twenty moments, drawn uniformly over the time that an unbroken run takes."""
+    """Twenty moments, from start-up to where a quarter of an unbroken run would be done.
+
+    A run goes on where it was killed, so twenty later moments would find it finished before they come.
+    """
     file = folder / "plan.yaml"
-    file.write_text(write_plan(plan(6, 2)))
+    file.write_text(write_plan(plan(16, 4)))
 
     def command(out: Path) -> list[str]:
         return [sys.executable, "-m", "deradiff", "experiment", "run", str(file), "--out", str(out), "--workers", "1"]
@@ -94,7 +97,7 @@ def kills(folder: Path) -> dict[str, Any]:
     chance, killed, moments = random.Random(0), 0, []
     for _ in range(20):
         process = subprocess.Popen(command(folder / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        moments.append(chance.uniform(0, whole))
+        moments.append(chance.uniform(0, whole / 4))
         time.sleep(moments[-1])
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)

@@ -17,8 +17,9 @@ from deradiff.experiments.crews import Todo, WorkerLost, work
 from deradiff.experiments.plan import Drawing, Plan, drawing_of
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
-from deradiff.experiments.worker import Done, Draw, Remembering, Score, Worker, _pixels
+from deradiff.experiments.worker import Done, Draw, Score, Worker, _pixels
 from deradiff.pipelines import scheduler_like
+from deradiff.prompt_embeddings import Remembering
 from deradiff.rewards import load
 from deradiff.worlds import digits
 from small_experiment import Fake, fake_png, files, silent, small

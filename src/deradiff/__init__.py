@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from deradiff.particles import sample_particles as sample_particles
     from deradiff.realignment import lam_for_beta as lam_for_beta
     from deradiff.realignment import realign as realign
+    from deradiff.reuse import Reuse as Reuse
 
 __version__ = "0.1.0"
 
 # torch and diffusers take seconds to import: a name is fetched from its module when somebody asks for it.
 _HOME = {
+    "Reuse": "deradiff.reuse",
     "Dial": "deradiff.dial",
     "bake": "deradiff.baking",
     "lam_for_beta": "deradiff.realignment",
@@ -23,7 +25,7 @@ _HOME = {
     "realign": "deradiff.realignment",
     "sample_particles": "deradiff.particles",
 }
-__all__ = ["Dial", "bake", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
+__all__ = ["Dial", "Reuse", "bake", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,7 +53,7 @@ def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
     α = 1 - σ for flow matching; the multistep solvers convert their σ themselves. Infinite at zero noise or zero
     signal, and NaN for a scheduler that keeps neither ᾱ nor σ.
     """
-    return _log_snr_at(scheduler, index_of(scheduler, timestep), timestep)
+    return log_snr_at(scheduler, index_of(scheduler, timestep), timestep)
 
 
 def next_log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float | None:
@@ -62,10 +62,11 @@ def next_log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float | None:
     For schedulers that evaluate once per step; of the others nobody knows before where the next evaluation is.
     """
     i, timesteps = index_of(scheduler, timestep) + 1, _timesteps(scheduler)
-    return _log_snr_at(scheduler, i, timesteps[i]) if i < len(timesteps) else None
+    return log_snr_at(scheduler, i, timesteps[i]) if i < len(timesteps) else None
 
 
-def _log_snr_at(scheduler: SchedulerMixin, i: int, timestep: Timestep) -> float:
+def log_snr_at(scheduler: SchedulerMixin, i: int, timestep: Timestep) -> float:
+    """`log_snr` at the i-th of the scheduler's timesteps, which is `timestep`."""
     if not hasattr(scheduler, "sigmas"):
         if not hasattr(scheduler, "alphas_cumprod"):
             return math.nan

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -48,6 +49,8 @@ class Denoisers:
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
         self._row_adapters: list[str] | None = None
+        self._row_scales: dict[str, Tensor] = {}
+        self._unscaled: dict[int, dict[str, float]] = {}
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
         self._configs: list[Any] = []
         self._layers: list[Any] = []
@@ -77,23 +80,72 @@ class Denoisers:
         position = 0 if name == "input" else self._parameters.index(self._timestep)
         return args[position] if position < len(args) else kwargs[self._parameters[position]]
 
-    def predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def predict(
+        self,
+        models: Sequence[int],
+        args: tuple,
+        kwargs: dict[str, Any],
+        blend: Mapping[int, Any] | None = None,
+        *,
+        share: bool = False,
+    ) -> Any:
         """Evaluate `models` (0 is the reference, k the k-th anchor) and interleave their predictions.
+
+        `blend` adds one more as the last, or alone where there are no `models`: the weight-interpolated model,
+        `Σ blend[k] θ_k`, a LoRA at scale `blend[k]`; a number each, or of LoRAs one per row. It is the first-order
+        approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
+
+        Where memory runs out, `micro_batch` is halved and the evaluation begins again. With `share`, rows whose inputs
+        are equal are evaluated once, as are those of a sweep at its first step.
 
         Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
         """
         self._make_ready()
         rows = len(self.argument("input", args, kwargs))
+        batched = {key: value for key, value in kwargs.items() if key not in _UNBATCHED}
+        if share and blend is None and len(distinct := _distinct((args, batched), rows)) < rows:
+            chosen, copies = torch.tensor(list(distinct)), list(distinct.values())
+            output = self.predict(models, _rows(args, rows, chosen), kwargs | _rows(batched, rows, chosen))
+            predictions = _tensor(output).unflatten(0, (-1, len(models)))
+            back = torch.empty(rows, dtype=torch.long)
+            for row, equal in enumerate(copies):
+                back[equal] = row
+            return _replaced(output, predictions[back.to(predictions.device)].flatten(0, 1))
+        while True:
+            try:
+                return self._predict_in_parts(models, args, kwargs, blend, rows)
+            except RuntimeError as error:
+                part = min(rows, self.micro_batch or rows)
+                if part == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.micro_batch = (part + 1) // 2
+            clear_device_cache(garbage_collection=True)
+
+    def _predict_in_parts(
+        self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
+    ) -> Any:
         if self.micro_batch is None or rows <= self.micro_batch:
-            return self._predict(models, args, kwargs)
+            return self._predict(models, args, kwargs, blend)
         parts = []
         for start in range(0, rows, self.micro_batch):
             chosen = slice(start, start + self.micro_batch)
             some = {key: value if key in _UNBATCHED else _rows(value, rows, chosen) for key, value in kwargs.items()}
-            parts.append(self._predict(models, _rows(args, rows, chosen), some))
+            parts.append(self._predict(models, _rows(args, rows, chosen), some, _rows(blend, rows, chosen)))
         return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
 
-    def _predict(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _predict(
+        self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
+    ) -> Any:
+        if blend is None:
+            return self._predict_models(models, args, kwargs)
+        between = self._predict_blend(blend, args, kwargs)
+        if not models:
+            return between
+        output = self._predict_models(models, args, kwargs)
+        predictions = _tensor(output).unflatten(0, (-1, len(models)))
+        return _replaced(output, torch.cat([predictions, _tensor(between)[:, None]], 1).flatten(0, 1))
+
+    def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs):
             try:
@@ -109,21 +161,23 @@ class Denoisers:
             return outputs[0]
         return _replaced(outputs[0], torch.stack([_tensor(output) for output in outputs], dim=1).flatten(0, 1))
 
-    def predict_interpolated(self, weights: Mapping[int, float], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One forward pass of the weight-interpolated model, `Σ weights[k] θ_k`; a LoRA at scale `weights[k]`.
-
-        The first-order approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
-        """
-        self._make_ready()
-        anchors = {self.anchors[k - 1]: weight for k, weight in weights.items() if k}
+    def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
-                carrier, blend = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
-                output = torch.func.functional_call(carrier, blend, args, kwargs)
+                carrier, theta = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
+                output = torch.func.functional_call(carrier, theta, args, kwargs)
             else:
                 output = self._reference_call(*args, **kwargs)
         _require_finite(_tensor(output), "weight-interpolated model")
         return output
+
+    @property
+    def blends_rows(self) -> bool:
+        """Whether the weight-interpolated model can have weights of its own in every row: LoRAs have scales."""
+        return all(anchor.adapter is not None for anchor in self.anchors) and all(
+            self._mixes_batches(layer) for _, layer in adapter_layers(self.reference)
+        )
 
     def forget_blend(self) -> None:
         """Drop the interpolated weights kept between steps (the models moved, or were cast)."""
@@ -210,8 +264,10 @@ class Denoisers:
             self.forget_blend()
 
     @contextmanager
-    def _adapters_at(self, scales: Mapping[str | None, float], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _adapters_at(self, scales: Mapping[str | None, Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Activate anchors' adapters, scaled, beside whatever style adapters are active; yields the call's `kwargs`.
+
+        A scale is a number, or a tensor of one for each row, which every layer brings into the shape of its input.
 
         The LoRA scale that a pipeline hands over is for the styles. diffusers would scale all active adapters by it,
         and an anchor at another scale is another model: it is taken out of `kwargs` and given to the styles here.
@@ -231,10 +287,13 @@ class Denoisers:
                 styles = [] if layer._disable_adapters else layer.active_adapters
                 layer._active_adapter, layer._disable_adapters = [*styles, *scales], False
                 for name, scale in (*((style, style_scale) for style in styles), *scales.items()):
-                    if name in layer.scaling:
+                    if name in layer.scaling and not isinstance(scale, Tensor):
                         layer.scaling[name] *= scale
+            self._row_scales = {name: scale for name, scale in scales.items() if name and isinstance(scale, Tensor)}
+            self._unscaled = {id(layer): scaling for layer, (_, _, scaling) in zip(self._layers, found, strict=True)}
             yield kwargs
         finally:
+            self._row_scales = {}
             for layer, (active, disabled, scaling) in zip(self._layers, found, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
                 layer.scaling.update(scaling)
@@ -253,7 +312,17 @@ class Denoisers:
         names = [anchor.adapter for anchor in self.anchors if anchor.adapter]
         return isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
 
-    def _name_row_adapters(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def _name_row_adapters(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        for name, scale in self._row_scales.items():
+            if name in layer.scaling:
+                (x,) = args[:1]
+                if len(x) != len(scale):
+                    raise UnmirroredState(
+                        f"a layer of this model sees {len(x)} rows of a batch of {len(scale)}: it has no LoRA scale "
+                        "for each image. Give all images one λ, or take another carrier than the interpolated weights"
+                    )
+                rows = scale.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+                layer.scaling[name] = self._unscaled[id(layer)][name] * rows
         return None if self._row_adapters is None else (args, {**kwargs, "adapter_names": self._row_adapters})
 
     def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -310,7 +379,23 @@ def _repeated(value: Any, rows: int, copies: int) -> Any:
     return _each_batch(value, rows, lambda tensor: tensor.repeat_interleave(copies, dim=0))
 
 
-def _rows(value: Any, rows: int, chosen: slice) -> Any:
+def _distinct(value: Any, rows: int) -> dict[int, list[int]]:
+    """Rows whose tensors are all equal, under the first of them."""
+    numbers: list[list[int]] = []
+
+    def number(tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(rows, -1)
+        numbers.append(torch.unique(flat, dim=0, return_inverse=True)[1].tolist())
+        return tensor
+
+    _each_batch(value, rows, number)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, key in enumerate(zip(*numbers, strict=True)):
+        groups.setdefault(key, []).append(row)
+    return {equal[0]: equal for equal in groups.values()}
+
+
+def _rows(value: Any, rows: int, chosen: slice | Tensor) -> Any:
     """`value` with only the chosen rows of every tensor in it whose first axis is the batch."""
     return _each_batch(value, rows, lambda tensor: tensor[chosen])
 

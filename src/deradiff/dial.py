@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -27,9 +27,11 @@ from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.clocks import first
 from deradiff.denoisers import Denoisers, NonFinitePrediction
+from deradiff.evaluation import Evaluation, wrong_count
 from deradiff.ledger import Ledger, RunWeights
 from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
-from deradiff.schedules import Lams, Progress, Schedule, parse_lam
+from deradiff.reuse import Bridge, Reuse, Reused, require_affine, require_blendable
+from deradiff.schedules import Lams, Schedule, parse_lam
 from deradiff.weights import Verdict, verdict
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
@@ -56,22 +58,6 @@ class DialError(RuntimeError):
     """A realigned pipeline, or its dial, is used in a way that cannot be served; the message says what to do."""
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """Predictions on their way from the denoiser to the scheduler."""
-
-    progress: Progress
-    models: tuple[int, ...]
-    weights: Float[Tensor, "model #batch"]
-    lams: Float[Tensor, "anchor #batch"]
-    images: int | None
-    """How many images the λ are for, None where every image has the same."""
-    rows: int
-    """How many rows the pipeline has asked for: as many as images, or more where it guides."""
-    distilled: bool
-    """Whether the model was told a guidance scale, as models are that guidance was distilled into."""
-
-
 class Dial:
     """The handle of a realigned pipeline. Made by `realign`.
 
@@ -89,6 +75,7 @@ class Dial:
         lams: Lams,
         method: Method,
         path: Where,
+        reuse: Reuse | None = None,
     ):
         self.method: Method = method
         self.last: StepRecord | None = None
@@ -98,16 +85,21 @@ class Dial:
         self._lams, self._path = lams, path
         self._weights: Any = None
         self._reference, self._denoisers = reference, denoisers
-        self._pending: _Evaluation | None = None
+        self._pending: Evaluation | None = None
+        self._bridge: Bridge | None = None
+        self._fresh = True
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
         self._schedulers: list[SchedulerMixin] = []
         self._removed = False
+        require_blendable(lams, denoisers.blends_rows, method, reuse, denoisers.names)
+        self._reuse = reuse
         self._intercept()
         self.attach(pipe)
 
     def __repr__(self) -> str:
         anchors = {anchor.name: anchor.source for anchor in self._denoisers.anchors}
-        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, method={self.method!r})"
+        how = f"method={self.method!r}" if self._reuse is None else f"approximate: {self._reuse}"
+        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, {how})"
 
     @property
     def lam(self) -> Any:
@@ -121,8 +113,35 @@ class Dial:
     def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
         self._require_in_force()
         lams = parse_lam(lam, self.anchors)
-        require_one_lam(lams, self.method)
+        require_blendable(lams, self.blends_rows, self.method, self._reuse, self._denoisers.names)
         self._lams, self._weights = lams, None
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """How predictions are carried over between steps; None, the default, evaluates all and is exact.
+
+        Set it between runs. Raises `ValueError` for what `realign` refuses.
+        """
+        return self._reuse
+
+    @reuse.setter
+    def reuse(self, reuse: Reuse | int | None) -> None:
+        self._require_in_force()
+        reuse = Reuse.parse(reuse, None)
+        require_blendable(self._lams, self.blends_rows, self.method, reuse, self._denoisers.names)
+        if reuse is not None:
+            require_affine(self._current_scheduler(), self._path)
+        self._reuse, self._bridge = reuse, None
+
+    @property
+    def reused(self) -> Reused | None:
+        """What reuse came to in the present or last run, its estimated error among it; None for exact runs."""
+        return None if self._bridge is None else self._bridge.result()
+
+    @property
+    def blends_rows(self) -> bool:
+        """Whether interpolated weights can have a λ for each image: where all anchors are LoRAs."""
+        return self._denoisers.blends_rows
 
     @property
     def one_lam(self) -> bool:
@@ -246,11 +265,10 @@ class Dial:
         rows = len(self._denoisers.argument("input", args, kwargs))
         evaluation = self._evaluation(timestep, rows, distilled)
         try:
-            if self.method == "weights" and len(evaluation.models) > 1:
-                weights = {k: float(w[0]) for k, w in zip(evaluation.models, evaluation.weights, strict=True)}
-                return self._denoisers.predict_interpolated(weights, args, kwargs)
-            self._pending = evaluation
-            return self._denoisers.predict(evaluation.models, args, kwargs)
+            if self.method == "mixture" or len(evaluation.models) == 1:
+                self._pending = evaluation
+            share = self._fresh and evaluation.images is not None  # all λ of one noise begin alike
+            return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
         except NonFinitePrediction as error:
             self._pending = None
             raise FloatingPointError(
@@ -259,7 +277,7 @@ class Dial:
             ) from None
 
     @torch.compiler.disable
-    def _evaluation(self, timestep: Any, rows: int, distilled: bool) -> _Evaluation:
+    def _evaluation(self, timestep: Any, rows: int, distilled: bool) -> Evaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
         progress = posteriors.progress(self._current_scheduler(), timestep)
         if (pending := self._pending) is not None:
@@ -275,8 +293,22 @@ class Dial:
             self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
         weights = self._weights
         models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
-        chosen = weights[list(models)]
-        return _Evaluation(progress, models, chosen, weights[1:], self._lams.images, rows, distilled)
+        step = Evaluation(progress, models, weights[list(models)], weights[1:], self._lams.images, rows, distilled)
+        if len(models) == 1:
+            return step
+        if self.method == "weights":
+            return step.blended()
+        return step if self._reuse is None else step.bridged(self._bridge_of(step), self._scheduler, timestep)
+
+    def _bridge_of(self, step: Evaluation) -> Bridge:
+        """What carries predictions over in the present run, made at the first step that mixes."""
+        if self._bridge is None:
+            assert self._reuse is not None
+            require_affine(self._scheduler, self._path)
+            names = [self._denoisers.names[k] for k in step.models]
+            carrier = self._reuse.resolved(names, step.weights, self.blends_rows)
+            self._bridge = Bridge(self._reuse, carrier, self._denoisers.names)
+        return self._bridge
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
@@ -329,26 +361,28 @@ class Dial:
         for pipe in filter(None, (ref() for ref in self._pipes)):
             if pipe.scheduler is scheduler:
                 self._require_reference(pipe)
-        self._scheduler, self._pending = scheduler, None
+        self._scheduler, self._pending, self._bridge, self._fresh = scheduler, None, None, True
         self._denoisers.begin()
         self._ledger.begin()
 
     def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
-        evaluation, self._pending = self._pending, None
+        evaluation, self._pending, self._fresh = self._pending, None, False
         if evaluation is None:  # another model's step through this scheduler, or interpolated weights
             return own_step(**arguments)
         output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
-        predictions = output.unflatten(0, (-1, len(evaluation.models))).movedim(1, 0)
+        predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
         if predictions.shape[1] != len(sample):
             raise DialError(
                 f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
                 "pipeline rearranges its batch in a way that realignment cannot follow"
             )
         if evaluation.images not in (None, len(sample)):
-            raise ValueError(
-                f"λ is given for {evaluation.images} images, but the batch holds {len(sample)}: give one λ, or one per "
-                "image (prompts x num_images_per_prompt of them, all images of the first prompt first)"
+            raise wrong_count(evaluation.images, len(sample))
+        estimated = evaluation.evaluated != evaluation.models
+        if evaluation.bridge is not None:
+            predictions = evaluation.bridge.complete(
+                scheduler, timestep, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
             )
         self.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
@@ -363,25 +397,19 @@ class Dial:
             key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
         }
         guided = evaluation.distilled or evaluation.rows != len(sample)
-        self._ledger.arrive(scheduler, self.last, evaluation.lams, guided, settings)
+        self._ledger.arrive(scheduler, self.last, evaluation.lams, guided, settings, estimated=estimated)
         if len(evaluation.models) == 1:
             output = own_step(**arguments)
         else:
             space, _ = space_of(scheduler, self._path)
             output = mixed_step(scheduler, own_step, arguments, self.last, space)
         self._ledger.leave(output[0])
+        if evaluation.bridge is not None:
+            evaluation.bridge.tell(scheduler, timestep)
         if self.population is not None:
             chosen = self.population(self._ledger, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
-
-
-def require_one_lam(lams: Lams, method: Method) -> None:
-    """Raise `ValueError` for λ per image with interpolated weights."""
-    if method == "weights" and lams.images is not None:
-        raise ValueError(
-            f"λ per image ({lams.images} of them) needs method='mixture': interpolated weights are one model for all"
-        )
 
 
 def dial_of(pipe: DiffusionPipeline) -> Dial | None:

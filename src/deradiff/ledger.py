@@ -28,7 +28,7 @@ from deradiff.clocks import next_log_snr, weight_clock
 from deradiff.gaussian import Gaussian, geometric_mixture, kl
 from deradiff.mixing import StepRecord, mixed, per_element
 
-Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise"]
+Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
 """Why the weights of a run have no model's distribution as their target; `weights.OBSTACLES` says it in words."""
 
 
@@ -140,13 +140,22 @@ class Ledger:
         self._predictions = 0
 
     def arrive(
-        self, scheduler: SchedulerMixin, step: StepRecord, lams: Tensor, guided: bool, settings: Mapping[str, Any]
+        self,
+        scheduler: SchedulerMixin,
+        step: StepRecord,
+        lams: Tensor,
+        guided: bool,
+        settings: Mapping[str, Any],
+        estimated: bool = False,
     ) -> None:
         """Predictions are in: close the interval that led here. Call before the scheduler's own step.
 
         `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own;
-        `settings` shape the step's distribution (DDIM's `eta`).
+        `settings` shape the step's distribution (DDIM's `eta`); `estimated` says that some predictions were carried
+        over from earlier steps.
         """
+        if estimated:
+            self._obstacles.add("reuse")
         if guided:
             self._obstacles.add("guidance")
         if self._lams is not None and not torch.equal(lams, self._lams):

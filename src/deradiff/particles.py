@@ -264,6 +264,11 @@ def _realigned(
         raise ValueError("this pipeline is not realigned: call deradiff.realign(pipe, anchor, lam) first")
     if dial.method == "weights":
         raise ValueError("interpolated weights are one model, with nothing to weigh: use method='mixture'")
+    if dial.reuse is not None:
+        raise ValueError(
+            "particles are weighed by how far the models' predictions are apart, which reuse only estimates: set "
+            "dial.reuse = None"
+        )
     if not prompts:
         raise ValueError("particles need at least one prompt, or prompt_embeds")
     for name, number in (("count", count), ("micro_batch", 1 if micro_batch is None else micro_batch)):

@@ -19,8 +19,9 @@ from deradiff.adoption import scheduler_owner
 from deradiff.anchors import denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
 from deradiff.denoisers import Denoisers
-from deradiff.dial import Dial, DialError, Lam, Method, Where, dial_of, require_one_lam
+from deradiff.dial import Dial, DialError, Lam, Method, Where, dial_of
 from deradiff.mixing import space_of
+from deradiff.reuse import Reuse, require_affine
 from deradiff.schedules import finite, parse_lam
 
 Source = str | Path | nn.Module
@@ -34,6 +35,8 @@ def realign(
     method: Method = "mixture",
     path: Where = "auto",
     batched: bool = True,
+    reuse: Reuse | int | None = None,
+    tolerance: float | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -56,6 +59,10 @@ def realign(
             (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
             "posterior" insist on one.
         batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
+        reuse: carry predictions over between steps instead of evaluating every model at each, at less than two
+            evaluations a step and with an error: a `Reuse`, or every how many steps all models are evaluated. None is
+            exact.
+        tolerance: short for `Reuse(tolerance=...)`: the error that may be made, relative to λ's own effect.
         subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
         revision: the hub revision of the anchor.
         allow_pickle: permit `.bin` and `.ckpt` weights, which can run code when they are read.
@@ -63,7 +70,8 @@ def realign(
 
     Raises:
         ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
-            with a scheduler that has no per-step posterior; a denoiser that is not told the timestep;
+            with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
+            or reuse where posteriors are mixed; a denoiser that is not told the timestep;
             `anchors.AnchorError` for an anchor that cannot be used, and a pipeline with two denoisers or none.
         DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
@@ -80,11 +88,13 @@ def realign(
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
     space_of(pipe.scheduler, path)
+    reused = Reuse.parse(reuse, tolerance)
+    if reused is not None:
+        require_affine(pipe.scheduler, path)
     sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
     if not sources:
         raise ValueError("realign() needs at least one anchor, got an empty dictionary")
     lams = parse_lam(lam, tuple(sources))
-    require_one_lam(lams, method)
     anchors = []
     try:
         for name, source in sources.items():
@@ -99,7 +109,7 @@ def realign(
                     local_files_only=local_files_only,
                 )
             )
-        return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path)
+        return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
     except BaseException:
         for loaded in anchors:
             loaded.unload(reference)

@@ -18,7 +18,9 @@ from deradiff.dial import Dial
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
+from deradiff.prompt_embeddings import Remembering
 from deradiff.realignment import realign
+from deradiff.reuse import Reused
 from deradiff.schedules import Schedule
 from deradiff.sheets import contact_sheet
 from deradiff.weights import verdict
@@ -93,6 +95,10 @@ class Settings(BaseModel):
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     method: Literal["mixture", "weights"] = "mixture"
+    reuse: int | None = None
+    """Every how many steps all models are evaluated; None for all."""
+    tolerance: float | None = None
+    """The error that carrying predictions over between steps may make, relative to λ's effect; None for exactness."""
     path: Literal["auto", "prediction", "posterior"] = "auto"
     anchor_beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -137,6 +143,8 @@ def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
         dict.fromkeys(settings.anchors, 1.0),
         method=settings.method,
         path=settings.path,
+        reuse=settings.reuse,
+        tolerance=settings.tolerance,
         revision=settings.anchor_revision,
         allow_pickle=settings.allow_pickle,
     ) as dial:
@@ -144,6 +152,8 @@ def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
+        if hasattr(pipe, "encode_prompt"):
+            pipe.encode_prompt = Remembering(pipe.encode_prompt)
         yield pipe, dial
 
 
@@ -210,12 +220,14 @@ class Told:
 
     run: RunWeights | None = None
     particles: Particles | None = None
+    reused: Reused | None = None
 
     def record(self) -> dict[str, Any]:
         """The image's own part of a record."""
         if self.particles is not None:
             return {"effective_particles": float(self.particles.effective), "families": int(self.particles.families)}
-        return {} if self.run is None else {"log_weight": float(self.run.log_weights)}
+        about = {} if self.run is None else {"log_weight": float(self.run.log_weights)}
+        return about if self.reused is None else about | {"reuse": self.reused.record()}
 
 
 def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
@@ -224,7 +236,8 @@ def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str
     runs = [told.run for _, told in images if told.run is not None]
     if len(runs) == len(images):
         groups = torch.tensor([settings.prompts.index(shot.prompt) for shot, _ in images])
-        return {"lam": lam} | verdict(joined(runs), groups=groups).record()
+        judged = {"lam": lam} | verdict(joined(runs), groups=groups).record()
+        return judged | _approximate([told.reused for _, told in images if told.reused is not None])
     swarms = [told.particles for _, told in images if told.particles is not None]
     if not swarms:
         return {"lam": lam, "kind": "approximate", "words": "interpolated weights: an approximation without a verdict"}
@@ -244,6 +257,14 @@ def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str
         "collapsed": len(collapsed),
         "effective": effective,
     }
+
+
+def _approximate(runs: Sequence[Reused]) -> dict[str, Any]:
+    """What carrying predictions over came to for one column: the worst of its batches, in words and numbers."""
+    if not runs:
+        return {}
+    worst = max(runs, key=lambda run: run.error or 0.0)
+    return {"kind": "approximate", "words": worst.words, "reuse": worst.record()}
 
 
 def sample(
@@ -266,12 +287,13 @@ def sample(
     """
     accepted = _accepted(pipe, arguments)
     groups = [list(shots)]
-    if dial.method == "weights":
+    one_lam = dial.method == "weights" and not dial.blends_rows
+    if one_lam:
         groups = [[shot for shot in shots if shot.column == column] for column in range(len(lams))]
     pipe.set_progress_bar_config(disable=True)
     done, total = 0, len(shots) * steps
     for batch in (group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)):
-        dial.lam = _together([lams[shot.column] for shot in batch], per_image=dial.method == "mixture")
+        dial.lam = _together([lams[shot.column] for shot in batch], per_image=not one_lam)
         own = dict(arguments)
         if "negative_prompt" in own:
             own["negative_prompt"] = [own["negative_prompt"]] * len(batch)
@@ -288,7 +310,8 @@ def sample(
             on_step(done, total)
         run = None if dial.method == "weights" else dial.weights
         for row, (shot, image) in enumerate(zip(batch, output.images, strict=True)):
-            yield shot, image, Told(run=None if run is None else run.rows(slice(row, row + 1)))
+            own_run = None if run is None else run.rows(slice(row, row + 1))
+            yield shot, image, Told(run=own_run, reused=dial.reused)
 
 
 def sample_by_particles(
@@ -366,6 +389,10 @@ def _caption(settings: Settings, scheduler: str, guidance_scale: float | None) -
         parts.append(f"λ annealed over {' and '.join(clocks)}")
     if settings.method == "weights":
         parts.append("interpolated weights")
+    if settings.tolerance is not None:
+        parts.append(f"approximate: within {settings.tolerance:g} of λ's effect")
+    if settings.reuse is not None:
+        parts.append(f"approximate: all models every {settings.reuse} steps")
     if settings.particles is not None:
         parts.append(f"{settings.particles} particles each")
     return " · ".join(parts)

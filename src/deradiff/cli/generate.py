@@ -104,6 +104,18 @@ def generate(
             rich_help_panel=DIAL,
         ),
     ] = Space.auto,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Carry predictions over between steps, with at most this error relative to λ's own effect (0.05): up "
+            "to nearly half the cost, inexact.",
+            rich_help_panel=DIAL,
+        ),
+    ] = None,
+    reuse: Annotated[
+        int | None,
+        typer.Option(min=1, help="The same by a fixed rule: all models at every so many steps.", rich_help_panel=DIAL),
+    ] = None,
     particles: Annotated[
         int | None,
         typer.Option(
@@ -189,6 +201,8 @@ def generate(
             "allow_pickle": allow_pickle,
             "batch_size": batch_size,
             "particles": particles,
+            "reuse": reuse,
+            "tolerance": tolerance,
         }
         with talking.progress("sampling") as on_step:
             from deradiff.pipelines import known_beta

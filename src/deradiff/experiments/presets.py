@@ -166,7 +166,7 @@ def digits(models: str | None) -> dict[str, Any]:
         # Without guidance, so that every λ has a target, and by a sampler that forgets the noise it began with.
         "sampling": {"ancestral": {"scheduler": "euler-a", "steps": 25, "guidance_scale": 1.0}},
         "methods": methods,
-        "scores": ["digits", "legible", "colours", "bold"],
+        "scores": ["digits", "legible", "colours", "bold", "ink"],
         "features": ["digits"],
         "batch_size": 64,
         "report": {

@@ -1,0 +1,85 @@
+"""What one step asks the denoisers for: which models, in which mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diffusers import SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from deradiff.reuse import WEIGHTS, Bridge
+from deradiff.schedules import Progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A step's predictions, from the call of the denoiser to the step of the scheduler."""
+
+    progress: Progress
+    models: tuple[int, ...]
+    """Those that the step mixes: 0 is the reference, k the k-th anchor."""
+    weights: Float[Tensor, "model #batch"]
+    """Theirs in the mixture."""
+    lams: Float[Tensor, "anchor #batch"]
+    images: int | None
+    """How many images the λ are for, None where every image has the same."""
+    rows: int
+    """How many rows the pipeline has asked for: as many as images, or more where it guides."""
+    distilled: bool
+    """Whether the model was told a guidance scale, as models are that guidance was distilled into."""
+    carrier: int | None = None
+    """The model that is evaluated for all of them; None where all are."""
+    blend: Mapping[int, Any] | None = None
+    """The weights of the weight-interpolated model where that is evaluated, besides the others or instead."""
+    instead: bool = False
+    bridge: Bridge | None = None
+    """What estimates the predictions of models that are not evaluated."""
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The models that are evaluated, the weight-interpolated one apart."""
+        if self.instead:
+            return ()
+        return self.models if self.carrier is None else (self.carrier,)
+
+    @property
+    def copies(self) -> int:
+        """How many predictions of each row the denoiser returns."""
+        return len(self.evaluated) + (self.blend is not None)
+
+    def blended(self) -> Evaluation:
+        """The weight-interpolated model instead of the mixture."""
+        return replace(self, blend=self._by_row(), instead=True)
+
+    def bridged(self, bridge: Bridge, scheduler: SchedulerMixin, timestep: Any) -> Evaluation:
+        """All models, or the carrier alone where predictions are carried over."""
+        names = [bridge.names[k] for k in self.models]
+        if bridge.carrier not in (WEIGHTS, *names):
+            return self  # a schedule left the carrier without weight
+        carried = not bridge.wants_all(scheduler, timestep, (self.models, self.rows))
+        if bridge.carrier == WEIGHTS:
+            return replace(self, blend=self._by_row(), instead=carried, bridge=bridge)
+        return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)
+
+    def _by_row(self) -> dict[int, Any]:
+        """Each model's weight in the interpolated one: a number, or one for each row where images differ.
+
+        A pipeline that guides repeats its images along the batch as a whole.
+        """
+        if self.weights.shape[1] == 1:
+            return {k: float(weight) for k, weight in zip(self.models, self.weights, strict=True)}
+        if self.rows % self.weights.shape[1]:
+            raise wrong_count(self.weights.shape[1], self.rows)
+        repeated = self.weights.repeat(1, self.rows // self.weights.shape[1])
+        return dict(zip(self.models, repeated, strict=True))
+
+
+def wrong_count(images: int, batch: int) -> ValueError:
+    """λ for another number of images than there are."""
+    return ValueError(
+        f"λ is given for {images} images, but the batch holds {batch}: give one λ, or one per image (prompts x "
+        "num_images_per_prompt of them, all images of the first prompt first)"
+    )
