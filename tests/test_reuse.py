@@ -297,3 +297,22 @@ def test_impacts_tell_early_steps_from_late_ones() -> None:
     assert len(impacts(pipe.scheduler)) == len(pipe.scheduler.timesteps)
     bridge = Bridge(Reuse(every=2), "reference", ("reference", "anchor"))
     assert bridge.result().error is None or bridge.result().error == 0
+
+
+def test_an_anchor_stays_on_a_device_of_its_own(adapter: Path) -> None:
+    pipe, anchor, call = make("sd")
+    with deradiff.realign(pipe, anchor, 0.4) as dial:
+        beside = sample(pipe, call)
+    with deradiff.realign(pipe, anchor, 0.4, anchor_device="cpu") as dial:
+        assert torch.equal(sample(pipe, call), beside)
+        denoiser(pipe).to("meta", torch.float64)
+        assert {p.device.type for p in anchor.parameters()} == {"cpu"}
+        assert {p.dtype for p in anchor.parameters()} == {torch.float64}, "its precision goes along"
+    assert dial.anchors == ("anchor",)
+    pipe, anchor, call = make("sd")
+    with pytest.raises(ValueError, match="is a LoRA, which lives in the reference's weights"):
+        deradiff.realign(pipe, adapter, anchor_device="cpu")
+    with pytest.raises(ValueError, match="all models on one device"):
+        deradiff.realign(pipe, anchor, method="weights", anchor_device="cpu")
+    with pytest.raises(ValueError, match="torch knows no device"):
+        deradiff.realign(pipe, anchor, anchor_device="gpu7")

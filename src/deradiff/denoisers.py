@@ -8,19 +8,21 @@ classifier-free guidance, rescaling per sample, dropping learned variances) then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.operations import send_to_device
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers, same_objects
+from deradiff.batches import distinct_rows, repeated, rows_of
 from deradiff.mirroring import Mirror, UnmirroredState
 
 _UNBATCHED = ("img_ids", "txt_ids")  # position tables of Flux: their first axis is the sequence, not the batch
@@ -103,9 +105,9 @@ class Denoisers:
         self._make_ready()
         rows = len(self.argument("input", args, kwargs))
         batched = {key: value for key, value in kwargs.items() if key not in _UNBATCHED}
-        if share and blend is None and len(distinct := _distinct((args, batched), rows)) < rows:
+        if share and blend is None and len(distinct := distinct_rows((args, batched), rows)) < rows:
             chosen, copies = torch.tensor(list(distinct)), list(distinct.values())
-            output = self.predict(models, _rows(args, rows, chosen), kwargs | _rows(batched, rows, chosen))
+            output = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
             predictions = _tensor(output).unflatten(0, (-1, len(models)))
             back = torch.empty(rows, dtype=torch.long)
             for row, equal in enumerate(copies):
@@ -129,8 +131,8 @@ class Denoisers:
         parts = []
         for start in range(0, rows, self.micro_batch):
             chosen = slice(start, start + self.micro_batch)
-            some = {key: value if key in _UNBATCHED else _rows(value, rows, chosen) for key, value in kwargs.items()}
-            parts.append(self._predict(models, _rows(args, rows, chosen), some, _rows(blend, rows, chosen)))
+            some = {key: value if key in _UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
+            parts.append(self._predict(models, rows_of(args, rows, chosen), some, rows_of(blend, rows, chosen)))
         return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
 
     def _predict(
@@ -154,7 +156,13 @@ class Denoisers:
                 if "adapter_names" not in str(error):
                     raise
                 self.batched = False
-        outputs = [self._predict_one(model, args, kwargs) for model in models]
+        # What is on another device begins first, and works while the reference does.
+        elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
+        found = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
+        home = self.argument("input", args, kwargs).device
+        outputs = [found[model] for model in models]
+        if any(_tensor(output).device != home for output in outputs):
+            outputs = [_replaced(output, _tensor(output).to(home)) for output in outputs]
         for model, output in zip(models, outputs, strict=True):
             _require_finite(_tensor(output), self.names[model])
         if len(models) == 1:
@@ -222,6 +230,8 @@ class Denoisers:
         anchor = self.anchors[model - 1]
         if anchor.module is not None:
             self._mirrors[anchor.name].sync()
+            if anchor.device is not None:
+                args, kwargs = send_to_device((args, kwargs), anchor.device, non_blocking=True)
             return anchor.module(*args, **kwargs)
         with self._adapters_at({anchor.adapter: 1.0}, kwargs) as kwargs:
             return self._reference_call(*args, **kwargs)
@@ -327,8 +337,8 @@ class Denoisers:
 
     def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         rows, copies = len(self.argument("input", args, kwargs)), len(models)
-        args = _repeated(args, rows, copies)
-        kwargs = {key: value if key in _UNBATCHED else _repeated(value, rows, copies) for key, value in kwargs.items()}
+        args = repeated(args, rows, copies)
+        kwargs = {key: value if key in _UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
         self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
         with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}, kwargs) as kwargs:
             try:
@@ -372,42 +382,6 @@ class NonFinitePrediction(FloatingPointError):
 def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> None:
     if not torch.isfinite(prediction).all():
         raise NonFinitePrediction(model)
-
-
-def _repeated(value: Any, rows: int, copies: int) -> Any:
-    """`value` with every tensor in it whose first axis is the batch repeated `copies` times, row by row."""
-    return _each_batch(value, rows, lambda tensor: tensor.repeat_interleave(copies, dim=0))
-
-
-def _distinct(value: Any, rows: int) -> dict[int, list[int]]:
-    """Rows whose tensors are all equal, under the first of them."""
-    numbers: list[list[int]] = []
-
-    def number(tensor: Tensor) -> Tensor:
-        flat = tensor.reshape(rows, -1)
-        numbers.append(torch.unique(flat, dim=0, return_inverse=True)[1].tolist())
-        return tensor
-
-    _each_batch(value, rows, number)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, key in enumerate(zip(*numbers, strict=True)):
-        groups.setdefault(key, []).append(row)
-    return {equal[0]: equal for equal in groups.values()}
-
-
-def _rows(value: Any, rows: int, chosen: slice | Tensor) -> Any:
-    """`value` with only the chosen rows of every tensor in it whose first axis is the batch."""
-    return _each_batch(value, rows, lambda tensor: tensor[chosen])
-
-
-def _each_batch(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value) if value.ndim and len(value) == rows else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each_batch(entry, rows, change) for entry in value)
-    if isinstance(value, dict):
-        return {key: _each_batch(entry, rows, change) for key, entry in value.items()}
-    return value
 
 
 def _tensor(output: Any) -> Tensor:

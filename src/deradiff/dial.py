@@ -315,7 +315,7 @@ class Dial:
         module = type(self._reference)._apply(self._reference, *args, **kwargs)
         for anchor in self._denoisers.anchors:
             if anchor.module is not None:
-                anchor.module._apply(*args, **kwargs)
+                anchor.module._apply(_staying(args[0], anchor.device), *args[1:], **kwargs)
         self._denoisers.forget_blend()
         return module
 
@@ -410,6 +410,11 @@ class Dial:
             chosen = self.population(self._ledger, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
+
+
+def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:
+    """`change` of a tensor's device and dtype, but for its device where there is one to stay on."""
+    return change if device is None else lambda tensor: tensor.to(change(tensor.new_empty(0)).dtype)
 
 
 def dial_of(pipe: DiffusionPipeline) -> Dial | None:

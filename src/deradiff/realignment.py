@@ -9,19 +9,22 @@ exactly lines 7 to 14: the guided predictions, `x_t` and the noise level. Everyt
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import SupportsFloat, get_args
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from deradiff.adoption import scheduler_owner
-from deradiff.anchors import denoiser_of, load_anchor
+from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
 from deradiff.denoisers import Denoisers
 from deradiff.dial import Dial, DialError, Lam, Method, Where, dial_of
 from deradiff.mixing import space_of
-from deradiff.reuse import Reuse, require_affine
+from deradiff.pipelines import device_called
+from deradiff.reuse import WEIGHTS, Reuse, require_affine
 from deradiff.schedules import finite, parse_lam
 
 Source = str | Path | nn.Module
@@ -35,6 +38,7 @@ def realign(
     method: Method = "mixture",
     path: Where = "auto",
     batched: bool = True,
+    anchor_device: str | torch.device | None = None,
     reuse: Reuse | int | None = None,
     tolerance: float | None = None,
     subfolder: str | None = None,
@@ -59,6 +63,8 @@ def realign(
             (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
             "posterior" insist on one.
         batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
+        anchor_device: a second device for the anchors' weights, where they stay and are evaluated while the reference
+            is on its own; None puts them beside the reference. A LoRA has no weights to be put elsewhere.
         reuse: carry predictions over between steps instead of evaluating every model at each, at less than two
             evaluations a step and with an error: a `Reuse`, or every how many steps all models are evaluated. None is
             exact.
@@ -88,6 +94,7 @@ def realign(
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
     space_of(pipe.scheduler, path)
+    elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
     if reused is not None:
         require_affine(pipe.scheduler, path)
@@ -109,11 +116,25 @@ def realign(
                     local_files_only=local_files_only,
                 )
             )
+        if elsewhere is not None:
+            anchors = [_placed(anchor, elsewhere, method, reused) for anchor in anchors]
         return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
     except BaseException:
         for loaded in anchors:
             loaded.unload(reference)
         raise
+
+
+def _placed(anchor: Anchor, device: torch.device, method: Method, reuse: Reuse | None) -> Anchor:
+    """The anchor with its weights on a device of its own."""
+    if anchor.module is None:
+        raise ValueError(
+            f"the anchor {anchor.name!r} is a LoRA, which lives in the reference's weights: leave anchor_device out"
+        )
+    if method == "weights" or (reuse is not None and reuse.carrier == WEIGHTS):
+        raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
+    anchor.module.to(device)
+    return replace(anchor, device=device)
 
 
 def lam_for_beta(anchor_beta: SupportsFloat, target_beta: SupportsFloat) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -49,6 +50,8 @@ class Anchor:
     """A denoiser with weights of its own: eval mode, no gradients, on the reference's device and dtype."""
     adapter: str | None = None
     """The inactive PEFT adapter, inside the reference's denoiser, that turns it into the anchor."""
+    device: torch.device | None = None
+    """Where the module stays, wherever the reference goes; None goes along."""
     _restore: Callable[[], None] | None = field(default=None, repr=False)
 
     def unload(self, denoiser: nn.Module) -> None:

@@ -1,0 +1,486 @@
+"""The price of realignment, and what it buys: python benchmarks/price.py PART ...
+
+`errors`: on the digits, how far each mode's final latents are from the exact ones, relative to λ's own effect, and how
+many evaluations a step it takes; prompts and seeds that nothing was tuned on.
+
+`times`: on the digits, seconds of each mode beside plain sampling at the same batch, measured in turn in one process.
+
+`sweep`: 11 λ of 16 prompts, an image at a time by two forward passes a step in the plainest way, against this library.
+
+`sd15`: times beside plain sampling for a UNet of Stable Diffusion 1.5's shape with random weights, on this CPU; and the
+weights in memory.
+
+`accelerator`: the same for SD 1.5's, SDXL's and SD3's shapes in bfloat16 on a GPU, with and without torch.compile.
+
+Each part writes its numbers into benchmarks/price.json; `show` prints tables of what is there. `times`, `sweep` and
+`sd15` need an idle machine.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from realignment import LORA_RANK, SD15_UNET, interleaved, weights_in_memory
+from rich.console import Console
+from rich.table import Table
+
+import deradiff
+from deradiff import rewards
+from deradiff.dial import Dial
+from deradiff.pipelines import scheduler_like
+from deradiff.profiles import errors as errors_of
+from deradiff.records import versions, write_json
+from deradiff.reuse import Reuse
+from deradiff.weights import mean
+from deradiff.worlds import digits
+from deradiff.worlds.digits.captions import sample_prompts
+
+LAMS = (0.25, 0.5, 0.75)
+ANCHORS: Mapping[str, Path] = {"full weights": digits.anchor_path(250), "LoRA": digits.lora_path()}
+MODES: Mapping[str, Reuse | None] = {
+    "exact": None,
+    "tolerance 0.05": Reuse(tolerance=0.05),
+    "tolerance 0.15": Reuse(tolerance=0.15),
+    "tolerance 0.05, weights carry": Reuse(tolerance=0.05, carrier="weights"),
+    "tolerance 0.15, weights carry": Reuse(tolerance=0.15, carrier="weights"),
+    "every 4th": Reuse(every=4, carrier="reference"),
+    "every 4th, held": Reuse(every=4, carrier="reference", slope=0.0),
+}
+PROMPTS, SEEDS, BATCH = 32, 2, 16
+PROMPT = "a red seven on white paper"
+SWEEP = [i / 10 for i in range(11)]
+GOALS: Mapping[tuple[str, int, bool], float] = {
+    # mode, steps, whether λ = ¼ (whose effect itself is small)
+    ("tolerance 0.05", 50, False): 1.20, ("tolerance 0.05", 25, False): 1.35,
+    ("tolerance 0.05", 50, True): 1.35, ("tolerance 0.05", 25, True): 1.50,
+    ("tolerance 0.15", 50, False): 1.10, ("tolerance 0.15", 25, False): 1.20,
+    ("exact", 50, False): 2.04, ("exact", 25, False): 2.04,
+}  # fmt: skip
+
+
+def digits_pipeline(scheduler: str) -> Any:
+    pipe = digits.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
+    return pipe
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def errors() -> list[dict[str, Any]]:
+    """One row for each anchor, sampler, λ and mode."""
+    prompts = [prompt for prompt in sample_prompts(PROMPTS, 4242) for _ in range(SEEDS)]
+    found = []
+    settings = [("ddim", 50, 1.0), ("ddim", 25, 1.0), ("euler-a", 50, 1.0), ("euler-a", 25, 1.0), ("ddim", 50, 1.5)]
+    for scheduler, steps, guidance in settings:
+        for name, anchor in ANCHORS.items():
+            pipe = digits_pipeline(scheduler)
+            with deradiff.realign(pipe, anchor, 0.0) as dial:
+                found += list(_errors(pipe, dial, prompts, steps, guidance, {"anchor": name, "scheduler": scheduler}))
+    return found
+
+
+def _errors(
+    pipe: Any, dial: Dial, prompts: Sequence[str], steps: int, guidance: float, about: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    score = rewards.load("digits", device="cpu")
+
+    def drawn(lam: float, reuse: Reuse | None) -> tuple[torch.Tensor, torch.Tensor]:
+        dial.lam, dial.reuse = lam, reuse
+        generators = [torch.Generator().manual_seed(9000 + i) for i in range(len(prompts))]
+        latents = pipe(
+            prompt=list(prompts), generator=generators, num_inference_steps=steps, guidance_scale=guidance,
+            output_type="latent",
+        ).images  # fmt: skip
+        with torch.no_grad():
+            pixels = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+            return latents, score(pixels, list(prompts)).double()
+
+    reference, its_scores = drawn(0.0, None)
+    for lam in LAMS if guidance == 1 else (0.5,):
+        exact, scores = drawn(lam, None)
+        gain = mean(scores - its_scores)
+        for mode, reuse in MODES.items():
+            latents, own = drawn(lam, reuse)
+            off = errors_of(latents, exact, reference)
+            shift = mean(own - scores)
+            told = dial.reused
+            row = about | {"steps": steps, "guidance_scale": guidance, "lam": lam, "mode": mode} | off._asdict()
+            row["evaluations"] = told.evaluations / told.predictions if told else 2.0
+            row["estimated"] = told.error if told else 0.0
+            row["reward"] = {"error": shift.value / gain.value, "standard_error": shift.error / abs(gain.value)}
+            print(row, flush=True)
+            yield row
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def two_forwards(pipe: Any, anchor: Any, lam: float, prompt: str, images: int, steps: int, seed: int = 0) -> Any:
+    """Realignment as a script without a library writes it: both models at every step, one after the other."""
+    generator = torch.Generator(pipe.device).manual_seed(seed)
+    embeds = pipe.encode_prompt(prompt, pipe.device, images, False)[0]
+    pipe.scheduler.set_timesteps(steps)
+    unet = pipe.unet
+    shape = images, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
+    x = torch.randn(shape, generator=generator, device=pipe.device, dtype=unet.dtype) * pipe.scheduler.init_noise_sigma
+    for t in pipe.scheduler.timesteps:
+        scaled = pipe.scheduler.scale_model_input(x, t)
+        reference = unet(scaled, t, encoder_hidden_states=embeds).sample
+        aligned = anchor(scaled, t, encoder_hidden_states=embeds).sample
+        x = pipe.scheduler.step((1 - lam) * reference + lam * aligned, t, x, generator=generator).prev_sample
+    return x
+
+
+def plain(pipe: Any, images: int, steps: int, prompt: str = PROMPT) -> Callable[[], Any]:
+    return lambda: pipe(
+        prompt, num_images_per_prompt=images, num_inference_steps=steps, guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).images  # fmt: skip
+
+
+def times(rounds: int) -> list[dict[str, Any]]:
+    """Ratios to plain sampling of the digits, a batch of 16."""
+    found = []
+    for steps in (50, 25):
+        for name, anchor in ANCHORS.items():
+            runs: dict[str, Callable[[], object]] = {"plain": plain(digits_pipeline("ddim"), BATCH, steps)}
+            for mode, reuse in MODES.items():
+                if reuse is None or reuse.tolerance is not None:
+                    pipe = digits_pipeline("ddim")
+                    deradiff.realign(pipe, anchor, 0.5, reuse=reuse)
+                    runs[mode] = plain(pipe, BATCH, steps)
+            if name == "full weights":
+                other = UNet2DConditionModel.from_pretrained(anchor)
+                script = digits_pipeline("ddim")
+                runs["two forwards, plainly"] = partial(two_forwards, script, other, 0.5, PROMPT, BATCH, steps)
+            measured = interleaved(runs, rounds)
+            found += [{"anchor": name, "steps": steps, "mode": mode} | _ratios(measured, mode) for mode in runs]
+            print(*found[-len(runs) :], sep="\n", flush=True)
+    return found
+
+
+def _ratios(measured: Sequence[dict[str, float]], mode: str) -> dict[str, float]:
+    low, middle, high = statistics.quantiles([seconds[mode] / seconds["plain"] for seconds in measured], n=4)
+    return {"ratio": middle, "low": low, "high": high, "seconds": statistics.median(one[mode] for one in measured)}
+
+
+# -- a sweep ----------------------------------------------------------------------------------------------------------
+
+
+def sweep(rounds: int) -> dict[str, Any]:
+    """Seconds per image of 11 λ x 16 prompts, 25 steps; the plain script draws them one by one."""
+    prompts = sample_prompts(16, 99)
+    other = UNet2DConditionModel.from_pretrained(ANCHORS["full weights"])
+    script, ours = digits_pipeline("ddim"), digits_pipeline("ddim")
+    dial = deradiff.realign(ours, ANCHORS["full weights"])
+
+    def one_by_one() -> torch.Tensor:
+        return torch.cat(
+            [two_forwards(script, other, lam, p, 1, 25, i) for i, p in enumerate(prompts) for lam in SWEEP]
+        )
+
+    def batched(reuse: Reuse | None) -> torch.Tensor:
+        parts = []
+        dial.reuse = reuse
+        for start in range(0, len(prompts), 4):
+            some = prompts[start : start + 4]
+            dial.lam = SWEEP * len(some)
+            generators = [torch.Generator().manual_seed(start + i) for i in range(len(some)) for _ in SWEEP]
+            parts.append(
+                ours(
+                    prompt=[prompt for prompt in some for _ in SWEEP], generator=generators, guidance_scale=1.0,
+                    num_inference_steps=25, output_type="latent",
+                ).images
+            )  # fmt: skip
+        return torch.cat(parts)
+
+    runs = {
+        "plain": one_by_one,
+        "exact": lambda: batched(None),
+        "tolerance 0.05": lambda: batched(Reuse(tolerance=0.05)),
+    }
+    measured = interleaved(runs, rounds)
+    found: dict[str, Any] = {
+        mode: statistics.median(seconds["plain"] / seconds[mode] for seconds in measured) for mode in list(runs)[1:]
+    }
+    expected, exact = one_by_one(), batched(None)
+    found["largest difference of the exact images' latents"] = float((exact - expected).abs().max())
+    found["seconds per image"] = {
+        mode: statistics.median(seconds[mode] for seconds in measured) / len(expected) for mode in runs
+    }
+    reference = expected.view(len(prompts), len(SWEEP), -1)[:, :1].expand(-1, len(SWEEP), -1).flatten(0, 1)
+    inner = torch.tensor([0 < lam < 1 for _ in prompts for lam in SWEEP])
+    near = batched(Reuse(tolerance=0.05)).flatten(1)
+    found["errors at tolerance 0.05"] = errors_of(near[inner], exact.flatten(1)[inner], reference[inner])._asdict()
+    return found
+
+
+# -- networks of real shapes ------------------------------------------------------------------------------------------
+
+SDXL_UNET: Mapping[str, Any] = {
+    "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "sample_size": 128,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD3_TRANSFORMER: Mapping[str, Any] = {
+    "sample_size": 128, "patch_size": 2, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "in_channels": 16,
+    "out_channels": 16, "pos_embed_max_size": 192,
+}  # fmt: skip
+TOKENS: Mapping[str, int] = {"SD 1.5": 77, "SDXL": 77, "SD3": 333}
+
+
+def network(shape: str, size: int, device: str, dtype: torch.dtype) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    """A denoiser of that shape with random weights, and what it is told about a batch besides latents and time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        if shape == "SD3":
+            model: Any = SD3Transformer2DModel(**{**SD3_TRANSFORMER, "sample_size": size})
+        else:
+            model = UNet2DConditionModel(**{**(SDXL_UNET if shape == "SDXL" else SD15_UNET), "sample_size": size})
+    model = model.to(dtype).eval().requires_grad_(False)
+    width = model.config.joint_attention_dim if shape == "SD3" else model.config.cross_attention_dim
+
+    def told(batch: int) -> dict[str, Any]:
+        generator = torch.Generator(device).manual_seed(1)
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.randn(batch, *sizes, generator=generator, device=device, dtype=dtype)
+
+        found: dict[str, Any] = {"encoder_hidden_states": random(TOKENS[shape], width)}
+        if shape == "SDXL":
+            found["added_cond_kwargs"] = {"text_embeds": random(1280), "time_ids": random(6)}
+        if shape == "SD3":
+            found["pooled_projections"] = random(2048)
+        return found
+
+    return model, told
+
+
+class Loop:
+    """The sampling loop of a pipeline around one denoiser, for a dial to hold on to: a scheduler and nothing else."""
+
+    def __init__(self, model: Any, told: Callable[[int], dict[str, Any]], steps: int) -> None:
+        self.model, self.told, self.steps = model, told, steps
+        flow = isinstance(model, SD3Transformer2DModel)
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0) if flow else EulerAncestralDiscreteScheduler()
+        self.components = {"transformer" if flow else "unet": model, "scheduler": self.scheduler}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("unet", "transformer"):
+            return self.components[name]
+        raise AttributeError(name)
+
+    @torch.no_grad()
+    def __call__(self, batch: int) -> torch.Tensor:
+        model, told = self.model, self.told(batch)
+        generator = torch.Generator(model.device).manual_seed(0)
+        shape = batch, model.config.in_channels, model.config.sample_size, model.config.sample_size
+        x = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
+        self.scheduler.set_timesteps(self.steps, device=model.device)
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        for t in self.scheduler.timesteps:
+            flow = "transformer" in self.components
+            scaled = x if flow else self.scheduler.scale_model_input(x, t)
+            out = model(hidden_states=scaled, timestep=t.expand(batch), **told) if flow else model(scaled, t, **told)
+            x = self.scheduler.step(out[0], t, x, generator=generator).prev_sample
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return x
+
+
+@contextmanager
+def dial_on(loop: Loop, anchor: Any, **options: Any) -> Iterator[Dial]:
+    with deradiff.realign(loop, anchor, 0.5, **options) as dial:
+        yield dial
+
+
+def perturbed(model: Any) -> Any:
+    """Another model of the same shape, near enough that the difference is a tenth of the prediction."""
+    other = type(model).from_config(model.config).to(model.device, model.dtype).eval().requires_grad_(False)
+    for own, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        own.copy_(theirs + 0.02 * theirs.std() * torch.randn_like(theirs) if theirs.numel() > 1 else theirs)
+    return other
+
+
+def shaped(shape: str, size: int, steps: int, batch: int, rounds: int, device: str, compiled: bool) -> dict[str, Any]:
+    """Ratios of each mode to plain sampling for a network of a real shape, memory and errors among them."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, told = network(shape, size, device, dtype)
+    other = perturbed(model)
+    loop = Loop(model, told, steps)
+    if compiled:
+        model.compile()
+        other.compile()
+    memory = {"plain": weights_in_memory(model)}
+    modes: dict[str, Reuse | None] = {"exact": None, "tolerance 0.05": Reuse(tolerance=0.05)}
+    seconds: dict[str, list[float]] = {}
+    latents: dict[str, torch.Tensor] = {}
+
+    def timed(mode: str) -> None:
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        latents[mode] = loop(batch)
+        seconds.setdefault(mode, []).append(time.perf_counter() - start)
+        if device != "cpu":
+            memory[f"peak, {mode}"] = torch.cuda.max_memory_allocated()
+
+    def plainly() -> None:
+        start = time.perf_counter()
+        _two(loop, other, batch)
+        seconds.setdefault("two forwards, plainly", []).append(time.perf_counter() - start)
+
+    loop(batch)
+    evaluations = {}
+    for _ in range(rounds):
+        timed("plain")
+        plainly()
+        with dial_on(loop, other) as dial:
+            memory["full weights"] = weights_in_memory(model, other)
+            for mode, dial.reuse in modes.items():
+                timed(mode)
+                evaluations[mode] = dial.reused.evaluations / dial.reused.predictions if dial.reused else 2.0
+    del other
+    gc.collect()
+    model.add_adapter(
+        LoraConfig(r=LORA_RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    )
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"price-lora-{os.getpid()}"
+    model.save_lora_adapter(folder)
+    model.delete_adapters("default")
+    for _ in range(rounds):
+        timed("plain, for the LoRA")
+        for batched in (True, False):
+            with dial_on(loop, folder, batched=batched) as dial:
+                memory["LoRA"] = weights_in_memory(model)
+                timed(f"LoRA, exact, {'one pass' if batched else 'two passes'}")
+                if batched:
+                    dial.reuse = Reuse(tolerance=0.05)
+                    timed("LoRA, tolerance 0.05")
+    found: dict[str, Any] = {"shape": shape, "latents": size, "steps": steps, "batch": batch, "compiled": compiled}
+    found["ratios"] = {
+        mode: statistics.median(many) / statistics.median(seconds["plain, for the LoRA" if "LoRA" in mode else "plain"])
+        for mode, many in seconds.items()
+    }
+    found["seconds"] = {mode: statistics.median(many) for mode, many in seconds.items()}
+    found["evaluations"] = evaluations
+    found["errors"] = errors_of(latents["tolerance 0.05"], latents["exact"], latents["plain"])._asdict()
+    found["memory"] = {name: amount / memory["plain"] for name, amount in memory.items()}
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+@torch.no_grad()
+def _two(loop: Loop, other: Any, batch: int) -> None:
+    """Both models one after the other at every step, without a dial."""
+    model, told = loop.model, loop.told(batch)
+    shape = batch, model.config.in_channels, model.config.sample_size, model.config.sample_size
+    generator = torch.Generator(model.device).manual_seed(0)
+    x = torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
+    loop.scheduler.set_timesteps(loop.steps, device=model.device)
+    for t in loop.scheduler.timesteps:
+        flow = "transformer" in loop.components
+        scaled = x if flow else loop.scheduler.scale_model_input(x, t)
+        inputs: dict[str, Any] = (
+            {"hidden_states": scaled, "timestep": t.expand(batch)} if flow else {"sample": scaled, "timestep": t}
+        )
+        mixed = (model(**inputs, **told)[0] + other(**inputs, **told)[0]) / 2
+        x = loop.scheduler.step(mixed, t, x, generator=generator).prev_sample
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def accelerator(rounds: int) -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here")
+    found = []
+    for shape, size in (("SD 1.5", 64), ("SDXL", 128), ("SD3", 128)):
+        for batch in (1, 8):
+            for compiled in (False, True):
+                found.append(shaped(shape, size, 50, batch, rounds, "cuda", compiled))
+                torch.compiler.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
+    return [{"device": torch.cuda.get_device_name()} | one for one in found]
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, found: Mapping[str, Any]) -> None:
+    if rows := found.get("errors"):
+        table = Table(
+            "anchor", "sampler", "λ", "mode", "cost", "goal", "error, whole", "median image", "changed", "estimated",
+            "reward error", title="Errors relative to λ's own effect", title_justify="left",
+        )  # fmt: skip
+        for row in rows:
+            goal = GOALS.get((row["mode"], row["steps"], row["lam"] == 0.25))
+            sampler = f"{row['scheduler']} {row['steps']}" + (", guided" if row["guidance_scale"] != 1 else "")
+            table.add_row(
+                row["anchor"], sampler, f"{row['lam']:g}", row["mode"], f"{row['evaluations']:.2f}",
+                "" if goal is None else f"≤ {goal:g} {'met' if row['evaluations'] <= goal else 'MISSED'}",
+                f"{row['whole']:.1%}", f"{row['median']:.1%}", f"{row['changed']:.1%}", f"{row['estimated']:.1%}",
+                f"{row['reward']['error']:+.1%} ± {row['reward']['standard_error']:.1%}",
+            )  # fmt: skip
+        console.print(table)
+    if rows := found.get("times"):
+        table = Table("anchor", "steps", "mode", "time / plain", "quartiles", title="Time", title_justify="left")
+        for row in rows:
+            quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
+            table.add_row(row["anchor"], str(row["steps"]), row["mode"], f"{row['ratio']:.2f}", quartiles)
+        console.print(table)
+    for part in ("sweep", "sd15", "accelerator"):
+        if part in found:
+            console.print(part, json.dumps(found[part], indent=1))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("parts", nargs="+", choices=("errors", "times", "sweep", "sd15", "accelerator", "show"))
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    chosen, console = options.parse_args(), Console(width=160)
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    found = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
+    measures: Mapping[str, Callable[[], Any]] = {
+        "errors": errors,
+        "times": lambda: times(chosen.rounds),
+        "sweep": lambda: sweep(max(2, chosen.rounds // 2)),
+        "sd15": lambda: shaped("SD 1.5", 8, 25, 1, 2, "cpu", compiled=False),
+        "accelerator": lambda: accelerator(chosen.rounds),
+    }
+    for part in chosen.parts:
+        if part in measures:
+            found[part] = measures[part]()
+            write_json(chosen.json, found | {"versions": versions()})
+    show(console, found)
+
+
+if __name__ == "__main__":
+    main()
