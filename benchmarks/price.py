@@ -3,6 +3,8 @@
 `errors`: on the digits, how far each mode's final latents are from the exact ones, relative to λ's own effect, and how
 many evaluations a step it takes; prompts and seeds that nothing was tuned on.
 
+`guided`: where guidance evaluates with and without the prompt, whether both need the anchor at the same steps.
+
 `times`: on the digits, seconds of each mode beside plain sampling at the same batch, measured in turn in one process.
 
 `sweep`: 11 λ of 16 prompts, an image at a time by two forward passes a step in the plainest way, against this library.
@@ -132,6 +134,74 @@ def _errors(
             yield row
 
 
+# -- guidance ---------------------------------------------------------------------------------------------------------
+
+BRANCHES: Mapping[str, tuple[int | None, int | None]] = {
+    # every how many steps the difference is computed with the prompt, and without; None: the other's, or 0 for none
+    "both at every step": (1, 1),
+    "no correction without the prompt": (1, 0),
+    "the prompt's difference for both": (1, None),
+    "with at every step, without at every 4th": (1, 4),
+    "both at every 4th": (4, 4),
+    "with at every 3rd, without at every 6th": (3, 6),
+    "with at every 3rd, without at every 12th": (3, 12),
+    "both at every 6th": (6, 6),
+    "with at every 4th, without at every 12th": (4, 12),
+}
+
+
+def guided() -> list[dict[str, Any]]:
+    """Is the correction of the unconditional branch worth computing at all steps? 50 steps of the digits, λ = ½.
+
+    The reference carries; differences go on along the line through their last two.
+    """
+    prompts = [prompt for prompt in sample_prompts(PROMPTS, 4242) for _ in range(SEEDS)]
+    pipe, anchor = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(ANCHORS["full weights"])
+    with torch.no_grad():
+        embeds, empty = pipe.encode_prompt(prompts, pipe.device, 1, True, [""] * len(prompts))[:2]
+    found = []
+    for scale in (1.5, 3.0, 7.5):
+        exact = _branches(pipe, anchor, embeds, empty, scale, 1, 1)
+        reference = _branches(pipe, anchor, embeds, empty, scale, 0, 0)
+        for name, (with_prompt, without) in BRANCHES.items():
+            off = errors_of(_branches(pipe, anchor, embeds, empty, scale, with_prompt, without), exact, reference)
+            cost = 1 + sum(1 / every for every in (with_prompt, without) if every) / 2
+            found.append({"guidance_scale": scale, "computed": name, "evaluations": cost} | off._asdict())
+            print(found[-1], flush=True)
+    return found
+
+
+@torch.no_grad()
+def _branches(
+    pipe: Any, anchor: Any, embeds: torch.Tensor, empty: torch.Tensor, scale: float, with_prompt: Any, without: Any
+) -> torch.Tensor:
+    """Latents at λ = ½, each branch's difference computed at its own steps."""
+    generator = torch.Generator().manual_seed(77)
+    pipe.scheduler.set_timesteps(50)
+    unet = pipe.unet
+    x = torch.randn(len(embeds), unet.config.in_channels, *[unet.config.sample_size] * 2, generator=generator)
+    kept: dict[str, list[tuple[int, torch.Tensor]]] = {"with": [], "without": []}
+
+    def difference(branch: str, i: int, every: int, text: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        if not every:
+            return torch.zeros_like(own)
+        if i % every == 0:
+            kept[branch] = [(i, anchor(x, t, text).sample - own), *kept[branch][:1]]
+        at, last = kept[branch][0]
+        if len(kept[branch]) == 1:
+            return last
+        before, previous = kept[branch][1]
+        return last + (i - at) / (at - before) * (last - previous)
+
+    for i, t in enumerate(pipe.scheduler.timesteps):
+        conditional, unconditional = unet(x, t, embeds).sample, unet(x, t, empty).sample
+        change = difference("with", i, with_prompt, embeds, conditional)
+        other = change if without is None else difference("without", i, without, empty, unconditional)
+        conditional, unconditional = conditional + change / 2, unconditional + other / 2
+        x = pipe.scheduler.step(unconditional + scale * (conditional - unconditional), t, x).prev_sample
+    return x
+
+
 # -- times ------------------------------------------------------------------------------------------------------------
 
 
@@ -171,13 +241,26 @@ def times(rounds: int) -> list[dict[str, Any]]:
                     deradiff.realign(pipe, anchor, 0.5, reuse=reuse)
                     runs[mode] = plain(pipe, BATCH, steps)
             if name == "full weights":
-                other = UNet2DConditionModel.from_pretrained(anchor)
-                script = digits_pipeline("ddim")
+                script, other = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(anchor)
                 runs["two forwards, plainly"] = partial(two_forwards, script, other, 0.5, PROMPT, BATCH, steps)
+            else:
+                for mode, source in (("exact, two passes", anchor), ("exact, merged into a copy", merged(anchor))):
+                    pipe = digits_pipeline("ddim")
+                    deradiff.realign(pipe, source, 0.5, batched=False)
+                    runs[mode] = plain(pipe, BATCH, steps)
             measured = interleaved(runs, rounds)
             found += [{"anchor": name, "steps": steps, "mode": mode} | _ratios(measured, mode) for mode in runs]
             print(*found[-len(runs) :], sep="\n", flush=True)
     return found
+
+
+def merged(adapter: Path) -> Any:
+    """The digits' UNet with a LoRA fused into its weights: another model of full weights."""
+    unet = digits_pipeline("ddim").unet
+    unet.load_lora_adapter(adapter, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
 
 
 def _ratios(measured: Sequence[dict[str, float]], mode: str) -> dict[str, float]:
@@ -290,7 +373,7 @@ class Loop:
         self.components = {"transformer" if flow else "unet": model, "scheduler": self.scheduler}
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("unet", "transformer"):
+        if name in ("unet", "transformer") and name in self.components:
             return self.components[name]
         raise AttributeError(name)
 
@@ -326,15 +409,17 @@ def perturbed(model: Any) -> Any:
     return other
 
 
-def shaped(shape: str, size: int, steps: int, batch: int, rounds: int, device: str, compiled: bool) -> dict[str, Any]:
+def shaped(
+    shape: str, size: int, steps: int, batch: int, rounds: int, device: str, compiled: str | None
+) -> dict[str, Any]:
     """Ratios of each mode to plain sampling for a network of a real shape, memory and errors among them."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, told = network(shape, size, device, dtype)
     other = perturbed(model)
     loop = Loop(model, told, steps)
     if compiled:
-        model.compile()
-        other.compile()
+        model.compile(mode=compiled)
+        other.compile(mode=compiled)
     memory = {"plain": weights_in_memory(model)}
     modes: dict[str, Reuse | None] = {"exact": None, "tolerance 0.05": Reuse(tolerance=0.05)}
     seconds: dict[str, list[float]] = {}
@@ -420,7 +505,7 @@ def accelerator(rounds: int) -> list[dict[str, Any]]:
     found = []
     for shape, size in (("SD 1.5", 64), ("SDXL", 128), ("SD3", 128)):
         for batch in (1, 8):
-            for compiled in (False, True):
+            for compiled in (None, "default", "reduce-overhead"):  # the last captures graphs
                 found.append(shaped(shape, size, 50, batch, rounds, "cuda", compiled))
                 torch.compiler.reset()
                 gc.collect()
@@ -447,6 +532,17 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
                 f"{row['reward']['error']:+.1%} ± {row['reward']['standard_error']:.1%}",
             )  # fmt: skip
         console.print(table)
+    if rows := found.get("guided"):
+        table = Table(
+            "guidance", "anchor computed", "cost", "error, whole", "median image", "changed",
+            title="Guided branches", title_justify="left",
+        )  # fmt: skip
+        for row in rows:
+            table.add_row(
+                f"{row['guidance_scale']:g}", row["computed"], f"{row['evaluations']:.2f}", f"{row['whole']:.1%}",
+                f"{row['median']:.1%}", f"{row['changed']:.1%}",
+            )  # fmt: skip
+        console.print(table)
     if rows := found.get("times"):
         table = Table("anchor", "steps", "mode", "time / plain", "quartiles", title="Time", title_justify="left")
         for row in rows:
@@ -460,7 +556,9 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("parts", nargs="+", choices=("errors", "times", "sweep", "sd15", "accelerator", "show"))
+    options.add_argument(
+        "parts", nargs="+", choices=("errors", "guided", "times", "sweep", "sd15", "accelerator", "show")
+    )
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console(width=160)
@@ -470,9 +568,10 @@ def main() -> None:
     found = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
     measures: Mapping[str, Callable[[], Any]] = {
         "errors": errors,
+        "guided": guided,
         "times": lambda: times(chosen.rounds),
         "sweep": lambda: sweep(max(2, chosen.rounds // 2)),
-        "sd15": lambda: shaped("SD 1.5", 8, 25, 1, 2, "cpu", compiled=False),
+        "sd15": lambda: shaped("SD 1.5", 8, 25, 1, 2, "cpu", compiled=None),
         "accelerator": lambda: accelerator(chosen.rounds),
     }
     for part in chosen.parts:

@@ -140,6 +140,16 @@ def test_interpolated_loras_carry_a_sweep(adapter: Path) -> None:
         assert 0 < (near - exact).norm() < (far - exact).norm()
 
 
+def test_interpolated_weights_that_carry_nothing_cost_little_more_than_exactness(adapter: Path) -> None:
+    pipe, _, call = make("sd")
+    with deradiff.realign(pipe, adapter, 0.5) as dial:
+        exact = sample(pipe, call, num_inference_steps=20)
+        dial.reuse = Reuse(tolerance=1e-6)
+        near = sample(pipe, call, num_inference_steps=20)
+        assert dial.reused is not None and dial.reused.evaluations / 20 < 2.3, "a full step by itself costs three"
+        assert_close(near, exact, 1e-4)
+
+
 def test_a_scheduler_that_evaluates_twice_and_a_run_that_starts_inside() -> None:
     pipe, anchor, call = make("sd")
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)

@@ -59,9 +59,11 @@ class Evaluation:
         names = [bridge.names[k] for k in self.models]
         if bridge.carrier not in (WEIGHTS, *names):
             return self  # a schedule left the carrier without weight
-        carried = not bridge.wants_all(scheduler, timestep, (self.models, self.rows))
+        wanted = bridge.wants(scheduler, timestep, (self.models, self.rows))
+        carried = wanted == "carrier"
         if bridge.carrier == WEIGHTS:
-            return replace(self, blend=self._by_row(), instead=carried, bridge=bridge)
+            blend = None if wanted == "models" else self._by_row()
+            return replace(self, blend=blend, instead=carried, bridge=bridge)
         return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)
 
     def _by_row(self) -> dict[int, Any]:

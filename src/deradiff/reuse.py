@@ -26,6 +26,8 @@ from deradiff.clocks import index_of, log_snr_at
 from deradiff.mixing import mixed, space_of
 from deradiff.schedules import Lams, finite
 
+Wanted = Literal["carrier", "all", "models"]
+
 AUTO, WEIGHTS, REFERENCE = "auto", "weights", "reference"
 
 SHARE = 0.3
@@ -177,12 +179,21 @@ class Bridge:
     _spent: float = 0.0
     _shapes: float = 0.0
     _squares: float | None = None
+    _patience: int = 1
+    """How many steps after a full one the interpolated model is not evaluated beside the others again: it is of no use
+    there where predictions cannot be carried over, and would make them dearer than exact ones."""
 
-    def wants_all(self, scheduler: SchedulerMixin, timestep: Any, kind: Any) -> bool:
-        """Whether all models are to be evaluated at this timestep.
+    def wants(self, scheduler: SchedulerMixin, timestep: Any, kind: Any) -> Wanted:
+        """What is to be evaluated at this timestep: the carrier alone, all models with it, or the models alone.
 
         `kind` is what must be the same for differences to be carried over: which models, how many rows.
         """
+        if not self._wants_all(scheduler, timestep, kind):
+            return "carrier"
+        early = self._kept and index_of(scheduler, timestep) - self._kept[0][0] < self._patience
+        return "models" if early and self.carrier == WEIGHTS and self.reuse.tolerance is not None else "all"
+
+    def _wants_all(self, scheduler: SchedulerMixin, timestep: Any, kind: Any) -> bool:
         i = index_of(scheduler, timestep)
         if not self._impacts:
             self._impacts = impacts(scheduler)
@@ -215,6 +226,8 @@ class Bridge:
         if len(evaluated) < len(models):
             return self._estimate(i, predictions[0])
         self.steps.append(i)
+        if self.carrier == WEIGHTS and len(predictions) == len(models):
+            return predictions
         carrier = predictions[-1] if self.carrier == WEIGHTS else predictions[models.index(self._number)]
         self._keep(i, predictions[: len(models)].float(), carrier.float(), weights)
         return predictions[: len(models)]
@@ -238,6 +251,8 @@ class Bridge:
         """Learn from the error of what would have been estimated, and keep the differences."""
         differences = predictions - carrier
         effect = float(mixed(predictions - predictions[0], weights).norm())
+        if self._kept:
+            self._patience = 2 * self._patience if i - self._kept[0][0] <= self._patience else 1
         if not self._kept:
             self._rate = _ratio(mixed(differences, weights), effect) * TURNOVER / len(self._impacts)
         else:
