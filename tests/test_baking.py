@@ -25,7 +25,7 @@ from deradiff.anchors import AnchorError, IncompatibleAnchor
 from deradiff.anchors.checks import base_tensors
 from deradiff.baking import bake, outputs, split_prompts
 from deradiff.baking.weights import FORMATS, Blend, StoredAnchor, fingerprint, open_anchor, write_tensors
-from deradiff.dial import DialError
+from deradiff.refusals import DialError
 from deradiff.schedules import Constant, Power
 
 FAST: dict[str, Any] = {"images": 0}

@@ -19,10 +19,10 @@ import deradiff
 import tiny
 from deradiff import notation, sweeps
 from deradiff.cli import app, arguments, demo, talking
-from deradiff.dial import DialError
 from deradiff.mirroring import UnmirroredState
 from deradiff.pipelines import SCHEDULERS, anchor_source, known_beta, scheduler_like
 from deradiff.records import RunFolder, read_png, whole
+from deradiff.refusals import DialError
 from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step
 from deradiff.sheets import contact_sheet
 from deradiff.worlds import digits

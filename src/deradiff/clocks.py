@@ -14,7 +14,7 @@ import torch
 from diffusers import KDPM2AncestralDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from deradiff.schedules import Progress
+from deradiff.schedules import Lams, Progress
 
 Timestep = float | int | Tensor
 
@@ -41,8 +41,12 @@ def progress(scheduler: SchedulerMixin, timestep: Timestep) -> Progress:
     nearest entry of `scheduler.timesteps` is the present one: the argument may be a batch of equal timesteps, rounded
     to half precision, or divided by `num_train_timesteps`, as Flux has it.
     """
+    return progress_at(scheduler, index_of(scheduler, timestep))
+
+
+def progress_at(scheduler: SchedulerMixin, i: int) -> Progress:
+    """`progress` at the i-th of the scheduler's timesteps."""
     clock = _clock(_timesteps(scheduler))
-    i = index_of(scheduler, timestep)
     return Progress(steps=clock.ranks[i] / (clock.ranks[-1] + 1), time=_time(scheduler, i, clock.timesteps[i]))
 
 
@@ -105,6 +109,40 @@ def weight_clock(scheduler: SchedulerMixin, log_snr: float | int) -> float:
         case "sample":
             return math.exp(min(log_snr, 700.0)) / 2
     return math.nan
+
+
+def strengths(lams: Lams, scheduler: SchedulerMixin) -> list[float]:
+    """λ at every timestep of a run, averaged over images: one for a constant λ."""
+    timesteps = scheduler.timesteps.tolist()
+    if lams.is_constant:
+        return [1.0] * len(timesteps)
+    at = [lams.at(progress_at(scheduler, i), lams.images or 1) for i in range(len(timesteps))]
+    return [float(lam.abs().sum(0).mean()) for lam in at]
+
+
+def impacts(scheduler: SchedulerMixin) -> list[float]:
+    """How much an error of the prediction at each timestep moves the final latents, up to a common factor.
+
+    A step of length dσ moves `x` by `ε dσ`, and later steps shrink what was moved at noise σ by `1/sqrt(1 + σ²)` where
+    latents have unit variance: so `d asinh(σ)` for a predicted ε, σ in units of the signal. For other predictions ε is
+    scaled by about the signal's share, which makes it the angle, `d atan(σ)`.
+    """
+    at = [log_snr_at(scheduler, i, t) for i, t in enumerate(scheduler.timesteps.tolist())]
+    if any(math.isnan(snr) for snr in at):
+        return [1.0] * len(at)
+    epsilon = scheduler.config.get("prediction_type", "epsilon") == "epsilon" and "sigma_data" not in scheduler.config
+    epsilon &= not type(scheduler).__name__.startswith("FlowMatch")
+    along = [_position(snr, epsilon) for snr in at] + [0.0]
+    lengths = [abs(b - a) for a, b in pairwise(along)]
+    # Schedulers that evaluate twice at a timestep make no step at one of the two: neighbours share.
+    return [(lengths[max(i - 1, 0)] + length) / 2 for i, length in enumerate(lengths)]
+
+
+def _position(log_snr: float, epsilon: bool) -> float:
+    sigma = math.exp(min(-log_snr / 2, 700.0)) if log_snr > -math.inf else math.inf
+    if not epsilon:
+        return math.atan(sigma)
+    return math.asinh(min(sigma, 1e6))
 
 
 def _sigmoid(x: float) -> float:

@@ -8,7 +8,7 @@ classifier-free guidance, rescaling per sample, dropping learned variances) then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,19 @@ from torch import Tensor, nn
 
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers, same_objects
-from deradiff.batches import distinct_rows, repeated, rows_of
+from deradiff.calls import (
+    ATTENTION_KWARGS,
+    UNBATCHED,
+    distinct_images,
+    own_lists,
+    repeated,
+    rows_of,
+    timestep_argument,
+    without_scale,
+)
 from deradiff.mirroring import Mirror, UnmirroredState
-
-_UNBATCHED = ("img_ids", "txt_ids")  # position tables of Flux: their first axis is the sequence, not the batch
-_TIMESTEP = ("timestep", "timesteps")
-_ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+from deradiff.reuse import AUTO, WEIGHTS, Reuse
+from deradiff.schedules import Lams
 
 
 class Denoisers:
@@ -47,7 +54,7 @@ class Denoisers:
         # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
         self._reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
-        self._timestep = _timestep_argument(type(reference), self._parameters)
+        self._timestep = timestep_argument(type(reference), self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
         self._row_adapters: list[str] | None = None
@@ -75,6 +82,8 @@ class Denoisers:
         for mirror in self._mirrors.values():
             mirror.undo()
         for anchor in self.anchors:
+            if anchor.device is not None and anchor.module is not None:
+                anchor.module.to(self.reference.device)
             anchor.unload(self.reference)
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -89,7 +98,7 @@ class Denoisers:
         kwargs: dict[str, Any],
         blend: Mapping[int, Any] | None = None,
         *,
-        share: bool = False,
+        share: int | None = None,
     ) -> Any:
         """Evaluate `models` (0 is the reference, k the k-th anchor) and interleave their predictions.
 
@@ -97,41 +106,49 @@ class Denoisers:
         `Σ blend[k] θ_k`, a LoRA at scale `blend[k]`; a number each, or of LoRAs one per row. It is the first-order
         approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
 
-        Where memory runs out, `micro_batch` is halved and the evaluation begins again. With `share`, rows whose inputs
-        are equal are evaluated once, as are those of a sweep at its first step.
+        Where memory runs out, `micro_batch` is halved and the evaluation begins again. `share` is a number of images,
+        which guidance repeats along the batch: those whose inputs are all equal are evaluated once, as are those of a
+        sweep at its first step.
 
         Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
         """
         self._make_ready()
         rows = len(self.argument("input", args, kwargs))
-        batched = {key: value for key, value in kwargs.items() if key not in _UNBATCHED}
-        if share and blend is None and len(distinct := distinct_rows((args, batched), rows)) < rows:
-            chosen, copies = torch.tensor(list(distinct)), list(distinct.values())
-            output = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
-            predictions = _tensor(output).unflatten(0, (-1, len(models)))
-            back = torch.empty(rows, dtype=torch.long)
-            for row, equal in enumerate(copies):
-                back[equal] = row
-            return _replaced(output, predictions[back.to(predictions.device)].flatten(0, 1))
+        batched = {key: value for key, value in kwargs.items() if key not in UNBATCHED}
+        if share and rows % share == 0 and blend is None:
+            chosen, back = distinct_images((args, batched), rows, share)
+            if len(chosen) < rows:
+                output = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
+                predictions = _tensor(output).unflatten(0, (-1, len(models)))
+                return _replaced(output, predictions[back.to(predictions.device)].flatten(0, 1))
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
             except RuntimeError as error:
                 part = min(rows, self.micro_batch or rows)
-                if part == 1 or not should_reduce_batch_size(error):
+                if part == 1 or not should_reduce_batch_size(error) or self._splits_batches():
                     raise
                 self.micro_batch = (part + 1) // 2
             clear_device_cache(garbage_collection=True)
+
+    def _splits_batches(self) -> bool:
+        """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
+        return any("PAG" in type(one).__name__ for one in getattr(self.reference, "attn_processors", {}).values())
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
     ) -> Any:
         if self.micro_batch is None or rows <= self.micro_batch:
             return self._predict(models, args, kwargs, blend)
+        if self._splits_batches():
+            raise UnmirroredState(
+                "perturbed-attention guidance takes the batch apart itself, which cannot be divided: set "
+                "dial.micro_batch = None and draw fewer images at a time"
+            )
         parts = []
         for start in range(0, rows, self.micro_batch):
             chosen = slice(start, start + self.micro_batch)
-            some = {key: value if key in _UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
+            some = {key: value if key in UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
             parts.append(self._predict(models, rows_of(args, rows, chosen), some, rows_of(blend, rows, chosen)))
         return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
 
@@ -170,6 +187,7 @@ class Denoisers:
         return _replaced(outputs[0], torch.stack([_tensor(output) for output in outputs], dim=1).flatten(0, 1))
 
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        kwargs = own_lists(kwargs)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
@@ -186,6 +204,25 @@ class Denoisers:
         return all(anchor.adapter is not None for anchor in self.anchors) and all(
             self._mixes_batches(layer) for _, layer in adapter_layers(self.reference)
         )
+
+    def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
+        """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
+        if reuse is not None and method == "weights":
+            raise ValueError(
+                "interpolated weights are one model, with nothing to carry over: reuse is for method='mixture'"
+            )
+        carriers = (AUTO, WEIGHTS, *self.names)
+        if reuse is not None and reuse.carrier not in carriers:
+            raise ValueError(f"the carrier is one of {', '.join(carriers)}; got {reuse.carrier!r}")
+        if method != "weights" and (reuse is None or reuse.carrier != WEIGHTS):
+            return
+        if any(anchor.device is not None for anchor in self.anchors):
+            raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
+        if lams.images is not None and not self.blends_rows:
+            raise ValueError(
+                f"λ per image ({lams.images} of them) needs one model for each: interpolated weights are one for all, "
+                "unless the anchors are LoRAs. Use method='mixture', carried by the reference or an anchor"
+            )
 
     def forget_blend(self) -> None:
         """Drop the interpolated weights kept between steps (the models moved, or were cast)."""
@@ -223,8 +260,7 @@ class Denoisers:
         return modules[0][0], self._blended[1]
 
     def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        # Pipelines hand over lists that a UNet empties as it reads them (T2I-Adapter's features): one copy per model.
-        kwargs = {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+        kwargs = own_lists(kwargs)
         if model == 0:
             return self._reference_call(*args, **kwargs)
         anchor = self.anchors[model - 1]
@@ -290,7 +326,7 @@ class Denoisers:
                 f"the anchor's LoRA {lost[0]!r} is gone from the denoiser: unload_lora_weights() removes every LoRA, "
                 'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
             )
-        kwargs, style_scale = _without_scale(kwargs)
+        kwargs, style_scale = without_scale(kwargs)
         found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
         try:
             for layer in self._layers:
@@ -312,7 +348,7 @@ class Denoisers:
     def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
         if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
             return False
-        if any(set(kwargs.get(key) or {}) - {"scale"} for key in _ATTENTION_KWARGS):
+        if any(set(kwargs.get(key) or {}) - {"scale"} for key in ATTENTION_KWARGS):
             return False  # e.g. masks of an IP-Adapter, whose axes only their processor knows
         return all(
             self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in self._layers
@@ -331,14 +367,14 @@ class Denoisers:
                         f"a layer of this model sees {len(x)} rows of a batch of {len(scale)}: it has no LoRA scale "
                         "for each image. Give all images one λ, or take another carrier than the interpolated weights"
                     )
-                rows = scale.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+                rows = scale.to(x.device, torch.float32).view(-1, *[1] * (x.ndim - 1))
                 layer.scaling[name] = self._unscaled[id(layer)][name] * rows
         return None if self._row_adapters is None else (args, {**kwargs, "adapter_names": self._row_adapters})
 
     def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         rows, copies = len(self.argument("input", args, kwargs)), len(models)
         args = repeated(args, rows, copies)
-        kwargs = {key: value if key in _UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
+        kwargs = {key: value if key in UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
         self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
         with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}, kwargs) as kwargs:
             try:
@@ -350,24 +386,6 @@ class Denoisers:
             for k, model in enumerate(models):
                 _require_finite(predictions[k::copies], self.names[model])
         return output
-
-
-def _timestep_argument(model: type, parameters: Collection[str]) -> str:
-    for name in _TIMESTEP:
-        if name in parameters:
-            return name
-    raise ValueError(
-        f"{model.__name__} cannot be realigned: its forward takes {', '.join(parameters)}, but no timestep, by which a "
-        "step of the mixture knows where in the run it is"
-    )
-
-
-def _without_scale(kwargs: dict[str, Any]) -> tuple[dict[str, Any], float]:
-    """A call's arguments without the LoRA scale among them, and that scale."""
-    for key in _ATTENTION_KWARGS:
-        if "scale" in (extra := kwargs.get(key) or {}):
-            return {**kwargs, key: {name: extra[name] for name in extra if name != "scale"}}, extra["scale"]
-    return kwargs, 1.0
 
 
 class NonFinitePrediction(FloatingPointError):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -21,16 +20,17 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deradiff import posteriors
+from deradiff import posteriors, refusals
 from deradiff.adoption import DIAL, adopt, release, scheduler_owner
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
-from deradiff.clocks import first
+from deradiff.clocks import first, impacts, index_of, strengths
 from deradiff.denoisers import Denoisers, NonFinitePrediction
 from deradiff.evaluation import Evaluation, wrong_count
 from deradiff.ledger import Ledger, RunWeights
 from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
-from deradiff.reuse import Bridge, Reuse, Reused, require_affine, require_blendable
+from deradiff.refusals import DialError
+from deradiff.reuse import Bridge, Reuse, Reused, require_affine
 from deradiff.schedules import Lams, Schedule, parse_lam
 from deradiff.weights import Verdict, verdict
 
@@ -52,10 +52,6 @@ _INTERCEPTED = (
 
 _DISTILLED = ("guidance", "timestep_cond")
 """What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
-
-
-class DialError(RuntimeError):
-    """A realigned pipeline, or its dial, is used in a way that cannot be served; the message says what to do."""
 
 
 class Dial:
@@ -91,8 +87,8 @@ class Dial:
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
         self._schedulers: list[SchedulerMixin] = []
         self._removed = False
-        require_blendable(lams, denoisers.blends_rows, method, reuse, denoisers.names)
-        self._reuse = reuse
+        denoisers.require_blendable(lams, method, reuse)
+        self._reuse = self._reusing = reuse
         self._intercept()
         self.attach(pipe)
 
@@ -113,14 +109,16 @@ class Dial:
     def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
         self._require_in_force()
         lams = parse_lam(lam, self.anchors)
-        require_blendable(lams, self.blends_rows, self.method, self._reuse, self._denoisers.names)
+        self._denoisers.require_blendable(lams, self.method, self._reuse)
         self._lams, self._weights = lams, None
+        if self._bridge is not None:
+            self._bridge.renew(strengths(lams, self._scheduler))
 
     @property
     def reuse(self) -> Reuse | None:
         """How predictions are carried over between steps; None, the default, evaluates all and is exact.
 
-        Set it between runs. Raises `ValueError` for what `realign` refuses.
+        A new value counts from the next run. Raises `ValueError` for what `realign` refuses.
         """
         return self._reuse
 
@@ -128,10 +126,10 @@ class Dial:
     def reuse(self, reuse: Reuse | int | None) -> None:
         self._require_in_force()
         reuse = Reuse.parse(reuse, None)
-        require_blendable(self._lams, self.blends_rows, self.method, reuse, self._denoisers.names)
+        self._denoisers.require_blendable(self._lams, self.method, reuse)
         if reuse is not None:
             require_affine(self._current_scheduler(), self._path)
-        self._reuse, self._bridge = reuse, None
+        self._reuse = reuse
 
     @property
     def reused(self) -> Reused | None:
@@ -250,11 +248,11 @@ class Dial:
         self._compiled_call = reference._compiled_call_impl
         call = torch.compiler.disable(self._call, recursive=False)
         reference.__dict__.update({DIAL: self, "_call_impl": call, "_apply": self._apply})
-        reference.__dict__["fuse_lora"] = self._refuse_fusing
+        reference.__dict__["fuse_lora"] = refusals.fusing
         if any(anchor.adapter for anchor in self._denoisers.anchors):
-            reference.__dict__["save_pretrained"] = self._refuse_saving
+            reference.__dict__["save_pretrained"] = refusals.saving
             reference.__dict__["load_lora_adapter"] = self._load_style
-            reference.__dict__["fuse_qkv_projections"] = self._refuse_fusing_projections
+            reference.__dict__["fuse_qkv_projections"] = refusals.fusing_projections
         if self._compiled_call is not None:
             reference._compiled_call_impl = call
 
@@ -267,7 +265,7 @@ class Dial:
         try:
             if self.method == "mixture" or len(evaluation.models) == 1:
                 self._pending = evaluation
-            share = self._fresh and evaluation.images is not None  # all λ of one noise begin alike
+            share = evaluation.images if self._fresh else None  # all λ of one noise begin alike
             return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
         except NonFinitePrediction as error:
             self._pending = None
@@ -282,7 +280,7 @@ class Dial:
         progress = posteriors.progress(self._current_scheduler(), timestep)
         if (pending := self._pending) is not None:
             if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
-                return replace(pending, rows=pending.rows + rows)
+                return pending.again(rows)
             if len(pending.models) > 1:
                 raise DialError(
                     "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
@@ -298,16 +296,19 @@ class Dial:
             return step
         if self.method == "weights":
             return step.blended()
-        return step if self._reuse is None else step.bridged(self._bridge_of(step), self._scheduler, timestep)
+        if self._reusing is None:
+            return step
+        return step.bridged(self._bridge_of(self._reusing, step), index_of(self._scheduler, timestep))
 
-    def _bridge_of(self, step: Evaluation) -> Bridge:
+    def _bridge_of(self, reuse: Reuse, step: Evaluation) -> Bridge:
         """What carries predictions over in the present run, made at the first step that mixes."""
         if self._bridge is None:
-            assert self._reuse is not None
-            require_affine(self._scheduler, self._path)
+            scheduler = self._scheduler
+            require_affine(scheduler, self._path)
             names = [self._denoisers.names[k] for k in step.models]
-            carrier = self._reuse.resolved(names, step.weights, self.blends_rows)
-            self._bridge = Bridge(self._reuse, carrier, self._denoisers.names)
+            carrier = reuse.resolved(names, step.weights, self.blends_rows)
+            along = strengths(self._lams, scheduler)
+            self._bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(scheduler), along)
         return self._bridge
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -322,21 +323,6 @@ class Dial:
     def _load_style(self, *args: Any, **kwargs: Any) -> Any:
         """A style LoRA loaded beside a LoRA anchor becomes active, as it would on a denoiser without one."""
         return self._denoisers.load_style(*args, **kwargs)
-
-    def _refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
-        raise DialError("this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first")
-
-    def _refuse_fusing(self, *_: Any, **__: Any) -> NoReturn:
-        raise DialError(
-            "a LoRA cannot be fused into a realigned denoiser, for the anchors would go without it: keep it loaded "
-            "instead, it then acts on every model. Fused before realign(), it is part of the reference alone"
-        )
-
-    def _refuse_fusing_projections(self, *_: Any, **__: Any) -> NoReturn:
-        raise DialError(
-            "fused projections would pass the LoRA anchor of this denoiser by: leave them as they are, or call "
-            "dial.remove() first"
-        )
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
 
@@ -361,7 +347,10 @@ class Dial:
         for pipe in filter(None, (ref() for ref in self._pipes)):
             if pipe.scheduler is scheduler:
                 self._require_reference(pipe)
+        if self._bridge is not None:
+            self._bridge.tell()
         self._scheduler, self._pending, self._bridge, self._fresh = scheduler, None, None, True
+        self._reusing = self._reuse
         self._denoisers.begin()
         self._ledger.begin()
 
@@ -381,8 +370,9 @@ class Dial:
             raise wrong_count(evaluation.images, len(sample))
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.bridge is not None:
+            at = index_of(scheduler, timestep)
             predictions = evaluation.bridge.complete(
-                scheduler, timestep, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
+                at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
             )
         self.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
@@ -393,6 +383,8 @@ class Dial:
             log_snr=posteriors.log_snr(scheduler, timestep),
             progress=evaluation.progress,
         )
+        if self._bridge is not None:
+            self._bridge.tell(index_of(scheduler, timestep))
         settings: dict[str, Any] = {
             key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
         }
@@ -404,8 +396,6 @@ class Dial:
             space, _ = space_of(scheduler, self._path)
             output = mixed_step(scheduler, own_step, arguments, self.last, space)
         self._ledger.leave(output[0])
-        if evaluation.bridge is not None:
-            evaluation.bridge.tell(scheduler, timestep)
         if self.population is not None:
             chosen = self.population(self._ledger, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,12 +53,18 @@ class Evaluation:
         """The weight-interpolated model instead of the mixture."""
         return replace(self, blend=self._by_row(), instead=True)
 
-    def bridged(self, bridge: Bridge, scheduler: SchedulerMixin, timestep: Any) -> Evaluation:
-        """All models, or the carrier alone where predictions are carried over."""
-        names = [bridge.names[k] for k in self.models]
-        if bridge.carrier not in (WEIGHTS, *names):
-            return self  # a schedule left the carrier without weight
-        wanted = bridge.wants(scheduler, timestep, (self.models, self.rows))
+    def again(self, rows: int) -> Evaluation:
+        """A further call of the denoiser within the step, as for Flux's negative prompt, of so many rows."""
+        further = replace(self, rows=rows)
+        blend = None if self.blend is None else further._by_row()
+        return replace(self, rows=self.rows + rows, blend=blend)
+
+    def bridged(self, bridge: Bridge, i: int) -> Evaluation:
+        """All models at the i-th timestep, or the carrier alone where predictions are carried over."""
+        weighty = [bridge.names[k] for k, weight in zip(self.models, self.weights, strict=True) if weight.any()]
+        if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
+            return self  # a schedule left a single model, or the carrier without weight
+        wanted = bridge.wants(i, (self.models, self.rows))
         carried = wanted == "carrier"
         if bridge.carrier == WEIGHTS:
             blend = None if wanted == "models" else self._by_row()

@@ -59,7 +59,7 @@ class Profile:
             found = json.loads(Path(file).read_text())
             chosen = found.pop("reuse")
             return cls(reuse=Reuse(**chosen | {"steps": tuple(chosen["steps"])}), **found)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is no profile of full steps: {error}") from None
 
 
@@ -131,9 +131,10 @@ def _tried(
             continue
         dial.reuse = Reuse(tolerance=aim * tolerance, carrier=carrier)
         found = errors(drawn(), exact, reference)
-        assert dial.reused is not None
+        if dial.reused is None:
+            raise ValueError("no step of this λ mixes two models: there is nothing to carry over")
         cost = dial.reused.evaluations / dial.reused.predictions
-        if cost >= 2:
+        if cost >= 1 + len(dial.anchors):
             return None
         if found.median <= tolerance:
             return cost, found, Reuse(steps=dial.reused.steps, carrier=carrier)

@@ -41,7 +41,10 @@ class Remembering:
                     self._known.popitem(last=False)
             self._known.move_to_end(key)
             found.append(self._known[key])
-        return tuple(_joined(parts) for parts in zip(*found, strict=True))
+        try:
+            return tuple(_joined(parts) for parts in zip(*found, strict=True))
+        except RuntimeError:  # an encoder that pads to the longest prompt of its batch: there they belong together
+            return self._encode(prompts, *arguments, **options)
 
 
 def _of_row(value: Any, row: int, rows: int) -> Any:

@@ -21,10 +21,11 @@ from deradiff.adoption import scheduler_owner
 from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
 from deradiff.denoisers import Denoisers
-from deradiff.dial import Dial, DialError, Lam, Method, Where, dial_of
+from deradiff.dial import Dial, Lam, Method, Where, dial_of
 from deradiff.mixing import space_of
 from deradiff.pipelines import device_called
-from deradiff.reuse import WEIGHTS, Reuse, require_affine
+from deradiff.refusals import DialError
+from deradiff.reuse import AUTO, REFERENCE, WEIGHTS, Reuse, require_affine
 from deradiff.schedules import finite, parse_lam
 
 Source = str | Path | nn.Module
@@ -99,6 +100,10 @@ def realign(
     if reused is not None:
         require_affine(pipe.scheduler, path)
     sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if reserved := {*sources} & {AUTO, WEIGHTS, REFERENCE}:
+        raise ValueError(
+            f"an anchor cannot be called {reserved.pop()!r}, which means something else: name it otherwise"
+        )
     if not sources:
         raise ValueError("realign() needs at least one anchor, got an empty dictionary")
     lams = parse_lam(lam, tuple(sources))
@@ -117,7 +122,7 @@ def realign(
                 )
             )
         if elsewhere is not None:
-            anchors = [_placed(anchor, elsewhere, method, reused) for anchor in anchors]
+            anchors = [_placed(anchor, elsewhere) for anchor in anchors]
         return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
     except BaseException:
         for loaded in anchors:
@@ -125,14 +130,12 @@ def realign(
         raise
 
 
-def _placed(anchor: Anchor, device: torch.device, method: Method, reuse: Reuse | None) -> Anchor:
+def _placed(anchor: Anchor, device: torch.device) -> Anchor:
     """The anchor with its weights on a device of its own."""
     if anchor.module is None:
         raise ValueError(
             f"the anchor {anchor.name!r} is a LoRA, which lives in the reference's weights: leave anchor_device out"
         )
-    if method == "weights" or (reuse is not None and reuse.carrier == WEIGHTS):
-        raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
     anchor.module.to(device)
     return replace(anchor, device=device)
 

@@ -11,32 +11,34 @@ for the models' own in everything that follows (`mixing`, `ledger`), as estimate
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
+import torch
 from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.clocks import index_of, log_snr_at
 from deradiff.mixing import mixed, space_of
-from deradiff.schedules import Lams, finite
+from deradiff.schedules import finite
 
 Wanted = Literal["carrier", "all", "models"]
 
 AUTO, WEIGHTS, REFERENCE = "auto", "weights", "reference"
 
-SHARE = 0.3
+SHARE = 0.35
 """The part of the tolerance that may be spent between two full evaluations: the errors of several intervals add up as
 independent ones do."""
 
 TURNOVER = 5.0
 """How often a difference changes by its own size along a run, as long as nothing is known: what a run then learns
 replaces it. Seen on the digits, whose differences change by 2% a step in the first half of 50 steps."""
+
+
+GROWTH = 3.0
+"""By how much the rate may be expected to grow from one interval to the next, where it has grown."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Reuse:
             good ones). The first step of a run always is one.
         carrier: "reference", the name of an anchor, "weights" (the weight-interpolated model; of full weights it is one
             more copy in memory), or "auto": the weights where all anchors are LoRAs, else whichever model has more
-            weight.
+            weight, or the reference where images have weights of their own.
         slope: the part of the last change that goes on between full evaluations: 1 continues a difference along the
             line through its last two, 0 holds it.
 
@@ -77,8 +79,9 @@ class Reuse:
             )
         if self.every is not None and not _whole(self.every, 1):
             raise ValueError(f"every must be a whole number of steps, 1 at least; got {self.every!r}")
-        if self.steps is not None and not all(_whole(step, 0) for step in self.steps):
-            raise ValueError(f"steps are counted from 0, whole numbers; got {self.steps!r}")
+        counted = isinstance(self.steps, tuple) and all(_whole(step, 0) for step in self.steps)
+        if self.steps is not None and not counted:
+            raise ValueError(f"steps are a tuple of whole numbers, counted from 0; got {self.steps!r}")
         if not 0 <= finite(self.slope, "slope") <= 1:
             raise ValueError(f"slope must lie in [0, 1]; got {self.slope!r}")
 
@@ -98,12 +101,17 @@ class Reuse:
         raise ValueError(f"unknown reuse {asked!r}: give Reuse(...), every how many steps, or None for exactness")
 
     def resolved(self, names: Sequence[str], weights: Float[Tensor, "model #batch"], loras: bool) -> str:
-        """The carrier's name. "auto" is the interpolated weights where all anchors are LoRAs, else the model with most
-        weight; `names` are those of the models that a step mixes, `weights` theirs in the mixture.
+        """The carrier's name. "auto" is the interpolated weights where all anchors are LoRAs; else the model with most
+        weight, and the reference where images have weights of their own, for its error is the same share of λ's effect
+        at every λ. `names` are those of the models that a step mixes, `weights` theirs in the mixture.
         """
         if self.carrier != AUTO:
             return self.carrier
-        return WEIGHTS if loras else names[int(weights.abs().mean(1).argmax())]
+        if loras:
+            return WEIGHTS
+        if weights.shape[1] > 1 and REFERENCE in names:
+            return REFERENCE
+        return names[int(weights.abs().mean(1).argmax())]
 
     def __str__(self) -> str:
         if self.tolerance is not None:
@@ -124,9 +132,9 @@ class Reused:
         predictions: how many predictions the run used where models are mixed.
         evaluations: network evaluations per image at those, one per model.
         carrier: what carried the other steps.
-        error: the estimated error of the final latents relative to λ's own effect, from how far each full evaluation
-            was from its estimate. It knows nothing of the few images that are near the boundary to another one, where
-            any small change decides which it becomes. None with fewer than two full evaluations.
+        errors: for every image, the estimated error of its final latents relative to λ's own effect, from how far each
+            full evaluation was from its estimate. It knows nothing of the few images that are near the boundary to
+            another one, where any small change decides which it becomes.
         tolerance: the one that was asked for.
     """
 
@@ -134,25 +142,32 @@ class Reused:
     predictions: int
     evaluations: int
     carrier: str
-    error: float | None
+    errors: tuple[float, ...]
     tolerance: float | None
+
+    @property
+    def error(self) -> float:
+        """The mean of the images' errors."""
+        return sum(self.errors) / len(self.errors) if self.errors else 0.0
+
+    def of(self, image: int) -> Reused:
+        """The same of one image of the batch."""
+        return replace(self, errors=self.errors[image : image + 1])
 
     @property
     def kept(self) -> bool:
         """Whether the estimated error is within the tolerance; true where none was asked for."""
-        return self.tolerance is None or self.error is None or self.error <= self.tolerance
+        return self.tolerance is None or self.error <= self.tolerance
 
     @property
     def words(self) -> str:
         """What was done, and how far off it may be, in a sentence."""
         done = (
             f"approximate: all models at {len(self.steps)} of {self.predictions} steps, {self.carrier} at the others "
-            f"({self.evaluations / max(self.predictions, 1):.2f} evaluations a step)"
+            f"({self.evaluations / max(self.predictions, 1):.2f} evaluations a step); estimated error {self.error:.1%} "
+            "of λ's effect"
         )
-        if self.error is None:
-            return f"{done}; error not estimated"
-        about = f"{done}; estimated error {self.error:.1%} of λ's effect"
-        return about if self.kept else f"{about}, ABOVE the tolerance of {self.tolerance:g}"
+        return done if self.kept else f"{done}, ABOVE the tolerance of {self.tolerance:g}"
 
     def record(self) -> dict[str, Any]:
         """The run as plain data, for a record."""
@@ -160,183 +175,185 @@ class Reused:
         return {"full_steps": list(self.steps), **found, "kept": self.kept, "words": self.words}
 
 
+class _Kept(NamedTuple):
+    """A full evaluation: how far the models' predictions were from the carrier's, and the mixture's."""
+
+    number: int
+    differences: Float[Tensor, "model batch *latent"]
+    residual: Float[Tensor, "batch *latent"]
+
+
 @dataclass
 class Bridge:
-    """One run with reuse: when to evaluate all models, and what the others are estimated to predict in between."""
+    """One run with reuse: when to evaluate all models, and what the others are estimated to predict in between.
+
+    Errors are counted in the length of the final latents' change, image by image. An estimate that is off by e moves
+    them by e times the step's impact (`clocks.impacts`); λ itself, by the length of what it adds to the prediction.
+    Between two full evaluations e grows as `_shape` says, at a rate that the second of them shows.
+    """
 
     reuse: Reuse
     carrier: str
     """The carrier's name, "auto" resolved."""
     names: Sequence[str]
     """Those of all models, reference first."""
+    impacts: Sequence[float]
+    """Of every timestep, see `clocks.impacts`."""
+    strengths: Sequence[float]
+    """λ at every timestep, up to a common factor: what λ adds to a prediction, and an error of it, grow with that."""
     steps: list[int] = field(default_factory=list)
     predictions: int = 0
     evaluations: int = 0
-    _kept: list[tuple[int, Tensor]] = field(default_factory=list)
+    told: bool = False
+    _kept: list[_Kept] = field(default_factory=list)
     _kind: Any = None
-    _impacts: list[float] = field(default_factory=list)
-    _rate: float = 0.0
-    _spent: float = 0.0
+    _effect: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """What λ added to the last full prediction, per unit of `strengths`."""
+    _done: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """λ's own change of the latents so far."""
+    _squares: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """Squared errors of the intervals that are closed."""
+    _rate: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """At which the estimate's error grows, per unit of `_shape` and `strengths`."""
     _shapes: float = 0.0
-    _squares: float | None = None
+    """What the rate is to be multiplied with for the error of the open interval."""
+    _ahead: float = 0.0
+    """The rate, relative to all that λ is expected to change, averaged over images."""
     _patience: int = 1
     """How many steps after a full one the interpolated model is not evaluated beside the others again: it is of no use
     there where predictions cannot be carried over, and would make them dearer than exact ones."""
 
-    def wants(self, scheduler: SchedulerMixin, timestep: Any, kind: Any) -> Wanted:
-        """What is to be evaluated at this timestep: the carrier alone, all models with it, or the models alone.
+    def wants(self, i: int, kind: Any) -> Wanted:
+        """What is to be evaluated at the i-th timestep: the carrier alone, all models with it, or the models alone.
 
         `kind` is what must be the same for differences to be carried over: which models, how many rows.
         """
-        if not self._wants_all(scheduler, timestep, kind):
+        if self._kept and kind != self._kind:
+            self._close(self._rate)
+            self._kept = []
+        self._kind = kind
+        if not self._wants_all(i):
             return "carrier"
-        early = self._kept and index_of(scheduler, timestep) - self._kept[0][0] < self._patience
+        early = self._kept and self.predictions - self._kept[0].number < self._patience
         return "models" if early and self.carrier == WEIGHTS and self.reuse.tolerance is not None else "all"
 
-    def _wants_all(self, scheduler: SchedulerMixin, timestep: Any, kind: Any) -> bool:
-        i = index_of(scheduler, timestep)
-        if not self._impacts:
-            self._impacts = impacts(scheduler)
-        if self._kind != kind or not self._kept:
-            self._kept, self._kind = [], kind
+    def _wants_all(self, i: int) -> bool:
+        if not self._kept:
             return True
         if self.reuse.every is not None:
-            return i - self._kept[0][0] >= self.reuse.every
+            return self.predictions - self._kept[0].number >= self.reuse.every
         if self.reuse.steps is not None:
             return i in self.reuse.steps
-        ahead = self._spent + self._impacts[i] * self._rate * self._shape(i)
-        return ahead > SHARE * float(self.reuse.tolerance or 0) * sum(self._impacts)
+        ahead = self._ahead * (self._shapes + self._weight(i))
+        return not ahead <= SHARE * float(self.reuse.tolerance or 0)
 
     def complete(
         self,
-        scheduler: SchedulerMixin,
-        timestep: Any,
+        i: int,
         predictions: Float[Tensor, "evaluated batch *latent"],
         models: Sequence[int],
         evaluated: Sequence[int],
         weights: Float[Tensor, "model #batch"],
     ) -> Float[Tensor, "model batch *latent"]:
-        """The predictions of all `models` of a step, from those that were `evaluated`: kept, or estimated.
+        """The predictions of all `models` at the i-th timestep, from those that were `evaluated`: kept, or estimated.
 
         The weight-interpolated model's, where it was evaluated, is the last of `predictions`.
         """
-        i = index_of(scheduler, timestep)
+        if len(evaluated) < len(models):
+            found = self._estimate(predictions[0], weights)
+            self._shapes += self._weight(i)
+        else:
+            found = predictions[: len(models)]
+            wide = found.float()
+            self._effect = _length(mixed(wide - wide[0], weights)) / max(self.strengths[i], 1e-12)
+            self.steps.append(i)
+            if self.carrier != WEIGHTS or len(predictions) > len(models):
+                at = models.index(self.names.index(self.carrier)) if self.carrier != WEIGHTS else -1
+                self._keep(i, wide - predictions[at].float(), weights)
+        self._done = self._done + self.impacts[i] * self.strengths[i] * self._effect
         self.predictions += 1
         self.evaluations += len(predictions)
-        if len(evaluated) < len(models):
-            return self._estimate(i, predictions[0])
-        self.steps.append(i)
-        if self.carrier == WEIGHTS and len(predictions) == len(models):
-            return predictions
-        carrier = predictions[-1] if self.carrier == WEIGHTS else predictions[models.index(self._number)]
-        self._keep(i, predictions[: len(models)].float(), carrier.float(), weights)
-        return predictions[: len(models)]
+        return found
 
-    def tell(self, scheduler: SchedulerMixin, timestep: Any) -> None:
-        """Warn at a run's last step if it did not keep its tolerance."""
-        if index_of(scheduler, timestep) == len(self._impacts) - 1 and not (found := self.result()).kept:
+    def renew(self, strengths: Sequence[float]) -> None:
+        """λ was set anew: what was learned at the old one is not carried over."""
+        self._close(self._rate)
+        self._kept, self.strengths = [], strengths
+
+    def tell(self, i: int | None = None) -> None:
+        """Warn if the run did not keep its tolerance: at its last step, or once it is over; once."""
+        if self.told or (i is not None and i < len(self.impacts) - 1):
+            return
+        self.told = True
+        if not (found := self.result()).kept:
             warnings.warn(found.words, stacklevel=2)
-
-    @property
-    def _number(self) -> int:
-        return self.names.index(self.carrier)
-
-    def _keep(
-        self,
-        i: int,
-        predictions: Float[Tensor, "model batch *latent"],
-        carrier: Float[Tensor, "batch *latent"],
-        weights: Float[Tensor, "model #batch"],
-    ) -> None:
-        """Learn from the error of what would have been estimated, and keep the differences."""
-        differences = predictions - carrier
-        effect = float(mixed(predictions - predictions[0], weights).norm())
-        if self._kept:
-            self._patience = 2 * self._patience if i - self._kept[0][0] <= self._patience else 1
-        if not self._kept:
-            self._rate = _ratio(mixed(differences, weights), effect) * TURNOVER / len(self._impacts)
-        else:
-            shape = self._shape(i)
-            rate = _ratio(mixed(differences - self._continued(i), weights), effect) / shape
-            self._squares = (self._squares or 0.0) + (self._shapes * rate) ** 2
-            # A held difference that changes at this rate bends, as long as nothing is known, once in a turnover.
-            self._rate = rate if len(self._kept) > 1 else rate * TURNOVER / len(self._impacts) / 2
-        self._kept = [(i, differences), *self._kept[:1]]
-        self._spent = self._shapes = 0.0
-
-    def _estimate(self, i: int, carrier: Float[Tensor, "batch *latent"]) -> Float[Tensor, "model batch *latent"]:
-        shape = self._shape(i)
-        self._spent += self._impacts[i] * self._rate * shape
-        self._shapes += self._impacts[i] * shape
-        return (carrier.float() + self._continued(i)).to(carrier.dtype)
 
     def result(self) -> Reused:
         """What the run came to so far."""
-        error = None
-        if self._squares is not None or self._spent:
-            error = math.sqrt((self._squares or 0.0) + self._spent**2) / sum(self._impacts)
-        elif self.predictions == len(self.steps):
-            error = 0.0
-        return Reused(tuple(self.steps), self.predictions, self.evaluations, self.carrier, error, self.reuse.tolerance)
+        away = (self._squares + (self._rate * self._shapes).square()).sqrt()
+        errors = torch.where(away > 0, away / self._done, 0.0).tolist() if self.predictions else []
+        return Reused(
+            tuple(self.steps), self.predictions, self.evaluations, self.carrier, tuple(errors), self.reuse.tolerance
+        )
 
-    def _continued(self, i: int) -> Float[Tensor, "model batch *latent"]:
-        """The kept differences, on the line through the last two."""
-        at, last = self._kept[0]
+    def _keep(self, i: int, differences: Float[Tensor, "model batch *latent"], weights: Tensor) -> None:
+        """Learn from the error of what would have been estimated, and keep the differences."""
+        residual = mixed(differences, weights)
+        turnover = TURNOVER / len(self.impacts)
+        if self._kept:
+            away = self.predictions - self._kept[0].number
+            self._patience = 2 * self._patience if away <= self._patience else 1
+            line, its_residual = self._continued()
+            off = residual - (its_residual if self.carrier == WEIGHTS else mixed(line, weights))
+            rate = _length(off) / (self._shape() * max(self.strengths[i], 1e-12))
+            self._close(rate)
+            # A held difference that changes at this rate bends, as long as nothing is known, once in a turnover.
+            # Differences change ever faster towards the image: a rate that has grown goes on growing.
+            growth = float((rate / self._rate).nanmedian()) if len(self._kept) > 1 else 1.0
+            self._rate = rate if len(self._kept) > 1 else rate * turnover / 2
+        else:
+            growth = 1.0
+            self._rate = _length(residual) * turnover / max(self.strengths[i], 1e-12)
+        self._kept = [_Kept(self.predictions, differences, residual), *self._kept[:1]]
+        future = sum(a * b for a, b in zip(self.impacts[i:], self.strengths[i:], strict=True))
+        expected = self._done + future * self._effect
+        still = (self._rate == 0) & (expected == 0) & (self._effect.max() > 0)  # the reference itself
+        self._ahead = float(torch.where(still, 0.0, self._rate / expected).mean()) * min(max(growth, 1.0), GROWTH)
+
+    def _close(self, rate: Tensor) -> None:
+        """An interval is over, and its error grew at this rate."""
+        self._squares = self._squares + (rate * self._shapes).square()
+        self._shapes = 0.0
+
+    def _estimate(
+        self, carrier: Float[Tensor, "batch *latent"], weights: Float[Tensor, "model #batch"]
+    ) -> Float[Tensor, "model batch *latent"]:
+        differences, residual = self._continued()
+        if self.carrier == WEIGHTS:  # the carrier goes along with λ: what is left of the mixture does not
+            differences = differences - mixed(differences, weights) + residual
+        return (carrier.float() + differences).to(carrier.dtype)
+
+    def _continued(self) -> tuple[Float[Tensor, "model batch *latent"], Float[Tensor, "batch *latent"]]:
+        """The kept differences and residual, on the line through the last two."""
+        last = self._kept[0]
         if len(self._kept) == 1 or not self.reuse.slope:
-            return last
-        before, previous = self._kept[1]
-        return last + self.reuse.slope * (i - at) / (at - before) * (last - previous)
+            return last.differences, last.residual
+        before = self._kept[1]
+        share = self.reuse.slope * (self.predictions - last.number) / (last.number - before.number)
+        return (
+            last.differences + share * (last.differences - before.differences),
+            last.residual + share * (last.residual - before.residual),
+        )
 
-    def _shape(self, i: int) -> float:
+    def _weight(self, i: int) -> float:
+        return self.impacts[i] * self.strengths[i] * self._shape()
+
+    def _shape(self) -> float:
         """How the error of an estimate grows with its distance: that of a line through two points, or of a constant."""
-        away = i - self._kept[0][0]
+        away = self.predictions - self._kept[0].number
         if len(self._kept) == 1 or not self.reuse.slope:
             return float(away)
-        return float(away * (away + self._kept[0][0] - self._kept[1][0]))
-
-
-def require_blendable(lams: Lams, blends_rows: bool, method: str, reuse: Reuse | None, names: Sequence[str]) -> None:
-    """Raise `ValueError` for λ per image with interpolated weights that cannot have it, and for what reuse cannot be.
-
-    `names` are those of all models, which a carrier may be one of.
-    """
-    if reuse is not None and method == "weights":
-        raise ValueError(
-            "interpolated weights are one model, with nothing to carry over: reuse is for method='mixture'"
-        )
-    if reuse is not None and reuse.carrier not in (AUTO, WEIGHTS, *names):
-        raise ValueError(f"the carrier is one of {', '.join((AUTO, WEIGHTS, *names))}; got {reuse.carrier!r}")
-    blended = method == "weights" or (reuse is not None and reuse.carrier == WEIGHTS)
-    if blended and lams.images is not None and not blends_rows:
-        raise ValueError(
-            f"λ per image ({lams.images} of them) needs one model for each: interpolated weights are one for all, "
-            "unless the anchors are LoRAs. Use method='mixture', carried by the reference or an anchor"
-        )
-
-
-def impacts(scheduler: SchedulerMixin) -> list[float]:
-    """How much an error of the prediction at each timestep moves the final latents, up to a common factor.
-
-    A step of length dσ moves `x` by `ε dσ`, and later steps shrink what was moved at noise σ by `1/sqrt(1 + σ²)` where
-    latents have unit variance: so `d asinh(σ)` for a predicted ε, σ in units of the signal. For other predictions ε is
-    scaled by about the signal's share, which makes it the angle, `d atan(σ)`.
-    """
-    at = [log_snr_at(scheduler, i, t) for i, t in enumerate(scheduler.timesteps.tolist())]
-    if any(math.isnan(snr) for snr in at):
-        return [1.0] * len(at)
-    epsilon = scheduler.config.get("prediction_type", "epsilon") == "epsilon" and "sigma_data" not in scheduler.config
-    epsilon &= not type(scheduler).__name__.startswith("FlowMatch")
-    along = [_position(snr, epsilon) for snr in at] + [0.0]
-    lengths = [abs(b - a) for a, b in pairwise(along)]
-    # Schedulers that evaluate twice at a timestep make no step at one of the two: neighbours share.
-    return [(lengths[max(i - 1, 0)] + length) / 2 for i, length in enumerate(lengths)]
-
-
-def _position(log_snr: float, epsilon: bool) -> float:
-    sigma = math.exp(min(-log_snr / 2, 700.0)) if log_snr > -math.inf else math.inf
-    if not epsilon:
-        return math.atan(sigma)
-    return math.asinh(min(sigma, 1e6))
+        return float(away * (away + self._kept[0].number - self._kept[1].number))
 
 
 def require_affine(scheduler: SchedulerMixin, path: Literal["auto", "prediction", "posterior"]) -> None:
@@ -349,8 +366,9 @@ def require_affine(scheduler: SchedulerMixin, path: Literal["auto", "prediction"
         )
 
 
-def _ratio(part: Tensor, whole: float) -> float:
-    return float(part.norm()) / whole if whole > 0 else 0.0
+def _length(change: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Of every image, in double precision on the CPU."""
+    return change.flatten(1).norm(dim=1).double().cpu()
 
 
 def _whole(number: Any, least: int) -> bool:

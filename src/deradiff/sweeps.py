@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, Literal, NamedTuple
 
@@ -260,11 +260,11 @@ def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str
 
 
 def _approximate(runs: Sequence[Reused]) -> dict[str, Any]:
-    """What carrying predictions over came to for one column: the worst of its batches, in words and numbers."""
-    if not runs:
+    """What carrying predictions over came to for one column, in words and numbers: the mean image's error."""
+    if not runs or not any(run.error for run in runs):
         return {}
-    worst = max(runs, key=lambda run: run.error or 0.0)
-    return {"kind": "approximate", "words": worst.words, "reuse": worst.record()}
+    together = replace(runs[0], errors=tuple(run.error for run in runs))
+    return {"kind": "approximate", "words": together.words, "reuse": together.record()}
 
 
 def sample(
@@ -309,9 +309,10 @@ def sample(
         if on_step:
             on_step(done, total)
         run = None if dial.method == "weights" else dial.weights
+        reused = dial.reused
         for row, (shot, image) in enumerate(zip(batch, output.images, strict=True)):
             own_run = None if run is None else run.rows(slice(row, row + 1))
-            yield shot, image, Told(run=own_run, reused=dial.reused)
+            yield shot, image, Told(run=own_run, reused=None if reused is None else reused.of(row))
 
 
 def sample_by_particles(

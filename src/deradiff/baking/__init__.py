@@ -24,10 +24,11 @@ from deradiff.baking.drawing import Sampler
 from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
 from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
-from deradiff.dial import DialError, Lam, dial_of
+from deradiff.dial import Lam, dial_of
 from deradiff.jobs import Report
 from deradiff.realignment import Source, realign
 from deradiff.records import versions, write_json, write_png
+from deradiff.refusals import DialError
 from deradiff.schedules import Constant, Lams, Progress, Schedule, parse_lam
 
 __all__ = ["Baked", "Distillation", "Judgement", "Sampler", "bake"]
