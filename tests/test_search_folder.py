@@ -68,6 +68,7 @@ class Smooth(Fake):
     broken: tuple[tuple[float, int], ...] = ()
     """(λ, seed) of pictures that no score can be computed of."""
     log_weight: float = 0.0
+    log_ratio: float = 0.0
     obstacles: tuple[str, ...] = ()
     done: int = 0
     identities: list[tuple[Any, ...]] = field(default_factory=list)
@@ -106,7 +107,8 @@ class Smooth(Fake):
     def told(self, drawing: Drawing) -> dict[str, Any]:
         mixed = [lam for _, lam in drawing.anchors if lam not in (0.0, 1.0)]
         return {
-            "log_weight": self.log_weight * drawing.seed if mixed else 0.0, "log_ratios": {}, "path_kl": 2.0,
+            "log_weight": self.log_weight * drawing.seed if mixed else 0.0, "path_kl": 2.0,
+            "log_ratios": {"anchor": self.log_ratio * drawing.seed} if mixed and self.log_ratio else {},
             "memoryless": True, "obstacles": list(self.obstacles) if mixed else [], "predictions": 3,
         }  # fmt: skip
 
@@ -347,3 +349,29 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         shown = CliRunner().invoke(app, [*base, *extra])
         assert shown.exit_code == 2 and message in " ".join(shown.output.split()), (extra, shown.output)
     assert not (tmp_path / "x").exists()
+
+
+def test_scores_nearby_come_from_the_same_images(tmp_path: Path) -> None:
+    given = plan(prompts={"few": {"prompts": PROMPTS, "seeds": "0:7"}})
+    states: list[Any] = []
+
+    def keep(state: Any) -> None:
+        states.append(state.tables)
+
+    crew = Smooth(log_weight=0.1, log_ratio=0.5)
+    search(tmp_path / "x", crew, given=given, weighted=True, nearby=0.1, budget=3, told=keep)
+    tables = states[0]
+    assert set(tables.near) == {(0.4,), (0.6,)}, "λ = 0 and 1 run one model, whose path has no ratio"
+    estimated = dict(zip(tables.near, tables.estimates["legible"], strict=True))
+    seeds = np.arange(8)
+    mine, there = (np.exp(rate * seeds) @ seeds / np.exp(rate * seeds).sum() for rate in (0.1, 0.1 + 0.1 * 0.5))
+    half = tables.points["legible"][2]  # after the reference and the anchor
+    assert float(estimated[(0.6,)][0]) == pytest.approx(float(half[0]) + 8 / 7 * (there - mine))
+    assert tables.extended().points["legible"].shape[0] == tables.points["legible"].shape[0] + 2
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"nearby": 0.1}, "search the weighted score"),
+        ({"nearby": -1.0, "weighted": True}, "above 0 and at most 0.5"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(ValueError, match=message):
+            search(tmp_path / "y", Smooth(), given=given, **changes)

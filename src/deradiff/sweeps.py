@@ -281,15 +281,16 @@ def sample(
     """Yield every shot's image and what was told about it; `lams[shot.column]` is its λ, its seed decides its noise.
 
     Shots of different λ, prompts and seeds share a batch (`batch_size` images), each with a generator of its own, made
-    on the CPU so that every device draws the same noise. Interpolated weights are one model for a whole batch: there
-    the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that it
-    does not take.
+    on the CPU so that every device draws the same noise. Interpolated full weights are one model for a whole batch:
+    there the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that
+    it does not take.
     """
     accepted = _accepted(pipe, arguments)
     groups = [list(shots)]
     one_lam = dial.method == "weights" and not dial.blends_rows
     if one_lam:
-        groups = [[shot for shot in shots if shot.column == column] for column in range(len(lams))]
+        alike = [next(other for other, its in enumerate(lams) if its == lam) for lam in lams]
+        groups = [[shot for shot in shots if alike[shot.column] == column] for column in dict.fromkeys(alike)]
     pipe.set_progress_bar_config(disable=True)
     done, total = 0, len(shots) * steps
     for batch in (group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)):

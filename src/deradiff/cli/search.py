@@ -62,6 +62,13 @@ def search(
             help="Search the retrained model's score, by importance weights. Needs 8 seeds of a prompt, guidance 1.",
         ),
     ] = False,
+    nearby: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=GOAL,
+            help="With --weighted: also use scores this far from every λ (0.05), estimated from its images.",
+        ),
+    ] = None,
     over: Annotated[
         str,
         typer.Option(
@@ -177,7 +184,7 @@ def search(
 
         outcome = run(
             plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
-            about={"device": device_name(place), "threads": 1 if place == "cpu" else None}, told=told,
+            nearby=nearby, about={"device": device_name(place), "threads": 1 if place == "cpu" else None}, told=told,
         )  # fmt: skip
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in words.sentences(space, goal, outcome, beta):

@@ -18,7 +18,7 @@ from deradiff.gaussian import IllConditionedMixture
 from deradiff.jobs import Report
 from deradiff.search.goals import Tables
 from deradiff.search.loop import Refused
-from deradiff.search.readings import Unscored, by_unit, require_measured
+from deradiff.search.readings import Unscored, by_unit, nearby, require_measured
 from deradiff.search.spaces import Point, Space
 
 
@@ -35,9 +35,10 @@ class Laboratory:
         prompts: the plan's prompt set that is searched on; the first by default.
         weighted: read scores as the retrained model's, by importance weights within prompts (`weights`), instead of
             Algorithm 1's own.
+        nearby: also estimate scores at λ this much below and above every point, from the same images.
         about: what the workers are, for the record of every image.
 
-    Raises `ValueError` for a name that the plan does not measure.
+    Raises `ValueError` for a name that the plan does not measure, and where nothing nearby can be estimated.
     """
 
     def __init__(
@@ -51,17 +52,20 @@ class Laboratory:
         *,
         prompts: str | None = None,
         weighted: bool = False,
+        nearby: float | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan, self.space, self.folder, self.weighted = plan, space, folder, weighted
         self.prompts = next(iter(plan.prompts)) if prompts is None else plan.sets((prompts,))[0]
-        self.names = tuple(names)
+        self.names, self.nearby = tuple(names), nearby
         self.left_out = 0
         """Images that are left out everywhere, since a score of theirs failed somewhere."""
         self._crew, self._report, self._maker = crew, report, about
         self._hired: list[Crew] = []
         self._ran = False
         require_measured(plan, self.prompts, self.names, weighted)
+        if nearby is not None:
+            _require_nearby(plan, space, self.names, weighted, nearby)
 
     def __enter__(self) -> Laboratory:
         return self
@@ -86,7 +90,23 @@ class Laboratory:
                 raise ValueError(f"the reference: {error}") from None
             raise Refused(str(error)) from None
         reference, *others = rows
-        return Tables(reference, {name: torch.stack([row[name] for row in others]) for name in self.names})
+        tables = Tables(reference, {name: torch.stack([row[name] for row in others]) for name in self.names})
+        return tables if self.nearby is None else self._with_nearby(tables, results, arms, points)
+
+    def _with_nearby(self, tables: Tables, results: Results, arms: Sequence[Arm], points: Sequence[Point]) -> Tables:
+        """The tables with what is estimated beside each point, of those beside several beside the first."""
+        (coordinate,) = self.space.coordinates
+        found: dict[Point, Mapping[str, Any]] = {}
+        moved = nearby(results, arms, self.prompts, self.names, self.nearby or 0)[1:]
+        for (lam,), moves in zip(points, moved, strict=True):
+            for move, scores in moves.items():
+                at = (round(lam + move, 6),)
+                if coordinate.low <= at[0] <= coordinate.high and at not in points:
+                    found.setdefault(at, scores)
+        if not found:
+            return tables
+        rows = {name: torch.stack([scores[name] for scores in found.values()]) for name in self.names}
+        return tables._replace(near=tuple(found), estimates=rows)
 
     def planned(self, points: Sequence[Point]) -> Plan:
         """The plan with arms for the reference and these points."""
@@ -130,6 +150,18 @@ class Laboratory:
             return all(item in there for item in whole.drawings) and not any(
                 store.unscored(table, name, whole.drawings) for table, name in wanted
             )
+
+
+def _require_nearby(plan: Plan, space: Space, names: Sequence[str], weighted: bool, nearby: float) -> None:
+    """Raise `ValueError` where scores at other λ cannot be estimated from the same images."""
+    if not 0 < nearby <= 0.5:
+        raise ValueError(f"nearby is a distance of λ, above 0 and at most 0.5; got {nearby:g}")
+    if not weighted:
+        raise ValueError("scores nearby are estimated by importance weights: search the weighted score")
+    if space.kind != "lam" or len(space.coordinates) != 1:
+        raise ValueError("scores nearby are estimated along the λ of a single anchor")
+    if others := [name for name in names if name not in plan.scores]:
+        raise ValueError(f"of {', '.join(others)} nothing nearby can be estimated: only of the scores of single images")
 
 
 class _Lent:

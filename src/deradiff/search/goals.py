@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,17 @@ class Tables(NamedTuple):
 
     reference: Mapping[str, Float[Tensor, " unit"]]
     points: Mapping[str, Float[Tensor, "point unit"]]
+    near: Sequence[tuple[float, ...]] = ()
+    """Further points, at which scores were estimated from the images of those nearby."""
+    estimates: Mapping[str, Float[Tensor, "near unit"]] = MappingProxyType({})
+    """What they were estimated to be."""
+
+    def extended(self) -> Tables:
+        """With the points nearby among the others, behind them."""
+        if not self.near:
+            return self
+        rows = {name: torch.cat([table, self.estimates[name]]) for name, table in self.points.items()}
+        return Tables(self.reference, rows)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ class Models(NamedTuple):
 
     @classmethod
     def of(cls, space: Space, goal: Goal, points: Sequence[Point], tables: Tables, seed: int) -> Models:
-        """Those of what was observed at `points`."""
-        at = space.unit(points)
+        """Those of what was observed at `points`, and estimated near them."""
+        at = space.unit([*points, *tables.near])
+        tables = tables.extended()
         gains = [objective.table(tables) - objective.at_reference(tables) for objective in goal.objectives]
         margins = [condition.table(tables) for condition in goal.constraints]
         made = [Surrogate(at, Observed.of(table), seed) for table in (*gains, *margins)]

@@ -69,14 +69,43 @@ def by_unit(
         Unscored: fewer than half of an arm's images have their scores.
         ValueError: a path KL or weights that are not known for the sampler.
     """
+    read, kept = _read(results, arms, prompts, names, weighted)
+    reference, left_out = read[0], int((~kept).sum())
+    return [{name: one.unit(name, kept, reference) for name in names} for one in read], left_out
+
+
+def nearby(
+    results: Results, arms: Sequence[Arm], prompts: str, names: Sequence[str], step: float
+) -> list[dict[float, dict[str, Float[Tensor, " unit"]]]]:
+    """What the named scores of the retrained model would be if every arm's λ were `step` less or more.
+
+    An image's weight grows with λ as its path's log ratio says. What dividing by few weights biases is undone to first
+    order. Empty for arms of a single model, or whose sampler is deterministic: nobody knows their ratios.
+
+    Raises as `by_unit` does.
+    """
+    read, kept = _read(results, arms, prompts, names, True)
+    if len(kept) < 2:
+        raise ValueError("scores nearby are compared prompt by prompt: give two prompts at least")
+    return [
+        {move: {name: one.moved(name, kept, move) for name in names} for move in (-step, step)}
+        if one.ratios.any()
+        else {}
+        for one in read
+    ]
+
+
+def _read(
+    results: Results, arms: Sequence[Arm], prompts: str, names: Sequence[str], weighted: bool
+) -> tuple[list[_Arm], Kept]:
+    """The arms, and the images of which all that is needed is known at all of them."""
     read = [_Arm(results, arm, prompts, names, weighted) for arm in arms]
     for one in read:
         one.require_enough()
     kept = np.logical_and.reduce([one.there for one in read])
     if {*names} & {*WITHIN_PROMPTS}:
         kept = kept & (kept.sum(1, keepdims=True) >= 2)
-    reference, left_out = read[0], int((~kept).sum())
-    return [{name: one.unit(name, kept, reference) for name in names} for one in read], left_out
+    return read, kept
 
 
 class _Arm:
@@ -123,6 +152,21 @@ class _Arm:
             reasons = "; ".join(OBSTACLES[obstacle] for obstacle in obstacles)
             raise ValueError(f"there is no retrained model whose score could be estimated: {reasons}")
         return np.array([one.get("log_weight", 0.0) for one in told]).reshape(self._shape)
+
+    @property
+    def ratios(self) -> Table:
+        """The log ratio of every image's path; zero where it is not known."""
+        told = self._results.told(self._arm, self._prompts)
+        return np.array([sum(one.get("log_ratios", {}).values()) for one in told], dtype=float).reshape(self._shape)
+
+    def moved(self, name: str, kept: Kept, move: float) -> Float[Tensor, " unit"]:
+        """A score prompt by prompt, if λ were so much larger."""
+        assert self._weights is not None
+        table = self._tables[name]
+        mine = _weighted(table, self._weights, kept)
+        there = _weighted(table, self._weights + move * self.ratios, kept)
+        count = torch.from_numpy(kept.sum(1)[kept.any(1)]).double()
+        return mine + count / (count - 1).clamp(min=1) * (there - mine)
 
     def require_enough(self) -> None:
         """Raise `Unscored` where too few images have their scores."""

@@ -63,6 +63,7 @@ def run(
     fraction: float = FRACTION,
     prompts: str | None = None,
     weighted: bool = False,
+    nearby: float | None = None,
     about: Mapping[str, Any] | None = None,
     told: Callable[[State], None] | None = None,
 ) -> Outcome:
@@ -82,6 +83,8 @@ def run(
         budget: evaluations, see `loop.maximise`, as `seed` and `fraction`.
         prompts: the prompt set to search on; the first by default.
         weighted: search the retrained model's score, by importance weights, instead of Algorithm 1's own.
+        nearby: of a weighted search along one λ: also use scores this much below and above every point, estimated from
+            the same images.
         about: what the workers are, such as their device, for the record of every image.
         told: told of the search's state after every evaluation.
 
@@ -89,7 +92,16 @@ def run(
     """
     state = State()
     with Laboratory(
-        plan, space, folder, crew, report, goal.names, prompts=prompts, weighted=weighted, about=about
+        plan,
+        space,
+        folder,
+        crew,
+        report,
+        goal.names,
+        prompts=prompts,
+        weighted=weighted,
+        nearby=nearby,
+        about=about,
     ) as laboratory:
         identity = _identity(laboratory, seed)
         _resume(laboratory, identity)
@@ -191,6 +203,7 @@ def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> d
         "objectives": [str(objective) for objective in goal.objectives],
         "conditions": [condition.text for condition in goal.constraints],
         "weighted": laboratory.weighted,
+        "nearby": laboratory.nearby,
         "seed": seed,
         "answer": asdict(outcome.answer),
         "checks": [{"point": point} | asdict(one) for point, one in outcome.checks.items()],

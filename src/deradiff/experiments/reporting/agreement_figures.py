@@ -312,8 +312,8 @@ def particles_beside(found: Sequence[tuple[Study, Study | None]]) -> Figure:
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(False, axis="y")
         ax.margins(x=0.12)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(3))
         ax.set_title(study.score)
-        ax.set_xlabel("difference to the retrained mean")
+    figure.supxlabel("difference to the retrained mean", fontsize=axes[0].xaxis.label.get_fontsize())
     _legend(figure, axes)
     return figure
