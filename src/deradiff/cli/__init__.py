@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, truth
+from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, study, truth
 
 app = typer.Typer(
     name="deradiff",
@@ -23,6 +23,7 @@ app.command()(search.search)
 app.command()(truth.truth)
 app.add_typer(digits.app, name="digits")
 app.add_typer(experiment.app, name="experiment")
+app.add_typer(study.app, name="study")
 
 
 def _print_version(asked: bool) -> bool:

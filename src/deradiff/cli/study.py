@@ -1,0 +1,112 @@
+"""`deradiff study`: a preference study, planned, served, exported and analysed."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deradiff.cli import talking
+
+app = typer.Typer(
+    help="A preference study between methods of an experiment, in people's browsers.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path, typer.Argument(help="The folder of the study.")]
+
+
+@app.command()
+def plan(
+    experiment: Annotated[Path, typer.Argument(help="The folder of a finished experiment.")],
+    methods: Annotated[
+        list[str],
+        typer.Option("--methods", "-m", help="Two of its arms or more, with commas between: beta-250,beta-30."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new file.")],
+) -> None:
+    """Write a plan of a study that compares arms of an experiment, to be served as it is or changed first."""
+    with talking.refusing_wrong_input():
+        talking.require_writable("--out", out)
+        if out.exists():
+            raise FileExistsError(f"{out} exists: name a new file.")
+        from deradiff.records import whole
+        from deradiff.study.plan import write_plan
+        from deradiff.study.sources import drafted
+
+        text = write_plan(drafted(experiment, methods, out.parent))
+        with whole(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    talking.files([out])
+
+
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The study's folder. One that was begun there goes on.")],
+    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine itself needs a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="DERADIFF_STUDY_TOKEN", help="Only who has the link with this token may take part."),
+    ] = None,
+) -> None:
+    """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with talking.refusing_wrong_input():
+        from deradiff.study import access
+
+        access.require_token(host, token)
+        from deradiff.study import server, tiles
+        from deradiff.study.plan import read_plan
+
+        planned = read_plan(file)
+        with access.bound(host, port) as listening:
+            with talking.stages(console) as report:
+                votes = tiles.ready(out, planned, file.parent, lambda done, total: report("images", done, total, ""))
+            with votes, suppress(KeyboardInterrupt):
+                console.print("The study is open; Ctrl-C closes it, and the same command opens it again.")
+                typer.echo(access.link(listening, host, token))
+                server.serve(server.app(votes, token), listening)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The table; FOLDER/votes.csv by default. It is replaced.")
+    ] = None,
+) -> None:
+    """Write a table of all votes so far, a row for every answer. Participants are numbers."""
+    with talking.refusing_wrong_input():
+        from deradiff.study import ballots
+        from deradiff.study.votes import plan_of
+
+        target = out or folder / "votes.csv"
+        talking.require_writable("--out", target)
+        ballots.write_csv(ballots.read(folder, plan_of(folder)), target)
+    talking.files([target])
+
+
+@app.command()
+def analyse(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where summary, tables and figures go.")],
+) -> None:
+    """Count the votes so far: shares, intervals and sign tests, over all and by configuration, with figures."""
+    from rich.console import Console
+
+    with talking.refusing_wrong_input(), Console(stderr=True).status("Counting and drawing …"):
+        from deradiff.study import analysis, ballots, report
+        from deradiff.study.votes import plan_of
+
+        planned = plan_of(folder)
+        found = analysis.analysed(planned, ballots.read(folder, planned))
+        files = report.write(found, out)
+    typer.echo(report.summary_of(found))
+    talking.files(files)

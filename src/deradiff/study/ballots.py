@@ -1,0 +1,95 @@
+"""The votes of a study as plain records: read from its database, told from attention checks, written as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from deradiff.records import whole
+from deradiff.study.plan import Answer, Plan
+from deradiff.study.votes import connected, file_of
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One answer to one question about one pair."""
+
+    participant: int
+    """A number in the order of arrival; the key in the participant's cookie cannot be found from it."""
+    position: int
+    """The pair's place among the participant's, from 0."""
+    configuration: str
+    prompt_set: str
+    prompt: str
+    left: str
+    """The method on the left; empty for the noise of an attention check."""
+    right: str
+    seeds: tuple[int, ...]
+    question: str
+    answer: Answer
+    checked: bool
+    """Whether the answer belongs to an attention check and tells whether it was passed."""
+
+    @property
+    def real(self) -> bool:
+        """Whether two methods were compared, not one with noise."""
+        return bool(self.left and self.right)
+
+    @property
+    def chosen(self) -> str | None:
+        """The method that was preferred; None for neither."""
+        return {"left": self.left, "equal": None, "right": self.right}[self.answer]
+
+
+def read(folder: Path, plan: Plan) -> list[Ballot]:
+    """Every vote of the study in `folder`, in the order of participants and their pairs.
+
+    The study may go on meanwhile. Raises `StudyError` where there is none.
+    """
+    with closing(connected(file_of(folder), write=False)) as db:
+        rows = db.execute(
+            "SELECT participant, position, cell, prompt, left, right, seeds, question, answer "
+            "FROM votes JOIN pairs ON pairs.id = pair ORDER BY participant, position"
+        ).fetchall()
+    keys = [question.key for question in plan.questions]
+    checked = {question.key for question in plan.questions if question.checked}
+    found = []
+    for participant, position, cell, prompt, left, right, seeds, question, answer in rows:
+        one = plan.configurations[plan.cells[cell].configuration]
+        is_check = not (left and right) and question in checked
+        found.append(
+            Ballot(
+                participant, position, one.name, one.prompt_set, one.prompts[prompt], left, right,
+                tuple(json.loads(seeds)), question, answer, is_check,
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda ballot: (ballot.participant, ballot.position, keys.index(ballot.question)))
+
+
+def mistakes(ballots: Iterable[Ballot]) -> dict[int, tuple[int, int]]:
+    """Of every participant who voted: attention checks answered wrongly, and answered at all.
+
+    A check is answered wrongly where any of its checked questions was not answered by the set of real images.
+    """
+    checks: dict[int, dict[int, bool]] = {}
+    for ballot in ballots:
+        of_participant = checks.setdefault(ballot.participant, {})
+        if ballot.checked:
+            wrong = not ballot.chosen
+            of_participant[ballot.position] = of_participant.get(ballot.position, False) or wrong
+    return {number: (sum(found.values()), len(found)) for number, found in checks.items()}
+
+
+def write_csv(ballots: Iterable[Ballot], file: Path) -> None:
+    """Write a row for every vote into `file`, whole or not at all; `chosen` names the method."""
+    names = [field.name for field in fields(Ballot)]
+    with whole(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, [*names, "chosen"])
+        writer.writeheader()
+        for ballot in ballots:
+            seeds = " ".join(map(str, ballot.seeds))
+            writer.writerow(asdict(ballot) | {"seeds": seeds, "chosen": ballot.chosen or ""})

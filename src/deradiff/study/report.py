@@ -1,0 +1,137 @@
+"""What an analysis is written as: figures with their numbers (AIG, figures 6 to 8), and a summary in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.report import draw
+from deradiff.pages import counted
+from deradiff.records import whole
+from deradiff.study import figures
+from deradiff.study.analysis import ALL, Analysis, Line
+from deradiff.study.preferences import Rate
+
+HEADER = (
+    "first", "second", "configuration", "prompt_set", "question", "participants", "votes", "votes_first", "votes_equal",
+    "votes_second",
+    *(f"{kind}_{which}{end}" for kind in ("share", "normalised") for which in ("first", "equal", "second")
+      for end in ("", "_low", "_high")),
+    "wins_first", "wins_first_low", "wins_first_high", "p_votes", "p_participants",
+)  # fmt: skip
+"""Of a table: shares lie between 0 and 1, with the ends of their 95% intervals; `wins_first` leaves Equal out."""
+
+NOTES = """\
+In brackets stand 95% intervals, by bootstrap over participants. "by person" gives each participant the same weight.
+Sign tests leave Equal out, and people who preferred neither. Over votes, p takes every vote for independent, which
+votes of one person are not; by person, everybody counts once, by what they preferred more often. No p is corrected for
+the number of tests."""
+
+
+def write(found: Analysis, out: Path) -> list[Path]:
+    """Write summary, tables and figures into `out`, made where there is none; returns the summary first."""
+    out.mkdir(parents=True, exist_ok=True)
+    summary = out / "summary.txt"
+    with whole(summary) as temporary:
+        temporary.write_text(summary_of(found), encoding="utf-8")
+    return [summary, *(file for exhibit in exhibits(found) for file in draw(exhibit, (), out).files)]
+
+
+def exhibits(found: Analysis) -> Iterator[Exhibit]:
+    """Figures and their numbers: configurations together and one by one, also with participants weighing the same."""
+    for key, number, lines in (("overall", "6", found.overall), ("configurations", "7", found.by_configuration)):
+        for normalised in (False, True):
+            of = "mean of participants' shares" if normalised else "share of votes"
+            yield Exhibit(
+                key=f"{key}-normalised" if normalised else key,
+                section="Preferences",
+                title=f"{key}, {of}",
+                caption=f"After AIG's figure {8 if normalised else number}; lines are 95% intervals over participants.",
+                header=HEADER,
+                rows=tuple(map(row, lines)),
+                figure=figures.shares(panels(lines, normalised), f"{of}, with 95% intervals"),
+            )
+    yield Exhibit(
+        key="participants",
+        section="Preferences",
+        title="pairs that participants answered",
+        caption="After AIG's figure 8b.",
+        header=("pairs_answered",),
+        rows=tuple((count,) for count in sorted(found.pairs)),
+        figure=figures.histogram(found.pairs),
+    )
+
+
+def row(line: Line) -> tuple[Any, ...]:
+    """A line of a table, after `HEADER`."""
+    one = line.preference
+    rates = [end for rate in (*one.shares, *one.normalised, one.wins) for end in (rate.value, rate.low, rate.high)]
+    about = (line.first, line.second, line.configuration, line.prompt_set, line.question)
+    return (*about, one.participants, sum(one.votes), *one.votes, *rates, one.p_votes, one.p_participants)
+
+
+def panels(lines: Sequence[Line], normalised: bool) -> list[figures.Panel]:
+    """A panel for every two methods, with a group of bars for each configuration."""
+    found: dict[tuple[str, str], dict[str, list[figures.Bar]]] = {}
+    for line in lines:
+        group = "" if line.configuration == ALL else line.configuration
+        one = line.preference
+        bar = figures.Bar(line.question, sum(one.votes), one.normalised if normalised else one.shares)
+        found.setdefault((line.first, line.second), {}).setdefault(group, []).append(bar)
+    return [figures.Panel(first, second, groups) for (first, second), groups in found.items()]
+
+
+# -- the summary ------------------------------------------------------------------------------------------------------
+
+
+def summary_of(found: Analysis) -> str:
+    """The analysis in words and tables of plain text."""
+    parts = [*_who(found), "", NOTES]
+    for heading, lines in (("All configurations", found.overall), ("By configuration", found.by_configuration)):
+        parts += ["", heading, "-" * len(heading)]
+        for title in dict.fromkeys(map(_title, lines)):
+            parts += ["", title, _columns("", "", "n", "first", "equal", "second", "sign test")]
+            parts += [text for line in lines if _title(line) == title for text in _rows(line)]
+    return "\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _who(found: Analysis) -> Iterator[str]:
+    plan, (left, right) = found.plan, found.left_side
+    people, pairs = counted(found.participants, "participant"), counted(sum(found.pairs), "pair")
+    yield f"{plan.name}: {people}, {pairs}, {counted(len(plan.questions), 'question')} about each."
+    if plan.attention_checks:
+        allowed = f"more than {plan.mistakes_allowed}" if plan.mistakes_allowed else "any"
+        yield f"Left out: {counted(found.failed, 'participant')} who got {allowed} of the attention checks wrong."
+    if found.unchecked and plan.attention_checks:
+        yield f"Counted unchecked: {counted(found.unchecked, 'participant')} who stopped before an attention check."
+    if left + right:
+        yield f"Of the answers that are not Equal, {left / (left + right):.1%} are for the set on the left."
+
+
+def _title(line: Line) -> str:
+    where = "" if line.configuration == ALL else f"{line.configuration} (prompts: {line.prompt_set}): "
+    return f"{where}{line.first} (first) against {line.second} (second)"
+
+
+def _rows(line: Line) -> Iterator[str]:
+    one = line.preference
+    votes = sum(one.votes)
+    first, equal, second = map(_rate, one.shares)
+    yield _columns(line.question, "votes", f"{votes:,}", first, equal, second, f"p = {one.p_votes:.2g}")
+    first, equal, second = map(_rate, one.normalised)
+    yield _columns("", "by person", f"{one.participants:,}", first, equal, second, f"p = {one.p_participants:.2g}")
+    if votes > one.votes[1]:
+        lost = Rate(1 - one.wins.value, 1 - one.wins.high, 1 - one.wins.low)
+        yield _columns("", "without Equal", f"{votes - one.votes[1]:,}", _rate(one.wins), "", _rate(lost), "")
+
+
+def _columns(question: str, kind: str, number: str, first: str, equal: str, second: str, test: str) -> str:
+    return f"  {question:<16} {kind:<14} {number:>6}  {first:<21}  {equal:<21}  {second:<21}  {test}"
+
+
+def _rate(rate: Rate) -> str:
+    interval = "" if math.isnan(rate.low) else f" [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+    return f"{rate.value:.1%}{interval}"

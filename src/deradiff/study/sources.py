@@ -1,0 +1,178 @@
+"""What a study takes from experiments: their arms by name, a plan of all they hold, and the images themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from deradiff.experiments import plan as experiments
+from deradiff.experiments.running import contents
+from deradiff.experiments.store import Image, Store
+from deradiff.records import slug
+from deradiff.study.plan import TILES, Configuration, Place, Plan, parse_plan
+
+PAIRS = 20
+"""Of a participant, where there are as many; about ten minutes."""
+
+
+def drafted(folder: Path, methods: Sequence[str], beside: Path) -> Plan:
+    """A plan that compares arms of the experiment in `folder`: all of its prompts, each way of sampling by itself.
+
+    Args:
+        folder: of the experiment.
+        methods: names of arms with commas between, in one text or several (`arms_named`).
+        beside: the folder that the plan is written to.
+
+    Raises:
+        StoreError: there is no experiment.
+        ValueError: an arm that there is not, fewer than two of them, no prompts that all of them were drawn for with
+            nine seeds, or an image that is missing.
+    """
+    with opened(folder) as (planned, store):
+        arms = {(arm.name, arm.sampling): arm for arm in planned.arms()}
+        names = arms_named(methods, [name for name, _ in arms])
+        if len(names) < 2:
+            raise ValueError(
+                f"a study compares two methods or more, and --methods names {len(names)}: write two arms with a comma "
+                f"between. The arms of {folder} are {_listed({name for name, _ in arms})}"
+            )
+        texts = contents(planned, store, fresh=False).texts
+        shared = [
+            (sampling, name)
+            for sampling in planned.sampling
+            for name in planned.prompts
+            if all(name in planned.sets(arms[arm, sampling].prompts) for arm in names)
+        ]
+        enough = [(sampling, name) for sampling, name in shared if len(planned.prompts[name].seeds) >= TILES]
+        if not enough:
+            raise ValueError(_too_few(planned, names, shared))
+        configurations = [
+            {
+                "name": name if len(planned.sampling) == 1 else f"{name}, {sampling}",
+                "experiment": Path(os.path.relpath(folder, beside)).as_posix(),
+                "sampling": sampling,
+                "prompt_set": name,
+                "methods": {arm: arm for arm in names},
+                "seeds": list(planned.prompts[name].seeds),
+                "prompts": list(texts[name]),
+            }
+            for sampling, name in enough
+        ]
+        name = f"{planned.name}-{slug(' '.join(names), 60)}"
+    pairs = len(names) * (len(names) - 1) // 2 * sum(len(one["prompts"]) for one in configurations)
+    count = min(PAIRS, pairs)
+    plan = parse_plan(
+        {
+            "name": name,
+            "pairs_per_participant": count,
+            "attention_checks": min(2, count),
+            "configurations": configurations,
+        },
+        f"what {folder} holds",
+    )
+    located(plan, beside)
+    return plan
+
+
+def arms_named(texts: Iterable[str], known: Collection[str]) -> list[str]:
+    """Read names of arms with commas between. Names may hold commas themselves; the longest that there is counts.
+
+    Raises `ValueError` where a piece begins no name.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        pieces = text.split(",")
+        while pieces:
+            ends = [end for end in range(len(pieces), 0, -1) if ",".join(pieces[:end]).strip() in known]
+            if not ends:
+                raise ValueError(f"there is no arm {pieces[0].strip()!r}: the experiment has {_listed(known)}")
+            found[",".join(pieces[: ends[0]]).strip()] = None
+            pieces = pieces[ends[0] :]
+    return list(found)
+
+
+def located(plan: Plan, beside: Path) -> dict[Place, Image]:
+    """Every image that the plan may show, by its place; `beside` is the folder of the plan.
+
+    Raises:
+        StoreError: a folder holds no experiment.
+        ValueError: an arm, a prompt or a seed that the experiment does not have, or an image that is missing.
+    """
+    found: dict[Place, Image] = {}
+    for number, one in enumerate(plan.configurations):
+        folder = beside / one.experiment
+        with opened(folder) as (planned, store):
+            items = _items(one, planned, store, folder)
+            drawn = store.drawn()
+        wanted = {
+            Place(number, method, row, seed): items[arm, prompt, seed]
+            for method, arm in one.methods.items()
+            for row, prompt in enumerate(one.prompts)
+            for seed in one.seeds
+        }
+        missing = [place for place, item in wanted.items() if item not in drawn or not drawn[item].path.is_file()]
+        if missing:
+            raise ValueError(_missing(one, missing, len(wanted), folder))
+        found |= {place: drawn[item] for place, item in wanted.items()}
+    return found
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[experiments.Plan, Store]]:
+    """The plan and the store of an experiment, to be read. Raises `StoreError` where there is none."""
+    with Store(folder, write=False) as store:
+        yield experiments.parse_plan(store.fact("plan"), f"the plan in {store.file}"), store
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _items(
+    one: Configuration, planned: experiments.Plan, store: Store, folder: Path
+) -> dict[tuple[str, str, int], str]:
+    """The identity of every image that the configuration may name, by arm, prompt and seed."""
+    cells = contents(planned, store, fresh=False).cells
+    items = {
+        (cell.arm.name, cell.drawing.prompt, cell.drawing.seed): item
+        for cell, item in cells.items()
+        if (cell.arm.sampling, cell.prompts) == (one.sampling, one.prompt_set)
+    }
+    where = f"configuration {one.name!r}: the experiment in {folder}"
+    if one.sampling not in planned.sampling:
+        raise ValueError(f"{where} does not sample by {one.sampling!r}; it has {_listed(planned.sampling)}")
+    if one.prompt_set not in planned.prompts:
+        raise ValueError(f"{where} has no prompt set {one.prompt_set!r}; it has {_listed(planned.prompts)}")
+    arms = {arm for arm, _, _ in items}
+    if unknown := [arm for arm in one.methods.values() if arm not in arms]:
+        raise ValueError(f"{where} has no arm {_listed(unknown)} for {one.prompt_set}; it has {_listed(arms)}")
+    if unknown := [prompt for prompt in one.prompts if prompt not in {prompt for _, prompt, _ in items}]:
+        raise ValueError(f"{where} has no prompt {unknown[0][:80]!r} in {one.prompt_set} ({len(unknown)} are unknown)")
+    if strange := {*one.seeds} - {seed for _, _, seed in items}:
+        raise ValueError(f"{where} was not drawn with seed {_listed(sorted(strange))}")
+    return items
+
+
+def _missing(one: Configuration, missing: Sequence[Place], wanted: int, folder: Path) -> str:
+    first = missing[0]
+    return (
+        f"configuration {one.name!r}: {len(missing)} of {wanted} images are missing in {folder}, the first is "
+        f"{first.method!r} for {one.prompts[first.prompt][:80]!r} with seed {first.seed}: finish the experiment with "
+        "`deradiff experiment run`, or leave these prompts or seeds out"
+    )
+
+
+def _too_few(planned: experiments.Plan, names: Sequence[str], shared: Sequence[tuple[str, str]]) -> str:
+    if not shared:
+        return f"{_listed(names)} were never drawn for the same prompts: add them to one prompt set, and run again"
+    seeds: Mapping[str, int] = {name: len(planned.prompts[name].seeds) for _, name in shared}
+    counted = ", ".join(f"{name} has {count}" for name, count in seeds.items())
+    return (
+        f'a grid shows {TILES} seeds of a prompt, and {counted}: give the prompts `seeds: "0:{TILES - 1}"` or more in '
+        "the experiment's plan, and run it again"
+    )
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,359 @@
+"""The votes: each once, none lost, and pairs that are shown fairly."""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from deradiff.study import ballots, tiles, votes, writing
+from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, StudyError, Votes
+from small_study import answers, begun, experiment, planned
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    experiment(folder / "experiment")
+    return folder
+
+
+def study(drawn: Path, tmp_path: Path, **changes: Any) -> Votes:
+    return tiles.ready(tmp_path / "study", planned(**changes), drawn, lambda *_: None)
+
+
+def all_answered(found: Votes, key: str, answer: str = "left") -> list[votes.Shown]:
+    """Answer every pair; returns them."""
+    seen = []
+    while (shown := found.current(key)) is not None:
+        found.vote(key, shown.id, answers(answer)).result()
+        seen.append(shown)
+    return seen
+
+
+def test_a_participant_sees_every_pair_once(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        seen = all_answered(found, found.begin().result())
+    assert [shown.position for shown in seen] == [0, 1, 2, 3]
+    noise = [shown for shown in seen if len({*shown.left}) == 1 or len({*shown.right}) == 1]
+    assert len(noise) == 1
+    real = [shown for shown in seen if shown not in noise]
+    assert len({shown.prompt for shown in real}) == 3
+    assert all(len({*shown.left}) == len({*shown.right}) == 9 for shown in real)
+    assert all((tmp_path / "study" / "images" / file).is_file() for shown in seen for file in shown.left + shown.right)
+
+
+def test_both_sides_show_the_same_seeds_and_change_at_random(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        places = {file: place for place, file in found.entered().items()}
+        for _ in range(12):
+            for shown in all_answered(found, found.begin().result()):
+                left, right = ([places[file] for file in side] for side in (shown.left, shown.right))
+                if "" not in (left[0].method, right[0].method):
+                    assert [place.seed for place in left] == [place.seed for place in right]
+                    assert {place.prompt for place in left + right} == {left[0].prompt}
+        found_ballots = ballots.read(found.folder, found.plan)
+    sides = Counter((one.left, one.right) for one in found_ballots if one.real and one.question == "diversity")
+    assert sides.keys() == {("strong", "weak"), ("weak", "strong")} and sides.total() == 36
+    assert len({one.seeds for one in found_ballots}) > 20
+
+
+def test_what_was_shown_least_comes_next() -> None:
+    plan = planned(configuration={"methods": {"a": "strong", "b": "weak", "c": "reference"}})
+    assert {votes.next_pair(plan, set(), {0: 3, 1: 2, 2: 3})[0] for _ in range(20)} == {1}
+    assert {votes.next_pair(plan, {(1, 0), (1, 1), (1, 2)}, {0: 3})[0] for _ in range(40)} == {2}
+    assert {votes.next_pair(plan, {(0, 0), (0, 2)}, {1: 1, 2: 1}) for _ in range(20)} == {(0, 1)}
+
+
+def test_checks_stand_apart_at_random() -> None:
+    plan = planned(pairs_per_participant=3, attention_checks=2)
+    found = {tuple(votes.check_positions(plan)) for _ in range(200)}
+    assert found == {(first, second) for first in (0, 1) for second in (2, 3, 4)}
+    assert votes.check_positions(planned(attention_checks=0)) == []
+
+
+def test_the_same_answer_again_changes_nothing_and_another_is_refused(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        key = found.begin().result()
+        shown = found.current(key)
+        assert shown is not None
+        found.vote(key, shown.id, answers("left")).result()
+        following = found.current(key)
+        found.vote(key, shown.id, answers("left")).result()
+        assert found.current(key) == following
+        with pytest.raises(AlreadyAnswered):
+            found.vote(key, shown.id, answers("left", diversity="right")).result()
+        assert {one.answer for one in ballots.read(found.folder, found.plan)} == {"left"}
+
+
+def test_votes_for_what_was_not_shown(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        mine, other = found.begin().result(), found.begin().result()
+        shown = found.current(other)
+        assert shown is not None
+        for key, pair in ((mine, shown.id), (mine, "made up"), ("nobody", shown.id), ("", "")):
+            with pytest.raises(NotShown):
+                found.vote(key, pair, answers()).result()
+        with pytest.raises(NotShown):
+            found.current("nobody")
+        assert ballots.read(found.folder, found.plan) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"diversity": "left"}, "no answer about aesthetics, agreement"),
+        (answers("up"), "answers no question"),
+        (answers(taste="left"), "'taste=left' answers no question"),
+    ],
+)
+def test_answers_that_are_none(drawn: Path, tmp_path: Path, given: Any, words: str) -> None:
+    with study(drawn, tmp_path) as found:
+        key = found.begin().result()
+        shown = found.current(key)
+        assert shown is not None
+        with pytest.raises(ValueError, match=words):
+            found.vote(key, shown.id, given).result()
+        assert found.current(key) == shown
+
+
+def test_many_at_once_lose_and_double_nothing(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        keys = [found.begin().result() for _ in range(12)]
+
+        def everything(key: str) -> None:
+            while (shown := found.current(key)) is not None:
+                twice = [found.vote(key, shown.id, answers("right")) for _ in range(2)]
+                assert [one.result() for one in twice] == [None, None]
+
+        # One after the other reads, as the server's loop does; what is written meets in the writer.
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(everything, keys))
+        counts = Counter((one.participant, one.position) for one in ballots.read(found.folder, found.plan))
+    assert len(counts) == 12 * 4 and set(counts.values()) == {3}
+
+
+def test_no_one_beyond_the_last(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path, most_participants=1) as found:
+        found.begin().result()
+        with pytest.raises(Full):
+            found.begin().result()
+
+
+def test_keys_are_not_in_the_database(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        key = found.begin().result()
+        all_answered(found, key)
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "study").glob("study.sqlite*"))
+    assert len(key) == 32 and key.encode() not in stored
+    with sqlite3.connect(tmp_path / "study" / "study.sqlite") as db:
+        columns = [row[1] for row in db.execute("PRAGMA table_info(participants)")]
+    assert columns == ["number", "key", "checks"]
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_goes_on_without_its_experiment(tmp_path: Path) -> None:
+    with begun(tmp_path) as found:
+        key = found.begin().result()
+        shown = found.current(key)
+        images = found.entered()
+    (tmp_path / "experiment").rename(tmp_path / "moved")
+    with tiles.ready(tmp_path / "study", planned(), tmp_path, lambda *_: None) as found:
+        assert (found.current(key), found.entered()) == (shown, images)
+
+
+def test_images_that_were_not_all_made(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tiles.kept
+    made: list[str] = []
+
+    def stopped(image: Image.Image, folder: Path) -> str:
+        if len(made) == 40:
+            raise KeyboardInterrupt
+        made.append(own(image, folder))
+        return made[-1]
+
+    monkeypatch.setattr(tiles, "TOGETHER", 8)
+    monkeypatch.setattr(tiles, "kept", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study(drawn, tmp_path)
+    monkeypatch.setattr(tiles, "kept", own)
+    with study(drawn, tmp_path) as found:
+        entered = found.entered()
+    assert len(entered) == 61 and {*made} <= {*entered.values()}
+
+
+def test_other_folders_and_plans_are_refused(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path):
+        pass
+    with pytest.raises(StudyError, match="holds the study 'small' with another plan"):
+        study(drawn, tmp_path, title="Another")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    with pytest.raises(StudyError, match="holds other files"):
+        Votes(tmp_path / "full", planned())
+    with pytest.raises(StudyError, match="holds no study: start one"):
+        votes.plan_of(tmp_path / "none")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "study.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(StudyError, match="cannot be used"):
+        Votes(tmp_path / "broken", planned())
+    with sqlite3.connect(tmp_path / "study" / "study.sqlite") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StudyError, match="later deradiff"):
+        study(drawn, tmp_path)
+
+
+def test_nothing_is_begun_that_cannot_be_shown(drawn: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="was not drawn with seed 10"):
+        study(drawn, tmp_path, configuration={"seeds": "0:10"})
+    assert not (tmp_path / "study").exists()
+
+
+def _vote_on(folder: str, acknowledged: Any) -> None:
+    found = Votes(Path(folder), planned())
+    while True:
+        key = found.begin().result()
+        while (shown := found.current(key)) is not None:
+            found.vote(key, shown.id, answers("equal")).result()
+            acknowledged.send(shown.id)
+
+
+def test_a_killed_process_loses_no_acknowledged_vote(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path):
+        pass
+    known: set[str] = set()
+    for wait in (0.05, 0.11, 0.17):
+        ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=_vote_on, args=(tmp_path / "study", theirs))
+        process.start()
+        theirs.close()
+        known.add(ours.recv())
+        time.sleep(wait)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        try:
+            while True:
+                known.add(ours.recv())
+        except EOFError:
+            ours.close()
+    with sqlite3.connect(tmp_path / "study" / "study.sqlite") as db:
+        stored = [row[0] for row in db.execute("SELECT pair FROM votes GROUP BY pair HAVING COUNT(*) = 3")]
+        assert db.execute("SELECT COUNT(*) FROM votes").fetchone()[0] == 3 * len(stored)
+    assert len(known) > 3 and known <= {*stored}
+
+
+# -- the writer -------------------------------------------------------------------------------------------------------
+
+
+def writer(tmp_path: Path) -> tuple[writing.Writer, sqlite3.Connection]:
+    db = sqlite3.connect(tmp_path / "some.sqlite", isolation_level=None, check_same_thread=False)
+    db.execute("CREATE TABLE numbers (number INTEGER UNIQUE)")
+    return writing.Writer(db), db
+
+
+def inserting(number: int, table: str = "numbers") -> Callable[[sqlite3.Connection], int | None]:
+    """A job that inserts a number; gives the number of its row."""
+    return lambda db: db.execute(f"INSERT INTO {table} VALUES ({number})").lastrowid
+
+
+def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    written, db = writer(tmp_path)
+    hold: Future[None] = Future()
+    first = written.do(lambda db: hold.result())
+
+    def broken(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO numbers VALUES (7)")
+        raise ValueError("no")
+
+    jobs = [written.do(inserting(number)) for number in (1, 2, 2)]
+    failing, cancelled = written.do(broken), written.do(broken)
+    assert cancelled.cancel()
+    hold.set_result(None)
+    first.result()
+    assert (jobs[0].result(), jobs[1].result()) == (1, 2)
+    with pytest.raises(sqlite3.IntegrityError):
+        jobs[2].result()
+    with pytest.raises(ValueError, match="no"):
+        failing.result()
+    written.close()
+    assert db.execute("SELECT number FROM numbers ORDER BY number").fetchall() == [(1,), (2,)]
+
+
+def test_nobody_is_acknowledged_where_the_commit_fails(tmp_path: Path) -> None:
+    written, db = writer(tmp_path)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("CREATE TABLE later (number REFERENCES numbers (number) DEFERRABLE INITIALLY DEFERRED)")
+    hold: Future[None] = Future()
+    written.do(lambda db: hold.result())
+    jobs = [written.do(inserting(5)), written.do(inserting(6, "later"))]
+    hold.set_result(None)
+    for job in jobs:
+        with pytest.raises(sqlite3.IntegrityError):
+            job.result()
+    written.do(inserting(1)).result()
+    written.close()
+    assert db.execute("SELECT number FROM numbers").fetchall() == [(1,)]
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    written, db = writer(tmp_path)
+    db.execute("PRAGMA max_page_count = 5")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        written.do(lambda db: db.executemany("INSERT INTO numbers VALUES (?)", [(n,) for n in range(9000)])).result()
+    written.do(inserting(1)).result()
+    written.close()
+    assert db.execute("SELECT number FROM numbers").fetchall() == [(1,)]
+
+
+def test_too_many_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "WAITING", 2)
+    written, _ = writer(tmp_path)
+    hold: Future[None] = Future()
+    with pytest.raises(Busy, match="2 votes wait"):
+        for _ in range(10):
+            written.do(lambda db: hold.result())
+    hold.set_result(None)
+    written.close()
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "tiled", "suffix"),
+    [((3, 3), (162, 162), ".png"), ((64, 32), (192, 96), ".png"), ((384, 200), (384, 200), ".png"),
+     ((1024, 512), (384, 192), ".jpg")],
+)  # fmt: skip
+def test_tiles_have_a_size_for_grids_and_say_nothing(
+    tmp_path: Path, size: tuple[int, int], tiled: tuple[int, int], suffix: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    image = Image.new("RGBA", size, (200, 10, 10, 255))
+    image.info["deradiff"] = "the method"
+    name = tiles.kept(image, tmp_path)
+    file = tmp_path / "images" / name
+    with Image.open(file) as opened:
+        assert (opened.size, opened.mode, file.suffix) == (tiled, "RGB", suffix)
+        assert opened.info.get("deradiff") is None
+    assert b"the method" not in file.read_bytes()
+
+
+def test_an_image_that_was_altered_is_not_shown(tmp_path: Path) -> None:
+    from deradiff.experiments.store import Missing
+    from deradiff.study.sources import located
+
+    experiment(tmp_path / "experiment")
+    next(iter(located(planned(), tmp_path).values())).path.write_bytes(b"something else")
+    with pytest.raises(Missing, match="was altered"):
+        tiles.ready(tmp_path / "study", planned(), tmp_path, lambda *_: None)
