@@ -82,6 +82,18 @@ def table(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     return "\n".join(lines)
 
 
+def times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds relative to plain sampling, as Markdown."""
+    lines = ["| anchor | mode | 50 steps | 25 steps |", "|---|---|---|---|"]
+    for anchor, mode in dict.fromkeys((row["anchor"], row["mode"]) for row in rows if row["mode"] != "plain"):
+        cells = []
+        for steps in (50, 25):
+            (row,) = [r for r in rows if (r["anchor"], r["mode"], r["steps"]) == (anchor, mode, steps)]
+            cells.append(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+        lines.append(f"| {anchor} | {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _both(cells: Sequence[str]) -> str:
     """DDIM's and Euler ancestral's."""
     return ", ".join(dict.fromkeys(cells))
@@ -95,6 +107,8 @@ def main() -> None:
     for steps in (50, 25):
         print(f"\n{steps} steps\n")
         print(table(told["errors"], steps))
+    print()
+    print(times(told["times"]))
 
 
 if __name__ == "__main__":
