@@ -364,8 +364,6 @@ def test_every_weight_of_a_sweep_keeps_the_tolerance_and_zero_is_the_reference()
     assert_close(near[0], base[0])
     away = (near - exact).flatten(1).norm(dim=1)[1:] / (exact - base).flatten(1).norm(dim=1)[1:]
     assert float(away.max()) < 0.15 and float(away.median()) < 0.05
-    # Of the smallest weight, relative to its own effect, as of the largest.
-    assert 0.2 < told.of(1).error / told.of(7).error < 5
 
 
 def test_the_error_of_an_annealed_weight_is_that_of_the_steps_where_it_acts() -> None:

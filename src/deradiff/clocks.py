@@ -6,6 +6,7 @@ instead is which entry of `scheduler.timesteps` the run has come to.
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +24,9 @@ class _Clock(NamedTuple):
     timesteps: tuple[float, ...]
     ranks: tuple[int, ...]
     """How many distinct timesteps come before each; second evaluations of a step repeat its timestep."""
+    places: Mapping[float, int]
+    """Where each timestep is. Of equal ones diffusers' `index_for_timestep` takes the second, for runs that start in
+    mid-schedule."""
 
 
 def progress(scheduler: SchedulerMixin, timestep: Timestep) -> Progress:
@@ -155,19 +159,19 @@ def _softplus(x: float) -> float:
 
 def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
     """The position in `scheduler.timesteps`: the scheduler's own index, or the entry nearest to `timestep`."""
-    timesteps = _clock(_timesteps(scheduler)).timesteps
+    timesteps, _, places = _clock(_timesteps(scheduler))
     for known in (getattr(scheduler, "step_index", None), getattr(scheduler, "begin_index", None)):
         if known is not None:
             return min(int(known), len(timesteps) - 1)
     t = first(timestep)
+    if (place := places.get(t)) is not None:
+        return place
     distances = [abs(entry - t) for entry in timesteps]
     if max(timesteps) > 1 >= t >= 0:  # may be t/T
         scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
         distances = min(distances, scaled, key=min)
     least = min(distances)
-    nearest = [i for i, distance in enumerate(distances) if distance == least]
-    # Of equal timesteps diffusers' `index_for_timestep` takes the second, for runs that start in mid-schedule.
-    return nearest[min(1, len(nearest) - 1)]
+    return places[timesteps[distances.index(least)]]
 
 
 def _timesteps(scheduler: SchedulerMixin) -> Tensor:
@@ -183,7 +187,10 @@ def _clock(timesteps: Tensor) -> _Clock:
     ranks = [0]
     for before, after in pairwise(values):
         ranks.append(ranks[-1] + (after != before))
-    return _Clock(values, tuple(ranks))
+    places: dict[float, int] = {}
+    for i, value in enumerate(values):
+        places[value] = i if value not in places or values[:i].count(value) == 1 else places[value]
+    return _Clock(values, tuple(ranks), places)
 
 
 def _time(scheduler: SchedulerMixin, i: int, timestep: float) -> float:

@@ -34,8 +34,7 @@ independent ones do."""
 
 TURNOVER = 5.0
 """How often a difference changes by its own size along a run, as long as nothing is known: what a run then learns
-replaces it. Seen on the digits, whose differences change by 2% a step in the first half of 50 steps."""
-
+replaces it."""
 
 GROWTH = 3.0
 """By how much the rate may be expected to grow from one interval to the next, where it has grown."""
@@ -49,8 +48,8 @@ class Reuse:
         tolerance: the error that may be made, relative to λ's own effect on the final latents: steps are chosen as the
             run goes, by how far the last full evaluation was from its estimate.
         every: all models at every so many steps.
-        steps: all models at these steps, counted from 0 in the scheduler's list of timesteps (`reuse.profiled` finds
-            good ones). The first step of a run always is one.
+        steps: all models at these steps, counted from 0 in the scheduler's list of timesteps (`profiles.profiled`
+            finds good ones). The first step of a run always is one.
         carrier: "reference", the name of an anchor, "weights" (the weight-interpolated model; of full weights it is one
             more copy in memory), or "auto": the weights where all anchors are LoRAs, else whichever model has more
             weight, or the reference where images have weights of their own.
@@ -307,9 +306,9 @@ class Bridge:
             off = residual - (its_residual if self.carrier == WEIGHTS else mixed(line, weights))
             rate = _length(off) / (self._shape() * max(self.strengths[i], 1e-12))
             self._close(rate)
-            # A held difference that changes at this rate bends, as long as nothing is known, once in a turnover.
             # Differences change ever faster towards the image: a rate that has grown goes on growing.
             growth = float((rate / self._rate).nanmedian()) if len(self._kept) > 1 else 1.0
+            # A held difference that changes at this rate bends, as long as nothing is known, once in a turnover.
             self._rate = rate if len(self._kept) > 1 else rate * turnover / 2
         else:
             growth = 1.0
