@@ -11,7 +11,6 @@ Each part writes its numbers into `benchmarks/experiments.json`. They need an id
 """
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -25,9 +24,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from recording import keep_parts
+
 from deradiff.experiments import crews, running
 from deradiff.experiments.plan import Plan, parse_plan, write_plan
-from deradiff.records import versions, write_json
 
 OUT = Path(__file__).with_suffix(".json")
 
@@ -150,8 +150,4 @@ def parts(asked: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for part, numbers in parts(sys.argv[1:]):
-        print(part, json.dumps(numbers, indent=1))
-        found |= {part: numbers, "versions": versions()}
-        write_json(OUT, found)
+    keep_parts(parts(sys.argv[1:]), OUT)

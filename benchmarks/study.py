@@ -16,7 +16,6 @@ Both compare what was acknowledged with what the database holds.
 import hashlib
 import http.client
 import io
-import json
 import os
 import random
 import re
@@ -38,11 +37,11 @@ from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
+from recording import keep_parts
 
 from deradiff.experiments import plan as experiments
 from deradiff.experiments.running import contents, record
 from deradiff.experiments.store import Store
-from deradiff.records import versions, write_json
 from deradiff.study import sources
 from deradiff.study.plan import ANSWERS, QUESTIONS, Plan, parse_plan, write_plan
 from deradiff.study.votes import file_of
@@ -277,8 +276,4 @@ def parts(asked: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 if __name__ == "__main__":
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for part, numbers in parts(sys.argv[1:]):
-        print(part, json.dumps(numbers, indent=1))
-        found |= {part: numbers, "versions": versions()}
-        write_json(OUT, found)
+    keep_parts(parts(sys.argv[1:]), OUT)
