@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deradiff.experiments.plan import Drawing, Plan, parse_plan
+from deradiff.experiments.drawings import Drawing
+from deradiff.experiments.plan import Plan, parse_plan
 from deradiff.experiments.worker import Done, Draw, Score, Task
 
 SMALL: dict[str, Any] = {

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from deradiff.experiments import sources
-from deradiff.experiments.plan import Plan, Prompts, drawing_of, parse_plan, read_plan, write_plan
+from deradiff.experiments.drawings import cells as cells_of
+from deradiff.experiments.drawings import drawing_of
+from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, preset
 from deradiff.experiments.running import in_batches
 from deradiff.schedules import Power
@@ -120,7 +122,7 @@ def test_the_dial_of_a_drawing() -> None:
 
 def test_batches_hold_all_lam_of_a_prompt_and_one_set_of_networks() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0, 0.25, 0.5, 1]}])
-    cells = [(cell, f"{number}") for number, cell in enumerate(plan.cells({"few": ("one", "two")}))]
+    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
     batches = [[drawing for _, drawing in batch] for batch in in_batches(plan, cells)]
     assert [[(d["prompt"], d["seed"], dict(d["anchors"])) for d in batch] for batch in batches if len(d_lams(batch)) > 1
             ] == [
@@ -138,7 +140,7 @@ def d_lams(batch: list[dict[str, Any]]) -> set[Any]:
 
 def test_particles_count_as_so_many_images() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0.5], "particles": 2}])
-    cells = [(cell, f"{number}") for number, cell in enumerate(plan.cells({"few": ("one", "two")}))]
+    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
     assert [len(batch) for batch in in_batches(plan, cells)] == [2, 2]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deradiff.experiments import running, store
+from deradiff.experiments.drawings import cells as cells_of
 from deradiff.experiments.store import Missing, Store, StoreError
 from small_experiment import Fake, fake_png, files, silent, small
 
@@ -98,7 +99,7 @@ def test_an_image_altered_without_a_trace_is_found_when_it_is_read(tmp_path: Pat
 
 def test_a_scorer_that_fails_on_one_image(tmp_path: Path) -> None:
     plan = small()
-    drawing = next(plan.cells({"few": plan.prompts["few"].prompts})).drawing
+    drawing = next(cells_of(plan, {"few": plan.prompts["few"].prompts})).drawing
     outcome = run(tmp_path / "x", Fake(fail_on=(fake_png(drawing),)))
     assert [(name, error) for name, _, error in outcome.failures] == [("digits", "ValueError: no")]
     with Store(tmp_path / "x", write=False) as opened:

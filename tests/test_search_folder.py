@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from deradiff.cli import app
 from deradiff.experiments import crews
-from deradiff.experiments.plan import Drawing, Plan
+from deradiff.experiments.drawings import Drawing
+from deradiff.experiments.plan import Plan
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw
 from deradiff.gaussian import IllConditionedMixture

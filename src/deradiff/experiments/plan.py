@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation
+from deradiff import notation, plan_files
 from deradiff.pipelines import SCHEDULERS
+from deradiff.plan_files import Part
 from deradiff.realignment import lam_for_beta
-from deradiff.schedules import Schedule
 
 ALL: Final = "all"
 """Written in place of a list of names."""
@@ -26,14 +25,10 @@ Names = tuple[str, ...] | Literal["all"]
 Lams = tuple[float, ...]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
-class Model(_Part):
+class Model(Part):
     """An aligned model: any source that `realign` takes, and the strength it was aligned with."""
 
     source: str
@@ -42,7 +37,7 @@ class Model(_Part):
     family: str = "aligned"
 
 
-class Prompts(_Part):
+class Prompts(Part):
     """A set of prompts, each drawn with every seed."""
 
     source: str | tuple[str, ...] | None = None
@@ -74,7 +69,7 @@ class Prompts(_Part):
         return self
 
 
-class Sampling(_Part):
+class Sampling(Part):
     """How images are sampled; what is not given is the pipeline's own."""
 
     scheduler: str | None = None
@@ -95,7 +90,7 @@ class Sampling(_Part):
 # -- what is done with it ---------------------------------------------------------------------------------------------
 
 
-class NoiseOptimization(_Part):
+class NoiseOptimization(Part):
     """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
 
     The defaults are ReNO's.
@@ -136,7 +131,7 @@ class Arm:
         return self.anchors[0][1] if len(self.anchors) == 1 else None
 
 
-class _Method(_Part):
+class _Method(Part):
     prompts: Names = ALL
     """The prompt sets that this method is drawn for."""
 
@@ -294,7 +289,7 @@ Method = Annotated[
 # -- what is wanted of it ---------------------------------------------------------------------------------------------
 
 
-class Wanted(_Part):
+class Wanted(Part):
     """What the report makes of the images; what is left out is chosen from the plan, or left out of the report."""
 
     diversity_on: str | None = None
@@ -312,7 +307,7 @@ class Wanted(_Part):
     """What aligning once costs (DeRaDiff, §6: 336 for SDXL)."""
 
 
-class Plan(_Part):
+class Plan(Part):
     """An experiment. Raises `ValueError` (pydantic's) for anything that does not exist or does not fit."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -369,14 +364,6 @@ class Plan(_Part):
             found[arm.name] = replace(arm, prompts=tuple(name for name in self.prompts if name in sets))
         return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in found.values()]
 
-    def cells(self, texts: Mapping[str, tuple[str, ...]]) -> Iterator[Cell]:
-        """Every image of the experiment, for the prompts of each set (`prompts.resolve`)."""
-        for arm in self.arms():
-            for name in self.sets(arm.prompts):
-                for row, prompt in enumerate(texts[name]):
-                    for column, seed in enumerate(self.prompts[name].seeds):
-                        yield Cell(arm, name, row, column, drawing_of(self, arm, prompt, seed))
-
 
 def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...]:
     if names == ALL:
@@ -401,102 +388,17 @@ def _require_extractor(name: str) -> None:
         raise ValueError(f"there is no feature extractor {name!r}: choose among {', '.join(known)}")
 
 
-# -- single images ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Everything that decides an image but the weights of the models, in one form however the plan words it.
-
-    Anchors at λ = 0 are left out: the reference is the same under whatever name it is asked for.
-    """
-
-    kind: Literal["mixture", "weights", "particles", "noise"]
-    anchors: tuple[tuple[str, float], ...]
-    schedule: str
-    particles: int
-    noise: NoiseOptimization | None
-    sampling: Sampling
-    prompt: str
-    seed: int
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """Drawings of one group can share a batch: the same networks are evaluated, in the same way.
-
-        Annealed ones keep apart, since what a run tells about its weights is told of all its images.
-        """
-        names = tuple(name for name, _ in self.anchors)
-        alone = not self.schedule and [lam for _, lam in self.anchors] == [1.0]
-        blend = self.anchors if self.kind == "weights" else ()
-        return self.kind, names, alone, bool(self.schedule), blend, self.particles, self.noise, self.sampling
-
-    def dial(self, names: tuple[str, ...]) -> Any:
-        """λ of the anchors `names` in the form that a dial takes."""
-        known = dict(self.anchors)
-        lams = {name: _scaled(self.schedule, known.get(name, 0.0)) for name in names}
-        return lams if len(lams) > 1 else next(iter(lams.values()))
-
-
-class Cell(NamedTuple):
-    """One image in the experiment: the arm, the prompt set, the prompt's and the seed's place in it."""
-
-    arm: Arm
-    prompts: str
-    row: int
-    column: int
-    drawing: Drawing
-
-
-def drawing_of(plan: Plan, arm: Arm, prompt: str, seed: int) -> Drawing:
-    """What `arm` draws for a prompt and a seed."""
-    kind: Any = "mixture"
-    if arm.noise is not None:
-        kind = "noise"
-    elif arm.method == "interpolate":
-        kind = "weights"
-    elif arm.particles:
-        kind = "particles"
-    anchors = tuple(sorted((name, lam) for name, lam in arm.anchors if lam))
-    if kind == "weights" and (not anchors or [lam for _, lam in anchors] == [1.0]):
-        kind = "mixture"  # the weights of one of the models, where both are the same
-    schedule = arm.schedule if anchors else ""
-    return Drawing(kind, anchors, schedule, arm.particles, arm.noise, plan.sampling[arm.sampling], prompt, seed)
-
-
-def _scaled(schedule: str, lam: float) -> float | Schedule:
-    shape = notation.schedule(schedule, "steps") if schedule else None
-    return lam if shape is None else shape.scaled(lam)
-
-
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file.
-
-    Raises `FileNotFoundError`, and `ValueError` for what is no plan: the message names every place that is wrong.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no plan {path}: write one with `deradiff experiment plan --preset digits`")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return parse_plan(content, str(path))
+    """The plan in a YAML file; raises as `plan_files.read` does."""
+    return plan_files.read(Plan, path, "plan", "deradiff experiment plan --preset digits")
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data. Raises `ValueError` that names every place that is wrong in `where`."""
-    try:
-        return Plan.model_validate(content)
-    except ValidationError as error:
-        wrong = [f"{_place(one['loc'])}{one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise ValueError(f"{where} is no plan: {'; '.join(wrong)}") from None
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, location))}: " if location else ""
+    """The plan that is plain data; raises as `plan_files.parse` does."""
+    return plan_files.parse(Plan, content, where, "plan")
 
 
 def write_plan(plan: Plan) -> str:
@@ -504,31 +406,6 @@ def write_plan(plan: Plan) -> str:
     data = plan.model_dump(mode="json", exclude_unset=True)
     for one in data["prompts"].values():
         if "seeds" in one:
-            one["seeds"] = _range(one["seeds"])
+            one["seeds"] = plan_files.seed_range(one["seeds"])
     data["methods"] = [{"method": method.pop("method"), **method} for method in data["methods"]]
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-def _range(seeds: list[int]) -> str | list[int]:
-    """Seeds in a row as `first:last`."""
-    first, last = seeds[0], seeds[-1]
-    return f"{first}:{last}" if len(seeds) > 2 and seeds == list(range(first, last + 1)) else seeds
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists and mappings of plain values on one line."""
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> Any:
-        return super().represent_sequence(tag, sequence, flow_style=_flat(sequence))
-
-    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> Any:
-        nested = [value for value in mapping.values() if isinstance(value, list | dict)]
-        return super().represent_mapping(tag, mapping, flow_style=len(mapping) < 7 and all(map(_flat, nested)))
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """No anchors of YAML's: they would look like ours."""
-        return True
-
-
-def _flat(value: Any) -> bool:
-    return isinstance(value, list) and all(not isinstance(one, list | dict) for one in value)
+    return plan_files.write(data)

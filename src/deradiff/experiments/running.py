@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.experiments.crews import Crew, Todo, work
-from deradiff.experiments.plan import Cell, Drawing, Plan
+from deradiff.experiments.drawings import Cell, Drawing, cells
+from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import fingerprints, resolve
 from deradiff.experiments.store import Image, Missing, Store
 from deradiff.experiments.worker import Done, Draw, Score
@@ -90,7 +91,7 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
     if fresh:
         prints = fingerprints(plan, prints)
         store.remember("fingerprints", prints)
-    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in plan.cells(texts)})
+    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in cells(plan, texts)})
 
 
 def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:

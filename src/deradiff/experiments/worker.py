@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from deradiff.experiments.plan import Drawing, Plan
+from deradiff.experiments.drawings import Drawing
+from deradiff.experiments.plan import Plan
 from deradiff.jobs import reproducible
 from deradiff.prompt_embeddings import Remembering
 from deradiff.records import CHUNK

@@ -6,10 +6,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation
+from deradiff import notation, plan_files
+from deradiff.plan_files import Part
 
 TILES = 9
 """Images in a grid, three by three (AIG, A.4)."""
@@ -28,11 +28,7 @@ INTRODUCTION = (
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Question(_Part):
+class Question(Part):
     """What is asked of every pair."""
 
     key: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")
@@ -50,7 +46,7 @@ QUESTIONS = (
 """The paper's three: diversity, quality, and agreement with the prompt. Noise may well pass for varied."""
 
 
-class Configuration(_Part):
+class Configuration(Part):
     """Methods that are compared with each other: arms of one experiment, sampled alike, for prompts of one set."""
 
     name: str = Field(min_length=1, max_length=80)
@@ -116,7 +112,7 @@ NOISE = Place(-1, "", 0, 0)
 """The image that attention checks show instead of a method's."""
 
 
-class Plan(_Part):
+class Plan(Part):
     """A study. Raises `ValueError` (pydantic's) for what does not fit together."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -184,46 +180,23 @@ class Plan(_Part):
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file.
-
-    Raises `FileNotFoundError`, and `ValueError` for what is no plan: the message names every place that is wrong.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no plan {path}: write one with `deradiff study plan EXPERIMENT`")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return parse_plan(content, str(path))
+    """The plan in a YAML file; raises as `plan_files.read` does."""
+    return plan_files.read(Plan, path, "plan of a study", "deradiff study plan EXPERIMENT")
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data. Raises `ValueError` that names every place that is wrong in `where`."""
-    try:
-        return Plan.model_validate(content)
-    except ValidationError as error:
-        wrong = [f"{_place(one['loc'])}{one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise ValueError(f"{where} is no plan of a study: {'; '.join(wrong)}") from None
+    """The plan that is plain data; raises as `plan_files.parse` does."""
+    return plan_files.parse(Plan, content, where, "plan of a study")
 
 
 def write_plan(plan: Plan) -> str:
     """The plan as YAML that `read_plan` reads, with all that can be changed."""
     data = plan.model_dump(mode="json")
     for one in data["configurations"]:
-        one["seeds"] = _range(one["seeds"])
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+        one["seeds"] = plan_files.seed_range(one["seeds"])
+    return plan_files.write(data)
 
 
 def _require_once(names: list[str], what: str) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two {what} called {', '.join(map(repr, twice))}: give each its own name")
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, location))}: " if location else ""
-
-
-def _range(seeds: list[int]) -> str | list[int]:
-    """Seeds in a row as `first:last`."""
-    first, last = seeds[0], seeds[-1]
-    return f"{first}:{last}" if seeds == list(range(first, last + 1)) else seeds

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from deradiff.experiments.plan import Arm, Drawing, Plan, drawing_of
+from deradiff.experiments.drawings import Drawing, drawing_of
+from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.measures import paired_difference
 from deradiff.records import slug

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.experiments.plan import Arm, Drawing
+from deradiff.experiments.drawings import Drawing
+from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.arm_series import (
     arms_on,
     distinct,
