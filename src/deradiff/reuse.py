@@ -206,6 +206,8 @@ class Bridge:
     told: bool = False
     _kept: list[_Kept] = field(default_factory=list)
     _kind: Any = None
+    _last: int = 0
+    """The timestep of the last prediction."""
     _effect: Tensor = field(default_factory=lambda: torch.zeros(1))
     """What λ added to the last full prediction, per unit of `strengths`."""
     _done: Tensor = field(default_factory=lambda: torch.zeros(1))
@@ -225,9 +227,10 @@ class Bridge:
     def wants(self, i: int, kind: Any) -> Wanted:
         """What is to be evaluated at the i-th timestep: the carrier alone, all models with it, or the models alone.
 
-        `kind` is what must be the same for differences to be carried over: which models, how many rows.
+        `kind` is what must be the same for differences to be carried over: which models, how many rows. Nor are they
+        carried over steps that mixed nothing, as where an annealed λ passes through 0.
         """
-        if self._kept and kind != self._kind:
+        if self._kept and (kind != self._kind or i > self._last + 1):
             self._close(self._rate)
             self._kept = []
         self._kind = kind
@@ -272,6 +275,7 @@ class Bridge:
         self._done = self._done + self.impacts[i] * self.strengths[i] * self._effect
         self.predictions += 1
         self.evaluations += len(predictions)
+        self._last = i
         return found
 
     def renew(self, strengths: Sequence[float]) -> None:
