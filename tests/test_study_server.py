@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from deradiff.study import access, ballots, server, tiles
+from deradiff import access
+from deradiff.study import ballots, server, tiles
 from deradiff.study.votes import Busy, Votes
 from small_study import answers, begun, client, experiment, pair_in, planned
 

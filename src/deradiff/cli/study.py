@@ -59,7 +59,7 @@ def serve(
 
     console = Console(stderr=True)
     with talking.refusing_wrong_input():
-        from deradiff.study import access
+        from deradiff import access
 
         access.require_token(host, token)
         from deradiff.study import server, tiles

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from deradiff.study import access
+from deradiff import access
 from deradiff.study.plan import ANSWERS, PAIR
 from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, Votes
 
@@ -37,17 +37,11 @@ LONGEST_FORM = 16_384
 CONNECTIONS = 600
 """At once; more are answered with status 503. A browser opens about six."""
 
-DAYS = 30
-"""How long a browser keeps the participant's key."""
-
-HEADERS = {
+HEADERS = access.HEADERS | {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self' data:; style-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 _BEGIN = "Begin at the first page."
@@ -78,8 +72,8 @@ _templates = jinja2.Environment(
 
 def app(votes: Votes, token: str | None = None) -> FastAPI:
     """The study of `votes` as an application; with a `token`, for those alone who have it."""
-    admission = _Admission(votes.mark, token)
-    served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(admission.admit)])
+    door = _Door(votes.mark, token)
+    served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(door.admit)])
     served.add_exception_handler(Refusal, _refused)
     served.add_exception_handler(Busy, _busy)
     served.add_exception_handler(Exception, _broken)
@@ -89,7 +83,7 @@ def app(votes: Votes, token: str | None = None) -> FastAPI:
     @served.get("/")
     async def first(request: Request) -> Response:
         response = _page("first.html", plan=plan, known=votes.knows(request.cookies.get(cookie, "")))
-        admission.remember(request, response)
+        door.remember(request, response)
         return response
 
     @served.post("/begin")
@@ -151,35 +145,26 @@ def serve(application: FastAPI, listening: Any) -> None:
 # -- who asks ---------------------------------------------------------------------------------------------------------
 
 
-class _Admission:
-    """Lets a request in that comes from this machine's own pages, or has the token in its link or its cookie."""
+class _Door:
+    """Asks `access.Admission` about every request of the study."""
 
     def __init__(self, mark: str, token: str | None) -> None:
-        self._cookie, self._token = f"access-{mark}", token
+        self._admission = access.Admission(mark, token, "study")
 
     async def admit(self, request: Request) -> None:
         """Raise `HTTPException` for a request that is not let in."""
-        if request.url.path == "/style.css":  # the pages that refuse wear it too
+        path = request.url.path
+        if path == "/style.css":  # the pages that refuse wear it too
             return
-        if request.method == "POST" and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise HTTPException(403, "This was sent by another web site, and was not counted.")
-        if self._token is None:
-            if not access.names_this_machine(request.headers.get("host", "")):
-                raise HTTPException(403, "This study is open to the machine alone that it runs on, as 127.0.0.1.")
-        elif not (access.same(request.cookies.get(self._cookie, ""), self._token) or self._in_link(request)):
-            raise HTTPException(401)
+        refused = self._admission.refusal(request.method, path, request.headers, request.cookies, request.query_params)
+        if refused is not None:
+            raise HTTPException(*refused)
 
     def remember(self, request: Request, response: Response) -> None:
         """Have the browser keep a token that came in the link."""
-        if self._token is not None and self._in_link(request):
-            _set_cookie(request, response, self._cookie, self._token)
-
-    def _in_link(self, request: Request) -> bool:
-        return (
-            self._token is not None
-            and request.url.path == "/"
-            and access.same(request.query_params.get("token", ""), self._token)
-        )
+        token = self._admission.token
+        if token is not None and self._admission.in_link(request.url.path, request.query_params):
+            _set_cookie(request, response, self._admission.cookie, token)
 
 
 def _participant(request: Request, votes: Votes, cookie: str) -> str:
@@ -192,7 +177,12 @@ def _participant(request: Request, votes: Votes, cookie: str) -> str:
 
 def _set_cookie(request: Request, response: Response, name: str, value: str) -> None:
     response.set_cookie(
-        name, value, max_age=DAYS * 86_400, httponly=True, samesite="strict", secure=request.url.scheme == "https"
+        name,
+        value,
+        max_age=access.DAYS * 86_400,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
     )
 
 

@@ -1,4 +1,4 @@
-"""Who may see a study: anybody on this machine, or whoever has the link with its token."""
+"""Who may see the pages of a server: anybody on this machine, or whoever has the link with its token."""
 
 from __future__ import annotations
 
@@ -6,10 +6,64 @@ import ipaddress
 import re
 import secrets
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 SHORTEST_TOKEN = 16
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""What every page of ours tells a browser."""
+
+DAYS = 30
+"""How long a browser keeps what it was given."""
+
+
+class Refused(NamedTuple):
+    """Why a request is not let in: an HTTP status, and words, None where the status says it all."""
+
+    status: int
+    words: str | None = None
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Lets a request in that comes from this machine's own pages, or has the token in its link or its cookie.
+
+    `mark` tells one server's cookie from another's, whatever their ports; `what` is how the words call the server.
+    """
+
+    mark: str
+    token: str | None
+    what: str
+
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie in which a browser keeps the token."""
+        return f"access-{self.mark}"
+
+    def refusal(
+        self, method: str, path: str, headers: Mapping[str, str], cookies: Mapping[str, str], query: Mapping[str, str]
+    ) -> Refused | None:
+        """Why this request is not let in; None for one that is. Names of `headers` are in lower case."""
+        if method == "POST" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return Refused(403, "This was sent by another web site, and was not counted.")
+        if self.token is None:
+            if not names_this_machine(headers.get("host", "")):
+                return Refused(403, f"This {self.what} is open to the machine alone that it runs on, as 127.0.0.1.")
+        elif not (same(cookies.get(self.cookie, ""), self.token) or self.in_link(path, query)):
+            return Refused(401)
+        return None
+
+    def in_link(self, path: str, query: Mapping[str, str]) -> bool:
+        """Whether this is the first page, opened by the link with the token: the browser is to keep it then."""
+        return self.token is not None and path == "/" and same(query.get("token", ""), self.token)
 
 
 def is_local(host: str) -> bool:
