@@ -23,7 +23,8 @@ from deradiff.mirroring import UnmirroredState
 from deradiff.pipelines import SCHEDULERS, anchor_source, known_beta, scheduler_like
 from deradiff.records import RunFolder, read_png, whole
 from deradiff.refusals import DialError
-from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step
+from deradiff.schedules import Constant, Power, Schedule, Sigmoid, Spline, Step
+from deradiff.settings import Column
 from deradiff.sheets import contact_sheet
 from deradiff.worlds import digits
 
@@ -388,8 +389,21 @@ def test_schedules(text: str, schedule: Schedule | None) -> None:
     assert notation.schedule(text, "steps") == schedule
 
 
+@pytest.mark.parametrize(
+    "shape", [None, Power(1.25), Step(0.3), Sigmoid(8), Spline([(0, 0), (1 / 3, 0.1), (1, 1)])], ids=str
+)
+def test_a_schedule_is_written_as_it_is_read(shape: Schedule | None) -> None:
+    assert notation.schedule(notation.written(shape), "steps") == shape
+
+
+def test_a_schedule_without_a_short_form_is_not_written() -> None:
+    for shape in (Power(2, lam=0.5), Constant(0.5)):
+        with pytest.raises(ValueError, match="no short form"):
+            notation.written(shape)
+
+
 def test_a_spline_is_multiplied_with_lam_too() -> None:
-    column = sweeps.Column(lam=2.0, schedule=Spline([(0, 0), (1, 0.5)]).to_dict())
+    column = Column(lam=2.0, schedule=Spline([(0, 0), (1, 0.5)]).to_dict())
     assert column.dial() == Spline([(0, 0), (1, 1)])
 
 
@@ -497,11 +511,16 @@ def test_the_demo_draws_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(f"{row['reward']:.3f}" in result.stdout for row in record["measured"])
 
 
-def test_anchors_of_the_digits_go_by_their_beta() -> None:
+def test_anchors_of_the_digits_go_by_their_beta(tmp_path: Path) -> None:
     assert anchor_source("digits:lora") == digits.lora_path()
     assert anchor_source(f"digits:{digits.BETAS[0]:g}") == digits.anchor_path(digits.BETAS[0])
     assert known_beta("digits:lora") == digits.LORA_BETA
     assert known_beta("somebody/something") is None
+    (tmp_path / "alignment.json").write_text(json.dumps({"made_of": {"beta": 250.0}}))
+    assert known_beta(str(tmp_path)) == 250
+    for nonsense in ("{", "[]", '{"made_of": {"beta": -1}}', '{"made_of": {"beta": "much"}}'):
+        (tmp_path / "alignment.json").write_text(nonsense)
+        assert known_beta(str(tmp_path)) is None
     for unknown in ("digits:7", "digits:abc"):
         for asked in (anchor_source, known_beta):
             with pytest.raises(ValueError, match="the digits have the anchors"):

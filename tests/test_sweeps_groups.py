@@ -4,7 +4,8 @@ import functools
 from typing import Any
 
 import deradiff
-from deradiff.sweeps import Shot, sample
+from deradiff.settings import Shot
+from deradiff.sweeps import sample
 from tiny import make
 
 

@@ -82,3 +82,22 @@ def schedule(text: str, over: Over, what: str = "--schedule") -> Schedule | None
     raise ValueError(
         f"{what} {text!r} is unknown; there are constant, power:P, step:P, sigmoid:KAPPA and spline:S/λ,S/λ,..."
     )
+
+
+def written(shape: Schedule | None) -> str:
+    """What `schedule` reads as `shape`: the inverse, but for `over` and for a `lam` other than 1.
+
+    Raises `ValueError` for a schedule that has no such form.
+    """
+    match shape:
+        case None:
+            return "constant"
+        case Power(p=p, lam=1.0):
+            return f"power:{p!r}"
+        case Step(p=p, lam=1.0):
+            return f"step:{p!r}"
+        case Sigmoid(kappa=kappa, lam=1.0):
+            return f"sigmoid:{kappa!r}"
+        case Spline(points=points):
+            return "spline:" + ",".join(f"{s!r}/{lam!r}" for s, lam in points)
+    raise ValueError(f"{shape!r} has no short form: write it as a spline through some of its points.")

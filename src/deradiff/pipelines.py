@@ -1,5 +1,7 @@
 """A reference pipeline from the words of a command line: which model, which scheduler, which device."""
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,11 +77,18 @@ def anchor_source(source: str) -> str | Path:
 
 
 def known_beta(source: str) -> float | None:
-    """The β that an anchor of the digits was aligned at; None for any other source, whose β nobody wrote down.
+    """The β that an anchor was aligned at: one of the digits', or of a folder that `deradiff align` wrote; else None.
 
     Raises `ValueError` for an anchor that the digits do not have, like `anchor_source`.
     """
-    return _shipped_beta(source) if source.startswith("digits:") else None
+    if source.startswith("digits:"):
+        return _shipped_beta(source)
+    try:
+        record = json.loads((Path(source) / "alignment.json").read_text(encoding="utf-8"))
+        beta = float(record["made_of"]["beta"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return beta if math.isfinite(beta) and beta > 0 else None
 
 
 def _shipped_beta(source: str) -> float:

@@ -6,137 +6,52 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from deradiff import records
 from deradiff.dial import Dial
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
-from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
+from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline
 from deradiff.prompt_embeddings import Remembering
 from deradiff.realignment import realign
 from deradiff.reuse import Reused
-from deradiff.schedules import Schedule
+from deradiff.settings import Settings, Shot, call_of, caption, file_name
 from deradiff.sheets import contact_sheet
 from deradiff.weights import verdict
 
-Strength = float | dict[str, float]
-"""λ of one column: a number for one anchor, or one for each of several anchors by name."""
 
-
-class Column(BaseModel):
-    """One column of a sweep: a λ, and how it is reached if it is annealed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    lam: Strength
-    schedule: dict[str, Any] | None = None
-    """A `Schedule.to_dict()` whose values are multiplied with `lam`; None for a λ that stays the same."""
-
-    def dial(self) -> Any:
-        """This column's λ in the form that a dial takes."""
-        if isinstance(self.lam, dict):
-            return {name: self._of(lam) for name, lam in self.lam.items()}
-        return self._of(self.lam)
-
-    def _of(self, lam: float) -> float | Schedule:
-        if self.schedule is None:
-            return lam
-        return Schedule.from_dict(self.schedule).scaled(lam)
-
-    def beta(self, anchor_beta: float | None) -> float | None:
-        """The strength β/λ; None where it has no meaning: λ <= 0 or annealed, several anchors, an unknown β."""
-        if anchor_beta is None or self.schedule is not None or isinstance(self.lam, dict) or self.lam <= 0:
-            return None
-        return anchor_beta / self.lam
-
-    def label(self, anchor_beta: float | None) -> str:
-        """What stands over the column: λ, and below it what that is."""
-        annealed = [] if self.schedule is None else [str(Schedule.from_dict(self.schedule))]
-        if isinstance(self.lam, dict):
-            return "\n".join([*(f"{name} {lam:g}" for name, lam in self.lam.items()), *annealed])
-        if annealed:
-            return f"λ → {self.lam:g}\n{annealed[0]}"
-        beta = self.beta(anchor_beta)
-        if self.lam <= 0:
-            meaning = "reference" if self.lam == 0 else "away from the anchor"
-        elif self.lam == 1:
-            meaning = "anchor" if beta is None else f"anchor, β = {beta:.4g}"
-        else:
-            meaning = "" if beta is None else f"β/λ = {beta:.4g}"
-        return f"λ = {self.lam:g}\n{meaning}".strip()
-
-    def slug(self) -> str:
-        """The column in a file name."""
-        lams = self.lam if isinstance(self.lam, dict) else {"lam": self.lam}
-        name = "-".join(f"{name}{lam:g}" for name, lam in lams.items())
-        return name if self.schedule is None else f"{name}-{records.slug(self.schedule['schedule'])}"
-
-
-class Settings(BaseModel):
-    """Everything that decides a sweep's images; its JSON form stands in the record and in every image."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    reference: str
-    anchors: dict[str, str]
-    prompts: tuple[str, ...] = Field(min_length=1)
-    columns: tuple[Column, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
-    scheduler: str | None = None
-    steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
-    negative_prompt: str | None = None
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-    method: Literal["mixture", "weights"] = "mixture"
-    reuse: int | None = None
-    """Every how many steps all models are evaluated; None for all."""
-    tolerance: float | None = None
-    """The error that carrying predictions over between steps may make, relative to λ's effect; None for exactness."""
-    path: Literal["auto", "prediction", "posterior"] = "auto"
-    anchor_beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: str = "auto"
-    offload: bool = False
-    revision: str | None = None
-    anchor_revision: str | None = None
-    allow_pickle: bool = False
-    batch_size: int = Field(default=8, ge=1)
-    particles: int | None = Field(default=None, ge=1)
-    """Particles for every image, of which one is drawn; None for Algorithm 1 alone."""
-
-    @property
-    def rows(self) -> list[tuple[str, int]]:
-        """A prompt and a seed for every row of the sheet."""
-        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
-
-
-class Shot(NamedTuple):
-    """One image of a sweep: which prompt, which seed, which column (an index)."""
-
-    prompt: str
-    seed: int
-    column: int
-
-
-@contextmanager
-def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
-    """The pipeline of `settings` with its anchors on a dial, on its device; raises what that raises."""
-    device = device_called(settings.device)
-    automatic = "float32" if device == "cpu" else "float16"
-    pipe = load_pipeline(
+def loaded(settings: Settings) -> DiffusionPipeline:
+    """The pipeline of `settings` by itself, without its anchors and where it was loaded; raises what that raises."""
+    automatic = "float32" if device_called(settings.device) == "cpu" else "float16"
+    return load_pipeline(
         settings.reference,
         dtype=DTYPES[automatic if settings.dtype == "auto" else settings.dtype],
         scheduler=settings.scheduler,
         revision=settings.revision,
         allow_pickle=settings.allow_pickle,
     )
+
+
+def place(pipe: DiffusionPipeline, settings: Settings) -> None:
+    """Bring a pipeline, anchors and all, to the device of `settings`, and have it encode every prompt once."""
+    device = device_called(settings.device)
+    if settings.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if hasattr(pipe, "encode_prompt"):
+        pipe.encode_prompt = Remembering(pipe.encode_prompt)
+
+
+@contextmanager
+def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
+    """The pipeline of `settings` with its anchors on a dial, on its device; raises what that raises."""
+    pipe = loaded(settings)
     with realign(
         pipe,
         {name: anchor_source(source) for name, source in settings.anchors.items()},
@@ -148,13 +63,28 @@ def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
         revision=settings.anchor_revision,
         allow_pickle=settings.allow_pickle,
     ) as dial:
-        if settings.offload:
-            pipe.enable_model_cpu_offload(device=device)
-        else:
-            pipe.to(device)
-        if hasattr(pipe, "encode_prompt"):
-            pipe.encode_prompt = Remembering(pipe.encode_prompt)
+        place(pipe, settings)
         yield pipe, dial
+
+
+def made_of(settings: Settings, pipe: DiffusionPipeline, dial: Dial) -> dict[str, Any]:
+    """What a record says about how images were made: the settings, and what came of those that were left open."""
+    return {
+        "settings": settings.model_dump(),
+        "mixed": dial.path if settings.method == "mixture" else "weights",
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": call_of(settings).get("guidance_scale", _default(pipe, "guidance_scale")),
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "versions": records.versions(),
+    }
+
+
+def about(settings: Settings, shot: Shot, told: Told) -> dict[str, Any]:
+    """What a record says about one image, beside `made_of`."""
+    column = settings.columns[shot.column]
+    said = {"prompt": shot.prompt, "seed": shot.seed, **column.model_dump(), "beta": column.beta(settings.anchor_beta)}
+    return said | told.record()
 
 
 def draw(
@@ -170,20 +100,8 @@ def draw(
     Returns the verdict of every column (see `weights.Verdict.record`), which stand in the record too. `on_step(done,
     total)` is told about every sampling step of every image; `further` goes into the record as it is.
     """
-    scheduler = type(pipe.scheduler).__name__
-    chosen = {name: getattr(settings, name) for name in ("guidance_scale", "height", "width", "negative_prompt")}
-    if settings.guidance_scale is None:
-        chosen["guidance_scale"] = usual_guidance(settings.reference)
-    call = {name: value for name, value in chosen.items() if value is not None}
-    made = {
-        "settings": settings.model_dump(),
-        "mixed": dial.path if settings.method == "mixture" else "weights",
-        "scheduler": scheduler,
-        "guidance_scale": call.get("guidance_scale", _default(pipe, "guidance_scale")),
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": records.versions(),
-    }
+    call = call_of(settings)
+    made = made_of(settings, pipe, dial)
     shots = [Shot(*row, column) for row in settings.rows for column in range(len(settings.columns))]
     lams = [column.dial() for column in settings.columns]
     drawing = sample if settings.particles is None else sample_by_particles
@@ -195,21 +113,16 @@ def draw(
     for shot, image, told[shot] in drawing(
         pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step, **call
     ):
-        column = settings.columns[shot.column]
-        about = {"prompt": shot.prompt, "seed": shot.seed, **column.model_dump()}
-        about["beta"] = column.beta(settings.anchor_beta)
-        prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
-        name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{column.slug()}.png"
-        about |= told[shot].record()
-        listed.append({"file": folder.add(name, image, about | made)} | about)
+        said = about(settings, shot, told[shot])
+        listed.append({"file": folder.add(file_name(settings, shot), image, said | made)} | said)
         images[shot] = image
     sheet = contact_sheet(
         [[images[Shot(*row, column)] for column in range(len(lams))] for row in settings.rows],
         [column.label(settings.anchor_beta) for column in settings.columns],
         [f"{prompt}\nseed {seed}" for prompt, seed in settings.rows],
-        _caption(settings, scheduler, made["guidance_scale"]),
+        caption(settings, made["scheduler"], made["guidance_scale"]),
     )
-    verdicts = [_judged(settings, [(s, told[s]) for s in shots if s.column == column]) for column in range(len(lams))]
+    verdicts = [judged(settings, [(s, told[s]) for s in shots if s.column == column]) for column in range(len(lams))]
     folder.finish(sheet, made | further | {"sheet": folder.sheet.name, "verdicts": verdicts, "images": listed})
     return verdicts
 
@@ -230,7 +143,7 @@ class Told:
         return about if self.reused is None else about | {"reuse": self.reused.record()}
 
 
-def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
+def judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
     """How far one column can be trusted, as a record: the verdict in words, and the numbers behind it."""
     lam = settings.columns[images[0][0].column].lam
     runs = [told.run for _, told in images if told.run is not None]
@@ -376,25 +289,3 @@ def _default(pipe: DiffusionPipeline, argument: str) -> Any:
     """What the pipeline's call takes for an argument that is not given."""
     parameter = signature(pipe.__call__).parameters.get(argument)
     return None if parameter is None or parameter.default is Parameter.empty else parameter.default
-
-
-def _caption(settings: Settings, scheduler: str, guidance_scale: float | None) -> str:
-    """What stands under a sheet: the models and how they were sampled."""
-    anchors = [source if name == "anchor" else f"{name}: {source}" for name, source in settings.anchors.items()]
-    parts = [
-        f"{settings.reference} → {' + '.join(anchors)}",
-        f"{scheduler.removesuffix('Scheduler')}, {settings.steps} steps",
-    ]
-    if guidance_scale is not None:
-        parts.append(f"guidance {guidance_scale:g}")
-    if clocks := sorted({column.schedule["over"] for column in settings.columns if column.schedule is not None}):
-        parts.append(f"λ annealed over {' and '.join(clocks)}")
-    if settings.method == "weights":
-        parts.append("interpolated weights")
-    if settings.tolerance is not None:
-        parts.append(f"approximate: within {settings.tolerance:g} of λ's effect")
-    if settings.reuse is not None:
-        parts.append(f"approximate: all models every {settings.reuse} steps")
-    if settings.particles is not None:
-        parts.append(f"{settings.particles} particles each")
-    return " · ".join(parts)

@@ -23,7 +23,8 @@ def demo(
     with talking.refusing_wrong_input(), talking.progress("sampling") as on_step:
         from deradiff.records import RunFolder
         from deradiff.schedules import Power
-        from deradiff.sweeps import Column, Settings, draw, realigned
+        from deradiff.settings import Column, Settings
+        from deradiff.sweeps import draw, realigned
         from deradiff.worlds import digits
         from deradiff.worlds.digits import quality
 

@@ -207,7 +207,8 @@ def generate(
         with talking.progress("sampling") as on_step:
             from deradiff.pipelines import known_beta
             from deradiff.records import RunFolder
-            from deradiff.sweeps import Settings, draw, realigned
+            from deradiff.settings import Settings
+            from deradiff.sweeps import draw, realigned
 
             if anchor_beta is None and len(anchors) == 1:
                 anchor_beta = known_beta(*anchors.values())
