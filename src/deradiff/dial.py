@@ -161,6 +161,11 @@ class Dial:
         return self._denoisers.names[1:]
 
     @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The anchors that are denoisers of their own, by name; a LoRA is none. `realign` takes them as anchors too."""
+        return {anchor.name: anchor.module for anchor in self._denoisers.anchors if anchor.module is not None}
+
+    @property
     def weights(self) -> RunWeights:
         """What Algorithm 1 left out of the present or last run: log weights, path divergence, implicit rewards.
 

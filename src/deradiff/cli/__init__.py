@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, study, truth
+from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, studio, study, truth
 
 app = typer.Typer(
     name="deradiff",
@@ -20,6 +20,7 @@ app.command()(bake.bake)
 app.command()(cost.cost)
 app.command()(demo.demo)
 app.command()(search.search)
+app.command()(studio.studio)
 app.command()(truth.truth)
 app.add_typer(digits.app, name="digits")
 app.add_typer(experiment.app, name="experiment")

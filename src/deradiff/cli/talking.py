@@ -115,6 +115,12 @@ def require_writable(option: str, path: Path | None) -> None:
         raise FileNotFoundError(f"{option} {path} cannot be written: name a file in a folder that exists.")
 
 
+def require_folder(option: str, path: Path) -> None:
+    """Raise `FileExistsError` where the folder that an option names is a file, or would lie in one."""
+    if wrong := next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
+        raise FileExistsError(f"{option} {path}: {wrong} is a file; name a folder.")
+
+
 def files(paths: Iterable[Any]) -> None:
     """Print where the results are, one path a line, on stdout."""
     for path in paths:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deradiff.rewards.pixels import Images
 
-__all__ = ["COMPUTED", "LEARNED", "Images", "PictureReward", "Reward", "load"]
+__all__ = ["COMPUTED", "LEARNED", "Images", "PictureReward", "Reward", "load", "named"]
 
 
 @runtime_checkable
@@ -75,23 +75,29 @@ def load(
 
     Raises `ValueError` for an unknown name, or a `model` for a reward that is none.
     """
+    kind, chosen = named(name, model)
+    if kind in COMPUTED:
+        return _found(*COMPUTED[kind])()
+    place = torch.device("cpu" if device is None else device)
+    reward = _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
+    if chosen is not None:
+        reward.name = f"{kind}={chosen}"  # what was scored by one model is not to be taken for another's
+    return reward
+
+
+def named(name: str, model: str | Path | None = None) -> tuple[str, str | Path | None]:
+    """Which reward `load(name, model=model)` would load, and from where; raises what it raises about the two."""
     kind, given, path = name.partition("=")
     if given and model is not None:
         raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
     if given and not path:
         raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
     chosen: str | Path | None = path if given else model
-    if kind in COMPUTED:
-        if chosen is not None:
-            raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
-        return _found(*COMPUTED[kind])()
-    if kind not in LEARNED:
+    if kind in COMPUTED and chosen is not None:
+        raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
+    if kind not in COMPUTED and kind not in LEARNED:
         raise ValueError(f"there is no reward {kind!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
-    place = torch.device("cpu" if device is None else device)
-    reward = _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
-    if chosen is not None:
-        reward.name = f"{kind}={chosen}"  # what was scored by one model is not to be taken for another's
-    return reward
+    return kind, chosen
 
 
 def _found(module: str, attribute: str) -> Any:

@@ -1,0 +1,120 @@
+"""`deradiff studio`: the dial and the curve in a web page."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deradiff.cli import arguments, talking
+
+
+class Dtype(StrEnum):
+    """Number formats."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+MODELS, PAGES, MACHINE = "Models", "The page", "Machine"
+
+
+def studio(
+    reference: Annotated[
+        str, typer.Argument(help="The pretrained pipeline to open with: a folder, a hub id, or `digits`.")
+    ] = "digits",
+    anchor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--anchor", "-a", rich_help_panel=MODELS,
+            help="The aligned model to open with, as for `deradiff generate`; may be repeated.",
+        ),
+    ] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--models", "-m", rich_help_panel=MODELS,
+            help="A folder of models that pages may choose from; may be repeated. Pages reach no other folder.",
+        ),
+    ] = None,
+    hub: Annotated[
+        bool, typer.Option("--hub/--no-hub", rich_help_panel=MODELS, help="Whether pages may name models of the hub.")
+    ] = True,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward", "-r", rich_help_panel=MODELS,
+            help="Score images by pickscore, hps-v2.1, clip, aesthetic, image-reward (NAME=FOLDER for your own copy); "
+            "may be repeated. The digits have rewards of their own.",
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", rich_help_panel=MODELS,
+            help="Read .bin and .ckpt files, which can run code on your machine.",
+        ),
+    ] = False,
+    library: Annotated[
+        Path, typer.Option(rich_help_panel=PAGES, help="The folder for curves and presets that are kept by name.")
+    ] = Path("deradiff-studio"),
+    host: Annotated[
+        str,
+        typer.Option(rich_help_panel=PAGES, help="Where to listen; anything but this machine itself needs a token."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, rich_help_panel=PAGES, help="0 takes one that is free.")
+    ] = 7860,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DERADIFF_STUDIO_TOKEN", rich_help_panel=PAGES, help="Only who has the link with this token gets in."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE)
+    ] = Dtype.auto,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
+    ] = False,
+) -> None:  # fmt: skip
+    """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with talking.refusing_wrong_input("try --offload"):
+        from deradiff import access
+
+        access.require_token(host, token)
+        sources_of = arguments.anchors(anchor or (["digits:100"] if reference == "digits" else []))
+        talking.require_folder("--library", library)
+        with access.bound(host, port) as listening:
+            with console.status("Opening the studio …"):
+                from deradiff import rewards
+                from deradiff.pipelines import device_called
+                from deradiff.studio import scenes, server
+                from deradiff.studio.models import Machine
+                from deradiff.studio.sources import Sources
+
+                talking.silence_other_bars()
+                device_called(device)
+                for name in reward or ():
+                    rewards.named(name)
+                allowed = [reference, *sources_of.values()]
+                sources = Sources(models or (), [name for name in allowed if not name.startswith("digits")], hub)
+                machine = Machine(device, dtype.value, offload, allow_pickle)
+                prompt = "a blue eight on white paper" if reference == "digits" else "a typhoon in a teacup"
+                lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
+                start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
+                desk = server.desk_of(sources, machine, tuple(reward or ()))
+                application = server.app(desk, start, library.resolve(), token)
+            desk.warm_up(start)
+            console.print("The studio is open; Ctrl-C closes it.")
+            typer.echo(access.link(listening, host, token))
+            try:
+                server.serve(application, listening)
+            finally:
+                desk.close()

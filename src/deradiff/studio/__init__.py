@@ -1,0 +1,1 @@
+"""The studio: a dial to turn and a curve to draw, in a web page."""

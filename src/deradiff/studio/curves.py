@@ -1,0 +1,156 @@
+"""The annealing curve as a page draws it: from a family's parameter or from points, by the library's own schedules.
+
+The page holds no mathematics of its own: it sends points, and draws what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from deradiff import notation
+from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step, finite
+
+MOST_POINTS = 24
+MOST_STEPS = 200
+
+FINENESS = 200
+"""Pieces of the line that is drawn."""
+
+FAMILIES: dict[str, tuple[str, float, float, float]] = {
+    "power": ("p", 2.0, 0.05, 20.0),
+    "step": ("p", 0.5, 0.0, 1.0),
+    "sigmoid": ("κ", 10.0, 0.1, 100.0),
+}
+"""What a curve can start from: what its parameter is called, where it begins, its least and its greatest."""
+
+CLOSEST = 0.004
+"""Two points are at least this far apart: less cannot be told apart by eye, or by a sampler of 200 steps."""
+
+
+def of_family(name: str, parameter: float) -> Schedule | None:
+    """The curve of AIG's family `name` (appendix A.7.3); None for "constant", which is no curve.
+
+    Raises `ValueError` for another name, or a parameter outside its range.
+    """
+    if name == "constant":
+        return None
+    if name not in FAMILIES:
+        raise ValueError(f"there is no family {str(name)[:40]!r}: choose among constant, {', '.join(FAMILIES)}")
+    letter, _, least, most = FAMILIES[name]
+    value = finite(parameter, f"{name}'s {letter}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}'s {letter} goes from {least:g} to {most:g} here, got {value:g}")
+    match name:
+        case "power":
+            return Power(value)
+        case "step":
+            return Step(value)
+    return Sigmoid(value)
+
+
+def through(points: Sequence[Sequence[float]], over: str = "steps") -> Spline:
+    """The monotone spline through `points` (s, λ), whose ends are λ = 0 at pure noise and λ = 1 at the image.
+
+    Raises `ValueError` for ends elsewhere, for points that fall, are too near to one another, or too many.
+    """
+    if not 2 <= len(points) <= MOST_POINTS:
+        raise ValueError(f"a curve has 2 to {MOST_POINTS} points, got {len(points)}")
+    spline = Spline(points, over=over)  # type: ignore[arg-type]
+    if (first := spline.points[0]) != (0.0, 0.0) or (last := spline.points[-1]) != (1.0, 1.0):
+        ends = f"{tuple(first)} and {tuple(spline.points[-1])}"
+        raise ValueError(f"a curve begins at (0, 0), pure noise, and ends at (1, 1), the image; got {ends}")
+    for (s, lam), (later, higher) in pairwise([*spline.points[:-1], last]):
+        if higher < lam:
+            raise ValueError(f"λ may not fall from noise to image: it does between s = {s:g} and {later:g}")
+        if later - s < CLOSEST:
+            raise ValueError(f"two points are less than {CLOSEST} apart, at s = {s:g} and {later:g}")
+    return spline
+
+
+def points_of(schedule: Schedule) -> list[tuple[float, float]]:
+    """Points that a spline needs to follow `schedule`, from λ = 0 to 1, to begin to change it from there."""
+    if isinstance(schedule, Spline):
+        return [(s, lam) for s, lam in schedule.points]
+    if isinstance(schedule, Step):
+        jump = min(max(1 - schedule.p, 2 * CLOSEST), 1 - 2 * CLOSEST)
+        return [(0.0, 0.0), (jump - CLOSEST, 0.0), (jump + CLOSEST, 1.0), (1.0, 1.0)]
+    inner = [i / 6 for i in range(1, 6)]
+    return [(0.0, 0.0), *((round(s, 3), round(schedule(s), 3)) for s in inner), (1.0, 1.0)]
+
+
+def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
+    """All that a page shows of a curve: its line, its points, λ at each of `steps` sampling steps, and their mean."""
+    if schedule is None:
+        flat = [[i / steps, 1.0] for i in range(steps)]
+        return {
+            "schedule": None, "points": [], "line": [[0.0, 1.0], [1.0, 1.0]], "steps": flat, "average": 1.0,
+            "text": notation.written(None), "python": "", "words": "λ stays the same",
+        }  # fmt: skip
+    places = {i / FINENESS for i in range(FINENESS + 1)} | {s for s, _ in points_of(schedule)}
+    if isinstance(schedule, Step) and 0 < schedule.p < 1:
+        places |= {1 - schedule.p - 1e-6, 1 - schedule.p}
+    at = [[i / steps, schedule(i / steps)] for i in range(steps)]
+    return {
+        "schedule": schedule.to_dict(),
+        "points": points_of(schedule),
+        "line": [[s, schedule(s)] for s in sorted(places)],
+        "steps": at,
+        "average": sum(lam for _, lam in at) / steps,
+        "text": notation.written(schedule),
+        "python": f"schedules.{schedule!r}",
+        "words": str(schedule),
+    }
+
+
+def read(record: Mapping[str, Any] | None) -> Schedule | None:
+    """The curve of a page, a link or a file: a family with its λ at 1, or a spline with its ends pinned.
+
+    Raises `ValueError` for anything else.
+    """
+    if record is None:
+        return None
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a curve is a schedule's record, got {str(record)[:80]!r}")
+    schedule = Schedule.from_dict(record)
+    if isinstance(schedule, Spline):
+        return through(schedule.points, schedule.over)
+    if not isinstance(schedule, Power | Step | Sigmoid) or schedule.lam != 1:
+        raise ValueError(f"the studio's curves are power, step, sigmoid and spline, up to λ = 1; got {schedule!r}")
+    name, parameter = _family(schedule)
+    of_family(name, parameter)
+    return schedule
+
+
+def family_of(schedule: Schedule | None) -> tuple[str, float | None]:
+    """The family that a curve was started from, and its parameter; "spline" for one that was drawn."""
+    if schedule is None:
+        return "constant", None
+    return ("spline", None) if isinstance(schedule, Spline) else _family(schedule)
+
+
+def _family(schedule: Schedule) -> tuple[str, float]:
+    match schedule:
+        case Power(p=p):
+            return "power", float(p)
+        case Step(p=p):
+            return "step", float(p)
+        case Sigmoid(kappa=kappa):
+            return "sigmoid", float(kappa)
+    raise ValueError(f"{schedule!r} is of no family that a curve can start from")
+
+
+def answer(asked: Any) -> dict[str, Any]:
+    """What the curve editor is told about the points, or the schedule's record, that it holds: `drawing`, or an error.
+
+    `asked` comes from a browser: "steps", and "points" with "over", or "schedule".
+    """
+    try:
+        steps = asked.get("steps") or 25
+        if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps go from 1 to {MOST_STEPS}")
+        points = asked.get("points")
+        return drawing(through(points, asked.get("over", "steps")) if points else read(asked.get("schedule")), steps)
+    except (ValueError, TypeError, AttributeError) as error:
+        return {"error": " ".join(str(error).split())}

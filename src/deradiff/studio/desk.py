@@ -1,0 +1,175 @@
+"""Where images are asked for: a page's job, its turn, the models, the drawing; and the files that come of it."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, NamedTuple
+
+import torch
+
+from deradiff import rewards
+from deradiff.records import write_png
+from deradiff.settings import Settings
+from deradiff.studio import drawing
+from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.jobs import Job, Outcome, Pages, Turns, streamed
+from deradiff.studio.models import Models
+
+MOST_FILES = 400
+"""Images whose files are kept for downloading; the oldest goes first."""
+
+REST = 0.3
+"""Seconds that a dial rests before the exact image is begun."""
+
+DIGITS_REWARDS = ("digits", "legible", "colours")
+"""What the digits are scored by where no reward was named."""
+
+
+class Waiting(NamedTuple):
+    """How many images of other pages come first."""
+
+    ahead: int
+
+
+class Loading(NamedTuple):
+    """Models are being loaded."""
+
+    reference: str
+
+
+class Unscored(NamedTuple):
+    """The images, while the rewards still look at them."""
+
+    images: list[Drawn]
+
+
+class Desk:
+    """Draws for every page, one image at a time."""
+
+    def __init__(self, models: Models, scored_by: Sequence[str] = ()) -> None:
+        self.models = models
+        self.pages, self.turns = Pages(), Turns()
+        self._scored_by = tuple(scored_by)
+        self._rewards: dict[str, rewards.PictureReward] = {}
+        self._scoring = threading.Lock()
+        self.folder = Path(mkdtemp(prefix="deradiff-studio-"))
+        self._files: list[Path] = []
+
+    def close(self) -> None:
+        """Stop what is being drawn, and delete the files."""
+        self.pages.cancel_all()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def drawn(
+        self, page: str, settings: Settings, *, preview: bool = False, rest: float = 0.0
+    ) -> Iterator[Waiting | Loading | Step | Unscored | list[Drawn]]:
+        """Draw `settings` for a page, in place of what it waited for; the last thing that comes are the images.
+
+        An image that is no `preview` is begun after `rest` seconds. Raises `jobs.Cancelled`, `jobs.Full`, what loading
+        and sampling raise, and `MemoryError` that says what to lower.
+        """
+        job = self.pages.begin(page)
+
+        def work(report: Callable[[Any], None]) -> list[Drawn]:
+            job.rest(rest)
+            with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
+                if settings.reference not in self.models.references:
+                    report(Loading(settings.reference))
+                try:
+                    images = self._draw(settings, job, report, preview)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    self.models.let_go(but=settings.reference)
+                    raise MemoryError(_lower(settings)) from error
+            if preview:
+                return images
+            report(Unscored(images))
+            return self._scored(images)
+
+        for news in streamed(work, job):
+            yield news.value if isinstance(news, Outcome) else news
+
+    def loaded(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | None]:
+        """Load the models of `settings` for a page; None comes last. Raises what `drawn` raises."""
+        job = self.pages.begin(page)
+
+        def work(report: Callable[[Any], None]) -> None:
+            with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
+                report(Loading(settings.reference))
+                try:
+                    self.models.realigned(settings)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    self.models.let_go()
+                    raise MemoryError(_lower(settings)) from error
+
+        for news in streamed(work, job):
+            yield news.value if isinstance(news, Outcome) else news
+
+    def warm_up(self, settings: Settings) -> threading.Thread:
+        """Load what `settings` need and make all ready for them, beside whatever else goes on; errors wait for a page."""
+
+        def work() -> None:
+            job, small = Job(), settings.model_copy(update={"steps": 2})
+            with suppress(Exception):
+                with self.turns.taken(job):
+                    images = self._draw(small, job, lambda _: None, preview=False)
+                self._scored(images)
+
+        thread = threading.Thread(target=work, name="studio-warm-up", daemon=True)
+        thread.start()
+        return thread
+
+    def save(self, drawn: Drawn) -> Path:
+        """The image as a PNG file with its settings, under a name that tells them."""
+        return self._file(drawn.name, drawn.image, drawn.record)
+
+    def save_sheet(self, name: str, image: Any, record: dict[str, Any]) -> Path:
+        """A contact sheet as a PNG file with its settings."""
+        return self._file(name, image, record)
+
+    def _draw(self, settings: Settings, job: Job, report: Callable[[Any], None], preview: bool) -> list[Drawn]:
+        machine = self.models.machine
+        own = settings.model_copy(update=machine.options())
+        pipe, dial = self.models.realigned(own)
+        return drawing.draw(own, pipe, dial, job, report, preview)
+
+    def _scored(self, images: list[Drawn]) -> list[Drawn]:
+        digits = images[0].settings.reference == "digits"
+        names = self._scored_by or (DIGITS_REWARDS if digits else ())
+        with self._scoring:
+            for name in names:
+                if name not in self._rewards:
+                    self._rewards[name] = rewards.load(name)
+            return drawing.scored(images, [self._rewards[name] for name in names])
+
+    def _file(self, name: str, image: Any, record: dict[str, Any]) -> Path:
+        folder = self.folder / secrets.token_hex(8)
+        folder.mkdir()
+        file = folder / name
+        write_png(file, image, record)
+        self._files.append(file)
+        while len(self._files) > MOST_FILES:
+            shutil.rmtree(self._files.pop(0).parent, ignore_errors=True)
+        return file
+
+
+def _lower(settings: Settings) -> str:
+    """What to do where memory runs out, for what was asked."""
+    pieces = ["lower the width and the height"]
+    if len(settings.columns) > 1:
+        pieces.append("ask for fewer λ at once")
+    if len(settings.anchors) > 1:
+        pieces.append("take fewer anchors")
+    if not settings.offload:
+        pieces.append("open the studio with --offload")
+    return f"out of memory; the studio goes on, with what it had. To have this image, {_either(pieces)}"
+
+
+def _either(pieces: Sequence[str]) -> str:
+    *most, last = pieces
+    return " or ".join([", ".join(most), last]) if most else last

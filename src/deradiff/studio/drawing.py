@@ -1,0 +1,160 @@
+"""One image, or one for each of several λ, with what is known about it; a glimpse of it while it is drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from deradiff import sweeps
+from deradiff.dial import Dial
+from deradiff.ledger import joined
+from deradiff.mixing import denoised
+from deradiff.reuse import Reuse
+from deradiff.rewards import PictureReward
+from deradiff.settings import Column, Settings, Shot, call_of, file_name
+from deradiff.studio.jobs import Job
+from deradiff.weights import verdict
+
+GLIMPSES = 0.15
+"""The share of the time that glimpses may take."""
+
+PREVIEW_TOLERANCE = 0.15
+"""Of λ's own effect, where the preview carries predictions over between steps."""
+
+FEWEST = 4
+"""Steps of a preview."""
+
+
+class Step(NamedTuple):
+    """How far an image is."""
+
+    done: int
+    total: int
+    glimpse: Image.Image | None = None
+    """The present estimate of it; None for none, or for the same as before."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image and what is known about it."""
+
+    image: Image.Image
+    settings: Settings
+    record: dict[str, Any]
+    """What its PNG file holds: the same as `deradiff generate` writes."""
+    name: str
+    """Of its file."""
+    scores: dict[str, float]
+    path_kl: float | None
+    """In nats; None where the sampler's steps draw no noise of their own."""
+    verdict: str
+    kind: str
+    seconds: float
+    preview: bool = False
+
+
+def preview_of(settings: Settings, how: str) -> Settings:
+    """The same image at a lower price: "steps" takes a third of them; "carry" carries predictions over."""
+    if how == "carry":
+        return settings.model_copy(update={"tolerance": PREVIEW_TOLERANCE})
+    return settings.model_copy(update={"steps": min(settings.steps, max(FEWEST, round(settings.steps / 3)))})
+
+
+def strip_of(settings: Settings, lams: Sequence[float]) -> Settings:
+    """The same image at several λ; of several anchors all are multiplied."""
+    own = settings.columns[0]
+
+    def at(lam: float) -> Column:
+        if isinstance(own.lam, dict):
+            return Column(lam={name: round(its * lam, 6) for name, its in own.lam.items()}, schedule=own.schedule)
+        return Column(lam=lam, schedule=own.schedule)
+
+    return settings.model_copy(update={"columns": tuple(map(at, lams))})
+
+
+def draw(
+    settings: Settings,
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    job: Job,
+    report: Callable[[Step], None],
+    preview: bool = False,
+) -> list[Drawn]:
+    """Draw an image for every column of `settings`, one prompt's and one seed's.
+
+    `report` is told about every step; the job is looked at as often, so that one that was stopped ends there
+    (`jobs.Cancelled`). Exact images evaluate every model at every step, those without weight too, so that the path KL
+    is known at λ = 0 and 1.
+    """
+    begun, glimpsed = time.perf_counter(), 0.0
+    single = len(settings.columns) == 1
+    dial.reuse = None if settings.tolerance is None else Reuse(tolerance=settings.tolerance)
+    dial.watching = not preview
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal glimpsed
+        job.check()
+        before, glimpse = time.perf_counter(), None
+        if single and not preview and done < total and glimpsed <= GLIMPSES * (before - begun):
+            glimpse = glimpse_of(pipe, dial)
+            glimpsed += time.perf_counter() - before
+        report(Step(done, total, glimpse))
+
+    prompt, seed = settings.prompts[0], settings.seeds[0]
+    shots = [Shot(prompt, seed, column) for column in range(len(settings.columns))]
+    lams = [column.dial() for column in settings.columns]
+    found = list(
+        sweeps.sample(
+            pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
+            **call_of(settings),
+        )
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    made = sweeps.made_of(settings, pipe, dial)
+    return [_drawn(settings, made, shot, image, told, seconds, preview) for shot, image, told in found]
+
+
+def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Drawn]:
+    """The same images with their scores."""
+    pictures, prompts = [drawn.image for drawn in images], [drawn.settings.prompts[0] for drawn in images]
+    with torch.no_grad():
+        columns = {reward.name: reward(pictures, prompts).tolist() for reward in rewards}
+    return [
+        replace(drawn, scores={name: float(values[i]) for name, values in columns.items()})
+        for i, drawn in enumerate(images)
+    ]
+
+
+def _drawn(
+    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: sweeps.Told, seconds: float, preview: bool,
+) -> Drawn:  # fmt: skip
+    own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
+    assert told.run is not None
+    judged = verdict(joined([told.run]))
+    kl = None if told.run.path_kl is None else float(told.run.path_kl)
+    words, kind = judged.words, judged.kind
+    if told.reused is not None and told.reused.error:
+        words, kind = told.reused.words, "approximate"  # type: ignore[assignment]
+    own_shot = Shot(shot.prompt, shot.seed, 0)
+    record = sweeps.about(own, own_shot, told) | made | {"settings": own.model_dump()}
+    return Drawn(image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview)
+
+
+def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:
+    """The image that the last step was heading for; None for pipelines whose latents are no pictures of their own."""
+    step, vae = dial.last, getattr(pipe, "vae", None)
+    if step is None or vae is None or step.sample.ndim != 4 or not hasattr(pipe, "image_processor"):
+        return None
+    latents = denoised(pipe.scheduler, step)
+    if latents is None or latents.shape[1] != vae.config.get("latent_channels"):
+        return None
+    latents = latents[:1] / (vae.config.get("scaling_factor") or 1.0) + (vae.config.get("shift_factor") or 0.0)
+    with torch.no_grad():
+        decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded.float(), output_type="pil")[0]

@@ -1,0 +1,181 @@
+"""One image at a time, in the order in which they were asked for; each page has one job, which can be stopped."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+LOOK = 0.02
+"""Seconds between two looks at whether a job that waits was stopped."""
+
+MOST_PAGES = 1000
+"""Pages whose jobs are remembered; the oldest is forgotten first."""
+
+
+Why = Literal["cancelled", "superseded", "left"]
+"""By its page's cancel, by a newer job of the same page, or because the page was closed."""
+
+
+class Cancelled(Exception):
+    """The job was stopped; `why` says what by."""
+
+    def __init__(self, why: Why = "cancelled") -> None:
+        super().__init__(f"the image was {why}")
+        self.why: Why = why
+
+
+class Full(RuntimeError):
+    """More images wait than the studio takes."""
+
+
+class Job:
+    """What a page is waiting for."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._why: Why = "cancelled"
+
+    def stop(self, why: Why) -> None:
+        """Have the job end at its next step. What it was stopped by first counts."""
+        if not self._stopped.is_set():
+            self._why = why
+            self._stopped.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to end."""
+        return self._stopped.is_set()
+
+    def check(self) -> None:
+        """Raise `Cancelled` if the job was stopped."""
+        if self.stopped:
+            raise Cancelled(self._why)
+
+    def rest(self, seconds: float) -> None:
+        """Wait; raises `Cancelled` as soon as the job is stopped."""
+        self._stopped.wait(seconds)
+        self.check()
+
+
+class Pages:
+    """The job of every open page, by the page's key. A new one takes the place of the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}
+
+    def begin(self, page: str) -> Job:
+        """A new job for `page`, whose last one is stopped."""
+        with self._lock:
+            if (last := self._jobs.pop(page, None)) is not None:
+                last.stop("superseded")
+            job = self._jobs[page] = Job()
+            while len(self._jobs) > MOST_PAGES:
+                self._jobs.pop(next(iter(self._jobs))).stop("left")
+            return job
+
+    def cancel(self, page: str) -> None:
+        """Stop what `page` is waiting for, and nobody else's."""
+        with self._lock:
+            if (job := self._jobs.get(page)) is not None:
+                job.stop("cancelled")
+
+    def leave(self, page: str) -> None:
+        """The page was closed."""
+        with self._lock:
+            if (job := self._jobs.pop(page, None)) is not None:
+                job.stop("left")
+
+    def cancel_all(self) -> None:
+        """Stop everything: the studio closes."""
+        with self._lock:
+            for job in self._jobs.values():
+                job.stop("left")
+
+
+class Turns:
+    """Who may use the models: one at a time, first come first served, with at most `most` waiting."""
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self._changed = threading.Condition()
+        self._line: deque[Job] = deque()
+
+    @contextmanager
+    def taken(self, job: Job, on_wait: Callable[[int], None] | None = None) -> Iterator[None]:
+        """Hold the models for the block; `on_wait(ahead)` is told how many are before this one.
+
+        Raises `Full`, and `Cancelled` where the job is stopped before its turn.
+        """
+        with self._changed:
+            if len(self._line) > self.most:
+                raise Full(f"{len(self._line)} images wait already: try again in a moment")
+            self._line.append(job)
+        try:
+            told = 0
+            with self._changed:
+                while self._line[0] is not job:
+                    job.check()
+                    ahead = self._line.index(job)
+                    if on_wait is not None and ahead != told:
+                        on_wait(told := ahead)
+                    self._changed.wait(LOOK)
+            job.check()
+            yield
+        finally:
+            with self._changed:
+                self._line.remove(job)
+                self._changed.notify_all()
+
+
+class Outcome(NamedTuple):
+    """The last thing that `streamed` yields: what the work returned."""
+
+    value: Any
+
+
+def streamed(work: Callable[[Callable[[Any], None]], Any], job: Job) -> Iterator[Any]:
+    """Do `work(report)` in a thread and yield what it reports, the newest where several came at once, then its Outcome.
+
+    Raises what the work raises. Where whoever listens stops listening, the job is stopped, and the thread has ended
+    before this returns.
+    """
+    changed = threading.Condition()
+    news: deque[Any] = deque(maxlen=1)
+    ended: list[Any] = []
+
+    def report(what: Any) -> None:
+        with changed:
+            news.append(what)
+            changed.notify()
+
+    def run() -> None:
+        try:
+            outcome: Any = Outcome(work(report))
+        except BaseException as error:
+            outcome = error
+        with changed:
+            ended.append(outcome)
+            changed.notify()
+
+    thread = threading.Thread(target=run, name="studio-image", daemon=True)
+    thread.start()
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: news or ended)
+                latest = news.popleft() if news and not ended else None
+            if latest is not None:
+                yield latest
+            elif ended:
+                break
+        if isinstance(ended[0], BaseException):
+            raise ended[0]
+        yield ended[0]
+    finally:
+        if thread.is_alive():
+            job.stop("left")
+            thread.join()

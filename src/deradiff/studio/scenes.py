@@ -1,0 +1,215 @@
+"""What one page shows: everything that decides its image, as `Settings` of one prompt, seed and λ.
+
+The same settings as a settings string, which is the query of a link; and as the command and the program that draw the
+same image elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
+
+from deradiff import notation
+from deradiff.pipelines import SCHEDULERS, known_beta
+from deradiff.schedules import Schedule, finite
+from deradiff.settings import Column, Settings
+from deradiff.studio import curves
+
+LONGEST_PROMPT = 2000
+"""Characters. Text encoders read 77 to 512 tokens; what is longer is a mistake."""
+
+LONGEST_LINK = 16_000
+MOST_ANCHORS = 3
+LARGEST_LAM = 2.0
+SMALLEST_SIDE, LARGEST_SIDE = 32, 2048
+LARGEST_GUIDANCE = 50.0
+LARGEST_SEED = 2**53 - 1
+"""A browser's numbers are exact up to here."""
+
+
+def scene(
+    reference: str,
+    anchors: Sequence[str],
+    prompt: str,
+    lams: Sequence[float],
+    *,
+    schedule: Mapping[str, Any] | None = None,
+    negative_prompt: str | None = None,
+    seed: float = 0,
+    scheduler: str | None = None,
+    steps: float = 25,
+    guidance_scale: float | None = None,
+    width: float | None = None,
+    height: float | None = None,
+) -> Settings:
+    """The settings of a page's image. Raises `ValueError` in words for the page where one of them is out of range."""
+    if not 1 <= len(anchors) <= MOST_ANCHORS or len(set(anchors)) < len(anchors):
+        raise ValueError(f"choose 1 to {MOST_ANCHORS} different anchors, got {len(anchors)}")
+    if not prompt.strip():
+        raise ValueError("write a prompt first")
+    for what, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
+        if len(text) > LONGEST_PROMPT:
+            raise ValueError(
+                f"the {what} has {len(text):,} characters, and no text encoder reads so many: shorten it to "
+                f"{LONGEST_PROMPT:,} at most"
+            )
+        if "\x00" in text:
+            raise ValueError(f"the {what} holds a NUL character: delete it")
+    if scheduler is not None and scheduler not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler {scheduler[:40]!r}; choose one of {', '.join(SCHEDULERS)}")
+    strengths = [_number("λ", lam, 0.0, LARGEST_LAM) for lam in lams]
+    if len(strengths) != len(anchors):
+        raise ValueError(f"{len(anchors)} anchors need as many λ, got {len(strengths)}")
+    names = anchor_names(anchors)
+    shape = curves.read(schedule)
+    lam: Any = strengths[0] if len(names) == 1 else dict(zip(names, strengths, strict=True))
+    return Settings(
+        reference=reference,
+        anchors=dict(zip(names, anchors, strict=True)),
+        prompts=(prompt,),
+        columns=(Column(lam=lam, schedule=None if shape is None else shape.to_dict()),),
+        seeds=(_whole("the seed", seed, 0, LARGEST_SEED),),
+        scheduler=scheduler,
+        steps=_whole("steps", steps, 1, curves.MOST_STEPS),
+        guidance_scale=None if guidance_scale is None else _number("guidance", guidance_scale, 0, LARGEST_GUIDANCE),
+        negative_prompt=negative_prompt or None,
+        width=None if not width else _whole("the width", width, SMALLEST_SIDE, LARGEST_SIDE),
+        height=None if not height else _whole("the height", height, SMALLEST_SIDE, LARGEST_SIDE),
+        anchor_beta=known_beta(anchors[0]) if len(anchors) == 1 else None,
+    )
+
+
+def anchor_names(anchors: Sequence[str]) -> list[str]:
+    """A name for each anchor: "anchor" for a single one, for several the ends of their sources."""
+    if len(anchors) == 1:
+        return ["anchor"]
+    names: list[str] = []
+    for source in anchors:
+        end = re.sub(r"\W+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")).strip("-")
+        name = end if re.match(r"[A-Za-z_]", end) else f"anchor-{end}"
+        while name in names or name in ("auto", "weights", "reference"):
+            name += "-2"
+        names.append(name)
+    return names
+
+
+def strengths(settings: Settings) -> list[float]:
+    """λ of every anchor, in their order."""
+    lam = settings.columns[0].lam
+    return [lam[name] for name in settings.anchors] if isinstance(lam, dict) else [lam]
+
+
+def curve(settings: Settings) -> Schedule | None:
+    """How λ is annealed; None for a λ that stays the same."""
+    record = settings.columns[0].schedule
+    return None if record is None else Schedule.from_dict(record)
+
+
+# -- the settings string ----------------------------------------------------------------------------------------------
+
+
+def written(settings: Settings) -> str:
+    """`settings` as the query of a link, which `read` understands; what is usual is left out."""
+    shape = curve(settings)
+    pairs: list[tuple[str, Any]] = [("prompt", settings.prompts[0]), ("reference", settings.reference)]
+    pairs += [("anchor", source) for source in settings.anchors.values()]
+    pairs += [("lam", f"{lam:g}") for lam in strengths(settings)]
+    if shape is not None:
+        pairs.append(("schedule", notation.written(shape)))
+        pairs += [("over", "time")] if shape.over == "time" else []
+    pairs.append(("seed", settings.seeds[0]))
+    for name in ("scheduler", "steps", "guidance_scale", "negative_prompt", "width", "height"):
+        value = getattr(settings, name)
+        if value is not None:
+            pairs.append((name, f"{value:g}" if isinstance(value, float) else value))
+    return urlencode(pairs, quote_via=quote, safe="/:,")
+
+
+def read(text: str) -> Settings:
+    """What `written` wrote, or a whole link with it. Raises `ValueError` for anything else."""
+    if len(text) > LONGEST_LINK:
+        raise ValueError(f"a settings string has {LONGEST_LINK:,} characters at most, got {len(text):,}")
+    query = text.strip().rpartition("?")[2]
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, max_num_fields=60)
+    except ValueError:
+        raise ValueError(f"{text.strip()[:80]!r} is no settings string: copy all of one from a studio") from None
+    fields: dict[str, list[str]] = {}
+    for name, value in pairs:
+        fields.setdefault(name, []).append(value)
+    fields.pop("token", None)
+    several = {"anchor", "lam"}
+    known = {"prompt", "reference", "schedule", "over", "seed", *several, *_OPTIONAL}
+    if unknown := [name for name in fields if name not in known]:
+        raise ValueError(f"the settings string has {unknown[0][:40]!r}, which the studio does not know")
+    if twice := [name for name, values in fields.items() if len(values) > 1 and name not in several]:
+        raise ValueError(f"the settings string has {twice[0]} twice")
+    if missing := [name for name in ("prompt", "reference", "anchor", "lam") if name not in fields]:
+        raise ValueError(f"the settings string lacks {', '.join(missing)}: copy all of one from a studio")
+    one = {name: values[0] for name, values in fields.items()}
+    over = one.get("over", "steps")
+    if over not in ("steps", "time"):
+        raise ValueError(f"the settings string has over={over[:20]!r}: it is steps or time")
+    shape = notation.schedule(one.get("schedule", "constant"), over, "schedule")  # type: ignore[arg-type]
+    return scene(
+        one["reference"],
+        fields["anchor"],
+        one["prompt"],
+        [_parsed("lam", lam) for lam in fields["lam"]],
+        schedule=None if shape is None else shape.to_dict(),
+        seed=_parsed("seed", one.get("seed", "0")),
+        **{name: kind(name, one[name]) for name, kind in _OPTIONAL.items() if name in one},
+    )
+
+
+def of_record(record: Mapping[str, Any]) -> Settings:
+    """The settings of an image that deradiff wrote, or of a preset: the page's part of a record.
+
+    Raises `ValueError` where it holds none, or what the studio has no dial for.
+    """
+    about = record.get("settings", record)
+    try:
+        found = Settings.model_validate(about)
+        prompt, seed = record.get("prompt", found.prompts[0]), record.get("seed", found.seeds[0])
+        lam = record.get("lam", found.columns[0].lam)
+        shape = record.get("schedule", found.columns[0].schedule)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("this record holds no settings of one image") from None
+    if found.method != "mixture" or found.particles is not None:
+        raise ValueError("this image was drawn with interpolated weights or particles, which the studio does not do")
+    lams = [lam.get(name, 0.0) for name in found.anchors] if isinstance(lam, Mapping) else [lam]
+    return scene(
+        found.reference, list(found.anchors.values()), str(prompt), lams, schedule=shape, seed=seed,
+        scheduler=found.scheduler, steps=found.steps, guidance_scale=found.guidance_scale,
+        negative_prompt=found.negative_prompt, width=found.width, height=found.height,
+    )  # fmt: skip
+
+
+def _text(name: str, value: str) -> Any:
+    return value
+
+
+def _parsed(name: str, value: str) -> Any:
+    return float(notation.decimal(value, value, name))
+
+
+_OPTIONAL: dict[str, Callable[[str, str], Any]] = {
+    "scheduler": _text, "negative_prompt": _text, "steps": _parsed, "guidance_scale": _parsed, "width": _parsed,
+    "height": _parsed,
+}  # fmt: skip
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    number = finite(value, name)
+    if not least <= number <= most:
+        raise ValueError(f"{name} goes from {least:g} to {most:g} in the studio, got {number:g}")
+    return number
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    number = _number(name, value, least, most)
+    if number != int(number):
+        raise ValueError(f"{name} is a whole number, got {number:g}")
+    return int(number)

@@ -1,0 +1,102 @@
+"""What the studio says on its pages, as HTML. Whatever a person or a model named is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from deradiff.settings import Settings
+from deradiff.studio import scenes
+from deradiff.studio.drawing import Drawn
+
+
+def status(words: str, done: int = 0, total: int = 0) -> str:
+    """What is going on, with a bar where it is known how far it is."""
+    bar = f'<progress max="{total}" value="{done}" aria-label="steps done"></progress>' if total else ""
+    return f"<p>{escape(words)}</p>{bar}"
+
+
+def wrong(error: BaseException | str) -> str:
+    """Why something was not done."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return f'<p class="wrong" role="alert">{escape(words)}</p>'
+
+
+def meaning(lam: float, beta: float | None, name: str | None = None) -> str:
+    """What a λ is, as a line below its slider: the strength β/λ where β is known."""
+    parts = [f"<strong>λ = {lam:g}</strong>"]
+    if name is not None:
+        parts[0] = f"{escape(name)}: {parts[0]}"
+    if beta is not None and lam > 0:
+        parts.append(f"strength β/λ = {beta / lam:.4g} (the anchor's β is {beta:g})")
+    if lam == 0:
+        parts.append("the reference itself")
+    elif lam == 1:
+        parts.append("the anchor itself")
+    elif lam < 1:
+        parts.append("between reference and anchor")
+    else:
+        parts.append('<span class="beyond">extrapolation: less regularised than any model that was trained</span>')
+    return f'<p class="meaning">{" · ".join(parts)}</p>'
+
+
+SCALE = (
+    '<div class="scale"><span class="safe">0 to 1: safe, between the models</span>'
+    '<span class="beyond">above 1: extrapolation</span></div>'
+)
+
+
+def label(settings: Settings) -> str:
+    """An image's settings in one line, as a caption."""
+    lams = scenes.strengths(settings)
+    single = len(lams) == 1
+    lam = f"λ {lams[0]:g}" if single else ", ".join(f"{n} {x:g}" for n, x in zip(settings.anchors, lams, strict=True))
+    shape = scenes.curve(settings)
+    parts = [lam, *([str(shape)] if shape is not None else []), f"seed {settings.seeds[0]}", f"{settings.steps} steps"]
+    return " · ".join([*parts, *([settings.scheduler] if settings.scheduler else []), f"“{settings.prompts[0][:60]}”"])
+
+
+def facts(drawn: Drawn, scoring: bool = False) -> str:
+    """What is known about one image, as a table; `scoring` says that its scores are still to come."""
+    rows = [(name, f"{value:.4g}") for name, value in drawn.scores.items()]
+    if scoring:
+        rows = [("scores", "…")]
+    elif not rows:
+        rows.append(("scores", "none: open the studio with --reward pickscore, for instance"))
+    rows.append(("path KL", _path_kl(drawn)))
+    rows.append(("trust", drawn.verdict))
+    rows.append(("drawn in", f"{drawn.seconds:.2f} s, {label(drawn.settings)}"))
+    cells = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(words)}</td></tr>' for name, words in rows)
+    return f"<table>{cells}</table>"
+
+
+def strip(images: Sequence[Drawn]) -> str:
+    """What is known about the images of a strip, a row for every λ."""
+    scores = list(images[0].scores)
+    heads = ["λ", *(["β/λ"] if images[0].settings.anchor_beta else []), *scores, "path KL", "trust"]
+    rows = []
+    for drawn in images:
+        lams = scenes.strengths(drawn.settings)
+        beta = drawn.settings.anchor_beta
+        cells = [", ".join(f"{lam:g}" for lam in lams)]
+        if images[0].settings.anchor_beta and beta:
+            cells.append("∞" if lams[0] == 0 else f"{beta / lams[0]:.4g}")
+        cells += [f"{drawn.scores[name]:.4g}" for name in scores]
+        cells += [_path_kl(drawn) if drawn.path_kl is not None else "–", drawn.verdict]
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _path_kl(drawn: Drawn) -> str:
+    if drawn.path_kl is None:
+        return "unknown: this scheduler's steps draw no noise (ddpm and euler-a do)"
+    return f"{drawn.path_kl:.4g} nats from the reference along this path"
+
+
+def sides(a: str | None, b: str | None) -> str:
+    """Which images the divider lies between."""
+    if a is None or b is None:
+        missing = "A and B" if a is None and b is None else "A" if a is None else "B"
+        return f"<p>Draw an image and keep it as {missing}, below it; the two are laid over each other here.</p>"
+    return f"<p><strong>A</strong>: {escape(a)}<br><strong>B</strong>: {escape(b)}</p>"
