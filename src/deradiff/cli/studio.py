@@ -100,7 +100,8 @@ def studio(
                 from deradiff.studio.sources import Sources
 
                 talking.silence_other_bars()
-                device_called(device)
+                if device_called(device) == "cpu":
+                    _leave_a_core()
                 for name in reward or ():
                     rewards.named(name)
                 allowed = [reference, *sources_of.values()]
@@ -118,3 +119,10 @@ def studio(
                 server.serve(application, listening)
             finally:
                 desk.close()
+
+
+def _leave_a_core() -> None:
+    """Leave one core to the server and the browser: threads that share theirs make each other wait at every layer."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))

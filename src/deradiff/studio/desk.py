@@ -111,7 +111,7 @@ class Desk:
             yield news.value if isinstance(news, Outcome) else news
 
     def warm_up(self, settings: Settings) -> threading.Thread:
-        """Load what `settings` need and make all ready for them, beside whatever else goes on; errors wait for a page."""
+        """Load what `settings` need and make ready what is slow at first; what fails is told to the page that asks."""
 
         def work() -> None:
             job, small = Job(), settings.model_copy(update={"steps": 2})

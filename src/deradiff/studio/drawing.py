@@ -27,6 +27,9 @@ GLIMPSES = 0.15
 PREVIEW_TOLERANCE = 0.15
 """Of λ's own effect, where the preview carries predictions over between steps."""
 
+OFTEN = 0.12
+"""Seconds between two reports: a page shows no more, and showing takes time from drawing."""
+
 FEWEST = 4
 """Steps of a preview."""
 
@@ -93,17 +96,21 @@ def draw(
     is known at λ = 0 and 1.
     """
     begun, glimpsed = time.perf_counter(), 0.0
+    told = begun
     single = len(settings.columns) == 1
     dial.reuse = None if settings.tolerance is None else Reuse(tolerance=settings.tolerance)
     dial.watching = not preview
 
     def on_step(done: int, total: int) -> None:
-        nonlocal glimpsed
+        nonlocal glimpsed, told
         job.check()
-        before, glimpse = time.perf_counter(), None
-        if single and not preview and done < total and glimpsed <= GLIMPSES * (before - begun):
+        now, glimpse = time.perf_counter(), None
+        if preview or now - told < OFTEN:
+            return
+        told = now
+        if single and done < total and glimpsed <= GLIMPSES * (now - begun):
             glimpse = glimpse_of(pipe, dial)
-            glimpsed += time.perf_counter() - before
+            glimpsed += time.perf_counter() - now
         report(Step(done, total, glimpse))
 
     prompt, seed = settings.prompts[0], settings.seeds[0]
@@ -132,7 +139,8 @@ def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Dr
 
 
 def _drawn(
-    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: sweeps.Told, seconds: float, preview: bool,
+    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: sweeps.Told, seconds: float,
+    preview: bool,
 ) -> Drawn:  # fmt: skip
     own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
     assert told.run is not None

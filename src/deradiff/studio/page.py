@@ -70,6 +70,10 @@ class View:
     shell: gr.Code
     link: gr.Textbox
 
+    def components(self) -> list[Any]:
+        """All of them, in order."""
+        return [getattr(self, its.name) for its in fields(self)]
+
 
 @dataclass(frozen=True)
 class Controls:
@@ -127,7 +131,7 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
             )  # fmt: skip
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
-                cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                cancel = gr.Button("Cancel", elem_id="cancel")
             with gr.Group(elem_classes="dial"):
                 lams = [
                     gr.Slider(
@@ -175,7 +179,7 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                         minimum=0, maximum=scenes.LARGEST_GUIDANCE,
                     )  # fmt: skip
                     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", minimum=0)
-                    new_seed = gr.Button("Another seed", elem_id="new-seed")
+                new_seed = gr.Button("Another seed", elem_id="new-seed", size="sm")
                 with gr.Row():
                     width = gr.Number(None, label="Width", info="Empty for the usual", elem_id="width", precision=0)
                     height = gr.Number(None, label="Height", info="Empty for the usual", elem_id="height", precision=0)
@@ -197,7 +201,7 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                 )  # fmt: skip
                 load = gr.Button("Load these models", elem_id="load")
                 models_status = gr.HTML(elem_classes="status", elem_id="models-status")
-        with gr.Column(scale=6, min_width=320), gr.Tabs():
+        with gr.Column(scale=6, min_width=320, elem_id="right"), gr.Tabs():
             with gr.Tab("Image", id="image"):
                 picture = gr.Image(
                     None, type="filepath", format="png", label="Image", interactive=False, height=440,
@@ -210,7 +214,7 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                     keep_b = gr.Button("Keep as B", elem_id="keep-b")
                 facts = gr.HTML(elem_classes="facts", elem_id="facts")
             with gr.Tab("Strip over λ", id="strip"):
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     strip_lams = gr.Textbox(
                         STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
                     )
@@ -239,17 +243,31 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                 link = gr.Textbox(
                     "", label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link", max_lines=4
                 )
-                with gr.Row():
+                with gr.Row(equal_height=True):
                     paste = gr.Textbox(
                         label="A link or settings string", elem_id="paste", max_length=scenes.LONGEST_LINK, max_lines=3
                     )
                     use_paste = gr.Button("Use it", elem_id="use-paste")
                 upload = gr.File(
                     label="A PNG that deradiff wrote: its settings are taken", file_types=[".png"], type="filepath",
-                    elem_id="upload", height=110,
+                    elem_id="upload", height=150,
                 )  # fmt: skip
-                python = gr.Code("", language="python", label="The same in Python", elem_id="python", interactive=False)
-                shell = gr.Code("", language="shell", label="The same as a command", elem_id="shell", interactive=False)
+                python = gr.Code(
+                    "",
+                    language="python",
+                    label="The same in Python",
+                    elem_id="python",
+                    interactive=False,
+                    wrap_lines=True,
+                )
+                shell = gr.Code(
+                    "",
+                    language="shell",
+                    label="The same as a command",
+                    elem_id="shell",
+                    interactive=False,
+                    wrap_lines=True,
+                )
     dial = Dial(
         models, prompt, negative, lams, curve, scheduler, steps, guidance, seed, width, height, preview
     )  # fmt: skip

@@ -51,11 +51,11 @@ REFUSED = {401: "This link is not complete: open all of the link that the studio
 def app(desk: Desk, start: Settings, library: Path, token: str | None = None, mark: str = "studio") -> FastAPI:
     """The studio of `desk` as an application; with a `token`, for those alone who have it."""
     from deradiff.studio import page
-    from deradiff.studio.handlers import Handlers
+    from deradiff.studio.wiring import connect
 
     os.environ["GRADIO_TEMP_DIR"] = str(desk.folder)
     with gr.Blocks(title="deradiff studio", analytics_enabled=False, delete_cache=(600, 7200)) as blocks:
-        Handlers(desk, start, library).connect(blocks)
+        connect(blocks, desk, start, library)
     blocks.queue(max_size=MOST_QUEUED, default_concurrency_limit=MOST_AT_ONCE, api_open=False)
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     served.middleware("http")(_door(access.Admission(mark, token, "studio")))

@@ -71,21 +71,23 @@ def facts(drawn: Drawn, scoring: bool = False) -> str:
 
 
 def strip(images: Sequence[Drawn]) -> str:
-    """What is known about the images of a strip, a row for every λ."""
-    scores = list(images[0].scores)
-    heads = ["λ", *(["β/λ"] if images[0].settings.anchor_beta else []), *scores, "path KL", "trust"]
+    """What is known about the images of a strip, a row for every λ; what all verdicts say alike stands below."""
+    scores, beta = list(images[0].scores), images[0].settings.anchor_beta
+    common = images[0].verdict if len({drawn.verdict for drawn in images}) == 1 else None
+    heads = ["λ", *(["β/λ"] if beta else []), *scores, "path KL", *([] if common else ["trust"])]
     rows = []
     for drawn in images:
         lams = scenes.strengths(drawn.settings)
-        beta = drawn.settings.anchor_beta
         cells = [", ".join(f"{lam:g}" for lam in lams)]
-        if images[0].settings.anchor_beta and beta:
+        if beta:
             cells.append("∞" if lams[0] == 0 else f"{beta / lams[0]:.4g}")
         cells += [f"{drawn.scores[name]:.4g}" for name in scores]
-        cells += [_path_kl(drawn) if drawn.path_kl is not None else "–", drawn.verdict]
+        cells.append("–" if drawn.path_kl is None else f"{drawn.path_kl:.4g}")
+        cells += [] if common else [drawn.verdict]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    below = f"<p>Trust, for all of them: {escape(common)}</p>" if common else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{below}"
 
 
 def _path_kl(drawn: Drawn) -> str:

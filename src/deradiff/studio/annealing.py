@@ -1,0 +1,89 @@
+"""The annealing curve on the page: started from a family, drawn by hand, kept by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from deradiff.schedules import Schedule
+from deradiff.studio import curves, words
+from deradiff.studio.library import Kept
+from deradiff.studio.session import Session, record_of, refusal
+
+Changed = tuple[Any, ...]
+"""Of the curve, its family, the family's parameter, and the curve in Python."""
+
+
+class Annealing:
+    """What happens to the page's curve."""
+
+    def __init__(self, session: Session, kept: Kept) -> None:
+        self.session, self.kept = session, kept
+
+    def restep(self, curve: Any, steps: float) -> Any:
+        """The number of steps changed, and with it where the curve is read."""
+        return {"schedule": record_of(curve), "steps": int(steps)}
+
+    def drawn(self, curve: Any) -> tuple[Any, str]:
+        """The curve was changed by hand."""
+        schedule = curves.read(record_of(curve))
+        return curves.family_of(schedule)[0], exported(schedule)
+
+    def family(self, name: str, curve: Any) -> Changed:
+        """Start from a family, at its usual parameter; "spline" makes points of what is there."""
+        if name == "spline":
+            present = curves.read(record_of(curve))
+            points = [(0.0, 0.0), (1.0, 1.0)] if present is None else curves.points_of(present)
+            return self._changed(curves.through(points), curve)
+        usual = curves.FAMILIES[name][1] if name in curves.FAMILIES else 0.0
+        return self._changed(curves.of_family(name, usual), curve)
+
+    def parameter(self, name: str, parameter: float, curve: Any) -> Changed:
+        """The family's parameter was set."""
+        if name not in curves.FAMILIES:
+            raise refusal("only power, step and sigmoid have a parameter: choose one first")
+        try:
+            return self._changed(curves.of_family(name, parameter), curve)
+        except ValueError as error:
+            raise refusal(error) from None
+
+    def use(self, name: str, curve: Any) -> Changed:
+        """Take a curve that was kept."""
+        try:
+            return self._changed(curves.read(self.kept.load(name)), curve)
+        except (ValueError, TypeError) as error:
+            raise refusal(error) from None
+
+    def keep(self, name: str, curve: Any) -> tuple[Any, ...]:
+        """Keep the curve by name."""
+        try:
+            schedule = curves.read(record_of(curve))
+            if schedule is None:
+                raise ValueError("λ stays the same: there is no curve to keep")
+            kept = self.kept.save(name or "", schedule.to_dict())
+        except (ValueError, OSError) as error:
+            raise refusal(error) from None
+        return gr.update(choices=self.kept.names(), value=kept), "", words.status(f"Kept the curve as {kept}")
+
+    def delete(self, name: str | None) -> tuple[Any, ...]:
+        """Forget a curve that was kept."""
+        try:
+            self.kept.delete(name or "")
+        except (ValueError, OSError) as error:
+            raise refusal(error) from None
+        return gr.update(choices=self.kept.names(), value=None), gr.skip(), words.status(f"Deleted the curve {name}")
+
+    def _changed(self, schedule: Schedule | None, curve: Any) -> Changed:
+        record = None if schedule is None else schedule.to_dict()
+        family, value = curves.family_of(schedule)
+        parameter = gr.skip()
+        if family in curves.FAMILIES:
+            letter, _, least, most = curves.FAMILIES[family]
+            parameter = gr.update(value=value, label=f"Its {letter}, {least:g} to {most:g}")
+        return {"schedule": record, "steps": curve["steps"]}, family, parameter, exported(schedule)
+
+
+def exported(schedule: Schedule | None) -> str:
+    """The curve as it is written in Python."""
+    return "" if schedule is None else f"schedules.{schedule!r}"

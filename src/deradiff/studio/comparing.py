@@ -1,0 +1,83 @@
+"""Images side by side: a strip over λ, and two under a divider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from deradiff import notation
+from deradiff.settings import Settings, caption
+from deradiff.sheets import contact_sheet
+from deradiff.studio import drawing, scenes, words
+from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.session import Session, Updates, refusal
+
+MOST_STRIP = 25
+
+
+class Comparing:
+    """What happens on the strip's and the comparison's tabs."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def strip(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """The image at many λ, from the same noise."""
+        on = self.session.controls
+        yield {on.strip_status: gr.skip()}  # what yields nothing would empty the page
+        try:
+            lams = notation.numbers(data[on.strip_lams] or "", "λ")
+            if not 1 <= len(lams) <= MOST_STRIP or not all(0 <= lam <= scenes.LARGEST_LAM for lam in lams):
+                raise ValueError(f"a strip has 1 to {MOST_STRIP} λ from 0 to {scenes.LARGEST_LAM:g}")
+            settings = drawing.strip_of(self.session.scene(data), lams)
+        except ValueError as error:
+            yield {on.strip_status: words.wrong(error)}
+            return
+        for news in self.session.drawing(settings, request, data, status=on.strip_status):
+            if isinstance(news, dict):
+                yield news
+            elif isinstance(news, Step):
+                yield {on.strip_status: words.status(f"Step {news.done} of {news.total}", *news[:2])}
+            elif isinstance(news, list):
+                yield self._strip_finished(settings, news, lams)
+
+    def _strip_finished(self, settings: Settings, images: list[Drawn], lams: list[float]) -> Updates:
+        on, first = self.session.controls, images[0]
+        labels = [column.label(settings.anchor_beta) for column in settings.columns]
+        sheet = contact_sheet(
+            [[drawn.image for drawn in images]],
+            labels,
+            [f"{settings.prompts[0]}\nseed {settings.seeds[0]}"],
+            caption(settings, first.record["scheduler"], first.record["guidance_scale"]),
+        )
+        record = first.record | {"settings": settings.model_dump(), "images": [drawn.record for drawn in images]}
+        file = str(self.session.desk.save_sheet("strip.png", sheet, record))
+        gallery = [
+            (str(self.session.desk.save(drawn)), label.partition("\n")[0])
+            for drawn, label in zip(images, labels, strict=True)
+        ]
+        return {
+            on.strip: gallery,
+            on.strip_table: words.strip(images),
+            on.strip_status: words.status(f"{len(images)} images in {first.seconds:.2f} s"),
+            on.strip_download: gr.update(value=file, interactive=True),
+            on.strip_lams_drawn: [scenes.strengths(drawn.settings) for drawn in images],
+        }
+
+    def pick(self, event: gr.SelectData, drawn: list[list[float]], *lams: float) -> list[float]:
+        """An image of the strip was chosen: its λ."""
+        chosen = drawn[event.index] if 0 <= event.index < len(drawn) else []
+        return [chosen[i] if i < len(chosen) else lam for i, lam in enumerate(lams)]
+
+    def keep(self, letter: str, shown: Any) -> tuple[Any, str]:
+        """Keep the image that is shown as one side."""
+        if shown is None:
+            raise refusal("there is no finished image yet: wait until it is exact")
+        return shown, words.status(f"Kept as {letter}, on the tab Compare: {shown['caption']}")
+
+    def compare(self, a: Any, b: Any) -> tuple[Any, str]:
+        """Two images under the divider, as soon as there are two."""
+        said = words.sides(a and a["caption"], b and b["caption"])
+        return ((a["file"], b["file"]) if a and b else gr.skip()), said

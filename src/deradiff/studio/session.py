@@ -1,0 +1,104 @@
+"""What all of the page's reactions share: the desk, the page's components, and how its values become settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from deradiff.pipelines import known_beta
+from deradiff.settings import Settings
+from deradiff.studio import scenes, words
+from deradiff.studio.desk import Desk, Loading, Waiting
+from deradiff.studio.jobs import Cancelled
+from deradiff.studio.page import Controls, Dial, View
+
+log = logging.getLogger(__name__)
+
+Updates = dict[Any, Any]
+
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Session:
+    """The page as its reactions see it."""
+
+    desk: Desk
+    start: Settings
+    dial: Dial
+    view: View
+    controls: Controls
+
+    def scene(
+        self, data: Mapping[Any, Any], models: Sequence[str] | None = None, lams: Sequence[float] | None = None
+    ) -> Settings:
+        """The settings that the page's values make; raises `ValueError` in words for the page."""
+        dial = self.dial
+        reference, *anchors = data[dial.models] if models is None else models
+        if lams is None:
+            lams = [data[lam] for lam in dial.lams[: len(anchors)]]
+        return scenes.scene(
+            reference, anchors, data[dial.prompt] or "", lams,
+            schedule=record_of(data[dial.curve]), negative_prompt=data[dial.negative_prompt],
+            seed=data[dial.seed] or 0, scheduler=data[dial.scheduler] or None, steps=data[dial.steps],
+            guidance_scale=data[dial.guidance_scale], width=data[dial.width], height=data[dial.height],
+        )  # fmt: skip
+
+    def meaning(self, settings: Settings) -> str:
+        """What the λ of `settings` are, in words."""
+        single = len(settings.anchors) == 1
+        return "".join(
+            words.meaning(lam, known_beta(source), None if single else name)
+            for lam, (name, source) in zip(scenes.strengths(settings), settings.anchors.items(), strict=True)
+        )
+
+    def drawing(
+        self, settings: Settings, request: gr.Request, data: Mapping[Any, Any], *, status: Any = None, **how: Any
+    ) -> Iterator[Any]:
+        """What the desk tells about an image; what every image says alike comes as updates of `status`."""
+        status = self.view.status if status is None else status
+        try:
+            for news in self.desk.drawn(page_of(request), settings, **how):
+                if isinstance(news, Waiting):
+                    yield {status: words.status(f"Waiting: {news.ahead} before this one")}
+                elif isinstance(news, Loading):
+                    yield {status: words.status(f"Loading {news.reference} …")}
+                else:
+                    yield news
+        except Cancelled as stopped:
+            if stopped.why == "cancelled":
+                shown = data.get(self.view.shown)
+                restored = {self.view.picture: shown["file"]} if shown and status is self.view.status else {}
+                yield {status: words.status("Cancelled. The last finished image is shown."), **restored}
+        except Exception as error:
+            yield {status: self.said(error)}
+
+    def said(self, error: Exception) -> str:
+        """An error in words for the page; one that nobody expected is told in full in the terminal."""
+        if isinstance(error, EXPECTED) or type(error).__module__.startswith("deradiff."):
+            return words.wrong(error)
+        log.exception("an image could not be drawn")
+        return words.wrong(f"something went wrong ({type(error).__name__}); the terminal says more")
+
+
+def refusal(error: Exception | str) -> gr.Error:
+    """An error of the person's, to be raised: it is shown, and what would come next does not."""
+    return gr.Error(" ".join(str(error).split()), print_exception=False, title="That was not done")
+
+
+def page_of(request: gr.Request) -> str:
+    """The key of the page that asks."""
+    return request.session_hash or "nobody"
+
+
+def record_of(curve: Any) -> Any:
+    """The schedule's record in a curve as a page sends it."""
+    if curve is None:
+        return None
+    if not isinstance(curve, dict):
+        raise ValueError("the curve is not one that this page drew: reload the page")
+    return curve.get("schedule")

@@ -1,0 +1,94 @@
+"""The dial is turned: a preview at once, the exact image when it rests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from deradiff.studio import drawing, scenes, snippets, words
+from deradiff.studio.desk import REST, Unscored
+from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.session import Session, Updates, page_of
+
+
+class Turning:
+    """What happens to the page's image."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def preview(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """The dial moves: what λ means at once, then a cheap image."""
+        view = self.session.view
+        yield {view.status: gr.skip()}  # what yields nothing would empty the page
+        try:
+            settings = self.session.scene(data)
+        except ValueError as error:
+            self.session.desk.pages.cancel(page_of(request))
+            yield {view.status: words.wrong(error)}
+            return
+        yield {view.meaning: self.session.meaning(settings)}
+        how = data[self.session.dial.preview]
+        if how == "none":
+            return
+        for news in self.session.drawing(drawing.preview_of(settings, how), request, data, preview=True):
+            if isinstance(news, dict):
+                yield news
+            elif isinstance(news, list):
+                yield {view.picture: news[0].image, view.status: words.status("Preview; the exact image follows")}
+
+    def exact(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """The dial rests: the exact image, step by step."""
+        view = self.session.view
+        yield {view.status: gr.skip()}  # what yields nothing would empty the page
+        try:
+            settings = self.session.scene(data)
+        except ValueError as error:
+            yield {view.status: words.wrong(error)}
+            return
+        early: list[Drawn] = []
+        for news in self.session.drawing(settings, request, data, rest=REST):
+            if isinstance(news, dict):
+                yield news
+            elif isinstance(news, Step):
+                changed: Updates = {view.status: words.status(f"Step {news.done} of {news.total}", *news[:2])}
+                if news.glimpse is not None:
+                    changed[view.picture] = news.glimpse
+                yield changed
+            elif isinstance(news, Unscored):
+                early = news.images
+                yield self._finished(early[0], request) | {view.facts: words.facts(early[0], scoring=True)}
+            elif isinstance(news, list):
+                changed = {} if early else self._finished(news[0], request)
+                yield changed | {view.facts: words.facts(news[0])}
+
+    def cancel(self, request: gr.Request) -> None:
+        """Stop this page's image; what it shows is said by whatever was drawing it."""
+        self.session.desk.pages.cancel(page_of(request))
+
+    def left(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.session.desk.pages.leave(page_of(request))
+
+    def _finished(self, drawn: Drawn, request: gr.Request) -> Updates:
+        view, machine = self.session.view, self.session.desk.models.machine
+        file, query = str(self.session.desk.save(drawn)), scenes.written(drawn.settings)
+        device, dtype = drawn.record["device"], drawn.record["dtype"]
+        warned = "".join(words.wrong(warning) for warning in self.session.desk.models.warned)
+        return {
+            view.picture: file,
+            view.status: words.status(f"Exact: {drawn.settings.steps} steps in {drawn.seconds:.2f} s") + warned,
+            view.download: gr.update(value=file, interactive=True),
+            view.shown: {"file": file, "caption": words.label(drawn.settings), "query": query},
+            view.python: snippets.program(drawn.settings, device, dtype),
+            view.shell: snippets.command(drawn.settings, machine.device, machine.dtype),
+            view.link: f"{_address(request)}/?{query}",
+        }
+
+
+def _address(request: gr.Request) -> str:
+    """What the page's address begins with, as its browser knows it."""
+    asked = request.request
+    return "" if asked is None else f"{asked.url.scheme}://{asked.headers.get('host', '')}"
