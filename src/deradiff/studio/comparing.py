@@ -12,7 +12,7 @@ from deradiff.settings import Settings, caption
 from deradiff.sheets import contact_sheet
 from deradiff.studio import drawing, scenes, words
 from deradiff.studio.drawing import Drawn, Step
-from deradiff.studio.session import Session, Updates, refusal
+from deradiff.studio.session import Session, Updates, page_of, refusal
 
 MOST_STRIP = 25
 
@@ -35,7 +35,9 @@ class Comparing:
         except ValueError as error:
             yield {on.strip_status: words.wrong(error)}
             return
-        for news in self.session.drawing(settings, request, data, status=on.strip_status):
+        for news in self.session.told(
+            self.session.desk.drawn(page_of(request), settings), data, status=on.strip_status
+        ):
             if isinstance(news, dict):
                 yield news
             elif isinstance(news, Step):

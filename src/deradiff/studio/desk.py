@@ -6,14 +6,16 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 
 from deradiff import rewards
+from deradiff.dial import Dial
 from deradiff.records import write_png
 from deradiff.settings import Settings
 from deradiff.studio import drawing
@@ -78,37 +80,35 @@ class Desk:
 
         def work(report: Callable[[Any], None]) -> list[Drawn]:
             job.rest(rest)
-            with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
-                if settings.reference not in self.models.references:
-                    report(Loading(settings.reference))
-                try:
-                    images = self._draw(settings, job, report, preview)
-                except (torch.OutOfMemoryError, MemoryError) as error:
-                    self.models.let_go(but=settings.reference)
-                    raise MemoryError(_lower(settings)) from error
+            with self._models_for(settings, job, report) as (own, pipe, dial):
+                images = drawing.draw(own, pipe, dial, job, report, preview)
             if preview:
                 return images
             report(Unscored(images))
             return self._scored(images)
 
-        for news in streamed(work, job):
-            yield news.value if isinstance(news, Outcome) else news
+        return self._told(work, job)
+
+    def judged(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | Step | list[str]]:
+        """How far the page's image can be trusted, in words (`drawing.judged`); they come last. Raises as `drawn`."""
+        job = self.pages.begin(page)
+
+        def work(report: Callable[[Any], None]) -> list[str]:
+            judges = self._judges(settings)
+            with self._models_for(settings, job, report) as (own, pipe, dial):
+                return drawing.judged(own, pipe, dial, job, report, judges)
+
+        return self._told(work, job)
 
     def loaded(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | None]:
-        """Load the models of `settings` for a page; None comes last. Raises what `drawn` raises."""
+        """Load the models of `settings` for a page; None comes last. Raises as `drawn`."""
         job = self.pages.begin(page)
 
         def work(report: Callable[[Any], None]) -> None:
-            with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
-                report(Loading(settings.reference))
-                try:
-                    self.models.realigned(settings)
-                except (torch.OutOfMemoryError, MemoryError) as error:
-                    self.models.let_go()
-                    raise MemoryError(_lower(settings)) from error
+            with self._models_for(settings, job, report):
+                pass
 
-        for news in streamed(work, job):
-            yield news.value if isinstance(news, Outcome) else news
+        return self._told(work, job)
 
     def warm_up(self, settings: Settings) -> threading.Thread:
         """Load what `settings` need and make ready what is slow at first; what fails is told to the page that asks."""
@@ -116,8 +116,8 @@ class Desk:
         def work() -> None:
             job, small = Job(), settings.model_copy(update={"steps": 2})
             with suppress(Exception):
-                with self.turns.taken(job):
-                    images = self._draw(small, job, lambda _: None, preview=False)
+                with self._models_for(small, job, lambda _: None) as (own, pipe, dial):
+                    images = drawing.draw(own, pipe, dial, job, lambda _: None)
                 self._scored(images)
 
         thread = threading.Thread(target=work, name="studio-warm-up", daemon=True)
@@ -132,20 +132,40 @@ class Desk:
         """A contact sheet as a PNG file with its settings."""
         return self._file(name, image, record)
 
-    def _draw(self, settings: Settings, job: Job, report: Callable[[Any], None], preview: bool) -> list[Drawn]:
-        machine = self.models.machine
-        own = settings.model_copy(update=machine.options())
-        pipe, dial = self.models.realigned(own)
-        return drawing.draw(own, pipe, dial, job, report, preview)
+    @contextmanager
+    def _models_for(
+        self, settings: Settings, job: Job, report: Callable[[Any], None]
+    ) -> Iterator[tuple[Settings, DiffusionPipeline, Dial]]:
+        """Hold the models of `settings`, in turn; with them come the settings on this machine.
 
-    def _scored(self, images: list[Drawn]) -> list[Drawn]:
-        digits = images[0].settings.reference == "digits"
-        names = self._scored_by or (DIGITS_REWARDS if digits else ())
+        Where memory runs out, what can be is let go, and `MemoryError` says what to lower.
+        """
+        with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
+            if settings.reference not in self.models.references:
+                report(Loading(settings.reference))
+            own = settings.model_copy(update=self.models.machine.options())
+            try:
+                yield own, *self.models.realigned(own)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.models.let_go(but=settings.reference)
+                raise MemoryError(_lower(own)) from error
+
+    def _told(self, work: Callable[[Callable[[Any], None]], Any], job: Job) -> Iterator[Any]:
+        for news in streamed(work, job):
+            yield news.value if isinstance(news, Outcome) else news
+
+    def _judges(self, settings: Settings) -> list[rewards.PictureReward]:
+        names = self._scored_by or (DIGITS_REWARDS if settings.reference == "digits" else ())
         with self._scoring:
             for name in names:
                 if name not in self._rewards:
                     self._rewards[name] = rewards.load(name)
-            return drawing.scored(images, [self._rewards[name] for name in names])
+            return [self._rewards[name] for name in names]
+
+    def _scored(self, images: list[Drawn]) -> list[Drawn]:
+        judges = self._judges(images[0].settings)
+        with self._scoring:
+            return drawing.scored(images, judges)
 
     def _file(self, name: str, image: Any, record: dict[str, Any]) -> Path:
         folder = self.folder / secrets.token_hex(8)

@@ -34,6 +34,10 @@ FEWEST = 4
 """Steps of a preview."""
 
 
+JUDGED = 16
+"""Images from which a verdict is drawn."""
+
+
 class Step(NamedTuple):
     """How far an image is."""
 
@@ -152,6 +156,38 @@ def _drawn(
     own_shot = Shot(shot.prompt, shot.seed, 0)
     record = sweeps.about(own, own_shot, told) | made | {"settings": own.model_dump()}
     return Drawn(image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview)
+
+
+def judged(
+    settings: Settings, pipe: DiffusionPipeline, dial: Dial, job: Job, report: Callable[[Step], None],
+    rewards: Sequence[PictureReward],
+) -> list[str]:  # fmt: skip
+    """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
+
+    From `JUDGED` images, whose seeds begin with that of `settings`; see `weights.verdict`.
+    """
+    dial.reuse, dial.watching = None, False
+    prompt, seed = settings.prompts[0], settings.seeds[0]
+
+    def on_step(done: int, total: int) -> None:
+        job.check()
+        report(Step(done, total))
+
+    shots = [Shot(prompt, seed + i, 0) for i in range(JUDGED)]
+    lams = [settings.columns[0].dial()]
+    found = list(
+        sweeps.sample(
+            pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
+            **call_of(settings),
+        )
+    )  # fmt: skip
+    run = joined([told.run for _, _, told in found if told.run is not None])
+    if not rewards:
+        return [verdict(run).words]
+    pictures = [image for _, image, _ in found]
+    with torch.no_grad():
+        scores = {reward.name: reward(pictures, [prompt] * len(pictures)) for reward in rewards}
+    return list(dict.fromkeys(verdict(run, its.double().cpu(), name=name).words for name, its in scores.items()))
 
 
 def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:

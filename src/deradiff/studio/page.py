@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from deradiff.settings import Settings
-from deradiff.studio import curves, scenes, words
+from deradiff.studio import curves, drawing, scenes, words
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -63,6 +63,7 @@ class View:
     picture: gr.Image
     status: gr.HTML
     facts: gr.HTML
+    judgement: gr.HTML
     download: gr.DownloadButton
     shown: gr.State
     """The last exact image: its file, its caption and its settings string."""
@@ -81,6 +82,7 @@ class Controls:
 
     draw: gr.Button
     cancel: gr.Button
+    judge: gr.Button
     new_seed: gr.Button
     family: gr.Dropdown
     parameter: gr.Number
@@ -208,17 +210,19 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                     buttons=["fullscreen"], elem_id="picture", elem_classes="picture",
                 )  # fmt: skip
                 status = gr.HTML(words.status("Loading …"), elem_classes="status", elem_id="status")
-                with gr.Row():
+                with gr.Row(elem_id="with-image"):
                     download = gr.DownloadButton("Download the PNG", elem_id="download", interactive=False)
                     keep_a = gr.Button("Keep as A", elem_id="keep-a")
                     keep_b = gr.Button("Keep as B", elem_id="keep-b")
                 facts = gr.HTML(elem_classes="facts", elem_id="facts")
+                judge = gr.Button(f"Judge it by {drawing.JUDGED} seeds", size="sm", elem_id="judge")
+                judgement = gr.HTML(elem_id="judgement", padding=True)
             with gr.Tab("Strip over λ", id="strip"):
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     strip_lams = gr.Textbox(
                         STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
                     )
-                    draw_strip = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip")
+                    draw_strip = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip", scale=0)
                 strip_status = gr.HTML(elem_classes="status", elem_id="strip-status")
                 strip = gr.Gallery(
                     None, label="Choose an image to turn the dial there", columns=4, object_fit="contain", format="png",
@@ -230,7 +234,7 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                 sides = gr.HTML(words.sides(None, None), elem_id="sides")
                 comparison = gr.ImageSlider(
                     None, type="filepath", format="png", label="A on the left, B on the right; drag the divider",
-                    interactive=False, elem_id="comparison", elem_classes="comparison", height=440,
+                    interactive=False, elem_id="comparison", elem_classes="comparison", max_height=480,
                 )  # fmt: skip
             with gr.Tab("Keep and share", id="share"):
                 share_status = gr.HTML(elem_classes="status", elem_id="share-status")
@@ -243,11 +247,11 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                 link = gr.Textbox(
                     "", label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link", max_lines=4
                 )
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     paste = gr.Textbox(
                         label="A link or settings string", elem_id="paste", max_length=scenes.LONGEST_LINK, max_lines=3
                     )
-                    use_paste = gr.Button("Use it", elem_id="use-paste")
+                    use_paste = gr.Button("Use it", elem_id="use-paste", scale=0)
                 upload = gr.File(
                     label="A PNG that deradiff wrote: its settings are taken", file_types=[".png"], type="filepath",
                     elem_id="upload", height=150,
@@ -271,9 +275,9 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
     dial = Dial(
         models, prompt, negative, lams, curve, scheduler, steps, guidance, seed, width, height, preview
     )  # fmt: skip
-    view = View(meaning, picture, status, facts, download, shown, python, shell, link)
+    view = View(meaning, picture, status, facts, judgement, download, shown, python, shell, link)
     controls = Controls(
-        draw, cancel, new_seed, family, parameter, kept["curves"], kept["curve_name"], kept["keep_curve"],
+        draw, cancel, judge, new_seed, family, parameter, kept["curves"], kept["curve_name"], kept["keep_curve"],
         kept["delete_curve"], curve_export, reference, chosen, load, models_status, strip_lams, draw_strip,
         strip_status, strip, strip_table, strip_download, strip_lams_drawn, keep_a, keep_b, side_a, side_b, comparison,
         sides, presets, preset_name, keep_preset, delete_preset, paste, use_paste, upload, share_status,

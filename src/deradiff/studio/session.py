@@ -50,30 +50,30 @@ class Session:
 
     def meaning(self, settings: Settings) -> str:
         """What the λ of `settings` are, in words."""
-        single = len(settings.anchors) == 1
+        single, annealed = len(settings.anchors) == 1, settings.columns[0].schedule is not None
         return "".join(
-            words.meaning(lam, known_beta(source), None if single else name)
+            words.meaning(lam, known_beta(source), None if single else name, annealed)
             for lam, (name, source) in zip(scenes.strengths(settings), settings.anchors.items(), strict=True)
         )
 
-    def drawing(
-        self, settings: Settings, request: gr.Request, data: Mapping[Any, Any], *, status: Any = None, **how: Any
-    ) -> Iterator[Any]:
-        """What the desk tells about an image; what every image says alike comes as updates of `status`."""
-        status = self.view.status if status is None else status
+    def told(self, news: Iterator[Any], data: Mapping[Any, Any], *, status: Any = None) -> Iterator[Any]:
+        """What the desk tells about work; waiting and failing come as updates of `status`, the image's if None."""
+        own = status is None
+        status = self.view.status if own else status
         try:
-            for news in self.desk.drawn(page_of(request), settings, **how):
-                if isinstance(news, Waiting):
-                    yield {status: words.status(f"Waiting: {news.ahead} before this one")}
-                elif isinstance(news, Loading):
-                    yield {status: words.status(f"Loading {news.reference} …")}
+            for what in news:
+                if isinstance(what, Waiting):
+                    yield {status: words.status(f"Waiting: {what.ahead} before this one")}
+                elif isinstance(what, Loading):
+                    yield {status: words.status(f"Loading {what.reference} …")}
                 else:
-                    yield news
+                    yield what
         except Cancelled as stopped:
             if stopped.why == "cancelled":
-                shown = data.get(self.view.shown)
-                restored = {self.view.picture: shown["file"]} if shown and status is self.view.status else {}
-                yield {status: words.status("Cancelled. The last finished image is shown."), **restored}
+                shown = data[self.view.shown]
+                restored = {self.view.picture: shown["file"]} if shown and own else {}
+                last = " The last finished image is shown." if restored else ""
+                yield {status: words.status(f"Cancelled.{last}"), **restored}
         except Exception as error:
             yield {status: self.said(error)}
 

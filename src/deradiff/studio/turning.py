@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from deradiff.settings import Settings
 from deradiff.studio import drawing, scenes, snippets, words
 from deradiff.studio.desk import REST, Unscored
 from deradiff.studio.drawing import Drawn, Step
@@ -33,7 +34,7 @@ class Turning:
         how = data[self.session.dial.preview]
         if how == "none":
             return
-        for news in self.session.drawing(drawing.preview_of(settings, how), request, data, preview=True):
+        for news in self._images(drawing.preview_of(settings, how), request, data, preview=True):
             if isinstance(news, dict):
                 yield news
             elif isinstance(news, list):
@@ -49,7 +50,7 @@ class Turning:
             yield {view.status: words.wrong(error)}
             return
         early: list[Drawn] = []
-        for news in self.session.drawing(settings, request, data, rest=REST):
+        for news in self._images(settings, request, data, rest=REST):
             if isinstance(news, dict):
                 yield news
             elif isinstance(news, Step):
@@ -64,6 +65,24 @@ class Turning:
                 changed = {} if early else self._finished(news[0], request)
                 yield changed | {view.facts: words.facts(news[0])}
 
+    def judge(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """A verdict from more images than one."""
+        view = self.session.view
+        try:
+            settings = self.session.scene(data)
+        except ValueError as error:
+            yield {view.judgement: words.wrong(error)}
+            return
+        yield {view.judgement: words.status(f"Drawing {drawing.JUDGED} images …")}
+        steps = self.session.told(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
+        for news in steps:
+            if isinstance(news, dict):
+                yield news
+            elif isinstance(news, Step):
+                yield {view.judgement: words.status(f"Step {news.done} of {news.total}", *news[:2])}
+            elif isinstance(news, list):
+                yield {view.judgement: words.judgement(news, settings, drawing.JUDGED)}
+
     def cancel(self, request: gr.Request) -> None:
         """Stop this page's image; what it shows is said by whatever was drawing it."""
         self.session.desk.pages.cancel(page_of(request))
@@ -71,6 +90,9 @@ class Turning:
     def left(self, request: gr.Request) -> None:
         """The page was closed."""
         self.session.desk.pages.leave(page_of(request))
+
+    def _images(self, settings: Settings, request: gr.Request, data: dict[Any, Any], **how: Any) -> Iterator[Any]:
+        return self.session.told(self.session.desk.drawn(page_of(request), settings, **how), data)
 
     def _finished(self, drawn: Drawn, request: gr.Request) -> Updates:
         view, machine = self.session.view, self.session.desk.models.machine

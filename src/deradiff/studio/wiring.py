@@ -46,6 +46,7 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
         dial.negative_prompt.submit,
     ]  # fmt: skip
     then_exact(gr.on(turned, turning.preview, asked, shows, trigger_mode="always_last", **private))
+    on.judge.click(turning.judge, asked, view.judgement, **private)
     on.cancel.click(turning.cancel, None, None, **quick)
     then_draw(on.new_seed.click(lambda: random.randrange(2**31), None, dial.seed, **quick))
 

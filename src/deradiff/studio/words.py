@@ -22,21 +22,20 @@ def wrong(error: BaseException | str) -> str:
     return f'<p class="wrong" role="alert">{escape(words)}</p>'
 
 
-def meaning(lam: float, beta: float | None, name: str | None = None) -> str:
-    """What a λ is, as a line below its slider: the strength β/λ where β is known."""
-    parts = [f"<strong>λ = {lam:g}</strong>"]
-    if name is not None:
-        parts[0] = f"{escape(name)}: {parts[0]}"
-    if beta is not None and lam > 0:
+def meaning(lam: float, beta: float | None, name: str | None = None, annealed: bool = False) -> str:
+    """What a λ is, as a line below its slider: the strength β/λ where β is known, and λ has one."""
+    said = f"<strong>λ {'→' if annealed else '='} {lam:g}</strong>"
+    parts = [said if name is None else f"{escape(name)}: {said}"]
+    if annealed:
+        parts.append("reached along the curve, at the image")
+    elif beta is not None and lam > 0:
         parts.append(f"strength β/λ = {beta / lam:.4g} (the anchor's β is {beta:g})")
     if lam == 0:
         parts.append("the reference itself")
-    elif lam == 1:
-        parts.append("the anchor itself")
-    elif lam < 1:
-        parts.append("between reference and anchor")
-    else:
+    elif lam > 1:
         parts.append('<span class="beyond">extrapolation: less regularised than any model that was trained</span>')
+    elif not annealed:
+        parts.append("the anchor itself" if lam == 1 else "between reference and anchor")
     return f'<p class="meaning">{" · ".join(parts)}</p>'
 
 
@@ -72,15 +71,16 @@ def facts(drawn: Drawn, scoring: bool = False) -> str:
 
 def strip(images: Sequence[Drawn]) -> str:
     """What is known about the images of a strip, a row for every λ; what all verdicts say alike stands below."""
-    scores, beta = list(images[0].scores), images[0].settings.anchor_beta
+    scores = list(images[0].scores)
+    betas = [drawn.settings.columns[0].beta(drawn.settings.anchor_beta) for drawn in images]
     common = images[0].verdict if len({drawn.verdict for drawn in images}) == 1 else None
-    heads = ["λ", *(["β/λ"] if beta else []), *scores, "path KL", *([] if common else ["trust"])]
+    heads = ["λ", *(["β/λ"] if any(betas) else []), *scores, "path KL", *([] if common else ["trust"])]
     rows = []
-    for drawn in images:
+    for drawn, beta in zip(images, betas, strict=True):
         lams = scenes.strengths(drawn.settings)
         cells = [", ".join(f"{lam:g}" for lam in lams)]
-        if beta:
-            cells.append("∞" if lams[0] == 0 else f"{beta / lams[0]:.4g}")
+        if any(betas):
+            cells.append("∞" if beta is None else f"{beta:.4g}")
         cells += [f"{drawn.scores[name]:.4g}" for name in scores]
         cells.append("–" if drawn.path_kl is None else f"{drawn.path_kl:.4g}")
         cells += [] if common else [drawn.verdict]
@@ -102,3 +102,10 @@ def sides(a: str | None, b: str | None) -> str:
         missing = "A and B" if a is None and b is None else "A" if a is None else "B"
         return f"<p>Draw an image and keep it as {missing}, below it; the two are laid over each other here.</p>"
     return f"<p><strong>A</strong>: {escape(a)}<br><strong>B</strong>: {escape(b)}</p>"
+
+
+def judgement(verdicts: Sequence[str], settings: Settings, images: int) -> str:
+    """What so many images say about how far λ can be trusted."""
+    head = f"<p><strong>Judged from {images} images</strong> of seeds {settings.seeds[0]} to "
+    head += f"{settings.seeds[0] + images - 1}, {escape(label(settings))}:</p>"
+    return head + "".join(f"<p>{escape(verdict)}</p>" for verdict in verdicts)
