@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,3 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub; the
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, the system's own; a run in CI needs it, another goes on without."""
+    import browsing
+
+    with browsing.chromium() as browser:
+        yield browser

@@ -472,3 +472,20 @@ def test_other_lam_of_two_anchors_and_refusals():
     for asked in (lambda: at_other_lam(dial.weights, lift(x), 0.6), lambda: slope(dial.weights, lift(x))):
         with pytest.raises(ValueError, match="memoryless"):
             asked()
+
+
+def test_the_first_run_of_a_scheduler_that_was_put_in_forgets_the_last_one() -> None:
+    pipe, module, call = make("sd")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with realign(pipe, module, lam=0.5) as dial:
+        pipe(**call)
+        assert dial.weights.path_kl is None  # DDIM draws no noise
+        pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+        first = dial.weights
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+        second = dial.weights
+    assert first.path_kl is not None and second.path_kl is not None
+    torch.testing.assert_close(first.path_kl, second.path_kl)
+    torch.testing.assert_close(first.log_weights, second.log_weights)
+    assert first.predictions == second.predictions

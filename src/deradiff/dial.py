@@ -344,14 +344,18 @@ class Dial:
                 raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
             return
         self._schedulers.append(scheduler)
-        self._scheduler, self._pending = scheduler, None
         adopt(scheduler, self)
+        self._restart(scheduler)  # its first run has set its timesteps already
 
     def _begin(self, scheduler: SchedulerMixin) -> None:
-        """A run begins (`set_timesteps`): whatever an interrupted one left behind is void."""
+        """A run begins (`set_timesteps`)."""
         for pipe in filter(None, (ref() for ref in self._pipes)):
             if pipe.scheduler is scheduler:
                 self._require_reference(pipe)
+        self._restart(scheduler)
+
+    def _restart(self, scheduler: SchedulerMixin) -> None:
+        """Whatever an earlier or interrupted run left behind is void."""
         if self._bridge is not None:
             self._bridge.tell()
         self._scheduler, self._pending, self._bridge, self._fresh = scheduler, None, None, True

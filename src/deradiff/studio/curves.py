@@ -5,8 +5,10 @@ The page holds no mathematics of its own: it sends points, and draws what comes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+import math
+from bisect import bisect
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 from deradiff import notation
@@ -29,7 +31,7 @@ CLOSEST = 0.004
 """Two points are at least this far apart: less cannot be told apart by eye, or by a sampler of 200 steps."""
 
 
-def of_family(name: str, parameter: float) -> Schedule | None:
+def of_family(name: str, parameter: Any) -> Schedule | None:
     """The curve of AIG's family `name` (appendix A.7.3); None for "constant", which is no curve.
 
     Raises `ValueError` for another name, or a parameter outside its range.
@@ -50,14 +52,14 @@ def of_family(name: str, parameter: float) -> Schedule | None:
     return Sigmoid(value)
 
 
-def through(points: Sequence[Sequence[float]], over: str = "steps") -> Spline:
+def through(points: Any, over: Any = "steps") -> Spline:
     """The monotone spline through `points` (s, λ), whose ends are λ = 0 at pure noise and λ = 1 at the image.
 
     Raises `ValueError` for ends elsewhere, for points that fall, are too near to one another, or too many.
     """
     if not 2 <= len(points) <= MOST_POINTS:
         raise ValueError(f"a curve has 2 to {MOST_POINTS} points, got {len(points)}")
-    spline = Spline(points, over=over)  # type: ignore[arg-type]
+    spline = Spline(points, over=over)
     if (first := spline.points[0]) != (0.0, 0.0) or (last := spline.points[-1]) != (1.0, 1.0):
         ends = f"{tuple(first)} and {tuple(spline.points[-1])}"
         raise ValueError(f"a curve begins at (0, 0), pure noise, and ends at (1, 1), the image; got {ends}")
@@ -76,8 +78,11 @@ def points_of(schedule: Schedule) -> list[tuple[float, float]]:
     if isinstance(schedule, Step):
         jump = min(max(1 - schedule.p, 2 * CLOSEST), 1 - 2 * CLOSEST)
         return [(0.0, 0.0), (jump - CLOSEST, 0.0), (jump + CLOSEST, 1.0), (1.0, 1.0)]
-    inner = [i / 6 for i in range(1, 6)]
-    return [(0.0, 0.0), *((round(s, 3), round(schedule(s), 3)) for s in inner), (1.0, 1.0)]
+    fine = [(i / 1000, schedule(i / 1000)) for i in range(1001)]
+    lengths = list(accumulate((math.dist(*pair) for pair in pairwise(fine)), initial=0.0))
+    # At equal distances along the line, so that steep parts have their share.
+    inner = [fine[bisect(lengths, lengths[-1] * i / 6)] for i in range(1, 6)]
+    return [(0.0, 0.0), *((round(s, 3), round(lam, 3)) for s, lam in inner), (1.0, 1.0)]
 
 
 def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
     }
 
 
-def read(record: Mapping[str, Any] | None) -> Schedule | None:
+def read(record: Any) -> Schedule | None:
     """The curve of a page, a link or a file: a family with its λ at 1, or a spline with its ends pinned.
 
     Raises `ValueError` for anything else.
@@ -147,7 +152,7 @@ def answer(asked: Any) -> dict[str, Any]:
     `asked` comes from a browser: "steps", and "points" with "over", or "schedule".
     """
     try:
-        steps = asked.get("steps") or 25
+        steps = asked.get("steps", 25)
         if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"steps go from 1 to {MOST_STEPS}")
         points = asked.get("points")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from deradiff import sweeps
 from deradiff.dial import Dial
@@ -57,7 +58,8 @@ class Drawn:
     """What its PNG file holds: the same as `deradiff generate` writes."""
     name: str
     """Of its file."""
-    scores: dict[str, float]
+    scores: dict[str, float | str]
+    """By reward; words where a reward says that it cannot score this image for its prompt."""
     path_kl: float | None
     """In nats; None where the sampler's steps draw no noise of their own."""
     verdict: str
@@ -133,13 +135,25 @@ def draw(
 
 def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Drawn]:
     """The same images with their scores."""
-    pictures, prompts = [drawn.image for drawn in images], [drawn.settings.prompts[0] for drawn in images]
-    with torch.no_grad():
-        columns = {reward.name: reward(pictures, prompts).tolist() for reward in rewards}
+    columns = _scores([drawn.image for drawn in images], [drawn.settings.prompts[0] for drawn in images], rewards)
     return [
-        replace(drawn, scores={name: float(values[i]) for name, values in columns.items()})
+        replace(drawn, scores={name: its if isinstance(its, str) else float(its[i]) for name, its in columns.items()})
         for i, drawn in enumerate(images)
     ]
+
+
+def _scores(
+    pictures: list[Image.Image], prompts: list[str], rewards: Sequence[PictureReward]
+) -> dict[str, Tensor | str]:
+    """Each reward's scores, or why it has none: the digits' rewards know the digits' captions alone."""
+    found: dict[str, Tensor | str] = {}
+    with torch.no_grad():
+        for reward in rewards:
+            try:
+                found[reward.name] = reward(pictures, prompts).double().cpu()
+            except ValueError as error:
+                found[reward.name] = str(error)
+    return found
 
 
 def _drawn(
@@ -182,12 +196,14 @@ def judged(
         )
     )  # fmt: skip
     run = joined([told.run for _, _, told in found if told.run is not None])
-    if not rewards:
+    scores = _scores([image for _, image, _ in found], [prompt] * len(found), rewards)
+    usable = {name: its for name, its in scores.items() if not isinstance(its, str)}
+    if not usable:
         return [verdict(run).words]
-    pictures = [image for _, image, _ in found]
-    with torch.no_grad():
-        scores = {reward.name: reward(pictures, [prompt] * len(pictures)) for reward in rewards}
-    return list(dict.fromkeys(verdict(run, its.double().cpu(), name=name).words for name, its in scores.items()))
+    said = {name: verdict(run, its, name=name).words for name, its in usable.items()}
+    if len({*said.values()}) == 1:
+        return [next(iter(said.values()))]
+    return [f"{name}: {words}" for name, words in said.items()]
 
 
 def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:

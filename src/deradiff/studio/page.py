@@ -69,7 +69,7 @@ class View:
     """The last exact image: its file, its caption and its settings string."""
     python: gr.Code
     shell: gr.Code
-    link: gr.Textbox
+    link: gr.Code
 
     def components(self) -> list[Any]:
         """All of them, in order."""
@@ -90,7 +90,7 @@ class Controls:
     curve_name: gr.Textbox
     keep_curve: gr.Button
     delete_curve: gr.Button
-    curve_export: gr.Textbox
+    curve_export: gr.Code
     reference: gr.Dropdown
     anchors: gr.Dropdown
     load: gr.Button
@@ -120,169 +120,193 @@ class Controls:
 
 def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Dial, View, Controls]:
     """Lay the page out, inside a `gr.Blocks`; `start` are the settings that it opens with."""
+    made: dict[str, Any] = {
+        "models": gr.State([start.reference, *start.anchors.values()]), "shown": gr.State(None),
+        "side_a": gr.State(None), "side_b": gr.State(None), "strip_lams_drawn": gr.State([]),
+    }  # fmt: skip
     gr.HTML("<h1>deradiff studio</h1><p>One dial for how aligned a model is.</p>", elem_classes="title")
-    models = gr.State([start.reference, *start.anchors.values()])
-    shown, side_a, side_b = gr.State(None), gr.State(None), gr.State(None)
-    strip_lams_drawn = gr.State([])
-    kept: dict[str, Any] = {}
-    with gr.Row():
-        with gr.Column(scale=5, min_width=320):
-            prompt = gr.Textbox(
-                start.prompts[0], label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True,
-                submit_btn=False, max_length=scenes.LONGEST_PROMPT,
-            )  # fmt: skip
-            with gr.Row():
-                draw = gr.Button("Draw", variant="primary", elem_id="draw")
-                cancel = gr.Button("Cancel", elem_id="cancel")
-            with gr.Group(elem_classes="dial"):
-                lams = [
-                    gr.Slider(
-                        0, scenes.LARGEST_LAM, value=1.0, step=0.01, label="λ", elem_id=f"lam-{i}",
-                        visible=i == 0, buttons=["reset"],
-                    )
-                    for i in range(scenes.MOST_ANCHORS)
-                ]  # fmt: skip
-                gr.HTML(words.SCALE, padding=True)
-                meaning = gr.HTML(elem_id="meaning", padding=True)
-            with gr.Accordion("Annealing curve", open=True, elem_id="curve-panel"):
-                with gr.Row():
-                    family = gr.Dropdown(
-                        [(told, name) for name, told in FAMILIES.items()], value="constant", label="Start from",
-                        elem_id="family",
-                    )  # fmt: skip
-                    parameter = gr.Number(2.0, label="Its parameter, p or κ", elem_id="parameter", minimum=0)
-                curve = gr.HTML(
-                    {"schedule": None, "steps": start.steps},
-                    html_template=(PAGES / "curve.html").read_text(encoding="utf-8"),
-                    js_on_load=(PAGES / "curve.js").read_text(encoding="utf-8"),
-                    server_functions=[curves.answer], elem_id="curve", padding=True, label="Annealing curve",
-                    closest=curves.CLOSEST, most_points=curves.MOST_POINTS,
-                )  # fmt: skip
-                curve_export = gr.Textbox(
-                    "",
-                    label="As a schedule of the library",
-                    interactive=False,
-                    buttons=["copy"],
-                    elem_id="curve-export",
-                )
-                with gr.Row():
-                    kept["curves"] = gr.Dropdown([], label="Kept curves", elem_id="kept-curves", value=None)
-                    kept["curve_name"] = gr.Textbox(label="Keep this curve as", elem_id="curve-name", max_length=60)
-                with gr.Row():
-                    kept["keep_curve"] = gr.Button("Keep the curve", size="sm", elem_id="keep-curve")
-                    kept["delete_curve"] = gr.Button("Delete the chosen curve", size="sm", elem_id="delete-curve")
-            with gr.Accordion("Sampling", open=False, elem_id="sampling-panel"):
-                with gr.Row():
-                    scheduler = gr.Dropdown([("the model's own", "")], value="", label="Scheduler", elem_id="scheduler")
-                    steps = gr.Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
-                with gr.Row():
-                    guidance = gr.Number(
-                        None, label="Guidance scale", info="Empty for the model's usual one", elem_id="guidance",
-                        minimum=0, maximum=scenes.LARGEST_GUIDANCE,
-                    )  # fmt: skip
-                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", minimum=0)
-                new_seed = gr.Button("Another seed", elem_id="new-seed", size="sm")
-                with gr.Row():
-                    width = gr.Number(None, label="Width", info="Empty for the usual", elem_id="width", precision=0)
-                    height = gr.Number(None, label="Height", info="Empty for the usual", elem_id="height", precision=0)
-                negative = gr.Textbox(
-                    "", label="Negative prompt", elem_id="negative-prompt", max_length=scenes.LONGEST_PROMPT
-                )
-                preview = gr.Radio(
-                    list(PREVIEWS.items()), value="steps", label="Preview while the dial moves", elem_id="preview"
-                )
-            with gr.Accordion("Models", open=False, elem_id="models-panel"):
-                reference = gr.Dropdown(
-                    references, value=start.reference, label="Reference", allow_custom_value=True, elem_id="reference",
-                    info="digits, a folder of the list, or a hub id",
-                )  # fmt: skip
-                chosen = gr.Dropdown(
-                    anchors, value=list(start.anchors.values()), label="Anchors", multiselect=True,
-                    max_choices=scenes.MOST_ANCHORS, allow_custom_value=True, elem_id="anchors",
-                    info="The aligned models, three at most; each gets a dial",
-                )  # fmt: skip
-                load = gr.Button("Load these models", elem_id="load")
-                models_status = gr.HTML(elem_classes="status", elem_id="models-status")
-        with gr.Column(scale=6, min_width=320, elem_id="right"), gr.Tabs():
+    with gr.Row(elem_id="desk"):
+        with gr.Column(elem_id="front"):
+            made |= _front(start)
+        with gr.Column(elem_id="right"), gr.Tabs():
             with gr.Tab("Image", id="image"):
-                picture = gr.Image(
-                    None, type="filepath", format="png", label="Image", interactive=False, height=440,
-                    buttons=["fullscreen"], elem_id="picture", elem_classes="picture",
-                )  # fmt: skip
-                status = gr.HTML(words.status("Loading …"), elem_classes="status", elem_id="status")
-                with gr.Row(elem_id="with-image"):
-                    download = gr.DownloadButton("Download the PNG", elem_id="download", interactive=False)
-                    keep_a = gr.Button("Keep as A", elem_id="keep-a")
-                    keep_b = gr.Button("Keep as B", elem_id="keep-b")
-                facts = gr.HTML(elem_classes="facts", elem_id="facts")
-                judge = gr.Button(f"Judge it by {drawing.JUDGED} seeds", size="sm", elem_id="judge")
-                judgement = gr.HTML(elem_id="judgement", padding=True)
+                made |= _image()
             with gr.Tab("Strip over λ", id="strip"):
-                with gr.Row():
-                    strip_lams = gr.Textbox(
-                        STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
-                    )
-                    draw_strip = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip", scale=0)
-                strip_status = gr.HTML(elem_classes="status", elem_id="strip-status")
-                strip = gr.Gallery(
-                    None, label="Choose an image to turn the dial there", columns=4, object_fit="contain", format="png",
-                    interactive=False, preview=False, elem_id="strip", elem_classes="strip", height="auto",
-                )  # fmt: skip
-                strip_table = gr.HTML(elem_classes="table", elem_id="strip-table")
-                strip_download = gr.DownloadButton("Download the sheet", elem_id="strip-download", interactive=False)
+                made |= _strip()
             with gr.Tab("Compare", id="compare"):
-                sides = gr.HTML(words.sides(None, None), elem_id="sides")
-                comparison = gr.ImageSlider(
-                    None, type="filepath", format="png", label="A on the left, B on the right; drag the divider",
-                    interactive=False, elem_id="comparison", elem_classes="comparison", max_height=480,
-                )  # fmt: skip
+                made |= _comparison()
             with gr.Tab("Keep and share", id="share"):
-                share_status = gr.HTML(elem_classes="status", elem_id="share-status")
-                with gr.Row():
-                    presets = gr.Dropdown([], value=None, label="Presets", elem_id="presets")
-                    preset_name = gr.Textbox(label="Keep these settings as", elem_id="preset-name", max_length=60)
-                with gr.Row():
-                    keep_preset = gr.Button("Keep the settings", size="sm", elem_id="keep-preset")
-                    delete_preset = gr.Button("Delete the chosen preset", size="sm", elem_id="delete-preset")
-                link = gr.Textbox(
-                    "", label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link", max_lines=4
-                )
-                with gr.Row():
-                    paste = gr.Textbox(
-                        label="A link or settings string", elem_id="paste", max_length=scenes.LONGEST_LINK, max_lines=3
-                    )
-                    use_paste = gr.Button("Use it", elem_id="use-paste", scale=0)
-                upload = gr.File(
-                    label="A PNG that deradiff wrote: its settings are taken", file_types=[".png"], type="filepath",
-                    elem_id="upload", height=150,
-                )  # fmt: skip
-                python = gr.Code(
-                    "",
-                    language="python",
-                    label="The same in Python",
-                    elem_id="python",
-                    interactive=False,
-                    wrap_lines=True,
-                )
-                shell = gr.Code(
-                    "",
-                    language="shell",
-                    label="The same as a command",
-                    elem_id="shell",
-                    interactive=False,
-                    wrap_lines=True,
-                )
-    dial = Dial(
-        models, prompt, negative, lams, curve, scheduler, steps, guidance, seed, width, height, preview
+                made |= _sharing()
+        with gr.Column(elem_id="back"):
+            with gr.Accordion("Annealing curve", open=True, elem_id="curve-panel"):
+                made |= _curve(start)
+            with gr.Accordion("Sampling", open=False, elem_id="sampling-panel"):
+                made |= _sampling(start)
+            with gr.Accordion("Models", open=False, elem_id="models-panel"):
+                made |= _models(start, references, anchors)
+    return _of(Dial, made), _of(View, made), _of(Controls, made)
+
+
+def _of(kind: Any, made: dict[str, Any]) -> Any:
+    return kind(**{its.name: made[its.name] for its in fields(kind)})
+
+
+def _front(start: Settings) -> dict[str, Any]:
+    prompt = gr.Textbox(
+        start.prompts[0], label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True,
+        max_length=scenes.LONGEST_PROMPT,
     )  # fmt: skip
-    view = View(meaning, picture, status, facts, judgement, download, shown, python, shell, link)
-    controls = Controls(
-        draw, cancel, judge, new_seed, family, parameter, kept["curves"], kept["curve_name"], kept["keep_curve"],
-        kept["delete_curve"], curve_export, reference, chosen, load, models_status, strip_lams, draw_strip,
-        strip_status, strip, strip_table, strip_download, strip_lams_drawn, keep_a, keep_b, side_a, side_b, comparison,
-        sides, presets, preset_name, keep_preset, delete_preset, paste, use_paste, upload, share_status,
+    with gr.Row(elem_id="go"):
+        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+        cancel = gr.Button("Cancel", elem_id="cancel")
+    with gr.Group(elem_classes="dial"):
+        lams = [
+            gr.Slider(
+                0, scenes.LARGEST_LAM, value=1.0, step=0.01, label="λ", elem_id=f"lam-{i}", visible=i == 0,
+                buttons=["reset"],
+            )
+            for i in range(scenes.MOST_ANCHORS)
+        ]  # fmt: skip
+        gr.HTML(words.SCALE, padding=True)
+        meaning = gr.HTML(elem_id="meaning", padding=True)
+    return {"prompt": prompt, "draw": draw, "cancel": cancel, "lams": lams, "meaning": meaning}
+
+
+def _curve(start: Settings) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Row():
+        families = [(told, name) for name, told in FAMILIES.items()]
+        made["family"] = gr.Dropdown(families, value="constant", label="Start from", elem_id="family")
+        made["parameter"] = gr.Number(2.0, label="Its parameter, p or κ", elem_id="parameter", minimum=0)
+    made["curve"] = gr.HTML(
+        {"schedule": None, "steps": start.steps},
+        html_template=(PAGES / "curve.html").read_text(encoding="utf-8"),
+        js_on_load=(PAGES / "curve.js").read_text(encoding="utf-8"),
+        server_functions=[curves.answer],
+        elem_id="curve", padding=True, label="Annealing curve", closest=curves.CLOSEST, most_points=curves.MOST_POINTS,
     )  # fmt: skip
-    return dial, view, controls
+    made["curve_export"] = gr.Code(
+        "", language="python", label="As a schedule of the library", interactive=False, elem_id="curve-export",
+        wrap_lines=True, show_line_numbers=False,
+    )  # fmt: skip
+    with gr.Row():
+        made["kept_curves"] = gr.Dropdown([], label="Kept curves", elem_id="kept-curves", value=None)
+        made["curve_name"] = gr.Textbox(label="Keep this curve as", elem_id="curve-name", max_length=60)
+    with gr.Row():
+        made["keep_curve"] = gr.Button("Keep the curve", size="sm", elem_id="keep-curve")
+        made["delete_curve"] = gr.Button("Delete the chosen curve", size="sm", elem_id="delete-curve")
+    return made
+
+
+def _sampling(start: Settings) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Row():
+        made["scheduler"] = gr.Dropdown([("the model's own", "")], value="", label="Scheduler", elem_id="scheduler")
+        made["steps"] = gr.Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
+    with gr.Row():
+        made["guidance_scale"] = gr.Number(
+            None, label="Guidance scale", info="Empty for the model's usual one", elem_id="guidance", minimum=0,
+            maximum=scenes.LARGEST_GUIDANCE,
+        )  # fmt: skip
+        made["seed"] = gr.Number(0, label="Seed", info="Of the noise", precision=0, elem_id="seed", minimum=0)
+    made["new_seed"] = gr.Button("Another seed", elem_id="new-seed", size="sm")
+    with gr.Row():
+        made["width"] = gr.Number(None, label="Width", info="Empty for the usual", elem_id="width", precision=0)
+        made["height"] = gr.Number(None, label="Height", info="Empty for the usual", elem_id="height", precision=0)
+    made["negative_prompt"] = gr.Textbox(
+        "", label="Negative prompt", elem_id="negative-prompt", max_length=scenes.LONGEST_PROMPT
+    )
+    made["preview"] = gr.Radio(
+        list(PREVIEWS.items()), value="steps", label="Preview while the dial moves", elem_id="preview"
+    )
+    return made
+
+
+def _models(start: Settings, references: list[str], anchors: list[str]) -> dict[str, Any]:
+    return {
+        "reference": gr.Dropdown(
+            references, value=start.reference, label="Reference", allow_custom_value=True, elem_id="reference",
+            info="digits, a folder of the list, or a hub id",
+        ),
+        "anchors": gr.Dropdown(
+            anchors, value=list(start.anchors.values()), label="Anchors", multiselect=True,
+            max_choices=scenes.MOST_ANCHORS, allow_custom_value=True, elem_id="anchors",
+            info=f"The aligned models, {scenes.MOST_ANCHORS} at most; each gets a dial",
+        ),
+        "load": gr.Button("Load these models", elem_id="load"),
+        "models_status": gr.HTML(elem_classes="status", elem_id="models-status"),
+    }  # fmt: skip
+
+
+def _image() -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "picture": gr.Image(
+            None, type="filepath", format="png", label="Image", interactive=False, height=440, buttons=["fullscreen"],
+            elem_id="picture", elem_classes="picture",
+        ),
+        "status": gr.HTML(words.status("Loading …"), elem_classes="status", elem_id="status"),
+    }  # fmt: skip
+    with gr.Row(elem_id="with-image"):
+        made["download"] = gr.DownloadButton("Download the PNG", elem_id="download", interactive=False)
+        made["keep_a"] = gr.Button("Keep as A", elem_id="keep-a")
+        made["keep_b"] = gr.Button("Keep as B", elem_id="keep-b")
+    made["facts"] = gr.HTML(elem_classes="facts", elem_id="facts")
+    made["judge"] = gr.Button(f"Judge it by {drawing.JUDGED} seeds", size="sm", elem_id="judge")
+    made["judgement"] = gr.HTML(elem_id="judgement", padding=True)
+    return made
+
+
+def _strip() -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    with gr.Row():
+        made["strip_lams"] = gr.Textbox(
+            STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
+        )
+        made["draw_strip"] = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip", scale=0)
+    made["strip_status"] = gr.HTML(elem_classes="status", elem_id="strip-status")
+    made["strip"] = gr.Gallery(
+        None, label="Choose an image to turn the dial there", columns=4, object_fit="contain", format="png",
+        interactive=False, preview=False, elem_id="strip", elem_classes="strip", height="auto",
+    )  # fmt: skip
+    made["strip_table"] = gr.HTML(elem_classes="table", elem_id="strip-table")
+    made["strip_download"] = gr.DownloadButton("Download the sheet", elem_id="strip-download", interactive=False)
+    return made
+
+
+def _comparison() -> dict[str, Any]:
+    return {
+        "sides": gr.HTML(words.sides(None, None), elem_id="sides"),
+        "comparison": gr.ImageSlider(
+            None, type="filepath", format="png", label="A on the left, B on the right; drag the divider",
+            interactive=False, elem_id="comparison", elem_classes="comparison", max_height=480,
+        ),
+    }  # fmt: skip
+
+
+def _sharing() -> dict[str, Any]:
+    made: dict[str, Any] = {"share_status": gr.HTML(elem_classes="status", elem_id="share-status")}
+    with gr.Row():
+        made["presets"] = gr.Dropdown([], value=None, label="Presets", elem_id="presets")
+        made["preset_name"] = gr.Textbox(label="Keep these settings as", elem_id="preset-name", max_length=60)
+    with gr.Row():
+        made["keep_preset"] = gr.Button("Keep the settings", size="sm", elem_id="keep-preset")
+        made["delete_preset"] = gr.Button("Delete the chosen preset", size="sm", elem_id="delete-preset")
+    code: dict[str, Any] = {"interactive": False, "wrap_lines": True}
+    made["link"] = gr.Code(
+        "", language=None, label="Link to these settings", elem_id="link", show_line_numbers=False, **code
+    )
+    with gr.Row():
+        made["paste"] = gr.Textbox(
+            label="A link or settings string", elem_id="paste", max_length=scenes.LONGEST_LINK, max_lines=3
+        )
+        made["use_paste"] = gr.Button("Use it", elem_id="use-paste", scale=0)
+    made["upload"] = gr.File(
+        label="A PNG that deradiff wrote: its settings are taken", file_types=[".png"], type="filepath",
+        elem_id="upload", height=150,
+    )  # fmt: skip
+    made["python"] = gr.Code("", language="python", label="The same in Python", elem_id="python", **code)
+    made["shell"] = gr.Code("", language="shell", label="The same as a command", elem_id="shell", **code)
+    return made
 
 
 def theme() -> gr.themes.Base:
@@ -301,4 +325,6 @@ def theme() -> gr.themes.Base:
         button_cancel_background_fill_hover="#7f1515",
         button_cancel_text_color="white",
         slider_color="#0b5a8f",
+        color_accent="#0b5a8f",
+        color_accent_soft_dark="#0b3a5a",
     )

@@ -53,12 +53,12 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
     curve_parts = [dial.curve, on.family, on.parameter, on.curve_export]
     dial.steps.input(annealing.restep, [dial.curve, dial.steps], dial.curve, **quick)
     dial.curve.input(annealing.drawn, dial.curve, [on.family, on.curve_export], **quick)
-    then_draw(on.family.input(annealing.family, [on.family, dial.curve], curve_parts, **quick))
-    then_draw(on.parameter.submit(annealing.parameter, [on.family, on.parameter, dial.curve], curve_parts, **quick))
-    then_draw(on.kept_curves.input(annealing.use, [on.kept_curves, dial.curve], curve_parts, **quick))
+    then_draw(on.family.input(annealing.family, [on.family, dial.curve], curve_parts, **private))
+    then_draw(on.parameter.submit(annealing.parameter, [on.family, on.parameter, dial.curve], curve_parts, **private))
+    then_draw(on.kept_curves.input(annealing.use, [on.kept_curves, dial.curve], curve_parts, **private))
     kept_parts = [on.kept_curves, on.curve_name, view.status]
-    on.keep_curve.click(annealing.keep, [on.curve_name, dial.curve], kept_parts, **quick)
-    on.delete_curve.click(annealing.delete, on.kept_curves, kept_parts, **quick)
+    on.keep_curve.click(annealing.keep, [on.curve_name, dial.curve], kept_parts, **private)
+    on.delete_curve.click(annealing.delete, on.kept_curves, kept_parts, **private)
 
     everything = [*keeping.components(), *shows, on.models_status, on.share_status]
     for event, reaction, needs in (
@@ -70,15 +70,15 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
     ):
         then_draw(event(reaction, {*asked, *needs}, everything, **private))
     preset_parts = [on.presets, on.preset_name, on.share_status]
-    on.keep_preset.click(keeping.keep, {*asked, on.preset_name}, preset_parts, **quick)
-    on.delete_preset.click(keeping.delete, {on.presets}, preset_parts, **quick)
+    on.keep_preset.click(keeping.keep, {*asked, on.preset_name}, preset_parts, **private)
+    on.delete_preset.click(keeping.delete, {on.presets}, preset_parts, **private)
 
     strip_parts = [on.strip_status, on.strip, on.strip_table, on.strip_download, on.strip_lams_drawn]
     gr.on([on.draw_strip.click, on.strip_lams.submit], comparing.strip, {on.strip_lams, *asked}, strip_parts, **private)
     then_draw(on.strip.select(comparing.pick, [on.strip_lams_drawn, *dial.lams], dial.lams, **quick))
     for letter, button, side in (("A", on.keep_a, on.side_a), ("B", on.keep_b, on.side_b)):
         keep = partial(comparing.keep, letter)
-        button.click(keep, view.shown, [side, view.status], **quick).success(
+        button.click(keep, view.shown, [side, view.status], **private).success(
             comparing.compare, [on.side_a, on.side_b], [on.comparison, on.sides], **quick
         )
     blocks.unload(turning.left)

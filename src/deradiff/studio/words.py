@@ -57,7 +57,7 @@ def label(settings: Settings) -> str:
 
 def facts(drawn: Drawn, scoring: bool = False) -> str:
     """What is known about one image, as a table; `scoring` says that its scores are still to come."""
-    rows = [(name, f"{value:.4g}") for name, value in drawn.scores.items()]
+    rows = [(name, _score(value)) for name, value in drawn.scores.items()]
     if scoring:
         rows = [("scores", "…")]
     elif not rows:
@@ -81,13 +81,17 @@ def strip(images: Sequence[Drawn]) -> str:
         cells = [", ".join(f"{lam:g}" for lam in lams)]
         if any(betas):
             cells.append("∞" if beta is None else f"{beta:.4g}")
-        cells += [f"{drawn.scores[name]:.4g}" for name in scores]
+        cells += ["–" if isinstance(its := drawn.scores[name], str) else _score(its) for name in scores]
         cells.append("–" if drawn.path_kl is None else f"{drawn.path_kl:.4g}")
         cells += [] if common else [drawn.verdict]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     below = f"<p>Trust, for all of them: {escape(common)}</p>" if common else ""
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{below}"
+
+
+def _score(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _path_kl(drawn: Drawn) -> str:

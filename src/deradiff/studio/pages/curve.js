@@ -9,6 +9,7 @@ const closest = props.closest, most = props.most_points;
 let shown = null;        // what the server made of the present curve
 let points = [];         // as they are being moved
 let chosen = -1;         // the index of the point that has the focus
+let state = null;        // what is asked of the server: points, or a schedule from elsewhere
 let past = [], future = [];
 let waiting = null, asking = false, dragging = null;
 
@@ -127,12 +128,15 @@ function publish() {
 }
 
 function remember() {
-  past.push(shown.schedule);
+  past.push(state);
   if (past.length > 200) past.shift();
   future = [];
 }
 
-const send = () => ask({points, over: shown.schedule ? shown.schedule.over : 'steps'}, publish);
+function send() {
+  state = {points: [...points], over: shown.schedule ? shown.schedule.over : 'steps'};
+  ask(state, publish);
+}
 
 function move(i, s, lam) {
   points[i] = [
@@ -158,8 +162,9 @@ function addAfter(i) {
     for (let k = 1; k < base.length - 1; k++) if (base[k + 1][0] - base[k][0] > base[i + 1][0] - base[i][0]) i = k;
   }
   const s = (base[i][0] + base[i + 1][0]) / 2;
-  const near = shown.line.reduce((best, one) => Math.abs(one[0] - s) < Math.abs(best[0] - s) ? one : best);
-  const at = add(s, near[1]);
+  const line = points.length ? shown.line : base;  // from no curve, the straight line
+  const after = line.findIndex(([other]) => other >= s), [s0, lam0] = line[after - 1], [s1, lam1] = line[after];
+  const at = add(s, lam0 + (lam1 - lam0) * (s - s0) / (s1 - s0));
   if (at > 0) { drawPoints(); focus(at); send(); }
 }
 
@@ -177,8 +182,9 @@ function focus(i) { chosen = i; find('.points').children[i].focus(); }
 
 function travel(from, to) {
   if (!from.length) return;
-  to.push(shown.schedule);
-  ask({schedule: from.pop()}, publish);
+  to.push(state);
+  state = from.pop();
+  ask(state, publish);
 }
 const undo = () => travel(past, future), redo = () => travel(future, past);
 
@@ -200,9 +206,9 @@ plot.addEventListener('pointerdown', (event) => {
     i = add(s, lam);
     if (i < 0) return;
     drawPoints();
-    dragging = {i, moved: true, before: null};
+    dragging = {i, moved: true};
     send();
-  } else dragging = {i, moved: false, before: shown.schedule};
+  } else dragging = {i, moved: false};
   focus(i);
   plot.setPointerCapture(event.pointerId);
 });
@@ -252,13 +258,14 @@ find('.tools').addEventListener('click', (event) => {
 });
 
 // A curve that came from elsewhere in the page: a family, a kept curve, a preset.
-function arrived() {
+function arrive() {
   const schedule = props.value ? props.value.schedule : null;
   if (shown && JSON.stringify(schedule) !== JSON.stringify(shown.schedule)) remember();
   chosen = -1;
-  ask({schedule}, render);
+  state = {schedule};
+  ask(state, render);
 }
-watch('value', arrived);
+watch('value', arrive);
 
 frame();
-ask({schedule: props.value ? props.value.schedule : null}, render);
+arrive();

@@ -1,0 +1,155 @@
+"""One image at a time, in order; a page's job can be stopped, and no other page's."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from deradiff.studio.jobs import Cancelled, Full, Job, Outcome, Pages, Turns, streamed
+
+
+def test_a_newer_job_of_a_page_takes_the_place_of_the_last() -> None:
+    pages = Pages()
+    first, other = pages.begin("a"), pages.begin("b")
+    second = pages.begin("a")
+    with pytest.raises(Cancelled) as stopped:
+        first.check()
+    assert stopped.value.why == "superseded"
+    second.check()
+    other.check()
+
+
+def test_one_pages_cancel_does_not_stop_anothers_image() -> None:
+    pages = Pages()
+    mine, theirs = pages.begin("mine"), pages.begin("theirs")
+    pages.cancel("mine")
+    pages.cancel("nobody")
+    theirs.check()
+    with pytest.raises(Cancelled) as stopped:
+        mine.rest(10)
+    assert stopped.value.why == "cancelled"
+    pages.leave("theirs")
+    assert theirs.stopped and pages.begin("theirs").stopped is False
+
+
+def test_what_a_job_was_stopped_by_first_counts() -> None:
+    job = Job()
+    job.stop("cancelled")
+    job.stop("superseded")
+    with pytest.raises(Cancelled) as stopped:
+        job.check()
+    assert stopped.value.why == "cancelled"
+
+
+def test_rest_waits_and_ends_at_once_when_stopped() -> None:
+    job, begun = Job(), time.perf_counter()
+    job.rest(0.05)
+    assert time.perf_counter() - begun >= 0.05
+    threading.Timer(0.05, job.stop, ["cancelled"]).start()
+    with pytest.raises(Cancelled):
+        job.rest(30)
+    assert time.perf_counter() - begun < 5
+
+
+def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
+    turns, order, inside = Turns(), [], []
+
+    def work(name: int) -> None:
+        with turns.taken(Job()):
+            inside.append(name)
+            assert len(inside) == 1
+            time.sleep(0.01)
+            order.append(name)
+            inside.remove(name)
+
+    gate = Job()
+    threads = []
+    with turns.taken(gate):
+        for name in range(6):
+            threads.append(threading.Thread(target=work, args=(name,)))
+            threads[-1].start()
+            time.sleep(0.03)
+    for thread in threads:
+        thread.join(10)
+    assert order == list(range(6))
+
+
+def test_who_waits_is_told_how_many_come_first_and_may_give_up() -> None:
+    turns, told, job = Turns(), list[int](), Job()
+    with turns.taken(Job()):
+        threading.Timer(0.1, job.stop, ["cancelled"]).start()
+        with pytest.raises(Cancelled), turns.taken(job, told.append):
+            pytest.fail("it was another's turn")
+    assert told == [1]
+    with turns.taken(Job()):
+        pass
+
+
+def test_the_line_is_bounded() -> None:
+    turns = Turns(most=1)
+    waiting = Job()
+    with turns.taken(Job()):
+        thread = threading.Thread(target=_ignore, args=(turns, waiting))
+        thread.start()
+        time.sleep(0.05)
+        with pytest.raises(Full, match="2 images wait already"), turns.taken(Job()):
+            pass
+        waiting.stop("left")
+        thread.join(10)
+
+
+def _ignore(turns: Turns, job: Job) -> None:
+    with pytest.raises(Cancelled), turns.taken(job):
+        pass
+
+
+def test_an_error_gives_the_turn_on() -> None:
+    turns = Turns()
+    with pytest.raises(ValueError, match="mine"), turns.taken(Job()):
+        raise ValueError("mine")
+    with turns.taken(Job()):
+        pass
+
+
+def test_news_come_while_the_work_goes_on_and_the_outcome_last() -> None:
+    heard, goes_on = [], threading.Event()
+
+    def work(report: Any) -> str:
+        report(1)
+        assert goes_on.wait(10)
+        for number in range(2, 50):
+            report(number)
+        return "done"
+
+    for news in streamed(work, Job()):
+        heard.append(news)
+        goes_on.set()
+    assert heard[0] == 1 and heard[-1] == Outcome("done")
+    assert heard[:-1] == sorted(heard[:-1])  # those between may be skipped, and none comes late
+
+
+def test_what_the_work_raises_reaches_who_listens() -> None:
+    def work(report: Any) -> None:
+        raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"):
+        list(streamed(work, Job()))
+
+
+def test_work_that_nobody_listens_to_any_more_has_ended() -> None:
+    job, ended = Job(), threading.Event()
+
+    def work(report: Any) -> None:
+        try:
+            while True:
+                job.check()
+                report("working")
+                time.sleep(0.005)
+        finally:
+            ended.set()
+
+    news = streamed(work, job)
+    assert next(news) == "working"
+    news.close()  # type: ignore[attr-defined]
+    assert ended.is_set()
