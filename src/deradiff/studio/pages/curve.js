@@ -50,6 +50,7 @@ function describe(i) {
 
 function drawPoints() {
   const group = find('.points');
+  const focused = group.contains(document.activeElement);
   if (group.childElementCount !== points.length) {
     group.replaceChildren();
     points.forEach((_, i) => {
@@ -75,6 +76,10 @@ function drawPoints() {
       mark.setAttribute('aria-valuetext', describe(i));
     }
   });
+  // Whoever moves by keyboard is not sent back to the top of the page when points come or go.
+  if (focused && !group.contains(document.activeElement)) {
+    if (points.length > 2) focus(clamp(chosen, 1, points.length - 2)); else find('[data-do=add]').focus();
+  }
 }
 
 function tools() {
@@ -172,9 +177,8 @@ function remove(i) {
   if (i < 1 || i >= points.length - 1) return;
   remember();
   points = points.filter((_, k) => k !== i);
-  chosen = -1;
+  chosen = Math.min(i, points.length - 2);
   drawPoints();
-  if (points.length > 2) focus(Math.min(i, points.length - 2)); else find('[data-do=add]').focus();
   send();
 }
 
@@ -261,7 +265,6 @@ find('.tools').addEventListener('click', (event) => {
 function arrive() {
   const schedule = props.value ? props.value.schedule : null;
   if (shown && JSON.stringify(schedule) !== JSON.stringify(shown.schedule)) remember();
-  chosen = -1;
   state = {schedule};
   ask(state, render);
 }
