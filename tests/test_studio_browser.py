@@ -181,7 +181,7 @@ def test_curves_start_from_families_and_are_kept_by_name(studio: Any) -> None:
     restart(studio)
     _choose(studio, "#family", "None")
     exact(studio)
-    assert code(studio, "#curve-export") == ""
+    assert code(studio, "#curve-export") == "# no schedule: λ stays the same"
     restart(studio)
     _choose(studio, "#kept-curves", "late rise")
     exact(studio)

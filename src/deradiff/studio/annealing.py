@@ -15,6 +15,9 @@ Changed = tuple[Any, ...]
 """Of the curve, its family, the family's parameter, and the curve in Python."""
 
 
+NONE = "# no schedule: λ stays the same"
+
+
 class Annealing:
     """What happens to the page's curve."""
 
@@ -86,4 +89,4 @@ class Annealing:
 
 def exported(schedule: Schedule | None) -> str:
     """The curve as it is written in Python."""
-    return "" if schedule is None else f"schedules.{schedule!r}"
+    return NONE if schedule is None else f"schedules.{schedule!r}"

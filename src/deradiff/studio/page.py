@@ -186,7 +186,7 @@ def _curve(start: Settings) -> dict[str, Any]:
         elem_id="curve", padding=True, label="Annealing curve", closest=curves.CLOSEST, most_points=curves.MOST_POINTS,
     )  # fmt: skip
     made["curve_export"] = gr.Code(
-        "", language="python", label="As a schedule of the library", interactive=False, elem_id="curve-export",
+        "", language="python", label="As a schedule of the library", interactive=False, lines=1, elem_id="curve-export",
         wrap_lines=True, show_line_numbers=False,
     )  # fmt: skip
     with gr.Row():
@@ -262,7 +262,9 @@ def _strip() -> dict[str, Any]:
         made["strip_lams"] = gr.Textbox(
             STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
         )
-        made["draw_strip"] = gr.Button("Draw the strip", variant="primary", elem_id="draw-strip", scale=0)
+        made["draw_strip"] = gr.Button(
+            "Draw the strip", variant="primary", elem_id="draw-strip", scale=0, min_width=170
+        )
     made["strip_status"] = gr.HTML(elem_classes="status", elem_id="strip-status")
     made["strip"] = gr.Gallery(
         None, label="Choose an image to turn the dial there", columns=4, object_fit="contain", format="png",
@@ -291,7 +293,7 @@ def _sharing() -> dict[str, Any]:
     with gr.Row():
         made["keep_preset"] = gr.Button("Keep the settings", size="sm", elem_id="keep-preset")
         made["delete_preset"] = gr.Button("Delete the chosen preset", size="sm", elem_id="delete-preset")
-    code: dict[str, Any] = {"interactive": False, "wrap_lines": True}
+    code: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1}
     made["link"] = gr.Code(
         "", language=None, label="Link to these settings", elem_id="link", show_line_numbers=False, **code
     )

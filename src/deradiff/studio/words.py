@@ -70,24 +70,24 @@ def facts(drawn: Drawn, scoring: bool = False) -> str:
 
 
 def strip(images: Sequence[Drawn]) -> str:
-    """What is known about the images of a strip, a row for every λ; what all verdicts say alike stands below."""
+    """What is known about the images of a strip, a row for every λ; below it, what they are worth."""
     scores = list(images[0].scores)
     betas = [drawn.settings.columns[0].beta(drawn.settings.anchor_beta) for drawn in images]
-    common = images[0].verdict if len({drawn.verdict for drawn in images}) == 1 else None
-    heads = ["λ", *(["β/λ"] if any(betas) else []), *scores, "path KL", *([] if common else ["trust"])]
-    rows = []
+    heads = ["λ", *(["β/λ"] if any(betas) else []), *scores, "path KL"]
+    rows: list[str] = []
+    worth: dict[str, list[str]] = {}
     for drawn, beta in zip(images, betas, strict=True):
-        lams = scenes.strengths(drawn.settings)
-        cells = [", ".join(f"{lam:g}" for lam in lams)]
-        if any(betas):
-            cells.append("∞" if beta is None else f"{beta:.4g}")
+        lam = ", ".join(f"{its:g}" for its in scenes.strengths(drawn.settings))
+        cells = [lam, *(["∞" if beta is None else f"{beta:.4g}"] if any(betas) else [])]
         cells += ["–" if isinstance(its := drawn.scores[name], str) else _score(its) for name in scores]
         cells.append("–" if drawn.path_kl is None else f"{drawn.path_kl:.4g}")
-        cells += [] if common else [drawn.verdict]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        worth.setdefault(drawn.verdict, []).append(lam)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    below = f"<p>Trust, for all of them: {escape(common)}</p>" if common else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{below}"
+    said = "".join(
+        f"<p><strong>λ {escape('; '.join(lams))}</strong>: {escape(words)}</p>" for words, lams in worth.items()
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{said}"
 
 
 def _score(value: float | str) -> str:
