@@ -535,5 +535,5 @@ def record(
     weights: torch.Tensor,
 ) -> StepRecord:  # fmt: skip
     models = tuple(f"model {k}" for k in range(len(outputs)))
-    snr = posteriors.log_snr(scheduler, timestep)
-    return StepRecord(models, outputs, weights, sample, timestep, snr, posteriors.progress(scheduler, timestep))
+    at, progress = index_of(scheduler, timestep), posteriors.progress(scheduler, timestep)
+    return StepRecord(models, outputs, weights, sample, timestep, at, posteriors.log_snr(scheduler, timestep), progress)

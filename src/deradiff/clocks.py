@@ -64,13 +64,13 @@ def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
     return log_snr_at(scheduler, index_of(scheduler, timestep), timestep)
 
 
-def next_log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float | None:
-    """`log_snr` of what `step` from `timestep` will lead to: ask before `step`. None at the last step.
+def next_log_snr(scheduler: SchedulerMixin, i: int) -> float | None:
+    """`log_snr` of what `step` from the i-th timestep will lead to: ask before `step`. None at the last step.
 
     For schedulers that evaluate once per step; of the others nobody knows before where the next evaluation is.
     """
-    i, timesteps = index_of(scheduler, timestep) + 1, _timesteps(scheduler)
-    return log_snr_at(scheduler, i, timesteps[i]) if i < len(timesteps) else None
+    timesteps = _clock(_timesteps(scheduler)).timesteps
+    return log_snr_at(scheduler, i + 1, timesteps[i + 1]) if i + 1 < len(timesteps) else None
 
 
 def log_snr_at(scheduler: SchedulerMixin, i: int, timestep: Timestep) -> float:

@@ -20,11 +20,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deradiff import posteriors, refusals
+from deradiff import refusals
 from deradiff.adoption import DIAL, adopt, release, scheduler_owner
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
-from deradiff.clocks import first, impacts, index_of, strengths
+from deradiff.clocks import first, impacts, index_of, log_snr_at, progress_at, strengths
 from deradiff.denoisers import Denoisers, NonFinitePrediction
 from deradiff.evaluation import Evaluation, wrong_count
 from deradiff.ledger import Ledger, RunWeights
@@ -282,7 +282,8 @@ class Dial:
     @torch.compiler.disable
     def _evaluation(self, timestep: Any, rows: int, distilled: bool) -> Evaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
-        progress = posteriors.progress(self._current_scheduler(), timestep)
+        at = index_of(scheduler := self._current_scheduler(), timestep)
+        progress = progress_at(scheduler, at)
         if (pending := self._pending) is not None:
             if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
                 return pending.again(rows)
@@ -296,14 +297,14 @@ class Dial:
             self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
         weights = self._weights
         models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
-        step = Evaluation(progress, models, weights[list(models)], weights[1:], self._lams.images, rows, distilled)
+        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], self._lams.images, rows, distilled)
         if len(models) == 1:
             return step
         if self.method == "weights":
             return step.blended()
         if self._reusing is None:
             return step
-        return step.bridged(self._bridge_of(self._reusing, step), index_of(self._scheduler, timestep))
+        return step.bridged(self._bridge_of(self._reusing, step))
 
     def _bridge_of(self, reuse: Reuse, step: Evaluation) -> Bridge:
         """What carries predictions over in the present run, made at the first step that mixes."""
@@ -379,9 +380,8 @@ class Dial:
             raise wrong_count(evaluation.images, len(sample))
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.bridge is not None:
-            at = index_of(scheduler, timestep)
             predictions = evaluation.bridge.complete(
-                at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
+                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
             )
         self.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
@@ -389,11 +389,12 @@ class Dial:
             weights=evaluation.weights,
             sample=sample,
             timestep=timestep,
-            log_snr=posteriors.log_snr(scheduler, timestep),
+            at=evaluation.at,
+            log_snr=log_snr_at(scheduler, evaluation.at, timestep),
             progress=evaluation.progress,
         )
         if self._bridge is not None:
-            self._bridge.tell(index_of(scheduler, timestep))
+            self._bridge.tell(evaluation.at)
         settings: dict[str, Any] = {
             key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
         }

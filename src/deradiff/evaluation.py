@@ -17,6 +17,8 @@ from deradiff.schedules import Progress
 class Evaluation:
     """A step's predictions, from the call of the denoiser to the step of the scheduler."""
 
+    at: int
+    """Which of the scheduler's timesteps this is."""
     progress: Progress
     models: tuple[int, ...]
     """Those that the step mixes: 0 is the reference, k the k-th anchor."""
@@ -59,12 +61,12 @@ class Evaluation:
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, blend=blend)
 
-    def bridged(self, bridge: Bridge, i: int) -> Evaluation:
-        """All models at the i-th timestep, or the carrier alone where predictions are carried over."""
+    def bridged(self, bridge: Bridge) -> Evaluation:
+        """All models at this timestep, or the carrier alone where predictions are carried over."""
         weighty = [bridge.names[k] for k, weight in zip(self.models, self.weights, strict=True) if weight.any()]
         if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
-        wanted = bridge.wants(i, (self.models, self.rows))
+        wanted = bridge.wants(self.at, (self.models, self.rows))
         carried = wanted == "carrier"
         if bridge.carrier == WEIGHTS:
             blend = None if wanted == "models" else self._by_row()

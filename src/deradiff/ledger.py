@@ -182,7 +182,7 @@ class Ledger:
             if scheduler.config.get("stochastic_sampling"):
                 self._obstacles.add("renoising")
             return
-        log_snr = next_log_snr(scheduler, step.timestep)
+        log_snr = next_log_snr(scheduler, step.at)
         if log_snr is None:
             return
         self.ahead = weight_clock(scheduler, log_snr)

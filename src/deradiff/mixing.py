@@ -26,7 +26,8 @@ class StepRecord:
 
     `predictions` are the guided predictions of the models that were evaluated, in the order of `models`, in whatever
     the scheduler predicts (ε, v, x_0 or flow velocity); `weights` are theirs in the mixture, per image or for all (one
-    column). `sample` is x_t as the scheduler holds it, `log_snr` its log(α²/σ²).
+    column). `sample` is x_t as the scheduler holds it, `log_snr` its log(α²/σ²); `timestep` is
+    the `at`-th of its timesteps.
     """
 
     models: tuple[str, ...]
@@ -34,6 +35,7 @@ class StepRecord:
     weights: Float[Tensor, "model #batch"]
     sample: Float[Tensor, "batch channel *latent"]
     timestep: Any
+    at: int
     log_snr: float
     progress: Progress
 
