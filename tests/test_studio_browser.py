@@ -145,6 +145,7 @@ def test_dragging_a_point_changes_the_schedule_that_the_server_receives(studio: 
     shot(studio, "studio-curve")
     studio.get_by_role("tab", name="Keep and share").click()
     settled(studio, lambda: repr(second) in code(studio, "#python"))
+    assert text(studio, "#family").startswith("Drawn")
     # Undo and redo go through the same schedules.
     studio.click("#curve [data-do=undo]")
     settled(studio, lambda: code(studio, "#curve-export") == f"schedules.{first!r}")
@@ -157,6 +158,16 @@ def _schedule(opened: Any) -> Any:
     with opened.expect_download() as download:
         opened.click("#download")
     return read_png(download.value.path())["schedule"]
+
+
+def test_a_double_click_removes_a_point_and_one_beside_it_adds_none(studio: Any) -> None:
+    plot, points = studio.locator("#curve svg"), studio.locator("#curve .point:not(.pinned)")
+    plot.click(position={"x": 200, "y": 150})
+    settled(studio, lambda: points.count() == 1)
+    studio.wait_for_timeout(600)
+    box = points.bounding_box()
+    studio.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    settled(studio, lambda: points.count() == 0)
 
 
 def test_curves_start_from_families_and_are_kept_by_name(studio: Any) -> None:
@@ -215,6 +226,15 @@ def test_cancel_stops_this_page_and_no_other(studio: Any, address: str, chromium
         studio.click("#cancel")
         settled(studio, lambda: "Cancelled" in studio.inner_text("#status"))
         settled(studio, lambda: np.array_equal(pixels(studio), last))
+        # A cancel during the preview, or the rest after it, is for the exact image too.
+        for pause in (50, 250, 500):
+            restart(studio)
+            studio.click("#draw")
+            studio.wait_for_timeout(pause)
+            studio.click("#cancel")
+            settled(studio, lambda: "Cancelled" in studio.inner_text("#status"))
+            studio.wait_for_timeout(700)
+            assert "Cancelled" in studio.inner_text("#status")
         exact(other)
         assert "the anchor itself" in other.inner_text("#meaning")
 
@@ -431,6 +451,29 @@ def test_a_bad_link_opens_the_studio_all_the_same(address: str, chromium: Any) -
         opened.get_by_text("which this studio does not list").wait_for()
         exact(opened)
         assert opened.input_value(NUMBER) == "0.5"
+
+
+def test_a_link_to_a_model_that_does_not_fit_opens_the_studio_as_usual(
+    address: str, chromium: Any, place: Path
+) -> None:
+    link = f"{address}?prompt=a&reference=digits&anchor={place / 'models' / 'misfit'}&lam=0.7"
+    with page(chromium, link) as opened:
+        opened.get_by_text("The link was not followed").first.wait_for()
+        exact(opened)
+        assert opened.input_value(NUMBER) == "0.5" and text(opened, "#prompt") == "a blue eight on white paper"
+
+
+def test_clearing_a_number_on_the_way_to_another_says_nothing(studio: Any) -> None:
+    studio.focus(NUMBER)
+    restart(studio)
+    studio.keyboard.press("Control+A")
+    studio.keyboard.press("Backspace")
+    studio.wait_for_timeout(700)
+    assert studio.locator(".toast-body").count() == 0
+    studio.keyboard.type("0.7")
+    studio.keyboard.press("Enter")
+    exact(studio)
+    assert "λ = 0.7" in studio.inner_text("#meaning")
 
 
 def test_a_verdict_is_judged_by_many_seeds(studio: Any) -> None:

@@ -37,6 +37,23 @@ def test_points_follow_the_curve_that_they_were_taken_from(schedule: Schedule) -
     assert max(away) < 0.06
 
 
+@pytest.mark.parametrize("name", list(curves.FAMILIES))
+def test_every_curve_of_a_family_can_be_drawn_on(name: str) -> None:
+    _, _, least, most = curves.FAMILIES[name]
+    for i in range(101):
+        parameter = least + (most - least) * (i / 100) ** 3
+        schedule = curves.of_family(name, parameter)
+        assert schedule is not None
+        points = curves.points_of(schedule)
+        assert curves.through(points).points == tuple(map(tuple, points))
+
+
+def test_points_may_be_as_near_as_the_editor_puts_them() -> None:
+    for thousandths in range(4, 991):
+        s = thousandths / 1000
+        curves.through([(0, 0), (s, 0.5), (round(s + curves.CLOSEST, 3), 0.6), (1, 1)])
+
+
 def _at_jump(schedule: Schedule, s: float) -> bool:
     return isinstance(schedule, Step) and abs(s - (1 - schedule.p)) < 0.02
 

@@ -180,7 +180,7 @@ def test_previews_are_near_and_say_so(desk: Desk) -> None:
 def test_the_file_holds_the_settings(desk: Desk) -> None:
     settings = scene(0.5, seed=9)
     [found] = last(desk.drawn("page", settings))
-    file = desk.save(found)
+    file = desk.save(found.name, found.image, found.record)
     assert file.name == "000-a-red-seven-seed9-00-lam0.5.png" and file.is_relative_to(desk.folder)
     assert scenes.of_record(read_png(file)) == settings
     assert read_png(file)["beta"] == 200 and read_png(file)["scheduler"] == "DDIMScheduler"
@@ -189,7 +189,7 @@ def test_the_file_holds_the_settings(desk: Desk) -> None:
 def test_files_do_not_pile_up(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desks, "MOST_FILES", 3)
     [found] = last(desk.drawn("page", scene(steps=1)))
-    files = [desk.save(found) for _ in range(5)]
+    files = [desk.save(found.name, found.image, found.record) for _ in range(5)]
     assert [file.exists() for file in files] == [False, False, True, True, True]
 
 
@@ -219,6 +219,41 @@ def test_out_of_memory_says_what_to_lower_and_the_studio_goes_on(desk: Desk, mon
         last(desk.drawn("page", drawing.strip_of(scene(), [0.0, 1.0])))
     monkeypatch.setattr(drawing, "draw", real)
     assert isinstance(last(desk.drawn("page", scene()))[0], Drawn)
+
+
+def test_out_of_memory_while_scoring_leaves_the_image(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "scored", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    [found] = last(desk.drawn("page", scene()))
+    assert "out of memory while scoring" in str(found.scores["scores"])
+    monkeypatch.setattr(drawing, "scored", lambda *_: (_ for _ in ()).throw(OSError("no such model")))
+    [found] = last(desk.drawn("page", scene()))
+    assert found.scores == {"scores": "none: no such model"}
+
+
+def test_what_loading_warned_about_comes_with_the_image(desk: Desk) -> None:
+    models = Models(Sources([digits.reference_path().parent]), Machine(device="cpu"), lambda: 1.0)
+    fresh = Desk(models)
+    same = scenes.scene("digits", [str(digits.reference_path().resolve())], "a red seven", [0.5], steps=2)
+    last(fresh.loaded("page", same))
+    [found] = last(fresh.drawn("page", same))
+    fresh.close()
+    assert any("every λ gives the same images" in warning for warning in found.warned)
+    assert last(desk.drawn("page", scene()))[0].warned == ()
+
+
+def test_long_names_make_a_file_all_the_same(desk: Desk) -> None:
+    from deradiff.settings import Shot, file_name
+
+    names = {"a" * 111: "digits:100", "b" * 111: "digits:30"}
+    settings = scene().model_copy(update={"anchors": names, "columns": (_column(dict.fromkeys(names, 0.5)),)})
+    name = file_name(settings, Shot("a red seven", 0, 0))
+    assert len(name.encode()) < 255 and name.endswith(".png")
+
+
+def _column(lam: dict[str, float]) -> Any:
+    from deradiff.settings import Column
+
+    return Column(lam=lam)
 
 
 def test_nan_is_an_error_in_words(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

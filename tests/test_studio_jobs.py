@@ -153,3 +153,22 @@ def test_work_that_nobody_listens_to_any_more_has_ended() -> None:
     assert next(news) == "working"
     news.close()  # type: ignore[attr-defined]
     assert ended.is_set()
+
+
+def test_work_of_another_kind_goes_on() -> None:
+    pages = Pages()
+    image, load = pages.begin("a"), pages.begin("a", "load")
+    pages.begin("a")
+    assert image.why == "superseded" and load.why is None
+    pages.cancel("a")
+    assert load.why == "cancelled"  # a page's cancel is for all that it waits for
+
+
+def test_a_cancel_counts_for_what_goes_on_whenever_it_came() -> None:
+    pages = Pages()
+    preview = pages.begin("a")
+    pages.cancel("a")  # while it was drawn, or after it had ended
+    exact = pages.begin("a", goes_on=True)
+    assert preview.why == exact.why == "cancelled"
+    pages.begin("a")
+    assert pages.begin("a", goes_on=True).why is None

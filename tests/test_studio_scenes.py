@@ -1,6 +1,7 @@
 """A page's settings: their bounds, as a link and back, as a program and a command that draw the same image."""
 
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -94,6 +95,8 @@ def test_an_image_brings_its_settings_back(models: Models) -> None:
         ({"settings": 3}, "no settings of one image"),
         (SCENES["plain"].model_dump() | {"method": "weights"}, "does not do"),
         (SCENES["plain"].model_dump() | {"particles": 4}, "does not do"),
+        (SCENES["plain"].model_dump() | {"tolerance": 0.1}, "the studio draws exactly"),
+        (SCENES["plain"].model_dump() | {"anchor_revision": "main"}, "of a revision"),
         (SCENES["plain"].model_dump() | {"steps": 1000}, "steps goes from 1 to 200"),
         ({"settings": SCENES["plain"].model_dump(), "lam": 7.0}, "λ goes from 0 to 2"),
         ({"settings": SCENES["plain"].model_dump(), "prompt": "x" * 9000}, "9,000 characters"),
@@ -148,6 +151,30 @@ def test_markup_and_quotes_travel_unharmed() -> None:
     assert words[words.index("--prompt") + 1] == prompt
     assert repr(prompt) in snippets.program(settings, "cpu", "float32")
     assert quote(prompt) in scenes.written(settings)
+
+
+def test_a_prompt_is_no_option_and_no_command(tmp_path: Path) -> None:
+    prompt = "--a; touch PWNED #"
+    settings = scenes.scene("digits", ["digits:100"], prompt, [0.5], negative_prompt="-n $(touch PWNED)")
+    words = shlex.split(snippets.command(settings))
+    assert f"--prompt={prompt}" in words and "--negative-prompt=-n $(touch PWNED)" in words
+    shown = subprocess.run(
+        ["sh", "-c", snippets.command(settings).replace("deradiff", "printf '%s\\n'", 1)],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"--prompt={prompt}" in shown.stdout.splitlines() and not list(tmp_path.iterdir())
+
+
+def test_numbers_keep_all_their_digits() -> None:
+    settings = scenes.scene("digits", ["digits:100"], "a", [0.1 + 0.2], guidance_scale=7.12345678)
+    assert scenes.read(scenes.written(settings)) == settings
+    assert "0.30000000000000004" in snippets.command(settings)
+    assert "0.30000000000000004" in snippets.program(settings, "cpu", "float32")
+
+
+def test_a_width_needs_a_height() -> None:
+    with pytest.raises(ValueError, match="both, or neither"):
+        scenes.scene("digits", ["digits:100"], "a", [0.5], width=64)
 
 
 def test_anchors_are_named_after_their_sources() -> None:

@@ -10,6 +10,9 @@ from deradiff import records
 from deradiff.pipelines import usual_guidance
 from deradiff.schedules import Schedule
 
+LONGEST_NAME = 180
+"""Characters of a file's name: file systems take 255 bytes, some less."""
+
 Strength = float | dict[str, float]
 """λ of one column: a number for one anchor, or one for each of several anchors by name."""
 
@@ -121,7 +124,8 @@ def call_of(settings: Settings) -> dict[str, Any]:
 def file_name(settings: Settings, shot: Shot) -> str:
     """What one image's file is called, which tells its prompt, seed and λ."""
     prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
-    return f"{prompt}-seed{shot.seed}-{shot.column:02d}-{settings.columns[shot.column].slug()}.png"
+    name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{settings.columns[shot.column].slug()}"
+    return f"{name[:LONGEST_NAME]}.png"
 
 
 def caption(settings: Settings, scheduler: str, guidance_scale: float | None) -> str:

@@ -1,5 +1,6 @@
 """`deradiff studio`: the dial and the curve in a web page."""
 
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -91,7 +92,7 @@ def studio(
         access.require_token(host, token)
         sources_of = arguments.anchors(anchor or (["digits:100"] if reference == "digits" else []))
         talking.require_folder("--library", library)
-        with access.bound(host, port) as listening:
+        with access.bound(host, port) as listening, ExitStack() as closing:
             with console.status("Opening the studio …"):
                 from deradiff import rewards
                 from deradiff.pipelines import device_called
@@ -111,14 +112,12 @@ def studio(
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
                 desk = server.desk_of(sources, machine, tuple(reward or ()))
+                closing.callback(desk.close)
                 application = server.app(desk, start, library.resolve(), token)
             desk.warm_up(start)
             console.print("The studio is open; Ctrl-C closes it.")
             typer.echo(access.link(listening, host, token))
-            try:
-                server.serve(application, listening)
-            finally:
-                desk.close()
+            server.serve(application, listening)
 
 
 def _leave_a_core() -> None:

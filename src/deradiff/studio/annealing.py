@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -9,10 +10,10 @@ import gradio as gr
 from deradiff.schedules import Schedule
 from deradiff.studio import curves, words
 from deradiff.studio.library import Kept
-from deradiff.studio.session import Session, record_of, refusal
+from deradiff.studio.session import record_of, refusal
 
 Changed = tuple[Any, ...]
-"""Of the curve, its family, the family's parameter, and the curve in Python."""
+"""Of the curve (where it is not what was changed), its family, the family's parameter, and the curve in Python."""
 
 
 NONE = "# no schedule: λ stays the same"
@@ -21,26 +22,28 @@ NONE = "# no schedule: λ stays the same"
 class Annealing:
     """What happens to the page's curve."""
 
-    def __init__(self, session: Session, kept: Kept) -> None:
-        self.session, self.kept = session, kept
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
 
     def restep(self, curve: Any, steps: float) -> Any:
         """The number of steps changed, and with it where the curve is read."""
         return {"schedule": record_of(curve), "steps": int(steps)}
 
-    def drawn(self, curve: Any) -> tuple[Any, str]:
-        """The curve was changed by hand."""
-        schedule = curves.read(record_of(curve))
-        return curves.family_of(schedule)[0], exported(schedule)
+    def drawn(self, curve: Any) -> Changed:
+        """The curve was changed by hand: what stands beside it follows."""
+        return self._beside(curves.read(record_of(curve)))
 
     def family(self, name: str, curve: Any) -> Changed:
         """Start from a family, at its usual parameter; "spline" makes points of what is there."""
-        if name == "spline":
-            present = curves.read(record_of(curve))
-            points = [(0.0, 0.0), (1.0, 1.0)] if present is None else curves.points_of(present)
-            return self._changed(curves.through(points), curve)
-        usual = curves.FAMILIES[name][1] if name in curves.FAMILIES else 0.0
-        return self._changed(curves.of_family(name, usual), curve)
+        try:
+            if name == "spline":
+                present = curves.read(record_of(curve))
+                points = [(0.0, 0.0), (1.0, 1.0)] if present is None else curves.points_of(present)
+                return self._changed(curves.through(points), curve)
+            usual = curves.FAMILIES[name][1] if name in curves.FAMILIES else 0.0
+            return self._changed(curves.of_family(name, usual), curve)
+        except ValueError as error:
+            raise refusal(error) from None
 
     def parameter(self, name: str, parameter: float, curve: Any) -> Changed:
         """The family's parameter was set."""
@@ -54,7 +57,9 @@ class Annealing:
     def use(self, name: str, curve: Any) -> Changed:
         """Take a curve that was kept."""
         try:
-            return self._changed(curves.read(self.kept.load(name)), curve)
+            kept = curves.read(self.kept.load(name))
+            record = None if kept is None else kept.to_dict()
+            return {"schedule": record, "steps": curve["steps"]}, *self._beside(kept)
         except (ValueError, TypeError) as error:
             raise refusal(error) from None
 
@@ -78,13 +83,20 @@ class Annealing:
         return gr.update(choices=self.kept.names(), value=None), gr.skip(), words.status(f"Deleted the curve {name}")
 
     def _changed(self, schedule: Schedule | None, curve: Any) -> Changed:
+        present = curves.read(record_of(curve))
+        if schedule is not None and present is not None:
+            schedule = replace(schedule, over=present.over)
         record = None if schedule is None else schedule.to_dict()
+        return {"schedule": record, "steps": curve["steps"]}, *self._beside(schedule)
+
+    def _beside(self, schedule: Schedule | None) -> Changed:
+        """The family, its parameter, and the curve in Python."""
         family, value = curves.family_of(schedule)
         parameter = gr.skip()
         if family in curves.FAMILIES:
             letter, _, least, most = curves.FAMILIES[family]
             parameter = gr.update(value=value, label=f"Its {letter}, {least:g} to {most:g}")
-        return {"schedule": record, "steps": curve["steps"]}, family, parameter, exported(schedule)
+        return family, parameter, exported(schedule)
 
 
 def exported(schedule: Schedule | None) -> str:

@@ -32,11 +32,17 @@ class Comparing:
             if not 1 <= len(lams) <= MOST_STRIP or not all(0 <= lam <= scenes.LARGEST_LAM for lam in lams):
                 raise ValueError(f"a strip has 1 to {MOST_STRIP} λ from 0 to {scenes.LARGEST_LAM:g}")
             settings = drawing.strip_of(self.session.scene(data), lams)
+            dials = [lam for column in settings.columns for lam in scenes.values_of(column.lam)]
+            if max(dials) > scenes.LARGEST_LAM:
+                raise ValueError(
+                    f"with several anchors λ multiplies what their dials say, and {max(dials):g} is above "
+                    f"{scenes.LARGEST_LAM:g}: lower the dials, or the strip's λ"
+                )
         except ValueError as error:
             yield {on.strip_status: words.wrong(error)}
             return
         for news in self.session.told(
-            self.session.desk.drawn(page_of(request), settings), data, status=on.strip_status
+            self.session.desk.drawn(page_of(request), settings, kind="strip"), data, status=on.strip_status
         ):
             if isinstance(news, dict):
                 yield news
@@ -55,9 +61,9 @@ class Comparing:
             caption(settings, first.record["scheduler"], first.record["guidance_scale"]),
         )
         record = first.record | {"settings": settings.model_dump(), "images": [drawn.record for drawn in images]}
-        file = str(self.session.desk.save_sheet("strip.png", sheet, record))
+        file = str(self.session.desk.save("strip.png", sheet, record))
         gallery = [
-            (str(self.session.desk.save(drawn)), label.partition("\n")[0])
+            (str(self.session.desk.save(drawn.name, drawn.image, drawn.record)), label.partition("\n")[0])
             for drawn, label in zip(images, labels, strict=True)
         ]
         return {

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from deradiff import notation
-from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step, finite
+from deradiff.schedules import ROUNDING, Power, Schedule, Sigmoid, Spline, Step, finite
 
 MOST_POINTS = 24
 MOST_STEPS = 200
@@ -66,7 +66,7 @@ def through(points: Any, over: Any = "steps") -> Spline:
     for (s, lam), (later, higher) in pairwise([*spline.points[:-1], last]):
         if higher < lam:
             raise ValueError(f"λ may not fall from noise to image: it does between s = {s:g} and {later:g}")
-        if later - s < CLOSEST:
+        if later - s < CLOSEST - ROUNDING:
             raise ValueError(f"two points are less than {CLOSEST} apart, at s = {s:g} and {later:g}")
     return spline
 
@@ -80,9 +80,12 @@ def points_of(schedule: Schedule) -> list[tuple[float, float]]:
         return [(0.0, 0.0), (jump - CLOSEST, 0.0), (jump + CLOSEST, 1.0), (1.0, 1.0)]
     fine = [(i / 1000, schedule(i / 1000)) for i in range(1001)]
     lengths = list(accumulate((math.dist(*pair) for pair in pairwise(fine)), initial=0.0))
-    # At equal distances along the line, so that steep parts have their share.
-    inner = [fine[bisect(lengths, lengths[-1] * i / 6)] for i in range(1, 6)]
-    return [(0.0, 0.0), *((round(s, 3), round(lam, 3)) for s, lam in inner), (1.0, 1.0)]
+    found = [(0.0, 0.0)]
+    for i in range(1, 6):  # at equal distances along the line, so that steep parts have their share
+        s = max(fine[bisect(lengths, lengths[-1] * i / 6)][0], round(found[-1][0] + 2 * CLOSEST, 3))
+        if s < 1 - 2 * CLOSEST:
+            found.append((s, round(schedule(s), 3)))
+    return [*found, (1.0, 1.0)]
 
 
 def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from deradiff import rewards
 from deradiff.dial import Dial
@@ -22,6 +25,8 @@ from deradiff.studio import drawing
 from deradiff.studio.drawing import Drawn, Step
 from deradiff.studio.jobs import Job, Outcome, Pages, Turns, streamed
 from deradiff.studio.models import Models
+
+log = logging.getLogger(__name__)
 
 MOST_FILES = 400
 """Images whose files are kept for downloading; the oldest goes first."""
@@ -69,19 +74,28 @@ class Desk:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def drawn(
-        self, page: str, settings: Settings, *, preview: bool = False, rest: float = 0.0
+        self,
+        page: str,
+        settings: Settings,
+        *,
+        preview: bool = False,
+        rest: float = 0.0,
+        kind: str = "image",
+        goes_on: bool = False,
     ) -> Iterator[Waiting | Loading | Step | Unscored | list[Drawn]]:
-        """Draw `settings` for a page, in place of what it waited for; the last thing that comes are the images.
+        """Draw `settings` for a page, in place of what it waited for of that `kind`; the images come last.
 
-        An image that is no `preview` is begun after `rest` seconds. Raises `jobs.Cancelled`, `jobs.Full`, what loading
-        and sampling raise, and `MemoryError` that says what to lower.
+        The work is begun after `rest` seconds; `goes_on` is of `jobs.Pages.begin`. Raises `jobs.Cancelled`,
+        `jobs.Full`, what loading and sampling raise, and `MemoryError` that says what to lower.
         """
-        job = self.pages.begin(page)
+        job = self.pages.begin(page, kind, goes_on)
 
         def work(report: Callable[[Any], None]) -> list[Drawn]:
             job.rest(rest)
             with self._models_for(settings, job, report) as (own, pipe, dial):
                 images = drawing.draw(own, pipe, dial, job, report, preview)
+                warned = self.models.warned(own.reference)
+            images = [replace(drawn, warned=warned) for drawn in images]
             if preview:
                 return images
             report(Unscored(images))
@@ -91,7 +105,7 @@ class Desk:
 
     def judged(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | Step | list[str]]:
         """How far the page's image can be trusted, in words (`drawing.judged`); they come last. Raises as `drawn`."""
-        job = self.pages.begin(page)
+        job = self.pages.begin(page, "judge")
 
         def work(report: Callable[[Any], None]) -> list[str]:
             judges = self._judges(settings)
@@ -102,7 +116,7 @@ class Desk:
 
     def loaded(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | None]:
         """Load the models of `settings` for a page; None comes last. Raises as `drawn`."""
-        job = self.pages.begin(page)
+        job = self.pages.begin(page, "load")
 
         def work(report: Callable[[Any], None]) -> None:
             with self._models_for(settings, job, report):
@@ -123,14 +137,6 @@ class Desk:
         thread = threading.Thread(target=work, name="studio-warm-up", daemon=True)
         thread.start()
         return thread
-
-    def save(self, drawn: Drawn) -> Path:
-        """The image as a PNG file with its settings, under a name that tells them."""
-        return self._file(drawn.name, drawn.image, drawn.record)
-
-    def save_sheet(self, name: str, image: Any, record: dict[str, Any]) -> Path:
-        """A contact sheet as a PNG file with its settings."""
-        return self._file(name, image, record)
 
     @contextmanager
     def _models_for(
@@ -163,11 +169,21 @@ class Desk:
             return [self._rewards[name] for name in names]
 
     def _scored(self, images: list[Drawn]) -> list[Drawn]:
-        judges = self._judges(images[0].settings)
-        with self._scoring:
-            return drawing.scored(images, judges)
+        """The images with their scores; where scoring fails, with words in place of them: the images stand."""
+        try:
+            judges = self._judges(images[0].settings)
+            with self._scoring:
+                return drawing.scored(images, judges)
+        except (torch.OutOfMemoryError, MemoryError):
+            self.models.let_go(but=images[0].settings.reference)
+            words = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
+        except Exception as error:
+            log.exception("an image could not be scored")
+            words = f"none: {' '.join(str(error).split()) or type(error).__name__}"
+        return [replace(drawn, scores={"scores": words}) for drawn in images]
 
-    def _file(self, name: str, image: Any, record: dict[str, Any]) -> Path:
+    def save(self, name: str, image: Image.Image, record: dict[str, Any]) -> Path:
+        """An image as a PNG file that holds its record, under that name."""
         folder = self.folder / secrets.token_hex(8)
         folder.mkdir()
         file = folder / name

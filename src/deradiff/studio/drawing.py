@@ -66,6 +66,8 @@ class Drawn:
     kind: str
     seconds: float
     preview: bool = False
+    warned: tuple[str, ...] = ()
+    """What loading its models warned about."""
 
 
 def preview_of(settings: Settings, how: str) -> Settings:

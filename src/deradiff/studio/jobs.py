@@ -49,6 +49,11 @@ class Job:
         """Whether it was told to end."""
         return self._stopped.is_set()
 
+    @property
+    def why(self) -> Why | None:
+        """What it was stopped by; None where it was not."""
+        return self._why if self.stopped else None
+
     def check(self) -> None:
         """Raise `Cancelled` if the job was stopped."""
         if self.stopped:
@@ -61,39 +66,51 @@ class Job:
 
 
 class Pages:
-    """The job of every open page, by the page's key. A new one takes the place of the last."""
+    """What every open page waits for, by the page's key. Work of one kind takes the place of the last of that kind."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, dict[str, Job]] = {}
 
-    def begin(self, page: str) -> Job:
-        """A new job for `page`, whose last one is stopped."""
+    def begin(self, page: str, kind: str = "image", goes_on: bool = False) -> Job:
+        """A new job for `page`, whose last one of that kind is stopped.
+
+        One that `goes_on` where the last ended, as the exact image does after its preview, is stopped with it: a cancel
+        counts for both, whenever it came.
+        """
         with self._lock:
-            if (last := self._jobs.pop(page, None)) is not None:
+            jobs = self._jobs.setdefault(page, {})
+            last, job = jobs.get(kind), Job()
+            if last is not None:
+                if goes_on and last.why == "cancelled":
+                    job.stop("cancelled")
                 last.stop("superseded")
-            job = self._jobs[page] = Job()
+            jobs[kind] = job
+            self._jobs[page] = self._jobs.pop(page)
             while len(self._jobs) > MOST_PAGES:
-                self._jobs.pop(next(iter(self._jobs))).stop("left")
+                _stop(self._jobs.pop(next(iter(self._jobs))), "left")
             return job
 
     def cancel(self, page: str) -> None:
         """Stop what `page` is waiting for, and nobody else's."""
         with self._lock:
-            if (job := self._jobs.get(page)) is not None:
-                job.stop("cancelled")
+            _stop(self._jobs.get(page, {}), "cancelled")
 
     def leave(self, page: str) -> None:
         """The page was closed."""
         with self._lock:
-            if (job := self._jobs.pop(page, None)) is not None:
-                job.stop("left")
+            _stop(self._jobs.pop(page, {}), "left")
 
     def cancel_all(self) -> None:
         """Stop everything: the studio closes."""
         with self._lock:
-            for job in self._jobs.values():
-                job.stop("left")
+            for jobs in self._jobs.values():
+                _stop(jobs, "left")
+
+
+def _stop(jobs: dict[str, Job], why: Why) -> None:
+    for job in jobs.values():
+        job.stop(why)
 
 
 class Turns:

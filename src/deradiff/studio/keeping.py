@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from deradiff import records
-from deradiff.pipelines import usual_guidance
 from deradiff.settings import Settings
 from deradiff.studio import curves, scenes, words
 from deradiff.studio.annealing import exported
@@ -16,6 +16,8 @@ from deradiff.studio.desk import Loading, Waiting
 from deradiff.studio.jobs import Cancelled
 from deradiff.studio.library import Kept
 from deradiff.studio.session import Session, Updates, page_of, refusal
+
+CANCELLED = "cancelled"
 
 
 class Keeping:
@@ -32,14 +34,24 @@ class Keeping:
             on.presets: gr.update(choices=self._preset_names(), value=None),
         }
         query = {name: value for name, value in request.query_params.items() if name not in ("token", "__theme")}
-        settings = self.session.start
+        start = settings = self.session.start
         if query:
             try:
                 settings = self._known(scenes.read(str(request.query_params)))
             except ValueError as error:
-                gr.Warning(str(error), title="The link was not followed", duration=30)
-        yield lists
-        yield from self._take(settings, data, request, self.session.view.status)
+                gr.Warning(escape(str(error)), title="The link was not followed", duration=30)
+        yield lists | self._fill(settings)  # so that the page is whole, whatever becomes of the models
+        if settings != start:
+            models = {self.session.dial.models: [settings.reference, *settings.anchors.values()]}
+            try:
+                yield from self._take(settings, {**data, **models}, request, self.session.view.status)
+                return
+            except gr.Error as error:
+                if error.message == CANCELLED:
+                    raise
+                gr.Warning(error.message, title="The link was not followed", duration=30)
+                yield self._fill(start)
+        yield from self._take(start, data, request, self.session.view.status)
 
     def load(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take the models that were chosen; where they cannot be had, the last ones stay."""
@@ -51,6 +63,9 @@ class Keeping:
         lams = [dialled.get(source, 0.0) for source in anchors]
         if anchors and not any(source in dialled for source in anchors):
             lams[0] = data[self.session.dial.lams[0]]
+        if reference != data[self.session.dial.models][0]:  # what was usual for another model is not for this one
+            dial = self.session.dial
+            data = {**data, dial.guidance_scale: None, dial.width: None, dial.height: None, dial.scheduler: ""}
         try:
             settings = self.session.scene(data, [reference, *anchors], lams)
         except ValueError as error:
@@ -128,7 +143,7 @@ class Keeping:
         except Cancelled as stopped:
             if stopped.why == "cancelled":
                 yield {status: words.status("Cancelled"), **self._chosen(data[self.session.dial.models])}
-            raise gr.Error("cancelled", visible=False, print_exception=False) from None
+            raise gr.Error(CANCELLED, visible=False, print_exception=False) from None
         except Exception as error:
             yield {**self._chosen(data[self.session.dial.models]), status: self.session.said(error)}
             raise refusal(error) from None
@@ -142,12 +157,11 @@ class Keeping:
         return {self.session.controls.reference: models[0], self.session.controls.anchors: list(models[1:])}
 
     def _fill(self, settings: Settings) -> Updates:
-        """Every component as `settings` have it; their models are in memory."""
+        """Every component as `settings` have it."""
         dial, on, held = self.session.dial, self.session.controls, self.session.desk.models
         models = [settings.reference, *settings.anchors.values()]
         shape = scenes.curve(settings)
         family, parameter = curves.family_of(shape)
-        usual = usual_guidance(settings.reference)
         lams = scenes.strengths(settings)
         sliders = {}
         for i, slider in enumerate(dial.lams):
@@ -157,8 +171,10 @@ class Keeping:
                 sliders[slider] = gr.update(visible=True, value=lams[i], label=label)
             else:
                 sliders[slider] = gr.update(visible=False)
-        fitting = [(f"the model's own ({held.usual(settings.reference)})", ""), *held.schedulers(settings.reference)]
-        guidance = settings.guidance_scale if settings.guidance_scale is not None else usual
+        fitting = [("the model's own", ""), *([settings.scheduler] if settings.scheduler else [])]
+        if settings.reference in held.references:
+            own = (f"the model's own ({held.usual(settings.reference)})", "")
+            fitting = [own, *held.schedulers(settings.reference)]
         return {
             dial.models: models, **self._chosen(models), **sliders,
             dial.prompt: settings.prompts[0], dial.negative_prompt: settings.negative_prompt or "",
@@ -166,7 +182,7 @@ class Keeping:
             on.family: family, on.parameter: gr.skip() if parameter is None else parameter,
             on.curve_export: exported(shape),
             dial.scheduler: gr.update(choices=fitting, value=settings.scheduler or ""), dial.steps: settings.steps,
-            dial.guidance_scale: guidance, dial.seed: settings.seeds[0],
+            dial.guidance_scale: settings.guidance_scale, dial.seed: settings.seeds[0],
             dial.width: settings.width, dial.height: settings.height,
             self.session.view.meaning: self.session.meaning(settings),
         }  # fmt: skip

@@ -63,6 +63,8 @@ class _Kept:
     dial: Dial | None = None
     anchors: tuple[str, ...] = ()
     modules: OrderedDict[str, nn.Module] = field(default_factory=OrderedDict)
+    warned: tuple[str, ...] = ()
+    """What putting these anchors beside the reference warned about."""
 
 
 class Models:
@@ -76,7 +78,6 @@ class Models:
         self.sources, self.machine = sources, machine
         self._free = machine.free if free is None else free
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self.warned: list[str] = []
 
     @property
     def references(self) -> list[str]:
@@ -102,6 +103,10 @@ class Models:
         usual = self._kept[reference].schedulers[None]
         return [name for name in SCHEDULERS if _fits(usual, name)]
 
+    def warned(self, reference: str) -> tuple[str, ...]:
+        """What the present anchors of a reference in memory warned about when they were put beside it."""
+        return self._kept[reference].warned
+
     def usual(self, reference: str) -> str:
         """The class of the scheduler that a reference in memory comes with."""
         return type(self._kept[reference].schedulers[None]).__name__.removesuffix("Scheduler")
@@ -115,12 +120,9 @@ class Models:
         _collect()
 
     def _realigned(self, settings: Settings) -> tuple[DiffusionPipeline, Dial]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            kept = self._reference(settings)
-            scheduler = self._scheduler(kept, settings.scheduler)
-            self._turn_to(kept, tuple(settings.anchors.values()))
-        self.warned = [str(w.message) for w in caught if "deradiff" in (w.filename or "")]
+        kept = self._reference(settings)
+        scheduler = self._scheduler(kept, settings.scheduler)
+        self._turn_to(kept, tuple(settings.anchors.values()))
         assert kept.dial is not None
         if kept.pipe.scheduler is not scheduler:
             kept.pipe.scheduler = scheduler
@@ -164,8 +166,11 @@ class Models:
         given: Mapping[str, Any] = {
             name: kept.modules.get(source, anchor_source(source)) for name, source in zip(names, anchors, strict=True)
         }
-        dial = realign(kept.pipe, given, dict.fromkeys(names, 1.0), allow_pickle=self.machine.allow_pickle)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dial = realign(kept.pipe, given, dict.fromkeys(names, 1.0), allow_pickle=self.machine.allow_pickle)
         kept.dial, kept.anchors = dial, anchors
+        kept.warned = tuple(str(one.message) for one in caught if "deradiff" in one.filename)
         for name, source in zip(names, anchors, strict=True):
             if name in dial.modules:
                 kept.modules[source] = dial.modules[name]

@@ -1,4 +1,4 @@
-"""The studio's page: what stands where. What happens is in `handlers`."""
+"""The studio's page: what stands where. What happens by what is in `wiring`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ LARGEST_UPLOAD = 16 * 2**20
 """Bytes of a PNG file whose settings are read."""
 
 
+class Slider(gr.Slider):
+    """A slider whose number may be cleared on the way to another: nothing happens until there is one."""
+
+    is_template = True
+
+    def preprocess(self, payload: float | None) -> float:
+        """The number; stops the event, without a word, where there is none."""
+        if payload is None:
+            raise gr.Error("no number yet", visible=False, print_exception=False)
+        return super().preprocess(payload)
+
+
 @dataclass(frozen=True)
 class Dial:
     """What decides the image; its settings are read from here alone."""
@@ -36,10 +48,10 @@ class Dial:
     """The reference and the anchors that images are drawn with: the last ones that could be loaded."""
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
-    lams: list[gr.Slider]
+    lams: list[Slider]
     curve: gr.HTML
     scheduler: gr.Dropdown
-    steps: gr.Slider
+    steps: Slider
     guidance_scale: gr.Number
     seed: gr.Number
     width: gr.Number
@@ -159,11 +171,12 @@ def _front(start: Settings) -> dict[str, Any]:
     with gr.Row(elem_id="go"):
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         cancel = gr.Button("Cancel", elem_id="cancel")
+    given = scenes.strengths(start)
     with gr.Group(elem_classes="dial"):
         lams = [
-            gr.Slider(
-                0, scenes.LARGEST_LAM, value=1.0, step=0.01, label="λ", elem_id=f"lam-{i}", visible=i == 0,
-                buttons=["reset"],
+            Slider(
+                0, scenes.LARGEST_LAM, value=given[i] if i < len(given) else 0.0, step=0.01, label="λ",
+                elem_id=f"lam-{i}", visible=i < len(given), buttons=["reset"],
             )
             for i in range(scenes.MOST_ANCHORS)
         ]  # fmt: skip
@@ -202,11 +215,11 @@ def _sampling(start: Settings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
         made["scheduler"] = gr.Dropdown([("the model's own", "")], value="", label="Scheduler", elem_id="scheduler")
-        made["steps"] = gr.Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
+        made["steps"] = Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
     with gr.Row():
         made["guidance_scale"] = gr.Number(
-            None, label="Guidance scale", info="Empty for the model's usual one", elem_id="guidance", minimum=0,
-            maximum=scenes.LARGEST_GUIDANCE,
+            None, label="Guidance scale", info="Empty for the usual one, 1.5 with the digits", elem_id="guidance",
+            minimum=0, maximum=scenes.LARGEST_GUIDANCE,
         )  # fmt: skip
         made["seed"] = gr.Number(0, label="Seed", info="Of the noise", precision=0, elem_id="seed", minimum=0)
     made["new_seed"] = gr.Button("Another seed", elem_id="new-seed", size="sm")
@@ -260,7 +273,11 @@ def _strip() -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
         made["strip_lams"] = gr.Textbox(
-            STRIP, label="λ", info="A list or ranges, 0:1.5:0.25", elem_id="strip-lams", max_length=200
+            STRIP,
+            label="λ",
+            info="A list or ranges, 0:1.5:0.25; of several anchors all dials are multiplied",
+            elem_id="strip-lams",
+            max_length=200,
         )
         made["draw_strip"] = gr.Button(
             "Draw the strip", variant="primary", elem_id="draw-strip", scale=0, min_width=170

@@ -59,6 +59,8 @@ def scene(
             raise ValueError(f"the {what} holds a NUL character: delete it")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"there is no scheduler {scheduler[:40]!r}; choose one of {', '.join(SCHEDULERS)}")
+    if bool(width) != bool(height):
+        raise ValueError("give width and height both, or neither")
     strengths = [_number("λ", lam, 0.0, LARGEST_LAM) for lam in lams]
     if len(strengths) != len(anchors):
         raise ValueError(f"{len(anchors)} anchors need as many λ, got {len(strengths)}")
@@ -95,6 +97,16 @@ def anchor_names(anchors: Sequence[str]) -> list[str]:
     return names
 
 
+def plain(number: float) -> str:
+    """A number as short as it can be, and whole."""
+    return short if float(short := f"{number:g}") == number else repr(number)
+
+
+def values_of(lam: float | dict[str, float]) -> list[float]:
+    """λ of every anchor of a column."""
+    return list(lam.values()) if isinstance(lam, dict) else [lam]
+
+
 def strengths(settings: Settings) -> list[float]:
     """λ of every anchor, in their order."""
     lam = settings.columns[0].lam
@@ -115,7 +127,7 @@ def written(settings: Settings) -> str:
     shape = curve(settings)
     pairs: list[tuple[str, Any]] = [("prompt", settings.prompts[0]), ("reference", settings.reference)]
     pairs += [("anchor", source) for source in settings.anchors.values()]
-    pairs += [("lam", f"{lam:g}") for lam in strengths(settings)]
+    pairs += [("lam", plain(lam)) for lam in strengths(settings)]
     if shape is not None:
         pairs.append(("schedule", notation.written(shape)))
         pairs += [("over", "time")] if shape.over == "time" else []
@@ -123,7 +135,7 @@ def written(settings: Settings) -> str:
     for name in ("scheduler", "steps", "guidance_scale", "negative_prompt", "width", "height"):
         value = getattr(settings, name)
         if value is not None:
-            pairs.append((name, f"{value:g}" if isinstance(value, float) else value))
+            pairs.append((name, plain(value) if isinstance(value, float) else value))
     return urlencode(pairs, quote_via=quote, safe="/:,")
 
 
@@ -179,6 +191,10 @@ def of_record(record: Mapping[str, Any]) -> Settings:
         raise ValueError("this record holds no settings of one image") from None
     if found.method != "mixture" or found.particles is not None:
         raise ValueError("this image was drawn with interpolated weights or particles, which the studio does not do")
+    if found.reuse is not None or found.tolerance is not None or found.path != "auto":
+        raise ValueError("this image carried predictions over, or mixed otherwise than usual: the studio draws exactly")
+    if found.revision is not None or found.anchor_revision is not None:
+        raise ValueError("this image's models were of a revision, which the studio cannot choose")
     lams = [lam.get(name, 0.0) for name in found.anchors] if isinstance(lam, Mapping) else [lam]
     return scene(
         found.reference, list(found.anchors.values()), str(prompt), lams, schedule=shape, seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ try:
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
+    from deradiff.studio import page
 except ImportError as error:
     raise ImportError(
         f"the studio needs {error.name}, a part of the studio extra: pip install 'deradiff[studio]'"
@@ -50,7 +53,6 @@ REFUSED = {401: "This link is not complete: open all of the link that the studio
 
 def app(desk: Desk, start: Settings, library: Path, token: str | None = None, mark: str = "studio") -> FastAPI:
     """The studio of `desk` as an application; with a `token`, for those alone who have it."""
-    from deradiff.studio import page
     from deradiff.studio.wiring import connect
 
     os.environ["GRADIO_TEMP_DIR"] = str(desk.folder)
@@ -79,8 +81,13 @@ def serve(application: FastAPI, listening: Any) -> None:
         application, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, server_header=False,
         timeout_graceful_shutdown=3,
     )  # fmt: skip
+    signal.signal(signal.SIGTERM, _stopped)  # uvicorn hands the signal on when it has ended, and the rest is to end too
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _door(admission: access.Admission) -> Any:
@@ -92,11 +99,15 @@ def _door(admission: access.Admission) -> Any:
         if refused is not None:
             words = refused.words or REFUSED.get(refused.status, "This is not possible.")
             return PlainTextResponse(words, refused.status, HEADERS)
+        if request.method == "POST" and path.endswith("/upload"):
+            length = request.headers.get("content-length", "")
+            if not length.isdecimal() or int(length) > page.LARGEST_UPLOAD:
+                return PlainTextResponse("Too large: a PNG of 16 MB at most is read here.", 413, HEADERS)
         if admission.token is not None and admission.in_link(path, request.query_params):
             others = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
             response: Response = RedirectResponse(f"/?{urlencode(others)}" if others else "/", 303, HEADERS)
             response.set_cookie(
-                admission.cookie, admission.token, max_age=access.DAYS * 86_400, httponly=True, samesite="strict",
+                admission.cookie, admission.token, max_age=access.DAYS * 86_400, httponly=True, samesite="lax",
                 secure=request.url.scheme == "https",
             )  # fmt: skip
             return response

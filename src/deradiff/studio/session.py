@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -87,7 +88,7 @@ class Session:
 
 def refusal(error: Exception | str) -> gr.Error:
     """An error of the person's, to be raised: it is shown, and what would come next does not."""
-    return gr.Error(" ".join(str(error).split()), print_exception=False, title="That was not done")
+    return gr.Error(escape(" ".join(str(error).split())), print_exception=False, title="That was not done")
 
 
 def page_of(request: gr.Request) -> str:

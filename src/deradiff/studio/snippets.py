@@ -9,6 +9,7 @@ from deradiff import notation
 from deradiff.pipelines import SCHEDULERS, anchor_source
 from deradiff.settings import Settings, call_of
 from deradiff.studio import scenes
+from deradiff.studio.scenes import plain
 
 
 def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> str:
@@ -18,10 +19,9 @@ def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> st
     words = ["deradiff", "generate", settings.reference]
     for name, source in settings.anchors.items():
         words += ["--anchor", source if single else f"{name}={source}"]
-    words += ["--prompt", settings.prompts[0], "--lam"]
-    words.append(
-        f"{lams[0]:g}" if single else ",".join(f"{n}={x:g}" for n, x in zip(settings.anchors, lams, strict=True))
-    )
+    words += [*_option("--prompt", settings.prompts[0]), "--lam"]
+    named = ",".join(f"{name}={plain(lam)}" for name, lam in zip(settings.anchors, lams, strict=True))
+    words.append(plain(lams[0]) if single else named)
     shape = scenes.curve(settings)
     if shape is not None:
         words += ["--schedule", notation.written(shape), *(["--over", "time"] if shape.over == "time" else [])]
@@ -34,10 +34,15 @@ def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> st
         ("--height", settings.height),
     ):
         if value is not None:
-            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += _option(option, plain(value) if isinstance(value, float) else str(value))
     words += [*(["--device", device] if device != "auto" else []), *(["--dtype", dtype] if dtype != "auto" else [])]
     words += ["--out", "image"]
-    return " ".join(word if word.startswith("--") else shlex.quote(word) for word in words)
+    return shlex.join(words)
+
+
+def _option(name: str, value: str) -> list[str]:
+    """An option and its value; one that begins with a hyphen would be taken for an option of its own."""
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
 def program(settings: Settings, device: str, dtype: str) -> str:
@@ -95,5 +100,5 @@ def _source(source: str) -> str:
 
 def _lam(lam: float, shape: object) -> str:
     if shape is None:
-        return f"{lam:g}"
-    return f"schedules.{shape!r}" if lam == 1 else f"schedules.{shape!r}.scaled({lam:g})"
+        return plain(lam)
+    return f"schedules.{shape!r}" if lam == 1 else f"schedules.{shape!r}.scaled({plain(lam)})"

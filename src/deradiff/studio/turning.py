@@ -33,6 +33,7 @@ class Turning:
         yield {view.meaning: self.session.meaning(settings)}
         how = data[self.session.dial.preview]
         if how == "none":
+            self.session.desk.pages.begin(page_of(request))  # the last image makes way at once all the same
             return
         for news in self._images(drawing.preview_of(settings, how), request, data, preview=True):
             if isinstance(news, dict):
@@ -50,7 +51,7 @@ class Turning:
             yield {view.status: words.wrong(error)}
             return
         early: list[Drawn] = []
-        for news in self._images(settings, request, data, rest=REST):
+        for news in self._images(settings, request, data, rest=REST, goes_on=True):
             if isinstance(news, dict):
                 yield news
             elif isinstance(news, Step):
@@ -96,9 +97,13 @@ class Turning:
 
     def _finished(self, drawn: Drawn, request: gr.Request) -> Updates:
         view, machine = self.session.view, self.session.desk.models.machine
-        file, query = str(self.session.desk.save(drawn)), scenes.written(drawn.settings)
+        try:
+            file = str(self.session.desk.save(drawn.name, drawn.image, drawn.record))
+        except OSError as error:
+            return {view.status: words.wrong(f"the image could not be kept ({error.strerror})")}
+        query = scenes.written(drawn.settings)
         device, dtype = drawn.record["device"], drawn.record["dtype"]
-        warned = "".join(words.wrong(warning) for warning in self.session.desk.models.warned)
+        warned = "".join(words.wrong(warning) for warning in drawn.warned)
         return {
             view.picture: file,
             view.status: words.status(f"Exact: {drawn.settings.steps} steps in {drawn.seconds:.2f} s") + warned,

@@ -26,7 +26,7 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
     dial, view, on = page.page(start, sources.references(), sources.anchors())
     session = Session(desk, start, dial, view, on)
     curves, kept = Kept(library / "curves", "curve"), Kept(library / "presets", "preset")
-    turning, annealing, comparing = Turning(session), Annealing(session, curves), Comparing(session)
+    turning, annealing, comparing = Turning(session), Annealing(curves), Comparing(session)
     keeping = Keeping(session, kept, curves, presets.shipped(sources.hub))
 
     asked, shows = {*dial.components(), view.shown}, view.components()
@@ -52,7 +52,7 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
 
     curve_parts = [dial.curve, on.family, on.parameter, on.curve_export]
     dial.steps.input(annealing.restep, [dial.curve, dial.steps], dial.curve, **quick)
-    dial.curve.input(annealing.drawn, dial.curve, [on.family, on.curve_export], **quick)
+    dial.curve.input(annealing.drawn, dial.curve, curve_parts[1:], **quick)
     then_draw(on.family.input(annealing.family, [on.family, dial.curve], curve_parts, **private))
     then_draw(on.parameter.submit(annealing.parameter, [on.family, on.parameter, dial.curve], curve_parts, **private))
     then_draw(on.kept_curves.input(annealing.use, [on.kept_curves, dial.curve], curve_parts, **private))

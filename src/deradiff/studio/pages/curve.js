@@ -11,7 +11,7 @@ let points = [];         // as they are being moved
 let chosen = -1;         // the index of the point that has the focus
 let state = null;        // what is asked of the server: points, or a schedule from elsewhere
 let past = [], future = [];
-let waiting = null, asking = false, dragging = null;
+let waiting = null, asking = false, dragging = null, pressed = [-1, -1];
 
 const x = (s) => LEFT + s * (RIGHT - LEFT);
 const y = (lam) => BOTTOM - lam * (BOTTOM - TOP);
@@ -98,7 +98,8 @@ function render() {
   const dots = find('.steps');
   dots.replaceChildren();
   for (const [s, lam] of shown.steps) make(dots, 'circle', {cx: x(s), cy: y(lam), r: 2.2});
-  readout.textContent = `${shown.words} · average λ over ${shown.steps.length} steps: ${shown.average.toFixed(3)}`;
+  const average = `average λ over ${shown.steps.length} steps: ${shown.average.toFixed(3)} of the dial's`;
+  readout.textContent = shown.schedule ? `${shown.words} · ${average}` : shown.words;
   find('.list').textContent = shown.steps.map(([, lam], i) => `${i + 1}: ${lam.toFixed(3)}`).join('   ');
   drawPoints();
   tools();
@@ -114,7 +115,11 @@ async function ask(request, then) {
       const now = waiting;
       waiting = null;
       const answer = await server.answer({...now.request, steps: (props.value || {}).steps});
-      if (answer.error) { readout.textContent = answer.error; continue; }
+      if (answer.error) {  // back to what is in force
+        readout.textContent = answer.error;
+        if (!waiting && shown) { points = shown.points; state = {schedule: shown.schedule}; drawPoints(); }
+        continue;
+      }
       shown = answer;
       if (!waiting) {
         if (!dragging) points = shown.points;
@@ -202,6 +207,7 @@ plot.addEventListener('pointerdown', (event) => {
   if (event.button !== 0) return;
   const mark = event.target.closest('.point');
   let i = mark ? Number(mark.dataset.index) : -1;
+  pressed = [pressed[1], i];
   if (mark && mark.classList.contains('pinned')) return;
   event.preventDefault();
   if (i < 0) {
@@ -229,10 +235,8 @@ for (const name of ['pointerup', 'pointercancel']) plot.addEventListener(name, (
   dragging = null;
   if (moved) send();
 });
-plot.addEventListener('dblclick', (event) => {
-  const mark = event.target.closest('.point');
-  if (mark) remove(Number(mark.dataset.index));
-});
+// A captured pointer's events go to the plot: which point was pressed twice, the presses tell.
+plot.addEventListener('dblclick', () => { if (pressed[0] === pressed[1]) remove(pressed[1]); });
 
 element.addEventListener('keydown', (event) => {
   const control = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
