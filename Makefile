@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-by-make
-# Telemetry and download notices have no place in these commands, and two workers with one thread each fill two cores.
+# Telemetry and download notices have no place in these commands.
 export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
@@ -45,9 +45,10 @@ docs: $(STAMP) ## the documentation, strictly, into site/
 docs-serve: $(STAMP) ## the documentation in a browser, rebuilt as you write
 	@$(BIN)/mkdocs serve
 
+# Two workers with one thread each fill two cores better than one with two.
 tests: $(STAMP) ## pytest alone
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix

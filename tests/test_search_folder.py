@@ -165,7 +165,9 @@ def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
     first = search(tmp_path / "x", few, budget=3)
     second = search(tmp_path / "x", more, budget=5)
     assert isinstance(first.answer, Best) and isinstance(second.answer, Best)
-    assert second.answer.evaluations[:3] == first.answer.evaluations
+    for later, earlier in zip(second.answer.evaluations[:3], first.answer.evaluations, strict=True):
+        # A product of matrices of another size is rounded otherwise.
+        assert asdict(later) == {name: pytest.approx(value, rel=1e-12) for name, value in asdict(earlier).items()}
     assert not {*few.identities} & {*more.identities}
     again = Smooth()
     assert search(tmp_path / "x", again, budget=5).answer == second.answer and again.draws == []

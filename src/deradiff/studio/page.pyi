@@ -37,11 +37,8 @@ class Slider(gr.Slider):
         if payload is None:
             raise gr.Error("no number yet", visible=False, print_exception=False)
         return super().preprocess(payload)
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

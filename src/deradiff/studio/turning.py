@@ -30,7 +30,7 @@ class Turning:
             self.session.desk.pages.cancel(page_of(request))
             yield {view.status: words.wrong(error)}
             return
-        yield {view.meaning: self.session.meaning(settings)}
+        yield {view.meaning: self.session.meaning(settings), view.status: words.status("Drawing …")}
         how = data[self.session.dial.preview]
         if how == "none":
             self.session.desk.pages.begin(page_of(request))  # the last image makes way at once all the same
