@@ -28,16 +28,21 @@ LARGEST_UPLOAD = 16 * 2**20
 """Bytes of a PNG file whose settings are read."""
 
 
-class Slider(gr.Slider):
-    """A slider whose number may be cleared on the way to another: nothing happens until there is one."""
+def slider(*arguments: Any, **options: Any) -> gr.Slider:
+    """A slider whose number may be cleared on the way to another: nothing happens until there is one.
 
-    is_template = True
+    No subclass, since Gradio writes a stub file beside the module of every subclass of a component.
+    """
+    made = gr.Slider(*arguments, **options)
+    read = made.preprocess
 
-    def preprocess(self, payload: float | None) -> float:
-        """The number; stops the event, without a word, where there is none."""
+    def preprocess(payload: float | None) -> float:
         if payload is None:
             raise gr.Error("no number yet", visible=False, print_exception=False)
-        return super().preprocess(payload)
+        return read(payload)
+
+    made.preprocess = preprocess  # type: ignore[method-assign]
+    return made
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,10 @@ class Dial:
     """The reference and the anchors that images are drawn with: the last ones that could be loaded."""
     prompt: gr.Textbox
     negative_prompt: gr.Textbox
-    lams: list[Slider]
+    lams: list[gr.Slider]
     curve: gr.HTML
     scheduler: gr.Dropdown
-    steps: Slider
+    steps: gr.Slider
     guidance_scale: gr.Number
     seed: gr.Number
     width: gr.Number
@@ -174,7 +179,7 @@ def _front(start: Settings) -> dict[str, Any]:
     given = scenes.strengths(start)
     with gr.Group(elem_classes="dial"):
         lams = [
-            Slider(
+            slider(
                 0, scenes.LARGEST_LAM, value=given[i] if i < len(given) else 0.0, step=0.01, label="λ",
                 elem_id=f"lam-{i}", visible=i < len(given), buttons=["reset"],
             )
@@ -215,7 +220,7 @@ def _sampling(start: Settings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
         made["scheduler"] = gr.Dropdown([("the model's own", "")], value="", label="Scheduler", elem_id="scheduler")
-        made["steps"] = Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
+        made["steps"] = slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
     with gr.Row():
         made["guidance_scale"] = gr.Number(
             None, label="Guidance scale", info="Empty for the usual one, 1.5 with the digits", elem_id="guidance",
