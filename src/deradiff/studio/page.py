@@ -28,21 +28,23 @@ LARGEST_UPLOAD = 16 * 2**20
 """Bytes of a PNG file whose settings are read."""
 
 
-def slider(*arguments: Any, **options: Any) -> gr.Slider:
-    """A slider whose number may be cleared on the way to another: nothing happens until there is one.
+def forgive_cleared_numbers() -> None:
+    """Have Gradio's sliders do nothing while their number is cleared on the way to another, instead of failing.
 
-    No subclass, since Gradio writes a stub file beside the module of every subclass of a component.
+    Changed in the class: Gradio makes sliders anew for every session, and writes a stub file beside the module of every
+    subclass of a component.
     """
-    made = gr.Slider(*arguments, **options)
-    read = made.preprocess
+    read = gr.Slider.preprocess
+    if getattr(read, "forgiving", False):
+        return
 
-    def preprocess(payload: float | None) -> float:
+    def preprocess(self: gr.Slider, payload: float | None) -> float:
         if payload is None:
             raise gr.Error("no number yet", visible=False, print_exception=False)
-        return read(payload)
+        return read(self, payload)
 
-    made.preprocess = preprocess  # type: ignore[method-assign]
-    return made
+    preprocess.forgiving = True  # type: ignore[attr-defined]
+    gr.Slider.preprocess = preprocess  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Controls:
 
 def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Dial, View, Controls]:
     """Lay the page out, inside a `gr.Blocks`; `start` are the settings that it opens with."""
+    forgive_cleared_numbers()
     made: dict[str, Any] = {
         "models": gr.State([start.reference, *start.anchors.values()]), "shown": gr.State(None),
         "side_a": gr.State(None), "side_b": gr.State(None), "strip_lams_drawn": gr.State([]),
@@ -179,7 +182,7 @@ def _front(start: Settings) -> dict[str, Any]:
     given = scenes.strengths(start)
     with gr.Group(elem_classes="dial"):
         lams = [
-            slider(
+            gr.Slider(
                 0, scenes.LARGEST_LAM, value=given[i] if i < len(given) else 0.0, step=0.01, label="λ",
                 elem_id=f"lam-{i}", visible=i < len(given), buttons=["reset"],
             )
@@ -220,7 +223,7 @@ def _sampling(start: Settings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
         made["scheduler"] = gr.Dropdown([("the model's own", "")], value="", label="Scheduler", elem_id="scheduler")
-        made["steps"] = slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
+        made["steps"] = gr.Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
     with gr.Row():
         made["guidance_scale"] = gr.Number(
             None, label="Guidance scale", info="Empty for the usual one, 1.5 with the digits", elem_id="guidance",
