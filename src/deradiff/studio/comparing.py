@@ -49,9 +49,12 @@ class Comparing:
             elif isinstance(news, Step):
                 yield {on.strip_status: words.status(f"Step {news.done} of {news.total}", *news[:2])}
             elif isinstance(news, list):
-                yield self._strip_finished(settings, news, lams)
+                try:
+                    yield self._strip_finished(settings, news)
+                except OSError as error:
+                    yield {on.strip_status: words.wrong(f"the images could not be kept ({error.strerror})")}
 
-    def _strip_finished(self, settings: Settings, images: list[Drawn], lams: list[float]) -> Updates:
+    def _strip_finished(self, settings: Settings, images: list[Drawn]) -> Updates:
         on, first = self.session.controls, images[0]
         labels = [column.label(settings.anchor_beta) for column in settings.columns]
         sheet = contact_sheet(

@@ -27,7 +27,7 @@ class Turning:
         try:
             settings = self.session.scene(data)
         except ValueError as error:
-            self.session.desk.pages.cancel(page_of(request))
+            self.session.desk.pages.begin(page_of(request))  # what is drawn is no longer what is asked for
             yield {view.status: words.wrong(error)}
             return
         yield {view.meaning: self.session.meaning(settings), view.status: words.status("Drawing …")}
