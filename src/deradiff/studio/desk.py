@@ -67,10 +67,15 @@ class Desk:
         self._scoring = threading.Lock()
         self.folder = Path(mkdtemp(prefix="deradiff-studio-"))
         self._files: list[Path] = []
+        self._warming = Job()
+        self._warmer: threading.Thread | None = None
 
     def close(self) -> None:
         """Stop what is being drawn, and delete the files."""
         self.pages.cancel_all()
+        self._warming.stop("left")
+        if self._warmer is not None:
+            self._warmer.join(30)  # a thread of torch's that outlives its process ends it with an error
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def drawn(
@@ -128,15 +133,15 @@ class Desk:
         """Load what `settings` need and make ready what is slow at first; what fails is told to the page that asks."""
 
         def work() -> None:
-            job, small = Job(), settings.model_copy(update={"steps": 2})
+            job, small = self._warming, settings.model_copy(update={"steps": 2})
             with suppress(Exception):
                 with self._models_for(small, job, lambda _: None) as (own, pipe, dial):
                     images = drawing.draw(own, pipe, dial, job, lambda _: None)
                 self._scored(images)
 
-        thread = threading.Thread(target=work, name="studio-warm-up", daemon=True)
-        thread.start()
-        return thread
+        self._warmer = threading.Thread(target=work, name="studio-warm-up", daemon=True)
+        self._warmer.start()
+        return self._warmer
 
     @contextmanager
     def _models_for(
