@@ -76,6 +76,20 @@ def test_the_path_kl_is_known_at_every_lam_where_steps_draw_noise(desk: Desk) ->
     assert found[0] == 0 and 0 < found[1] < found[2]
 
 
+@pytest.mark.parametrize(("scheduler", "evaluated"), [(None, 0), ("ddpm", 5)])
+def test_a_model_without_weight_is_evaluated_only_for_the_path_kl(
+    desk: Desk, scheduler: str | None, evaluated: int
+) -> None:
+    _, dial = desk.models.realigned(scene())
+    calls: list[int] = []
+    handle = dial.modules["anchor"].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        last(desk.drawn("page", scene(0.0, scheduler=scheduler, steps=5)))
+    finally:
+        handle.remove()
+    assert len(calls) == evaluated
+
+
 def test_news_come_in_order_with_glimpses(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "OFTEN", 0.0)
     monkeypatch.setattr(drawing, "GLIMPSES", 1.0)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-from deradiff import notation
 from deradiff.schedules import ROUNDING, Power, Schedule, Sigmoid, Spline, Step, finite
 
 MOST_POINTS = 24
@@ -94,7 +93,7 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
         flat = [[i / steps, 1.0] for i in range(steps)]
         return {
             "schedule": None, "points": [], "line": [[0.0, 1.0], [1.0, 1.0]], "steps": flat, "average": 1.0,
-            "text": notation.written(None), "python": "", "words": "λ stays the same",
+            "words": "λ stays the same",
         }  # fmt: skip
     places = {i / FINENESS for i in range(FINENESS + 1)} | {s for s, _ in points_of(schedule)}
     if isinstance(schedule, Step) and 0 < schedule.p < 1:
@@ -106,8 +105,6 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
         "line": [[s, schedule(s)] for s in sorted(places)],
         "steps": at,
         "average": sum(lam for _, lam in at) / steps,
-        "text": notation.written(schedule),
-        "python": f"schedules.{schedule!r}",
         "words": str(schedule),
     }
 

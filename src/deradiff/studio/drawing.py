@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from deradiff import sweeps
+from deradiff import posteriors, sweeps
 from deradiff.dial import Dial
 from deradiff.ledger import joined
 from deradiff.mixing import denoised
@@ -100,14 +100,14 @@ def draw(
     """Draw an image for every column of `settings`, one prompt's and one seed's.
 
     `report` is told about every step; the job is looked at as often, so that one that was stopped ends there
-    (`jobs.Cancelled`). Exact images evaluate every model at every step, those without weight too, so that the path KL
-    is known at λ = 0 and 1.
+    (`jobs.Cancelled`). Where the scheduler's steps draw noise, exact images evaluate models without weight as well, so
+    that the path KL is known at λ = 0 and 1 too.
     """
     begun, glimpsed = time.perf_counter(), 0.0
     told = begun
     single = len(settings.columns) == 1
     dial.reuse = None if settings.tolerance is None else Reuse(tolerance=settings.tolerance)
-    dial.watching = not preview
+    dial.watching = not preview and posteriors.is_diffusion(pipe.scheduler)
 
     def on_step(done: int, total: int) -> None:
         nonlocal glimpsed, told

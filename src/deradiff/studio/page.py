@@ -85,7 +85,7 @@ class View:
     judgement: gr.HTML
     download: gr.DownloadButton
     shown: gr.State
-    """The last exact image: its file, its caption and its settings string."""
+    """The last exact image: its file and its caption."""
     python: gr.Code
     shell: gr.Code
     link: gr.Code

@@ -101,17 +101,16 @@ class Turning:
             file = str(self.session.desk.save(drawn.name, drawn.image, drawn.record))
         except OSError as error:
             return {view.status: words.wrong(f"the image could not be kept ({error.strerror})")}
-        query = scenes.written(drawn.settings)
         device, dtype = drawn.record["device"], drawn.record["dtype"]
         warned = "".join(words.wrong(warning) for warning in drawn.warned)
         return {
             view.picture: file,
             view.status: words.status(f"Exact: {drawn.settings.steps} steps in {drawn.seconds:.2f} s") + warned,
             view.download: gr.update(value=file, interactive=True),
-            view.shown: {"file": file, "caption": words.label(drawn.settings), "query": query},
+            view.shown: {"file": file, "caption": words.label(drawn.settings)},
             view.python: snippets.program(drawn.settings, device, dtype),
             view.shell: snippets.command(drawn.settings, machine.device, machine.dtype),
-            view.link: f"{_address(request)}/?{query}",
+            view.link: f"{_address(request)}/?{scenes.written(drawn.settings)}",
         }
 
 
