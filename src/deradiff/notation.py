@@ -4,8 +4,9 @@ Every refusal says what was written and what to write.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
 from deradiff.schedules import Over, Power, Schedule, Sigmoid, Spline, Step, finite
 
@@ -64,6 +65,27 @@ def seeds(texts: Sequence[str], what: str = "--seed") -> tuple[int, ...]:
                 raise ValueError(f"a seed is a whole number from 0 to {2**63 - 1}, got {number}.")
             found[int(number)] = None
     return tuple(found)
+
+
+def model_of(
+    name: str, model: str | Path | None, models: Collection[str], formulas: Collection[str], what: str
+) -> tuple[str, str | Path | None]:
+    """Read the name of a `what`, "KIND" or "KIND=MODEL", beside a `model` given apart: its kind, and the model or None.
+
+    `models` are the kinds that are models, `formulas` those that take none. Raises `ValueError` for an unknown kind, a
+    model for a formula, and two models.
+    """
+    kind, given, path = name.partition("=")
+    if given and model is not None:
+        raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
+    if given and not path:
+        raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
+    chosen: str | Path | None = path if given else model
+    if kind in formulas and chosen is not None:
+        raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
+    if kind not in formulas and kind not in models:
+        raise ValueError(f"there is no {what} {kind!r}: choose among {', '.join([*models, *formulas])}")
+    return kind, chosen
 
 
 def schedule(text: str, over: Over, what: str = "--schedule") -> Schedule | None:

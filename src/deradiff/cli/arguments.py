@@ -3,12 +3,25 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from deradiff.notation import decimal, numbers
+
+
+class Dtype(StrEnum):
+    """Number formats."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+DTYPES = "auto is float32 on a CPU and float16 elsewhere."
 
 
 def anchors(texts: Sequence[str]) -> dict[str, str]:

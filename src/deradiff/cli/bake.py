@@ -8,7 +8,7 @@ import typer
 
 from deradiff import notation
 from deradiff.cli import arguments, talking
-from deradiff.cli.generate import DIAL, MACHINE, MODELS, OUTPUT, SAMPLING, Dtype, Over
+from deradiff.cli.generate import DIAL, MACHINE, MODELS, OUTPUT, SAMPLING, Over
 
 if TYPE_CHECKING:
     from deradiff.baking import Distillation
@@ -125,9 +125,9 @@ def bake(
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.", rich_help_panel=MACHINE)] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
     dtype: Annotated[
-        Dtype,
+        arguments.Dtype,
         typer.Option(help="Of the result; auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE),
-    ] = Dtype.auto,
+    ] = arguments.Dtype.auto,
     revision: Annotated[
         str | None, typer.Option(help="The reference's revision on the hub.", rich_help_panel=MODELS)
     ] = None,
@@ -165,8 +165,8 @@ def bake(
             place = device_called(device)
             automatic = "float32" if place == "cpu" else "float16"
             pipe = load_pipeline(
-                reference, dtype=DTYPES[automatic if dtype is Dtype.auto else dtype.value], scheduler=scheduler,
-                revision=revision, allow_pickle=allow_pickle,
+                reference, dtype=DTYPES[automatic if dtype is arguments.Dtype.auto else dtype.value],
+                scheduler=scheduler, revision=revision, allow_pickle=allow_pickle,
             ).to(place)  # fmt: skip
             given = {
                 "fold_guidance": fold_guidance or None, "span": _span(span), "lora_rank": lora_rank, "samples": samples,

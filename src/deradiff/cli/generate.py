@@ -32,15 +32,6 @@ class Space(StrEnum):
     posterior = "posterior"
 
 
-class Dtype(StrEnum):
-    """Number formats."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Machine", "Output"
 
 
@@ -148,8 +139,8 @@ def generate(
     ] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
+        arguments.Dtype, typer.Option(help=arguments.DTYPES, rich_help_panel=MACHINE)
+    ] = arguments.Dtype.auto,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
     ] = False,

@@ -1,23 +1,12 @@
 """`deradiff studio`: the dial and the curve in a web page."""
 
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deradiff.cli import arguments, talking
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
 
 MODELS, PAGES, MACHINE = "Models", "The page", "Machine"
 
@@ -76,8 +65,8 @@ def studio(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE)
-    ] = Dtype.auto,
+        arguments.Dtype, typer.Option(help=arguments.DTYPES, rich_help_panel=MACHINE)
+    ] = arguments.Dtype.auto,
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
     ] = False,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.measures import inception
+from deradiff.notation import model_of
 from deradiff.rewards.clip import folder_of, require_weights
 from deradiff.rewards.pixels import (
     CLIP_MEAN,
@@ -211,18 +212,9 @@ def load(
 
     Raises `ValueError` for an unknown name, or a `model` for "digits".
     """
-    kind, given, path = name.partition("=")
-    if given and model is not None:
-        raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
-    if given and not path:
-        raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
-    chosen: str | Path | None = path if given else model
+    kind, chosen = model_of(name, model, EXTRACTORS, (DigitsExtractor.name,), "extractor")
     if kind == DigitsExtractor.name:
-        if chosen is not None:
-            raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
         return DigitsExtractor()
-    if kind not in EXTRACTORS:
-        raise ValueError(f"there is no extractor {kind!r}: choose among {', '.join([*EXTRACTORS, 'digits'])}")
     place = torch.device("cpu" if device is None else device)
     extractor = EXTRACTORS[kind](chosen, place, torch.float32 if dtype is None else dtype)
     if chosen is not None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.notation import model_of
 from deradiff.rewards.pixels import Images
 
 __all__ = ["COMPUTED", "LEARNED", "Images", "PictureReward", "Reward", "load", "named"]
@@ -87,17 +88,7 @@ def load(
 
 def named(name: str, model: str | Path | None = None) -> tuple[str, str | Path | None]:
     """Which reward `load(name, model=model)` would load, and from where; raises what it raises about the two."""
-    kind, given, path = name.partition("=")
-    if given and model is not None:
-        raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
-    if given and not path:
-        raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
-    chosen: str | Path | None = path if given else model
-    if kind in COMPUTED and chosen is not None:
-        raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
-    if kind not in COMPUTED and kind not in LEARNED:
-        raise ValueError(f"there is no reward {kind!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
-    return kind, chosen
+    return model_of(name, model, LEARNED, COMPUTED, "reward")
 
 
 def _found(module: str, attribute: str) -> Any:
