@@ -28,7 +28,8 @@ from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
 from deradiff.alignment.loop import Part, Plan
 from deradiff.alignment.pairs import PairFolder
-from deradiff.records import versions, write_json
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.worlds import digits
 
 BATCH, STEPS, RANK, CACHED = 32, 6, 16, 64

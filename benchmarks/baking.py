@@ -24,8 +24,9 @@ import deradiff
 from deradiff.baking import Sampler, split_prompts
 from deradiff.baking.distillation import DIGITS
 from deradiff.cli import talking
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.jobs import reproducible
-from deradiff.records import versions, write_json
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, quality
 

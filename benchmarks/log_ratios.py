@@ -29,8 +29,8 @@ from deradiff import posteriors
 from deradiff.alignment.base import Base
 from deradiff.alignment.digits_truth import Pool, TruthSettings, load_pool
 from deradiff.cli import talking
+from deradiff.files.writing import write_json
 from deradiff.jobs import reproducible
-from deradiff.records import write_json
 from deradiff.weights import Estimate
 from deradiff.worlds import digits
 

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.measures import frechet_distance, precision_and_recall, spectral_distance
-from deradiff.records import versions, write_json
 
 IMAGES, FEATURES, FEW, THREADS = 10_000, 2_048, 500, 2
 FID_SECONDS, FID_AGREEMENT = 20.0, 1e-6

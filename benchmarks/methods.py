@@ -21,8 +21,8 @@ import deradiff
 from deradiff.alignment.presets import usual
 from deradiff.alignment.runs import align_all
 from deradiff.cli import talking
+from deradiff.files.writing import write_json
 from deradiff.jobs import reproducible
-from deradiff.records import write_json
 from deradiff.rewards.digits import DigitsReward
 from deradiff.weights import Estimate, mean
 from deradiff.worlds import digits

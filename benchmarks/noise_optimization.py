@@ -30,7 +30,8 @@ import deradiff
 from deradiff.alignment.base import Base
 from deradiff.alignment.noise_optimization import Cost, counted, initial_noise, optimize_noise
 from deradiff.alignment.sampling import Sampling, conditions
-from deradiff.records import versions, write_json
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.rewards.digits import DigitsReward
 from deradiff.weights import Estimate, mean
 from deradiff.worlds import digits

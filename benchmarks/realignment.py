@@ -31,7 +31,8 @@ from torch import nn
 
 import deradiff
 from deradiff.dial import dial_of
-from deradiff.records import versions, write_json
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.worlds import digits
 
 BATCH, STEPS = 16, 25

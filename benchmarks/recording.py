@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from deradiff.records import versions, write_json
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 
 
 def keep_parts(parts: Iterable[tuple[str, Any]], out: Path) -> dict[str, Any]:

@@ -35,8 +35,9 @@ from search_problems import PROMPTS, SEEDS, STEPS, Batch, Kind, Problem, problem
 from deradiff.cli import talking
 from deradiff.experiments import crews
 from deradiff.experiments.plan import Plan
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.jobs import cores, reproducible
-from deradiff.records import versions, write_json
 from deradiff.search import Goal, algorithm_2, maximise, spaces
 from deradiff.search import running as searching
 from deradiff.search.answers import Best

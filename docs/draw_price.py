@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from deradiff.records import whole
+from deradiff.files.writing import whole
 
 HERE = Path(__file__).parent
 STYLES: Mapping[str, tuple[str, str]] = {  # Okabe and Ito's colours

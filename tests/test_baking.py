@@ -25,6 +25,7 @@ from deradiff.anchors import AnchorError, IncompatibleAnchor
 from deradiff.anchors.checks import base_tensors
 from deradiff.baking import bake, outputs, split_prompts
 from deradiff.baking.weights import FORMATS, Blend, StoredAnchor, fingerprint, open_anchor, write_tensors
+from deradiff.files.records import read_png
 from deradiff.refusals import DialError
 from deradiff.schedules import Constant, Power
 
@@ -256,7 +257,7 @@ def test_report_sheet_and_card_say_what_was_made_from_what(tmp_path: Path) -> No
     )
     with Image.open(tmp_path / "out/sheet.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 4 * 128
-    assert deradiff.records.read_png(tmp_path / "out/sheet.png")["words"] == "λ = 0.5"
+    assert read_png(tmp_path / "out/sheet.png")["words"] == "λ = 0.5"
 
 
 def test_where_lam_does_nothing_there_is_no_error_to_state(tmp_path: Path) -> None:

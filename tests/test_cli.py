@@ -19,9 +19,11 @@ import deradiff
 import tiny
 from deradiff import notation, sweeps
 from deradiff.cli import app, arguments, demo, talking
+from deradiff.files.folders import RunFolder
+from deradiff.files.records import read_png
+from deradiff.files.writing import whole
 from deradiff.mirroring import UnmirroredState
 from deradiff.pipelines import SCHEDULERS, anchor_source, known_beta, scheduler_like
-from deradiff.records import RunFolder, read_png, whole
 from deradiff.refusals import DialError
 from deradiff.schedules import Constant, Power, Schedule, Sigmoid, Spline, Step
 from deradiff.settings import Column

@@ -17,7 +17,7 @@ from PIL import Image
 import deradiff
 import tiny
 from browsing import CONTRAST, UNNAMED, command, page, settled, shot
-from deradiff.records import read_png
+from deradiff.files.records import read_png
 from deradiff.schedules import Schedule, Spline
 from deradiff.worlds import digits
 

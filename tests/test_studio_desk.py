@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import deradiff
-from deradiff.records import read_png
+from deradiff.files.records import read_png
 from deradiff.schedules import Power
 from deradiff.settings import Settings
 from deradiff.studio import desk as desks

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from deradiff.cli import app
-from deradiff.records import read_png, write_png
+from deradiff.files.records import read_png, write_png
 from deradiff.schedules import Power, Sigmoid, Spline, Step
 from deradiff.settings import Settings
 from deradiff.studio import curves, drawing, presets, scenes, snippets

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deradiff.cli import app
-from deradiff.records import read_png
+from deradiff.files.records import read_png
 
 
 def generate(out: Path, *options: str) -> Result:

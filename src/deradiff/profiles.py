@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.dial import Dial, dial_of
-from deradiff.records import write_json
+from deradiff.files.writing import write_json
 from deradiff.reuse import REFERENCE, WEIGHTS, Reuse
 
 AIMS = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)

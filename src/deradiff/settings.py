@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deradiff import records
+from deradiff.files import records
 from deradiff.pipelines import usual_guidance
 from deradiff.schedules import Schedule
 

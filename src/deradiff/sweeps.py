@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from deradiff import records
 from deradiff.dial import Dial
+from deradiff.files.folders import RunFolder
+from deradiff.files.records import versions
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline
@@ -76,7 +77,7 @@ def made_of(settings: Settings, pipe: DiffusionPipeline, dial: Dial) -> dict[str
         "guidance_scale": call_of(settings).get("guidance_scale", _default(pipe, "guidance_scale")),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": records.versions(),
+        "versions": versions(),
     }
 
 
@@ -91,7 +92,7 @@ def draw(
     settings: Settings,
     pipe: DiffusionPipeline,
     dial: Dial,
-    folder: records.RunFolder,
+    folder: RunFolder,
     on_step: Callable[[int, int], None] | None = None,
     **further: Any,
 ) -> list[dict[str, Any]]:

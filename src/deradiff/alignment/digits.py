@@ -15,8 +15,8 @@ from deradiff.alignment.digits_anchors import draw_pairs, train_anchor, train_lo
 from deradiff.alignment.digits_export import export
 from deradiff.alignment.digits_reference import train_autoencoder, train_reference
 from deradiff.alignment.digits_settings import Settings
+from deradiff.files.folders import claim
 from deradiff.jobs import Report, reproducible, run_jobs
-from deradiff.records import claim
 
 
 def build(folder: Path, settings: Settings, report: Report) -> Path:

@@ -18,8 +18,8 @@ from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
+from deradiff.files.writing import write_json
 from deradiff.jobs import Report
-from deradiff.records import write_json
 from deradiff.rewards.digits import DigitsReward
 from deradiff.worlds.digits import captions
 

@@ -14,8 +14,8 @@ from deradiff.alignment import digits_models, folders
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Part, train
 from deradiff.alignment.objectives import squared_error
+from deradiff.files.writing import write_json
 from deradiff.jobs import Report
-from deradiff.records import write_json
 from deradiff.worlds.digits import captions, data
 
 

@@ -35,8 +35,9 @@ from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
+from deradiff.files.folders import claim
+from deradiff.files.writing import write_json
 from deradiff.jobs import Job, Report, run_jobs
-from deradiff.records import claim, write_json
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
 from deradiff.weights import effective_sample_size, mean

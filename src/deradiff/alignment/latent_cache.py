@@ -25,7 +25,8 @@ from torch import Tensor
 from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.pair_rows import Pair
-from deradiff.records import claim, whole, write_json
+from deradiff.files.folders import claim
+from deradiff.files.writing import whole, write_json
 
 FORMAT = 1
 EMBEDDING = "prompt."

@@ -18,7 +18,8 @@ from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
-from deradiff.records import claim, whole, write_json
+from deradiff.files.folders import claim
+from deradiff.files.writing import whole, write_json
 from deradiff.rewards import Reward
 
 LIST = "pairs.jsonl"

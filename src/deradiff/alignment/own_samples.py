@@ -17,7 +17,8 @@ from deradiff.alignment.loop import Report
 from deradiff.alignment.rwr import Samples
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
-from deradiff.records import claim, whole
+from deradiff.files.folders import claim
+from deradiff.files.writing import whole
 from deradiff.rewards import Reward
 
 

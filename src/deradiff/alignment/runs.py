@@ -25,8 +25,10 @@ from deradiff.alignment.loop import Curve
 from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
+from deradiff.files.folders import require_same
+from deradiff.files.records import versions
+from deradiff.files.writing import write_json
 from deradiff.jobs import Report
-from deradiff.records import require_same, versions, write_json
 
 MEASURED = 64
 """Held-out prompts from which a trained model's divergence is measured, at most."""

@@ -25,9 +25,10 @@ from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
 from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.dial import Lam, dial_of
+from deradiff.files.records import versions, write_png
+from deradiff.files.writing import write_json
 from deradiff.jobs import Report
 from deradiff.realignment import Source, realign
-from deradiff.records import versions, write_json, write_png
 from deradiff.refusals import DialError
 from deradiff.schedules import Constant, Lams, Progress, Schedule, parse_lam
 

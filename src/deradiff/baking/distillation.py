@@ -31,8 +31,9 @@ from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
 from deradiff.denoisers import Denoisers
 from deradiff.dial import Dial
+from deradiff.files.folders import claim
+from deradiff.files.writing import whole
 from deradiff.mixing import mixed, with_reference
-from deradiff.records import claim, whole
 from deradiff.schedules import Lams, Progress, finite
 
 CONDITION_WIDTH = 256

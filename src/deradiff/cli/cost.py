@@ -41,7 +41,7 @@ def cost(
         with console.status("Counting …"):
             talking.silence_other_bars()
             from deradiff import cost as costs
-            from deradiff.records import write_json
+            from deradiff.files.writing import write_json
 
             if model is None and preset is None:
                 found = _paper(console, costs, strengths)

@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Turn the dial on the digits that ship with deradiff: no download, no GPU, about a minute."""
     with talking.refusing_wrong_input(), talking.progress("sampling") as on_step:
-        from deradiff.records import RunFolder
+        from deradiff.files.folders import RunFolder
         from deradiff.schedules import Power
         from deradiff.settings import Column, Settings
         from deradiff.sweeps import draw, realigned

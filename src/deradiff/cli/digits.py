@@ -62,7 +62,7 @@ def truth(
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
-        from deradiff.records import write_json
+        from deradiff.files.writing import write_json
         from deradiff.worlds.digits import truth_report
         from deradiff.worlds.digits.truth import Plan, needed, run
 
@@ -107,7 +107,7 @@ def quality(
     from rich.console import Console
     from rich.progress import Progress
 
-    from deradiff import records
+    from deradiff.files.writing import write_json
     from deradiff.schedules import finite
 
     console = Console()
@@ -127,7 +127,7 @@ def quality(
             )
         _print(console, found)
         if json_path is not None:
-            records.write_json(json_path, {**asdict(found), "goals": found.goals()})
+            write_json(json_path, {**asdict(found), "goals": found.goals()})
 
 
 def _print(console: Any, found: "Quality") -> None:

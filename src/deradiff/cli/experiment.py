@@ -44,7 +44,7 @@ def plan(
     with talking.refusing_wrong_input():
         from deradiff.experiments.plan import write_plan
         from deradiff.experiments.presets import preset as found
-        from deradiff.records import whole
+        from deradiff.files.writing import whole
 
         text = write_plan(found(preset, models))
         if out is None:

@@ -196,8 +196,8 @@ def generate(
             "tolerance": tolerance,
         }
         with talking.progress("sampling") as on_step:
+            from deradiff.files.folders import RunFolder
             from deradiff.pipelines import known_beta
-            from deradiff.records import RunFolder
             from deradiff.settings import Settings
             from deradiff.sweeps import draw, realigned
 

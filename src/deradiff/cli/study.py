@@ -31,7 +31,7 @@ def plan(
         talking.require_writable("--out", out)
         if out.exists():
             raise FileExistsError(f"{out} exists: name a new file.")
-        from deradiff.records import whole
+        from deradiff.files.writing import whole
         from deradiff.study.plan import write_plan
         from deradiff.study.sources import drafted
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
-from deradiff.records import whole, write_json
+from deradiff.files.writing import whole, write_json
 
 
 def write(plan: Plan, store: Store, out: Path, form: Literal["csv", "parquet"]) -> list[Path]:

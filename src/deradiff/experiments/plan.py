@@ -9,9 +9,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation, plan_files
+from deradiff import notation
+from deradiff.files import plans
+from deradiff.files.plans import Part
 from deradiff.pipelines import SCHEDULERS
-from deradiff.plan_files import Part
 from deradiff.realignment import lam_for_beta
 
 ALL: Final = "all"
@@ -392,13 +393,13 @@ def _require_extractor(name: str) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file; raises as `plan_files.read` does."""
-    return plan_files.read(Plan, path, "plan", "deradiff experiment plan --preset digits")
+    """The plan in a YAML file; raises as `plans.read` does."""
+    return plans.read(Plan, path, "plan", "deradiff experiment plan --preset digits")
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data; raises as `plan_files.parse` does."""
-    return plan_files.parse(Plan, content, where, "plan")
+    """The plan that is plain data; raises as `plans.parse` does."""
+    return plans.parse(Plan, content, where, "plan")
 
 
 def write_plan(plan: Plan) -> str:
@@ -406,6 +407,6 @@ def write_plan(plan: Plan) -> str:
     data = plan.model_dump(mode="json", exclude_unset=True)
     for one in data["prompts"].values():
         if "seeds" in one:
-            one["seeds"] = plan_files.seed_range(one["seeds"])
+            one["seeds"] = plans.seed_range(one["seeds"])
     data["methods"] = [{"method": method.pop("method"), **method} for method in data["methods"]]
-    return plan_files.write(data)
+    return plans.write(data)

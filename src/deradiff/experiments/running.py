@@ -17,8 +17,8 @@ from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import fingerprints, resolve
 from deradiff.experiments.store import Image, Missing, Store
 from deradiff.experiments.worker import Done, Draw, Score
+from deradiff.files.records import versions
 from deradiff.jobs import Report
-from deradiff.records import versions
 
 SCORED_TOGETHER = 64
 """Images that a scorer is given at a time."""

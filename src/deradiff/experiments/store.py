@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deradiff.records import whole
+from deradiff.files.writing import whole
 
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""

@@ -17,9 +17,9 @@ from PIL import Image, PngImagePlugin
 
 from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan
+from deradiff.files.records import CHUNK
 from deradiff.jobs import reproducible
 from deradiff.prompt_embeddings import Remembering
-from deradiff.records import CHUNK
 
 
 @dataclass(frozen=True)

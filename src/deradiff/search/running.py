@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff import records
 from deradiff.experiments.crews import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
+from deradiff.files.records import versions, write_png
+from deradiff.files.writing import whole, write_json
 from deradiff.jobs import Report
 from deradiff.search import figures
 from deradiff.search.answers import Best, Front
@@ -186,11 +187,11 @@ def _written(
 ) -> list[Path]:
     """The record, the figure and the sheet."""
     paths = [folder / "search.png", folder / "sheet.png", folder / "search.json"]
-    with records.whole(paths[0]) as temporary:
+    with whole(paths[0]) as temporary:
         figures.draw(laboratory.space, goal, state, outcome.answer, temporary)
     about = record(laboratory, goal, outcome, seed)
-    records.write_png(paths[1], _sheet(laboratory, outcome, results), about)
-    records.write_json(paths[2], about)
+    write_png(paths[1], _sheet(laboratory, outcome, results), about)
+    write_json(paths[2], about)
     return paths
 
 
@@ -210,7 +211,7 @@ def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> d
         "refused": [{"point": point, "why": why} for point, why in outcome.refused.items()],
         "verdict": outcome.verdict,
         "left_out": outcome.left_out,
-        "versions": records.versions(),
+        "versions": versions(),
     }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from deradiff import rewards
 from deradiff.dial import Dial
-from deradiff.records import write_png
+from deradiff.files.records import write_png
 from deradiff.settings import Settings
 from deradiff.studio import drawing
 from deradiff.studio.drawing import Drawn, Step

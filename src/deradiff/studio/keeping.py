@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from deradiff import records
+from deradiff.files import records
 from deradiff.settings import Settings
 from deradiff.studio import curves, scenes, words
 from deradiff.studio.annealing import exported

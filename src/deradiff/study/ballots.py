@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from deradiff.records import whole
+from deradiff.files.writing import whole
 from deradiff.study.plan import Answer, Plan
 from deradiff.study.votes import connected, file_of
 

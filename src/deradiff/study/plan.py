@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation, plan_files
-from deradiff.plan_files import Part
+from deradiff import notation
+from deradiff.files import plans
+from deradiff.files.plans import Part
 
 TILES = 9
 """Images in a grid, three by three (AIG, A.4)."""
@@ -180,21 +181,21 @@ class Plan(Part):
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file; raises as `plan_files.read` does."""
-    return plan_files.read(Plan, path, "plan of a study", "deradiff study plan EXPERIMENT")
+    """The plan in a YAML file; raises as `plans.read` does."""
+    return plans.read(Plan, path, "plan of a study", "deradiff study plan EXPERIMENT")
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data; raises as `plan_files.parse` does."""
-    return plan_files.parse(Plan, content, where, "plan of a study")
+    """The plan that is plain data; raises as `plans.parse` does."""
+    return plans.parse(Plan, content, where, "plan of a study")
 
 
 def write_plan(plan: Plan) -> str:
     """The plan as YAML that `read_plan` reads, with all that can be changed."""
     data = plan.model_dump(mode="json")
     for one in data["configurations"]:
-        one["seeds"] = plan_files.seed_range(one["seeds"])
-    return plan_files.write(data)
+        one["seeds"] = plans.seed_range(one["seeds"])
+    return plans.write(data)
 
 
 def _require_once(names: list[str], what: str) -> None:

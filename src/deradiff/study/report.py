@@ -9,8 +9,8 @@ from typing import Any
 
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.report import draw
+from deradiff.files.writing import whole
 from deradiff.pages import counted
-from deradiff.records import whole
 from deradiff.study import figures
 from deradiff.study.analysis import ALL, Analysis, Line
 from deradiff.study.preferences import Rate

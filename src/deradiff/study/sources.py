@@ -10,7 +10,7 @@ from pathlib import Path
 from deradiff.experiments import plan as experiments
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Image, Store
-from deradiff.records import slug
+from deradiff.files.records import slug
 from deradiff.study.plan import TILES, Configuration, Place, Plan, parse_plan
 
 PAIRS = 20

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deradiff.experiments import store as experiments
-from deradiff.records import whole
+from deradiff.files.writing import whole
 from deradiff.study.plan import NOISE, Place, Plan
 from deradiff.study.votes import Votes, file_of
 

@@ -28,10 +28,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff import weights
+from deradiff.files.folders import claim
+from deradiff.files.writing import write_json
 from deradiff.ledger import RunWeights
 from deradiff.particles import Particles, sample_particles
 from deradiff.realignment import realign
-from deradiff.records import claim, write_json
 from deradiff.schedules import Power
 from deradiff.weights import Estimate
 from deradiff.worlds.comparison_cases import WORLDS, Case, Plan

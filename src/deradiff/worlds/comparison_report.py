@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deradiff import pages
+from deradiff.files.records import versions
+from deradiff.files.writing import whole, write_json
 from deradiff.pages import counted, table
-from deradiff.records import versions, whole, write_json
 from deradiff.weights import EVEN, TRUSTED, Estimate
 from deradiff.worlds import comparison_figures
 from deradiff.worlds.comparison import Record

@@ -8,7 +8,7 @@ from typing import Any
 from deradiff.experiments.reporting.agreement_pairs import Compared, Study
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
-from deradiff.records import slug
+from deradiff.files.records import slug
 from deradiff.weights import Estimate
 
 SUMMARY = "Agreement of approximated and retrained models"

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from deradiff.experiments.drawings import Drawing, drawing_of
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
+from deradiff.files.records import slug
 from deradiff.measures import paired_difference
-from deradiff.records import slug
 
 ByPrompt: TypeAlias = Float[np.ndarray, " prompt"]
 

@@ -16,7 +16,7 @@ from deradiff import notation
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
-from deradiff.records import slug
+from deradiff.files.records import slug
 from deradiff.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet
 
 SHEET_WIDTH = 2200

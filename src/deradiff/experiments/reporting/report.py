@@ -19,7 +19,8 @@ from deradiff.experiments.reporting import agreement_exhibits, front_exhibits, p
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
-from deradiff.records import slug, whole
+from deradiff.files.records import slug
+from deradiff.files.writing import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from deradiff import pages
 from deradiff.experiments.plan import write_plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
+from deradiff.files.records import versions
 from deradiff.pages import counted
-from deradiff.records import versions
 
 if TYPE_CHECKING:
     from deradiff.experiments.reporting.report import Drawn

@@ -19,11 +19,12 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.files.folders import claim
+from deradiff.files.writing import write_json
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
 from deradiff.realignment import realign
-from deradiff.records import claim, write_json
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, InkReward
 from deradiff.weights import mean, verdict

@@ -1,40 +1,21 @@
-"""What a run leaves behind: images that carry their settings, a contact sheet, a JSON record; each whole or absent."""
+"""Output folders: how one is taken, filled and finished."""
 
 import json
-import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-CHUNK = "deradiff"
-"""The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
+from deradiff.files.records import read_png, versions, write_png
+from deradiff.files.writing import write_json
 
 _PARTIAL = re.compile(r"\..+\.(png|json)\.\d+\.partial")
 """What `whole` leaves behind where its process was killed."""
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, renamed to it if the block succeeds and removed if it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `record` to `path` as indented JSON, whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
@@ -81,41 +62,6 @@ def _differences(theirs: Any, mine: Any, name: str = "") -> list[tuple[str, Any,
 def _short(value: Any, longest: int = 200) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= longest else f"{text[: longest // 2]} … {text[-longest // 2 :]}"
-
-
-def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write `image` to `path` with `settings` inside, whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
-    with whole(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-
-
-def read_png(path: str | Path) -> dict[str, Any]:
-    """The settings that `write_png` put into an image. Raises `ValueError` where there are none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(CHUNK)
-    if text is None:
-        raise ValueError(
-            f"{path} carries no deradiff settings: it was not written by deradiff, or was saved anew since."
-        )
-    return json.loads(text)
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide what an image looks like."""
-    found = {}
-    for name in ("deradiff", "torch", "diffusers", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def slug(text: str, longest: int = 40) -> str:
-    """`text` as a piece of a file name: lower case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "prompt"
 
 
 class RunFolder:

@@ -1,0 +1,50 @@
+"""What an image carries with it: every setting that made it, and the versions."""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from deradiff.files.writing import whole
+
+CHUNK = "deradiff"
+"""The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
+
+
+def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Write `image` to `path` with `settings` inside, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
+    with whole(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_png(path: str | Path) -> dict[str, Any]:
+    """The settings that `write_png` put into an image. Raises `ValueError` where there are none."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(CHUNK)
+    if text is None:
+        raise ValueError(
+            f"{path} carries no deradiff settings: it was not written by deradiff, or was saved anew since."
+        )
+    return json.loads(text)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what an image looks like."""
+    found = {}
+    for name in ("deradiff", "torch", "diffusers", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """`text` as a piece of a file name: lower case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "prompt"
