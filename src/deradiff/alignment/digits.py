@@ -16,6 +16,7 @@ from deradiff.alignment.digits_export import export
 from deradiff.alignment.digits_reference import train_autoencoder, train_reference
 from deradiff.alignment.digits_settings import Settings
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.jobs import Report, reproducible, run_jobs
 
 
@@ -25,6 +26,11 @@ def build(folder: Path, settings: Settings, report: Report) -> Path:
     Raises `ValueError` if `folder` holds a build with other settings.
     """
     claim(folder, asdict(settings), "build")
+    with taken(folder, "a build"):
+        return _build(folder, settings, report)
+
+
+def _build(folder: Path, settings: Settings, report: Report) -> Path:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     with reproducible(settings.threads):

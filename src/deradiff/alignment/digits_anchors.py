@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from deradiff.alignment import digits_models, dpo, folders
+from deradiff.alignment import digits_models, dpo
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.digits_reference import decode
 from deradiff.alignment.digits_settings import Settings
@@ -18,7 +18,8 @@ from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
-from deradiff.files.writing import write_json
+from deradiff.files.locks import discard
+from deradiff.files.writing import whole, whole_folder, write_json
 from deradiff.jobs import Report
 from deradiff.rewards.digits import DigitsReward
 from deradiff.worlds.digits import captions
@@ -55,8 +56,8 @@ def draw_pairs(folder: Path, settings: Settings, number: int, report: Report) ->
         rewards = DigitsReward()(decode(pipe.vae, latents), texts).view(-1, 2)
         wins = bradley_terry(rewards[:, 0], rewards[:, 1], settings.reward_temperature, generator)
         chunk = {"latents": latents.view(-1, 2, 4, 8, 8), "rewards": rewards, "first_wins": wins}
-        save_file(chunk, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with whole(path) as temporary:
+            save_file(chunk, temporary)
     report("preference pairs", len(list(folder.glob("pairs-*.safetensors"))), settings.chunks, f"chunk {number}")
 
 
@@ -144,8 +145,9 @@ def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) 
     policy, checkpoint, progress = Policy(base), folder / f"{name}-checkpoint", partial(report, f"anchor β = {beta:g}")
     curve = align(base, policy, pairs, beta, settings.dpo, settings, checkpoint, progress)
     write_json(folder / f"{name}-curve.json", asdict(curve))
-    folders.save_folder(policy.model.save_pretrained, path)
-    folders.discard(checkpoint)
+    with whole_folder(path) as fresh:
+        policy.model.save_pretrained(fresh)
+    discard(checkpoint)
 
 
 def train_lora(folder: Path, settings: Settings, report: Report) -> None:
@@ -162,5 +164,6 @@ def train_lora(folder: Path, settings: Settings, report: Report) -> None:
     curve = align(base, policy, pairs, beta, settings.lora, settings, checkpoint, progress)
     write_json(folder / f"lora-beta-{beta:g}-curve.json", asdict(curve))
     layers = get_peft_model_state_dict(policy.model)
-    folders.save_folder(partial(StableDiffusionPipeline.save_lora_weights, unet_lora_layers=layers), path)
-    folders.discard(checkpoint)
+    with whole_folder(path) as fresh:
+        StableDiffusionPipeline.save_lora_weights(fresh, unet_lora_layers=layers)
+    discard(checkpoint)

@@ -15,6 +15,7 @@ from torch import Tensor
 from deradiff.alignment.digits_models import byte_pairs, token_ids, tokenizer
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Report as Progress
+from deradiff.files.writing import whole_folder
 from deradiff.rewards.digits import DigitsReward
 from deradiff.weights import mean
 from deradiff.worlds.digits import quality
@@ -28,10 +29,13 @@ def export(folder: Path, settings: Settings, report: Progress) -> Path:
     path = folder / "files"
     if path.exists():
         return path
+    with whole_folder(path) as files:
+        _gather(folder, files, settings, report)
+    return path
+
+
+def _gather(folder: Path, files: Path, settings: Settings, report: Progress) -> None:
     betas, lora_beta, samples = settings.betas, settings.lora_beta, settings.measured_samples
-    files = folder / "files.tmp"
-    shutil.rmtree(files, ignore_errors=True)
-    files.mkdir()
     shutil.copytree(folder / "reference", files / "reference")
     _write_slow_tokenizer(files / "reference" / "tokenizer")
     for beta in betas:
@@ -52,8 +56,6 @@ def export(folder: Path, settings: Settings, report: Progress) -> Path:
         "anchors": describe(files, betas, lora_beta, samples // 2, report),
     }
     (files / "build.json").write_text(json.dumps(record, indent=1))
-    files.replace(path)
-    return path
 
 
 def _load(files: Path) -> StableDiffusionPipeline:

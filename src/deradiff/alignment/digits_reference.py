@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deradiff.alignment import digits_models, folders
+from deradiff.alignment import digits_models
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Part, train
 from deradiff.alignment.objectives import squared_error
-from deradiff.files.writing import write_json
+from deradiff.files.locks import discard
+from deradiff.files.writing import whole_folder, write_json
 from deradiff.jobs import Report
 from deradiff.worlds.digits import captions, data
 
@@ -49,8 +50,9 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
     )  # fmt: skip
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
-    folders.save_folder(vae.save_pretrained, path)
-    folders.discard(folder / "vae-checkpoint")
+    with whole_folder(path) as fresh:
+        vae.save_pretrained(fresh)
+    discard(folder / "vae-checkpoint")
     return vae
 
 
@@ -143,8 +145,9 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     )  # fmt: skip
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = digits_models.pipeline(vae, text.eval(), model["unet"].eval())
-    folders.save_folder(pipe.save_pretrained, path)
-    folders.discard(folder / "reference-checkpoint")
+    with whole_folder(path) as fresh:
+        pipe.save_pretrained(fresh)
+    discard(folder / "reference-checkpoint")
     return _quiet(pipe)
 
 

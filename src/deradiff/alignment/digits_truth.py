@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deradiff.alignment import digits_models, folders
+from deradiff.alignment import digits_models
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.digits_anchors import Pairs, align, sample
 from deradiff.alignment.digits_reference import decode
@@ -36,7 +36,8 @@ from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
 from deradiff.files.folders import claim
-from deradiff.files.writing import write_json
+from deradiff.files.locks import discard, taken
+from deradiff.files.writing import whole, whole_folder, write_json
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, DigitsReward, InkReward
@@ -117,6 +118,11 @@ def train_truth(
         if reward not in settings.betas:
             raise ValueError(f"a target names the reward {reward!r}, which has no β: {', '.join(settings.betas)} have")
     claim(folder, asdict(settings), "truth")
+    with taken(folder, "a truth"):
+        _train_truth(folder, settings, report, workers, only)
+
+
+def _train_truth(folder: Path, settings: TruthSettings, report: Report, workers: int, only: Collection[str]) -> None:
     chunks: list[Job] = [partial(draw_pool, folder, settings, number) for number in range(settings.chunks)]
     run_jobs(chunks, workers, report)
     models: dict[str, Job] = {
@@ -191,8 +197,8 @@ def draw_pool(folder: Path, settings: TruthSettings, number: int, report: Report
         generator = torch.Generator().manual_seed((settings.seed + 1 << 32) + number)
         latents, rewards = draw_scored(_reference(), prompts, settings, generator)
         texts = {"captions": json.dumps(prompts)}
-        save_file({"latents": latents, **rewards}, path.with_suffix(".tmp"), metadata=texts)
-        path.with_suffix(".tmp").replace(path)
+        with whole(path) as temporary:
+            save_file({"latents": latents, **rewards}, temporary, metadata=texts)
     report("reference samples", len(list(folder.glob("pool-*.safetensors"))), settings.chunks, f"chunk {number}")
 
 
@@ -260,7 +266,7 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
     record["reached"] = reached(pipe, policy.model, pool, settings)
     _save(policy.model, record, curve, path)
-    folders.discard(checkpoint)
+    discard(checkpoint)
 
 
 def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Report) -> None:
@@ -284,7 +290,7 @@ def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Rep
     record = {"family": "dpo", "λ": target, "β": beta, "pairs": len(pairs.tokens)}
     record["reached"] = reached(pipe, policy.model, pool, settings)
     _save(policy.model, record, curve, path)
-    folders.discard(checkpoint)
+    discard(checkpoint)
 
 
 def draw_pairs(
@@ -329,9 +335,7 @@ def reached(
 def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: Curve, path: Path) -> None:
     model.to(memory_format=torch.contiguous_format)
 
-    def save(folder: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with whole_folder(path) as folder:
         model.save_pretrained(folder)
         write_json(folder / "truth.json", {**record, "curve": asdict(curve)})
-
-    path.parent.mkdir(exist_ok=True)
-    folders.save_folder(save, path)

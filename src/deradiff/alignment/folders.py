@@ -1,4 +1,4 @@
-"""Folders of weights that are whole or not there: results, and checkpoints that replace each other."""
+"""Checkpoints that replace each other: one that is there is whole."""
 
 import json
 import shutil
@@ -6,17 +6,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-
-def save_folder(save: Callable[[Path], object], path: Path) -> None:
-    """Let `save` fill a temporary folder that takes the name `path` when it is complete."""
-    fresh = _temporary(path)
-    shutil.rmtree(fresh, ignore_errors=True)
-    save(fresh)
-    fresh.replace(path)
-
-
-# -- checkpoints, which are replaced again and again -------------------------------------------------------------------
 
 
 def _temporary(folder: Path) -> Path:
@@ -57,11 +46,6 @@ def recover(folder: Path, first: bool) -> None:
     if not folder.exists() and _former(folder).exists():
         _former(folder).replace(folder)
     shutil.rmtree(_former(folder), ignore_errors=True)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint whose result has been saved."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(folder: Path, identity: str) -> dict[str, Any]:

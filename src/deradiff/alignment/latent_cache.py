@@ -5,7 +5,6 @@ embeddings of the prompts that are new in it, with the cursor behind its last pa
 name, so that a shard that is there is whole. `finished.json` comes last.
 """
 
-import errno
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.pair_rows import Pair
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.files.writing import whole, write_json
 
 FORMAT = 1
@@ -112,11 +112,20 @@ def write_cache(
         "format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit,
     }  # fmt: skip
     claim(folder, settings, "cache")
+    if not (folder / "finished.json").exists():
+        encoding = _Encoding(encode_images, encode_prompts, base, resolution, batch)
+        with taken(folder, "a cache"):
+            _fill(folder, pairs, encoding, limit, shard, report)
+    return LatentCache(folder)
+
+
+def _fill(
+    folder: Path, pairs: OrderedPairs, encoding: "_Encoding", limit: int | None, shard: int, report: Report
+) -> None:
+    """Write the shards that are not there yet, and that the cache is finished."""
     for leftover in folder.glob(".*.partial"):
         leftover.unlink()
-    if (folder / "finished.json").exists():
-        return LatentCache(folder)
-    done, encoding = _so_far(folder), _Encoding(encode_images, encode_prompts, base, resolution, batch)
+    done = _so_far(folder)
     steps = pairs.in_order(done.cursor)
     while limit is None or done.pairs < limit:
         room = shard if limit is None else min(shard, limit - done.pairs)
@@ -131,7 +140,6 @@ def write_cache(
         raise ValueError(f"no pair could be read from {pairs.fingerprint} (unreadable: {dict(done.unreadable)})")
     totals = {"pairs": done.pairs, "prompts": len(done.prompts), "shards": done.shards}
     write_json(folder / "finished.json", {**totals, "unreadable": done.unreadable, "left_out": done.left_out})
-    return LatentCache(folder)
 
 
 @dataclass
@@ -243,13 +251,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], c
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else f"it cannot be written ({error.strerror})"
-        cure = f"make room, {len(content) / 1e6:.1f} MB for each shard" if full else "see to that"
-        raise OSError(
-            error.errno,
-            f"{path.name}: {what}. The {cached} pairs before it are intact in {path.parent}: {cure}, then call again, "
-            "and it goes on behind them",
+        raise type(error)(
+            f"{error}; a shard takes {len(content) / 1e6:.1f} MB. The {cached} pairs before {path.name} are intact in "
+            f"{path.parent}: call again, and it goes on behind them"
         ) from error
 
 

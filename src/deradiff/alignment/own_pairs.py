@@ -19,6 +19,7 @@ from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.files.writing import whole, write_json
 from deradiff.rewards import Reward
 
@@ -54,6 +55,16 @@ def draw_pairs(
         "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk, "precision": str(pipe.unet.dtype),
     }  # fmt: skip
     claim(folder, settings, "set of drawn pairs")
+    if not (folder / LIST).exists():
+        with taken(folder, "a set of drawn pairs"):
+            _draw(folder, pipe, prompts, reward, settings, report)
+    return folder
+
+
+def _draw(
+    folder: Path, pipe: Any, prompts: Sequence[str], reward: Reward, settings: dict[str, Any], report: Report
+) -> None:
+    chunk = settings["chunk"]
     for name in ("images", "chunks"):
         (folder / name).mkdir(exist_ok=True)
     chunks = range(0, len(prompts), chunk)
@@ -63,12 +74,10 @@ def draw_pairs(
             rows = _chunk(folder, pipe, prompts[start : start + chunk], start, reward, settings, number)
             write_json(part, {"rows": rows})
         report(min(start + chunk, len(prompts)), len(prompts), f"pairs compared by {reward.name}")
-    if not (folder / LIST).exists():
-        listed = sorted((folder / "chunks").glob("*.json"))
-        rows = [row for path in listed for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-        with whole(folder / LIST) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    listed = sorted((folder / "chunks").glob("*.json"))
+    rows = [row for path in listed for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    with whole(folder / LIST) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()

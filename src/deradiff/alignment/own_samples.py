@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deradiff.alignment.rwr import Samples
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.files.writing import whole
 from deradiff.rewards import Reward
 
@@ -66,17 +68,19 @@ def draw_samples(
     }  # fmt: skip
     claim(folder, settings, "set of drawn samples")
     count, latents, rewards = len(prompts) * per_prompt, [], []
-    for start in range(0, count, chunk):
-        rows = range(count)[start : start + chunk]
-        path = folder / f"samples-{start:07d}.safetensors"
-        if not path.exists():
-            drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
-            with whole(path) as temporary:
-                save_file(drawn, temporary)
-        with safe_open(path, "pt") as file:
-            latents.append(file.get_tensor("latents"))
-            rewards.append(file.get_tensor("rewards"))
-        report(min(start + chunk, count), count, f"samples scored by {reward.name}")
+    paths = {start: folder / f"samples-{start:07d}.safetensors" for start in range(0, count, chunk)}
+    complete = all(path.exists() for path in paths.values())
+    with nullcontext() if complete else taken(folder, "a set of drawn samples"):
+        for start, path in paths.items():
+            rows = range(count)[start : start + chunk]
+            if not path.exists():
+                drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
+                with whole(path) as temporary:
+                    save_file(drawn, temporary)
+            with safe_open(path, "pt") as file:
+                latents.append(file.get_tensor("latents"))
+                rewards.append(file.get_tensor("rewards"))
+            report(min(start + chunk, count), count, f"samples scored by {reward.name}")
     texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
     return OwnSamples(Samples(torch.cat(latents), texts), torch.cat(rewards), per_prompt, fingerprint)

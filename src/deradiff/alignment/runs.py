@@ -1,9 +1,8 @@
 """Alignments from one command: base and data in, per strength an anchor on disk that `deradiff.realign` loads."""
 
 import json
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -18,7 +17,7 @@ from accelerate.utils import disable_fsdp_ram_efficient_loading
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from deradiff import pipelines
-from deradiff.alignment import folders, sharding
+from deradiff.alignment import sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.loop import Curve
@@ -26,8 +25,9 @@ from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
 from deradiff.files.folders import require_same
+from deradiff.files.locks import PRIVATE, discard, taken
 from deradiff.files.records import versions
-from deradiff.files.writing import write_json
+from deradiff.files.writing import whole_folder, write_json
 from deradiff.jobs import Report
 
 MEASURED = 64
@@ -60,7 +60,6 @@ def align_all(
         ModuleNotFoundError: the tracker is not installed.
     """
     method = METHODS[settings.method]
-    require_folder(out)
     if track and not any(map(find_spec, TRACKERS[track])):
         raise ModuleNotFoundError(f"--track {track} needs a package that is not installed: pip install {track}")
     # One process may align again with another precision, which Accelerate otherwise remembers from the first time.
@@ -77,16 +76,24 @@ def align_all(
 
         def report(*_: Any) -> None: ...
 
-    pipe = load_base(settings).to(accelerator.device)
-    with accelerator.main_process_first():
-        data = method.prepare(pipe, settings, out, count, seed, report)
-    if settings.cache and not method.decodes:
-        _park(pipe)
-    anchors = []
-    for beta in betas:
-        with _tracked(accelerator, _name(beta), beta):
-            anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
+    with _holding(out, accelerator):
+        pipe = load_base(settings).to(accelerator.device)
+        with accelerator.main_process_first():
+            data = method.prepare(pipe, settings, out, count, seed, report)
+        if settings.cache and not method.decodes:
+            _park(pipe)
+        anchors = []
+        for beta in betas:
+            with _tracked(accelerator, _name(beta), beta):
+                anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
     return anchors if accelerator.is_main_process else []
+
+
+def _holding(out: Path, accelerator: Accelerator | None) -> AbstractContextManager[Path]:
+    """Hold `out`, by the first of the processes that align together; its folder for what is not finished."""
+    if accelerator is None or accelerator.is_main_process:
+        return taken(out, "an alignment")
+    return nullcontext(out.resolve() / PRIVATE)
 
 
 def load_base(settings: Preset) -> Any:
@@ -99,16 +106,6 @@ def load_base(settings: Preset) -> Any:
     pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def require_folder(out: Path) -> None:
-    """Raise `OSError` unless files can be written into `out`, which is made: before the hours of work, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"--out {out} cannot be written ({error.strerror}): name another folder") from None
 
 
 def _park(pipe: Any) -> None:
@@ -146,8 +143,17 @@ def align(
     folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
     an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
+    with _holding(out, accelerator) as private:
+        return _align(pipe, data, beta, settings, out, private, report, seed, accelerator)
+
+
+def _align(
+    pipe: DiffusionPipeline, data: Data, beta: float, settings: Preset, out: Path, private: Path, report: Report,
+    seed: int, accelerator: Accelerator | None,
+) -> Path:  # fmt: skip
     method, name = METHODS[settings.method], _name(beta)
-    path, checkpoint = out / name, out / f"{name}-checkpoint"
+    path, checkpoint = out / name, private / f"{name}-checkpoint"
+    _require_no_older(out / checkpoint.name)
     made_of = _identity(beta, settings, data, seed)
     if path.exists():
         if not (path / "alignment.json").is_file():
@@ -168,13 +174,23 @@ def align(
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
             away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
-            folders.save_folder(partial(_save, pipe, policy, method, made_of, curve, away), path)
-            folders.discard(checkpoint)
+            with whole_folder(path, within=private) as folder:
+                _save(pipe, policy, method, made_of, curve, away, folder)
+            discard(checkpoint)
     finally:
         policy.model.disable_gradient_checkpointing()
         if policy.is_lora:
             base.denoiser.delete_adapters(base.denoiser.active_adapters())
     return path
+
+
+def _require_no_older(checkpoint: Path) -> None:
+    """Raise `ValueError` for a training that deradiff 0.1 has begun: its checkpoint is not read any more."""
+    if (checkpoint / "progress.json").is_file():
+        raise ValueError(
+            f"{checkpoint} is the checkpoint of an alignment that deradiff 0.1 has begun, which later versions do not "
+            "go on with: finish it with 0.1, or delete it to begin anew"
+        )
 
 
 def _name(beta: float) -> str:

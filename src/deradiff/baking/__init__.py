@@ -5,7 +5,6 @@ mixture predicts. Either way the result says how far its images are from truly r
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
 from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.dial import Lam, dial_of
+from deradiff.files.folders import file_names, require_room
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
 from deradiff.jobs import Report
@@ -97,13 +97,14 @@ def bake(
         report: called with (stage, steps done, steps planned, a line of words).
 
     An interrupted distillation goes on where it was if called again with the same arguments; until then the folder
-    `<out>.unfinished` keeps what it has.
+    `<out>/.deradiff` keeps what it has.
 
     Raises:
         ValueError: λ that is not finite, not one for every anchor, or one per image; a schedule for "weights"; no
             prompts where some are needed; a model that cannot be distilled; an unfinished distillation with other
             settings; `anchors.AnchorError` for an anchor or a reference that cannot be used.
-        FileExistsError: `out` holds something.
+        FileExistsError: `out` holds something, or an interrupted distillation while `method` is another.
+        FolderInUse: another process bakes there.
         OSError: the disk is too small or cannot be written to; nothing is left at `out` then.
         DialError: `pipe` is realigned (a `RuntimeError`).
     """
@@ -120,23 +121,21 @@ def bake(
     lams = parse_lam(lam, tuple(sources))
     _require_bakeable(lams, method, distillation if method == "distill" else None, pipe, reference)
     texts, held_out = split_prompts(prompts, images, method)
-    outputs.require_free(out, force)
     require_plain(reference, set())
-    outputs.require_room(out, outputs.size_of(pipe))
+    require_room(out, outputs.size_of(pipe))
 
     where: dict[str, Any] = {
         "subfolder": subfolder, "revision": revision, "allow_pickle": allow_pickle,
         "local_files_only": local_files_only,
     }  # fmt: skip
     job = Job(pipe, reference, sources, where, lams, {}, seed, report)
-    with job.anchors(open_anchor) as opened:
-        anchors = {one.name: {"source": one.source, "sha256": hashes(one, reference)} for one in opened}
-    job.made_of.update(
-        _made_of(pipe, component, reference, name, lams, anchors, method, seed)
-        | ({} if method == "weights" else _trained_with(pipe, distillation, sampler, texts))
-    )
-    work = out.with_name(f"{out.name}.unfinished")
-    with outputs.fresh_folder(out) as folder:
+    with outputs.baking_folder(out, method, force) as (folder, work):
+        with job.anchors(open_anchor) as opened:
+            anchors = {one.name: {"source": one.source, "sha256": hashes(one, reference)} for one in opened}
+        job.made_of.update(
+            _made_of(pipe, component, reference, name, lams, anchors, method, seed)
+            | ({} if method == "weights" else _trained_with(pipe, distillation, sampler, texts))
+        )
         if method == "weights":
             form = interpolated(job, folder)
         else:
@@ -151,10 +150,9 @@ def bake(
             )  # fmt: skip
             write_png(folder / "sheet.png", sheet, job.made_of)
         judged = [judgement.record() for judgement in judgements]
-        record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
-        write_json(folder / outputs.RECORD, record)
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
-    shutil.rmtree(work, ignore_errors=True)
+        record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
+        write_json(folder / outputs.RECORD, record | {"files": file_names(folder)})
     return Baked(out, form, judgements)
 
 

@@ -1,7 +1,5 @@
 """Folders that are whole or not there, and what stands in them: an ordinary pipeline, or an ordinary LoRA."""
 
-import errno
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,46 +8,60 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.adapters import adapter_layers, adapters_of
 from deradiff.anchors.checks import base_tensors, unwrapped
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk that is full, or a quota, is reported as."""
+from deradiff.files.folders import assembled, contents, finish_moving, named_files
+from deradiff.files.locks import discard, taken
 
 RECORD = "baking.json"
-"""What tells a baked model from any other folder."""
+"""What tells a baked model from any other folder, and names its files."""
+
+_WORK = "distillation"
+"""Where, in the folder's private one, a distillation keeps what it has."""
 
 
-def require_free(out: Path, force: bool) -> None:
-    """Raise `FileExistsError` where something stands at `out`.
+@contextmanager
+def baking_folder(out: Path, method: str, force: bool) -> Iterator[tuple[Path, Path]]:
+    """Hold `out`; yields an empty folder whose files move there if the block succeeds, and one for an interrupted work.
 
-    An empty folder does not count; with `force`, a baked model does not either. What is none is never replaced.
+    With `force` they take the place of an older baked model, of which only what its record names is removed. The second
+    folder goes when the model is there.
+
+    Raises:
+        FolderInUse: another process holds `out`.
+        FileExistsError: `out` is a file, holds something that may not be replaced, or an interrupted distillation while
+            `method` is another.
+        OSError: it cannot be written to, or the disk is full; what was there is then still there.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise FileExistsError(f"{out} is a file: name a folder")
-    if not any(out.iterdir()):
+    with taken(out, "a baked model") as private:
+        finish_moving(out, private, RECORD)
+        _require_free(out, force)
+        work = private / _WORK
+        if method != "distill" and work.exists():
+            raise FileExistsError(
+                f"{out} holds an interrupted distillation: finish it by the same command, name another folder, or "
+                f"delete {work}"
+            )
+        with assembled(out, private, RECORD) as folder:
+            yield folder, work
+        discard(work)
+
+
+def _require_free(out: Path, force: bool) -> None:
+    """Raise `FileExistsError` where something stands in `out`, unless it is a baked model and `force` is set."""
+    if not contents(out):
         return
     if not force:
         raise FileExistsError(f"{out} already holds files: name another folder, or replace what was baked with --force")
     if not (out / RECORD).is_file():
         raise FileExistsError(f"{out} holds no baked model (no {RECORD}), so nothing in it is replaced: name another")
-
-
-def require_room(out: Path, needed: int) -> None:
-    """Raise `OSError` where the disk under `out` has less than `needed` bytes free: before the work, not after."""
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: make room, or name a folder "
-            "on another disk",
+    if len(named_files(out, RECORD)) < 2:
+        raise FileExistsError(
+            f"{out / RECORD} does not say which files are the model's (deradiff 0.1 wrote it, or it is damaged), so "
+            "nothing is replaced: name another folder, or delete this one"
         )
 
 
@@ -58,40 +70,6 @@ def size_of(pipe: DiffusionPipeline) -> int:
     models = [unwrapped(part) for part in pipe.components.values() if isinstance(part, nn.Module)]
     plain = [(name, tensor) for model in models for name, tensor in base_tensors(model) if ".lora_" not in name]
     return sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in plain)
-
-
-@contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder under a temporary name, which takes the place of `path` if the block succeeds, else is removed.
-
-    Raises `OSError` that says so where the disk fills; what stood at `path` is then still there.
-    """
-    temporary, former = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if former.exists() and not path.exists():  # a kill between the two renamings below
-            former.rename(path)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            path.rename(former)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if former.exists():
-                former.rename(path)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the safetensors library reports a full disk in its own way
-        if isinstance(error, OSError) and error.errno not in FULL:
-            raise
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"{path} could not be written ({error}): nothing was left there, and what was there before still is",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_pipeline(pipe: Any, folder: Path, write: Callable[[Path], object]) -> None:

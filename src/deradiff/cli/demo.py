@@ -29,7 +29,6 @@ def demo(
         from deradiff.worlds.digits import quality
 
         beta = digits.BETAS[-2]  # an anchor that over-optimises, so that there is something to dial back
-        folder = RunFolder(out, force=True, kind="measured")
         columns = (*(Column(lam=lam) for lam in LAMS), Column(lam=1.0, schedule=Power(2).to_dict()))
         settings = Settings(
             reference="digits",
@@ -41,7 +40,7 @@ def demo(
             anchor_beta=beta,
             batch_size=len(PROMPTS) * len(columns),
         )
-        with realigned(settings) as (pipe, dial):
+        with RunFolder(out, force=True, kind="measured") as folder, realigned(settings) as (pipe, dial):
             measured: list[dict[str, Any]] = []
             for column in columns:
                 on_step(len(measured), len(columns) + 1)

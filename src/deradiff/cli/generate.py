@@ -204,8 +204,7 @@ def generate(
             if anchor_beta is None and len(anchors) == 1:
                 anchor_beta = known_beta(*anchors.values())
             settings = Settings(**chosen, anchor_beta=anchor_beta)
-            folder = RunFolder(out, force=force)
-            with realigned(settings) as (pipe, dial):
+            with RunFolder(out, force=force) as folder, realigned(settings) as (pipe, dial):
                 verdicts = draw(settings, pipe, dial, folder, on_step)
     _print_verdicts(verdicts)
     count = len(settings.rows) * len(settings.columns)

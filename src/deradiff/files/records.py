@@ -15,11 +15,11 @@ CHUNK = "deradiff"
 """The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
 
 
-def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write `image` to `path` with `settings` inside, whole or not at all."""
+def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any], within: Path | None = None) -> None:
+    """Write `image` to `path` with `settings` inside, whole or not at all; `within` is as in `whole`."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
-    with whole(path) as temporary:
+    with whole(path, within) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 

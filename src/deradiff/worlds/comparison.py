@@ -29,6 +29,7 @@ from torch import Tensor
 
 from deradiff import weights
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.files.writing import write_json
 from deradiff.ledger import RunWeights
 from deradiff.particles import Particles, sample_particles
@@ -249,9 +250,10 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
     todo = [case for case in cases if not _file(folder, case).exists()]
     done = len(cases) - len(todo)
     on_step(done, len(cases))
-    for _ in _computed(todo, folder, workers):
-        done += 1
-        on_step(done, len(cases))
+    with taken(out, "a comparison"):
+        for _ in _computed(todo, folder, workers):
+            done += 1
+            on_step(done, len(cases))
     return [_read(folder, case) for case in cases]
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.files.folders import claim
+from deradiff.files.locks import taken
 from deradiff.files.writing import write_json
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.ledger import RunWeights, joined
@@ -158,6 +159,13 @@ def run(
     if not todo:
         raise ValueError(f"{trained} holds no trained targets with their anchors that were asked for")
     claim(out, asdict(plan), "study")
+    with taken(out, "a study"):
+        _measure(trained, out, plan, todo, report, workers)
+    return [json.loads((out / f"{case.name}.json").read_text()) for case in todo]
+
+
+def _measure(trained: Path, out: Path, plan: Plan, todo: list[Case], report: Report, workers: int) -> None:
+    """Draw and measure what is not there yet."""
     models = {(name, case.guidance_scale) for case in todo for name in case.models().values()}
     for scale in plan.guidance_scales:
         draws: list[Job] = [
@@ -170,7 +178,6 @@ def run(
             partial(_case, trained, out, case, plan, len(todo)) for case in todo if case.guidance_scale == scale
         ]
         run_jobs(comparisons, workers, report)
-    return [json.loads((out / f"{case.name}.json").read_text()) for case in todo]
 
 
 # -- models as they are -----------------------------------------------------------------------------------------------
