@@ -217,7 +217,7 @@ def _slowly(folder: str) -> None:
 
 
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """What the workers do is stubbed here; `benchmarks/experiments.py` kills the real thing."""
+    """What the workers do is stubbed here; `benchmarks/attack.py` kills the real thing."""
     run(tmp_path / "whole", Fake())
     whole = files(tmp_path / "whole")
     chance, context, killed = random.Random(0), multiprocessing.get_context("fork"), 0

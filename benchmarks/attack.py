@@ -1,0 +1,101 @@
+"""What must not go wrong for anybody, tried: a table of every kind, and how many of it held.
+
+    python benchmarks/attack.py [kinds] [servers] [files] [kills]
+
+By default the first three, which take less than ten minutes on two processors; kills take longer. Each part writes its
+numbers into `benchmarks/attack.json`. Traffic goes to this machine alone, and every loop has an end.
+
+- kinds: every test that is marked `attack(kind)`, by its kind.
+- servers: what a visitor waits for while others hold silent connections.
+- files: files of ours, changed at random and read back by what a command reads them with.
+- kills: SIGKILL in the middle of training, drawing and distilling, and whether the end tells.
+"""
+
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attack_files
+import attack_kills
+import attack_servers
+import pytest
+from recording import keep_parts
+
+OUT = Path(__file__).with_suffix(".json")
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+class Kinds:
+    """A pytest plugin: runs the tests that are marked, and counts what became of them."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, str] = {}
+        self.counts: dict[str, Counter[str]] = {}
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave the tests without a mark out."""
+        for item in items:
+            mark = item.get_closest_marker("attack")
+            if mark is not None:
+                self.kinds[item.nodeid] = mark.args[0]
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self.kinds])
+        items[:] = [item for item in items if item.nodeid in self.kinds]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a test by what it came to: its call, or what ended it before or after."""
+        if report.when == "call" or not report.passed:
+            self.counts.setdefault(self.kinds[report.nodeid], Counter())[report.outcome] += 1
+
+
+def kinds(folder: Path) -> dict[str, Any]:
+    """The marked tests by kind: tried, held, skipped."""
+    plugin, began = Kinds(), time.monotonic()
+    # Not through pyproject's `addopts`: one process, in which each test finds the models of the last one.
+    status = pytest.main([str(TESTS), "-q", "--no-header", "--tb=short", f"--basetemp={folder / 'tests'}"], [plugin])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"pytest ended with {status!r}")
+    rows = {}
+    for kind, counts in sorted(plugin.counts.items()):
+        tried = counts["passed"] + counts["failed"]
+        rows[kind] = {"tried": tried, "held": counts["passed"], "skipped": counts["skipped"]}
+        print(
+            f"{kind:<60} {counts['passed']:>5} of {tried} held"
+            + (f", {counts['skipped']} skipped" * bool(counts["skipped"]))
+        )
+    return {"kinds": rows, "seconds": time.monotonic() - began}
+
+
+def servers(folder: Path) -> dict[str, Any]:
+    """600 silent sockets at each server, and the seconds that a visitor's page takes meanwhile."""
+    return {kind: attack_servers.silent_sockets(kind) for kind in ("studio", "study")}
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """10,000 changed files over all kinds, and the tracebacks that they gave."""
+    began, tallies = time.monotonic(), attack_files.fuzz(10_000)
+    return {"kinds": {kind: vars(tally) for kind, tally in tallies.items()}, "seconds": time.monotonic() - began}
+
+
+def kills(folder: Path) -> dict[str, Any]:
+    """20 of `align`, 20 of `experiment` with two workers, 10 of `bake`."""
+    works = {"align": (attack_kills.align(), 20), "experiment": (attack_kills.experiment(folder), 20)}
+    works["bake"] = attack_kills.bake(), 10
+    return {name: attack_kills.kills(work, folder / name, count) for name, (work, count) in works.items()}
+
+
+PARTS = {"kinds": kinds, "servers": servers, "files": files, "kills": kills}
+
+
+def parts(asked: list[str]) -> Iterator[tuple[str, Any]]:
+    """The parts that were asked for."""
+    for name in asked or ("kinds", "servers", "files"):
+        with tempfile.TemporaryDirectory() as folder:
+            yield name, PARTS[name](Path(folder))
+
+
+if __name__ == "__main__":
+    keep_parts(parts(sys.argv[1:]), OUT)
