@@ -1,7 +1,7 @@
 """What a checkpoint holds: tensors in `state.safetensors`, and everything else in `progress.json`.
 
-Both are read by what they should be: the curve and the step by a schema, each tensor by the parameter that it belongs to.
-Nothing of them is run, as a pickle would be.
+Both are read by what they should be: the curve and the step by a schema, each tensor by its parameter. Nothing is
+run, as a pickle would be.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Progress(Record):
     recent: Annotated[float, Field(allow_inf_nan=False)]
     curve: CurveRecord
     data: dict[str, Any]
-    numbers: dict[str, dict[str, bool | int | float]] = {}
+    numbers: dict[str, dict[str, bool | int | float]] = Field(default_factory=dict)
     """By parameter and name."""
-    scaler: dict[str, int | float] = {}
+    scaler: dict[str, int | float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _begun(self) -> Progress:
@@ -74,8 +74,8 @@ class Progress(Record):
 class State:
     """The tensors of a training: whole, in the order of the parameters.
 
-    `optimizer` has for the number of each parameter what its optimizer keeps of it, tensors and numbers. The optimizer's
-    settings are not kept: they are a function of the plan.
+    `optimizer` has for the number of each parameter what its optimizer keeps of it, tensors and numbers. The
+    optimizer's settings are not kept: they are a function of the plan.
     """
 
     parameters: list[Tensor]
@@ -107,8 +107,8 @@ def read_progress(folder: Path, steps: int | None = None) -> Progress:
     """What `progress.json` says; of at most so many `steps`. Raises `ValueError` where it is none of a checkpoint."""
     if not (folder / TENSORS).exists() and (folder / PICKLED).exists():
         raise ValueError(
-            f"{folder} is the checkpoint of a training that deradiff 0.1 began ({PICKLED}), which this version does not "
-            "read: finish it with that version (pip install deradiff==0.1.0), or delete the folder to begin anew"
+            f"{folder} is the checkpoint of a training that deradiff 0.1 began ({PICKLED}), which is not read any "
+            "more: finish it with that version (pip install deradiff==0.1.0), or delete the folder to begin anew"
         )
     try:
         progress = read(Progress, folder / PROGRESS, WHAT, CURE)
@@ -137,7 +137,8 @@ def read_state(folder: Path, progress: Progress, shapes: Sequence[torch.Size], p
             if value is None or value.shape != shapes[i] or not value.is_floating_point():
                 other = "missing" if value is None else f"{list(value.shape)} in {value.dtype}"
                 raise ValueError(
-                    f"{path} is of another model: {name}.{i} is {other}, and should be of shape {list(shapes[i])}: {CURE}"
+                    f"{path} is of another model: {name}.{i} is {other}, its parameter has the shape "
+                    f"{list(shapes[i])}: {CURE}"
                 )
     optimizer = _of_optimizer(path, held, progress, shapes)
     if plan.optimizer == "adamw":
@@ -167,7 +168,7 @@ def _require_adamw(path: Path, optimizer: Mapping[int, Mapping[str, Any]], shape
 
 
 def _apart(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that are laid out in order and share no memory, as the file asks for. (An 8-bit optimizer's tables do.)"""
+    """Tensors that are laid out in order and share no memory, as the file asks for; an 8-bit optimizer's tables do."""
     seen: set[int] = set()
     found = {}
     for name, value in held.items():

@@ -11,11 +11,19 @@ from typing import Any
 
 from PIL import Image
 
+from deradiff.files.reading import Record, read
 from deradiff.files.records import read_png, versions, write_png
 from deradiff.files.writing import write_json
 
 _PARTIAL = re.compile(r"\..+\.(png|json)\.\d+\.partial")
 """What `whole` leaves behind where its process was killed."""
+
+
+class Claim(Record):
+    """The `settings.json` of a folder."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
 
 
 def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
@@ -35,10 +43,10 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
             raise FileExistsError(f"{folder} is not empty and holds no {what}: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {"settings": mine, "versions": versions()})
-    held = json.loads(file.read_text(encoding="utf-8"))
-    require_same(folder, what, held.get("settings", {}), mine)
-    if held["versions"] != versions():
-        warnings.warn(f"{folder} was begun with other versions: {held['versions']}, now {versions()}", stacklevel=3)
+    held = read(Claim, file, f"settings of a {what}", "name another folder, or delete it")
+    require_same(folder, what, held.settings, mine)
+    if held.versions != versions():
+        warnings.warn(f"{folder} was begun with other versions: {held.versions}, now {versions()}", stacklevel=3)
 
 
 def require_same(folder: Path, what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -126,10 +134,9 @@ class RunFolder:
 def _record(file: Path) -> dict[str, Any]:
     """What a run's record holds; nothing where there is none, or something else."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read(dict[str, Any], file, "record of a run", "")
     except (ValueError, OSError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _require_writable(folder: Path) -> None:

@@ -81,9 +81,9 @@ def require_picture(path: Path, what: str, cure: str) -> None:
 
 
 def _require_weights(folder: Path, what: str, cure: str) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    listed = {name for index in sorted(folder.glob(f"*{INDEX}")) for name in _listed(index, cure)}
-    missing = sorted(listed - {path.name for path in weights})
+    weights = sorted(folder.rglob("*.safetensors"))
+    listed = [index.parent / name for index in sorted(folder.rglob(f"*{INDEX}")) for name in _listed(index, cure)]
+    missing = [str(path) for path in listed if path not in weights]
     if missing or not weights:
         lacking = missing[0] if missing else "a .safetensors file"
         raise ValueError(f"{folder} is no whole {what}: there is no {lacking}: {cure}")
@@ -95,8 +95,8 @@ class _Index(Record):
     weight_map: dict[str, str]
 
 
-def _listed(index: Path, cure: str) -> set[str]:
-    return set(read(_Index, index, "index of weights", cure).weight_map.values())
+def _listed(index: Path, cure: str) -> list[str]:
+    return sorted({*read(_Index, index, "index of weights", cure).weight_map.values()})
 
 
 def _state(path: Path) -> FileState:

@@ -1,8 +1,8 @@
 """Files of ours read back: bounded, through one schema for each kind, and refused in words.
 
-Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on: which
-file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all the
-same (a later version wrote it); a plan may not (`plans.Part`).
+Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on:
+which file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all
+the same (a later version wrote it); a plan may not (`plans.Part`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def read(kind: type[Kind], path: Path, what: str, cure: str) -> Kind:
 
     `what` the file is and the `cure` for one that is wrong stand in the messages.
 
-    Raises `OSError` where it cannot be read (`FileNotFoundError` where it is not there), and `ValueError` where it is not
-    what it should be.
+    Raises `OSError` where it cannot be read (`FileNotFoundError` where it is not there), and `ValueError` where it is
+    not what it should be.
     """
     return parse(kind, text_of(path, what), str(path), what, cure)
 
@@ -80,7 +80,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{where} is not YAML that can be read: {' '.join(str(error).split())}") from None
     except (LookupError, TypeError, AttributeError, ArithmeticError):  # PyYAML's, of `!!bool x` or `!!timestamp x`
-        raise ValueError(f"{where} is not YAML that can be read: a value is none of the kind that its !! says") from None
+        raise ValueError(
+            f"{where} is not YAML that can be read: a value is none of the kind that its !! says"
+        ) from None
     return content
 
 

@@ -14,15 +14,23 @@ from deradiff.files.reading import parse, require_file
 Kind = TypeVar("Kind")
 
 
+def handle(path: Path, what: str, cure: str) -> Any:
+    """`opened`, for a file that stays open as long as somebody has it."""
+    require_file(path, what)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole {what} ({error}): {cure}") from None
+
+
 @contextmanager
 def opened(path: Path, what: str, cure: str) -> Iterator[Any]:
     """A .safetensors file, memory-mapped; its header says how long it must be, so that one which was cut is refused.
 
     Raises `OSError` where it cannot be read, `ValueError` where it is damaged or lacks what is asked for.
     """
-    require_file(path, what)
     try:
-        with safe_open(path, framework="pt") as file:
+        with handle(path, what, cure) as file:
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole {what} ({error}): {cure}") from None
@@ -39,14 +47,20 @@ def metadata(file: Any, name: str, kind: type[Kind], path: Path, what: str, cure
     return parse(kind, (file.metadata() or {}).get(name), f"{name!r} in {path}", what, cure)
 
 
-def rows(path: Path, names: Sequence[str], count: int, what: str, cure: str) -> dict[str, Any]:
-    """The tensors `names` of a file, of `count` rows each. Raises as `opened` does."""
+def rows(
+    path: Path, wanted: Mapping[str, Sequence[int] | None], count: int, what: str, cure: str
+) -> dict[str, Any]:  # fmt: skip
+    """The tensors of a file that are wanted, `count` rows each of the shape that is given, or of any (None).
+
+    Raises as `opened` does.
+    """
     with opened(path, what, cure) as file:
-        tensors = {name: file.get_tensor(name) for name in names}
-    wrong = [name for name, tensor in tensors.items() if not tensor.ndim or len(tensor) != count]
-    if wrong:
-        shape = list(tensors[wrong[0]].shape)
-        raise ValueError(f"{path} is no {what}: {wrong[0]} has the shape {shape} and should have {count} rows: {cure}")
+        tensors = {name: file.get_tensor(name) for name in wanted}
+    for name, shape in wanted.items():
+        held = tuple(tensors[name].shape)
+        if held[:1] != (count,) or (shape is not None and held[1:] != tuple(shape)):
+            expected = f"{count} rows" if shape is None else f"the shape {(count, *shape)}"
+            raise ValueError(f"{path} is no {what}: {name} has the shape {held} and should have {expected}: {cure}")
     return tensors
 
 
