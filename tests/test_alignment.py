@@ -260,30 +260,37 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path:
     progress.write_text(progress.read_text().replace("500", "600"))
     with pytest.raises(ValueError, match="another run"):
         aligned(tmp_path, 2)
-    progress.write_text("{")
-    with pytest.raises(ValueError, match="no checkpoint of an alignment"):
-        aligned(tmp_path, 2)
+    for content in ("{", "[]", "{}", progress.read_text().replace('"step": 3', '"step": 300')):
+        progress.write_text(content)
+        with pytest.raises(ValueError, match="checkpoint of an alignment.*delete the folder"):
+            aligned(tmp_path, 2)
+
+
+GOOD = {
+    "identity": "", "step": 3, "recent": 0.0, "data": {},
+    "curve": {"step": [0], "train": [1.0], "held_out": [1.0], "stopped": "", "kept_step": 0},
+}  # fmt: skip
 
 
 def test_the_last_good_checkpoint_survives_a_kill_and_a_full_disk(tmp_path: Path) -> None:
     folder = tmp_path / "state"
 
     def good(path: Path) -> None:
-        (path / "progress.json").write_text('{"identity": ""}')
+        (path / "progress.json").write_text(json.dumps(GOOD))
 
     def full(path: Path) -> None:
-        (path / "state.pt").write_bytes(b"half")
+        (path / "state.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     folders.write(folder, good)
     with pytest.warns(UserWarning, match="make room; the last good one stays"):
         folders.write(folder, full)
-    assert folders.read(folder, "") == {"identity": ""} and not folder.with_name("state.tmp").exists()
+    assert folders.read(folder, "").step == 3 and not folder.with_name("state.tmp").exists()
     # Killed between the two renames: the former one comes back.
     folder.replace(tmp_path / "state.old")
     folder.with_name("state.tmp").mkdir()
     folders.recover(folder, first=True)
-    assert folders.read(folder, "") == {"identity": ""} and [p.name for p in tmp_path.iterdir()] == ["state"]
+    assert folders.read(folder, "").step == 3 and [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> None:

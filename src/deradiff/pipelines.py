@@ -1,13 +1,17 @@
 """A reference pipeline from the words of a command line: which model, which scheduler, which device."""
 
-import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+
+from deradiff.files.inventory import Inventory, require_whole
+from deradiff.files.models import reading_model
+from deradiff.files.reading import Record, read
 
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -50,12 +54,31 @@ def load_pipeline(
 
         pipe: DiffusionPipeline = digits.load_pipeline(torch_dtype=dtype)
     else:
-        pipe = DiffusionPipeline.from_pretrained(
-            source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
-        )
+        if Path(source).is_dir():
+            _require_whole(Path(source))
+        with reading_model(source):
+            pipe = DiffusionPipeline.from_pretrained(
+                source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
+            )
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     return pipe
+
+
+class _Baked(Record):
+    files: Inventory | None = None
+
+
+def _require_whole(folder: Path) -> None:
+    """Raise `ValueError` for a pipeline's folder whose own files are damaged, or that was baked and is not whole."""
+    for file in [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]:
+        if file.exists():
+            read(dict[str, Any], file, "configuration of a model", "copy or download it again")
+    if (record := folder / "baking.json").exists():
+        cure = "bake it again"
+        baked = read(_Baked, record, "record of a baked model", cure)
+        if baked.files is not None:
+            require_whole(folder, baked.files, "baked model", cure)
 
 
 def usual_guidance(reference: str) -> float | None:
@@ -79,16 +102,28 @@ def anchor_source(source: str) -> str | Path:
 def known_beta(source: str) -> float | None:
     """The β that an anchor was aligned at: one of the digits', or of a folder that `deradiff align` wrote; else None.
 
-    Raises `ValueError` for an anchor that the digits do not have, like `anchor_source`.
+    A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that the digits do not
+    have, like `anchor_source`.
     """
     if source.startswith("digits:"):
         return _shipped_beta(source)
+    file = Path(source) / "alignment.json"
     try:
-        record = json.loads((Path(source) / "alignment.json").read_text(encoding="utf-8"))
-        beta = float(record["made_of"]["beta"])
-    except (OSError, ValueError, KeyError, TypeError):
+        beta = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of.beta
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(str(error), stacklevel=2)
         return None
     return beta if math.isfinite(beta) and beta > 0 else None
+
+
+class _Beta(Record):
+    beta: float
+
+
+class _Aligned(Record):
+    made_of: _Beta
 
 
 def _shipped_beta(source: str) -> float:

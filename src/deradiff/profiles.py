@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from deradiff.dial import Dial, dial_of
+from deradiff.files.reading import Record, read
 from deradiff.files.writing import write_json
 from deradiff.reuse import REFERENCE, WEIGHTS, Reuse
 
@@ -55,12 +56,28 @@ class Profile:
     @classmethod
     def load(cls, file: Path) -> Profile:
         """Read what `save` wrote. Raises `ValueError` for another file."""
+        found = read(_ProfileRecord, Path(file), "profile of full steps", "measure it anew")
         try:
-            found = json.loads(Path(file).read_text())
-            chosen = found.pop("reuse")
-            return cls(reuse=Reuse(**chosen | {"steps": tuple(chosen["steps"])}), **found)
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            reuse = Reuse(steps=tuple(found.reuse.steps), carrier=found.reuse.carrier)
+        except ValueError as error:
             raise ValueError(f"{file} is no profile of full steps: {error}") from None
+        return cls(reuse=reuse, **found.model_dump(exclude={"reuse"}))
+
+
+class _ReuseRecord(Record):
+    steps: list[NonNegativeInt]
+    carrier: str
+
+
+class _ProfileRecord(Record):
+    reuse: _ReuseRecord
+    tolerance: float
+    error: float
+    changed: float
+    cost: float
+    scheduler: str
+    steps: int
+    images: int
 
 
 def profiled(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deradiff.alignment import digits_models, dpo
@@ -18,7 +18,9 @@ from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.loop import Report as Progress
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
+from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
+from deradiff.files.tensors import joined, rows
 from deradiff.files.writing import whole, whole_folder, write_json
 from deradiff.jobs import Report
 from deradiff.rewards.digits import DigitsReward
@@ -63,8 +65,13 @@ def draw_pairs(folder: Path, settings: Settings, number: int, report: Report) ->
 
 def load_pairs(folder: Path, settings: Settings) -> Pairs:
     """All chunks together."""
-    chunks = [load_file(_chunk(folder, number)) for number in range(settings.chunks)]
-    together = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    what, cure = "chunk of pairs", "delete it, and it is drawn again"
+    shapes, left = {"latents": (2, 4, 8, 8), "rewards": (2,), "first_wins": ()}, settings.pairs
+    parts = {}
+    for number in range(settings.chunks):
+        path, count = _chunk(folder, number), min(settings.pairs_chunk, left - number * settings.pairs_chunk)
+        parts[path] = rows(path, shapes, count, what, cure)
+    together = joined(parts, what, cure)
     prompts = captions.sample_prompts(settings.pairs, settings.seed + 5)
     return Pairs(tokens=digits_models.token_ids(prompts), **together)
 
@@ -139,6 +146,7 @@ def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) 
     name = f"beta-{beta:g}"
     path = folder / "anchors" / name
     if path.exists():
+        require_whole(path, None, "model", "delete that folder, and it is trained again")
         return
     path.parent.mkdir(exist_ok=True)
     base, pairs = Base(_reference(folder)), load_pairs(folder, settings)
@@ -157,6 +165,7 @@ def train_lora(folder: Path, settings: Settings, report: Report) -> None:
     beta = settings.lora_beta
     path = folder / f"lora-beta-{beta:g}"
     if path.exists():
+        require_whole(path, None, "model", "delete that folder, and it is trained again")
         return
     base, pairs = Base(_reference(folder)), load_pairs(folder, settings)
     policy = Policy(base, settings.lora_rank, WIDER_TARGETS, settings.seed + 2)

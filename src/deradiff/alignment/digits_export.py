@@ -12,14 +12,19 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.digits_models import byte_pairs, token_ids, tokenizer
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Report as Progress
+from deradiff.files.inventory import require_whole
+from deradiff.files.reading import read
 from deradiff.files.writing import whole_folder
 from deradiff.rewards.digits import DigitsReward
 from deradiff.weights import mean
 from deradiff.worlds.digits import quality
 from deradiff.worlds.digits.captions import sample_prompts, words
+
+ANEW = "delete it and the model beside it, and build again"
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -28,6 +33,7 @@ def export(folder: Path, settings: Settings, report: Progress) -> Path:
     """Gather `folder/files` from a finished build: pipeline, anchors, LoRA, `curves.json` and `build.json`."""
     path = folder / "files"
     if path.exists():
+        require_whole(path, None, "export", "delete that folder, and it is exported again")
         return path
     with whole_folder(path) as files:
         _gather(folder, files, settings, report)
@@ -44,10 +50,7 @@ def _gather(folder: Path, files: Path, settings: Settings, report: Progress) -> 
 
     _forget_paths(files)
 
-    curves = {
-        c.name.removesuffix("-curve.json"): json.loads(c.read_text()) for c in sorted(folder.glob("*-curve.json"))
-    }
-    (files / "curves.json").write_text(json.dumps(curves, indent=1))
+    (files / "curves.json").write_text(json.dumps(curves(folder), indent=1))
     record = {
         "settings": asdict(settings),
         "versions": _versions(),
@@ -56,6 +59,14 @@ def _gather(folder: Path, files: Path, settings: Settings, report: Progress) -> 
         "anchors": describe(files, betas, lora_beta, samples // 2, report),
     }
     (files / "build.json").write_text(json.dumps(record, indent=1))
+
+
+def curves(folder: Path) -> dict[str, Any]:
+    """The loss curves of a build by what was trained. Raises `ValueError` for one that is damaged."""
+    return {
+        file.name.removesuffix("-curve.json"): read(CurveRecord, file, "loss curve", ANEW).model_dump()
+        for file in sorted(folder.glob("*-curve.json"))
+    }
 
 
 def _load(files: Path) -> StableDiffusionPipeline:
@@ -67,8 +78,8 @@ def _load(files: Path) -> StableDiffusionPipeline:
 def _forget_paths(files: Path) -> None:
     """Remove from the configurations where each part was loaded from: the build folder is nobody's business."""
     for path in sorted(files.rglob("*.json")):
-        content = json.loads(path.read_text())
-        if content.pop("_name_or_path", None) is not None:
+        content = read(Any, path, "configuration", ANEW)
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

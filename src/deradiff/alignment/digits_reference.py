@@ -14,6 +14,7 @@ from deradiff.alignment import digits_models
 from deradiff.alignment.digits_settings import Settings
 from deradiff.alignment.loop import Part, train
 from deradiff.alignment.objectives import squared_error
+from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import whole_folder, write_json
 from deradiff.jobs import Report
@@ -24,6 +25,7 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
     """Pictures to 4x8x8 latents of zero mean and unit variance, and back; squared error plus a little KL."""
     path = folder / "vae"
     if path.exists():
+        require_whole(path, None, "autoencoder", "delete that folder, and it is trained again")
         return AutoencoderKL.from_pretrained(path).eval()
     torch.manual_seed(settings.seed)
     vae = digits_models.autoencoder()
@@ -103,6 +105,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     """UNet and text encoder together on the plain denoising loss (Ho et al. 2020), captions dropped one time in ten."""
     path = folder / "reference"
     if path.exists():
+        require_whole(path, None, "reference", "delete that folder, and it is trained again")
         return _quiet(StableDiffusionPipeline.from_pretrained(path))
     pool = data.render("train", settings.pictures, settings.seed + 3)
     unseen = data.render("held-out", settings.held_out_pictures, settings.seed + 4)

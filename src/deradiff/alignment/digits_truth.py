@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +35,10 @@ from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
 from deradiff.files.folders import claim
+from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import discard, taken
+from deradiff.files.reading import Record, read
+from deradiff.files.tensors import joined, metadata, opened, rows
 from deradiff.files.writing import whole, whole_folder, write_json
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.rewards import Reward
@@ -204,14 +206,16 @@ def draw_pool(folder: Path, settings: TruthSettings, number: int, report: Report
 
 def load_pool(folder: Path, settings: TruthSettings) -> Pool:
     """All chunks together."""
+    what, cure = "chunk of the pool", "delete it, and it is drawn again"
     texts: list[str] = []
-    tensors: dict[str, list[Tensor]] = {name: [] for name in ("latents", *REWARDS)}
-    for number in range(settings.chunks):
-        with safe_open(_chunk(folder, number), "pt") as chunk:
-            texts += json.loads(chunk.metadata()["captions"])
-            for name, parts in tensors.items():
-                parts.append(chunk.get_tensor(name))
-    together = {name: torch.cat(parts) for name, parts in tensors.items()}
+    parts = {}
+    for path in (_chunk(folder, number) for number in range(settings.chunks)):
+        with opened(path, what, cure) as chunk:
+            told = metadata(chunk, "captions", list[str], path, what, cure)
+        shapes = {"latents": (4, 8, 8)} | dict.fromkeys(REWARDS, ())
+        parts[path] = rows(path, shapes, len(told), what, cure)
+        texts += told
+    together = joined(parts, what, cure)
     return Pool(together.pop("latents"), texts, together)
 
 
@@ -252,7 +256,7 @@ def tilts(settings: TruthSettings, target: Target) -> dict[str, float]:
 def train_weighted(folder: Path, settings: TruthSettings, target: Target, report: Report) -> None:
     """The reference's UNet on the denoising loss (Ho et al. 2020) over pool samples drawn by their tilted weights."""
     path = folder / "weighted" / target_name(target)
-    if path.exists():
+    if _is_trained(path):
         return
     pipe, pool = _reference(), load_pool(folder, settings)
     weights = tilted_weights(pool.weighted_sum(tilts(settings, target)), pool.conditions())
@@ -276,7 +280,7 @@ def train_dpo(folder: Path, settings: TruthSettings, target: Target, report: Rep
     together tilt as the sum of their anchors' tilts.
     """
     path = folder / "dpo" / target_name(target)
-    if path.exists():
+    if _is_trained(path):
         return
     pipe, pool = _reference(), load_pool(folder, settings)
     largest = max(target.values())
@@ -332,10 +336,24 @@ def reached(
     }
 
 
+def _is_trained(path: Path) -> bool:
+    """Whether the model is there. Raises `ValueError` where it is, and is not whole."""
+    if not path.exists():
+        return False
+    cure = "delete that folder, and it is trained again"
+    files = read(_Trained, path / "truth.json", "record of a trained model", cure).files
+    require_whole(path, files, "model", cure)
+    return True
+
+
+class _Trained(Record):
+    files: Inventory | None = None
+
+
 def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: Curve, path: Path) -> None:
     model.to(memory_format=torch.contiguous_format)
 
     path.parent.mkdir(exist_ok=True)
     with whole_folder(path) as folder:
         model.save_pretrained(folder)
-        write_json(folder / "truth.json", {**record, "curve": asdict(curve)})
+        write_json(folder / "truth.json", {**record, "curve": asdict(curve), "files": inventory(folder)})

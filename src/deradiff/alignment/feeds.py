@@ -15,7 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
+
+from deradiff.files.reading import Record, fit
 
 UNREADABLE_IN_A_ROW = 100
 """So many unreadable rows one after another are not a few bad files but a bad source."""
@@ -25,6 +28,34 @@ Cursor = dict[str, Any]
 
 Row = TypeVar("Row")
 Item = TypeVar("Item", covariant=True)
+
+
+Counts = dict[str, NonNegativeInt]
+"""By reason."""
+
+
+class FeedState(Record):
+    """What a feed remembers."""
+
+    source: Any
+    held_out: NonNegativeInt
+    seed: int
+    cursor: dict[str, Any] | None
+    left_out: Counts
+    unreadable: Counts
+
+
+class _Position(Record):
+    position: NonNegativeInt = Field(lt=2**48)
+
+
+Place = TypeVar("Place", bound=Record)
+
+
+def read_cursor(kind: type[Place], cursor: Cursor) -> Place:
+    """A cursor out of a file, as its source has them. Raises `ValueError`."""
+    cure = "delete the checkpoint or the cache that it stands in, to begin anew"
+    return fit(kind, cursor, f"{cursor!s:.80}", "place in these data", cure)
 
 
 class Unreadable(Exception):
@@ -147,15 +178,14 @@ class Feed(Generic[Item]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises `ValueError` where it was saved with other data, held-out rows or seed."""
         mine = self.state_dict()
+        saved = fit(FeedState, state, "the order of the data", "state of a feed", "delete the checkpoint to begin anew")
         for key, what in [("source", "other data"), ("held_out", "other held-out rows"), ("seed", "another seed")]:
-            if state.get(key) != mine[key]:
+            if getattr(saved, key) != mine[key]:
                 raise ValueError(
-                    f"this data order was saved with {what}: {state.get(key)!r}, now {mine[key]!r}. Continue with what "
-                    "the run began with, or start a new run"
+                    f"this data order was saved with {what}: {getattr(saved, key)!r}, now {mine[key]!r}. Continue "
+                    "with what the run began with, or start a new run"
                 )
-        self._cursor = state["cursor"]
-        self._left_out = dict(state["left_out"])
-        self._unreadable = Counter(state["unreadable"])
+        self._cursor, self._left_out, self._unreadable = saved.cursor, saved.left_out, Counter(saved.unreadable)
         self._restart()
 
 
@@ -181,7 +211,7 @@ def split_held_out(rows: int, held_out: int) -> tuple[Int[Tensor, " train"], Int
 
 def permuted(rows: Int[Tensor, " row"], seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
     """`rows` without end, each epoch in a fresh seeded permutation; the cursor is the position in that sequence."""
-    for position in itertools.count(cursor["position"] if cursor else 0):
+    for position in itertools.count(read_cursor(_Position, cursor).position if cursor else 0):
         yield Step(int(rows[order(len(rows), seed, range(position, position + 1))[0]]), {"position": position + 1}, {})
 
 

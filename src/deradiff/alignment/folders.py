@@ -1,11 +1,11 @@
 """Checkpoints that replace each other: one that is there is whole."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from deradiff.alignment.checkpoints import Progress, read_progress
 
 
 def _temporary(folder: Path) -> Path:
@@ -48,21 +48,15 @@ def recover(folder: Path, first: bool) -> None:
     shutil.rmtree(_former(folder), ignore_errors=True)
 
 
-def read(folder: Path, identity: str) -> dict[str, Any]:
-    """The progress that a checkpoint records.
+def read(folder: Path, identity: str, steps: int | None = None) -> Progress:
+    """The progress that a checkpoint records, of at most so many `steps`.
 
     Raises `ValueError` if it cannot be read, or belongs to a run with another `identity`.
     """
-    path = folder / "progress.json"
-    try:
-        progress: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    progress = read_progress(folder, steps)
+    if progress.identity != identity:
         raise ValueError(
-            f"{folder} is no checkpoint of an alignment ({error}): delete it, or name another folder"
-        ) from None
-    if progress.get("identity") != identity:
-        raise ValueError(
-            f"{folder} is the checkpoint of another run ({progress.get('identity')!r}, this is {identity!r}): "
+            f"{folder} is the checkpoint of another run ({progress.identity!r}, this is {identity!r}): "
             "name another folder, or delete it to start anew"
         )
     return progress

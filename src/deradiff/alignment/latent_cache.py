@@ -13,22 +13,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from pydantic import PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
+from deradiff.alignment.feeds import Counts, Cursor, Step, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.pair_rows import Pair
-from deradiff.files.folders import claim
+from deradiff.files import tensors as files_of_tensors
+from deradiff.files.folders import Claim, claim
+from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import taken
+from deradiff.files.reading import Record, fit, read
 from deradiff.files.writing import whole, write_json
 
 FORMAT = 1
+
+ANEW = "name another folder, or delete it and encode anew"
+REWRITE = "delete it, and write the cache again: it goes on where it was"
+DAMAGED = "delete it and those after it, and finished.json, and write the cache again; it goes on there"
+"""What to do about each of its files."""
+
 EMBEDDING = "prompt."
 """Begins the names of a shard's prompt tensors."""
 
@@ -64,6 +73,32 @@ class CachedBatch:
     time_ids: Float[Tensor, "pair 2 6"]
     prompts: dict[str, Tensor]
     texts: list[str]
+
+
+class _CacheSettings(Record):
+    format: int
+    source: dict[str, Any]
+    base: str
+    resolution: int
+    limit: int | None
+
+
+class _State(Record):
+    """What the header of a shard says: where its source goes on, and the prompts that are new in it."""
+
+    cursor: Cursor
+    unreadable: Counts
+    left_out: Counts
+    texts: list[str]
+
+
+class _Finished(Record):
+    pairs: PositiveInt
+    prompts: PositiveInt
+    shards: PositiveInt
+    unreadable: Counts
+    left_out: Counts
+    files: Inventory | None = None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -139,7 +174,9 @@ def _fill(
     if not done.pairs:
         raise ValueError(f"no pair could be read from {pairs.fingerprint} (unreadable: {dict(done.unreadable)})")
     totals = {"pairs": done.pairs, "prompts": len(done.prompts), "shards": done.shards}
-    write_json(folder / "finished.json", {**totals, "unreadable": done.unreadable, "left_out": done.left_out})
+    shards = inventory(folder, map(_shard_name, range(done.shards)))
+    left = {"unreadable": done.unreadable, "left_out": done.left_out}
+    write_json(folder / "finished.json", {**totals, **left, "files": shards})
 
 
 @dataclass
@@ -157,13 +194,12 @@ class _Done:
 def _so_far(folder: Path) -> _Done:
     done = _Done()
     for path in _shard_files(folder):
-        file = _opened(path)
-        state = _state(file)
-        done.prompts |= {text: number for number, text in enumerate(state["texts"], len(done.prompts))}
-        done.pairs += file.get_slice("latents").get_shape()[0]
+        shard = _opened(path, len(done.prompts))
+        done.prompts |= {text: number for number, text in enumerate(shard.state.texts, len(done.prompts))}
+        done.pairs += shard.pairs
         done.shards += 1
-        done.cursor, done.left_out = state["cursor"], state["left_out"]
-        done.unreadable = Counter(state["unreadable"])
+        done.cursor, done.left_out = shard.state.cursor, shard.state.left_out
+        done.unreadable = Counter(shard.state.unreadable)
     return done
 
 
@@ -276,19 +312,24 @@ class LatentCache:
         self.folder = Path(folder)
         if not (self.folder / "settings.json").is_file():
             raise FileNotFoundError(f"{folder} is no cache of latents: it has no settings.json")
-        record = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
-        self.settings: dict[str, Any] = record["settings"]
+        settings = self.folder / "settings.json"
+        self.settings: dict[str, Any] = read(Claim, settings, "settings of a cache", ANEW).settings
+        fit(_CacheSettings, self.settings, str(settings), "settings of a cache", ANEW)
         files = _shard_files(self.folder)
         if not (self.folder / "finished.json").is_file():
             raise ValueError(f"{folder} was not finished ({len(files)} shards): run what writes it again, it goes on")
-        self.totals: dict[str, Any] = json.loads((self.folder / "finished.json").read_text(encoding="utf-8"))
-        self._shards = [_opened(path) for path in files]
+        finished = read(_Finished, self.folder / "finished.json", "totals of a cache", REWRITE)
+        self.totals: dict[str, Any] = finished.model_dump(exclude={"files"})
+        require_whole(self.folder, finished.files or {}, "cache", DAMAGED)
+        self._shards: list[Any] = []
         self.texts: list[str] = []
         # Where each shard begins, among the pairs and among the prompts.
         self._pairs, self._prompts = [0], [0]
-        for file in self._shards:
-            self.texts += _state(file)["texts"]
-            self._pairs.append(self._pairs[-1] + file.get_slice("latents").get_shape()[0])
+        for path in files:
+            shard = _opened(path, len(self.texts))
+            self._shards.append(shard.file)
+            self.texts += shard.state.texts
+            self._pairs.append(self._pairs[-1] + shard.pairs)
             self._prompts.append(len(self.texts))
         if [self._pairs[-1], len(self.texts)] != [self.totals["pairs"], self.totals["prompts"]]:
             raise ValueError(f"{folder} lacks shards: it should hold {self.totals}, and holds {self._pairs[-1]} pairs")
@@ -340,13 +381,30 @@ def _shard_files(folder: Path) -> list[Path]:
     return list(itertools.takewhile(Path.exists, numbered))
 
 
-def _opened(path: Path) -> Any:
+class _Shard(NamedTuple):
+    file: Any
+    state: _State
+    pairs: int
+
+
+def _opened(path: Path, before: int) -> _Shard:
+    """A shard, behind others with so many prompts. Raises `ValueError` where it is damaged."""
+    what = "shard of a cache"
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and those after it, and finished.json, and write "
-                         "the cache again; it goes on there") from error  # fmt: skip
-
-
-def _state(file: Any) -> dict[str, Any]:
-    return json.loads(file.metadata()["state"])
+        file = files_of_tensors.handle(path, what, DAMAGED)
+        state = files_of_tensors.metadata(file, "state", _State, path, what, DAMAGED)
+    except OSError as error:
+        raise ValueError(f"{error}: {DAMAGED}") from None
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    rows = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
+    pairs, texts = rows.get("prompt", 0), len(state.texts)
+    wrong = [name for name in ("latents", "time_ids") if rows.get(name) != pairs] if pairs else ["prompt"]
+    wrong += [name for name in rows if name.startswith(EMBEDDING) and rows[name] != texts]
+    if (
+        not wrong
+        and not 0 <= int(file.get_tensor("prompt").min()) <= int(file.get_tensor("prompt").max()) < before + texts
+    ):
+        wrong = ["prompt"]
+    if wrong:
+        raise ValueError(f"{path} is no whole {what}: {wrong[0]} does not fit the rest ({shapes}): {DAMAGED}")
+    return _Shard(file, state, pairs)

@@ -5,7 +5,6 @@ that an interrupted run needs to save no generator and continues with the very b
 accumulated micro-batches are parts of one global batch (`Part`): how many there are changes only how sums are rounded.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from deradiff.alignment import folders, sharding
+from deradiff.alignment import checkpoints, folders, sharding
 
 Report = Callable[[int, int, str], None]
 """Called with (steps done, steps planned, a line of words)."""
@@ -218,17 +217,18 @@ def _train(
 
     def load() -> None:
         nonlocal curve, start, recent, average, best
-        progress = folders.read(checkpoint, identity)
-        state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
-        copy_to(parameters, sharding.parts(state["parameters"], parameters))
-        average, best = (sharding.parts(state[name], parameters) if state[name] else [] for name in ("average", "best"))
-        optimizer.load_state_dict(sharding.optimizer_parts(state["optimizer"], parameters))
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        curve, start = Curve(**progress["curve"]), progress["step"]
+        progress = folders.read(checkpoint, identity, plan.steps)
+        state = checkpoints.read_state(checkpoint, progress, [p.shape for p in parameters], plan)
         if data is not None:
-            data.load_state_dict(progress["data"])
-        recent = torch.tensor(progress["recent"], device=accelerator.device)
+            data.load_state_dict(progress.data)
+        copy_to(parameters, sharding.parts(state.parameters, parameters))
+        average, best = (sharding.parts(values, parameters[: len(values)]) for values in (state.average, state.best))
+        held = {"state": state.optimizer, "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(sharding.optimizer_parts(held, parameters))
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state.scaler)
+        curve, start = Curve(**progress.curve.model_dump()), progress.step
+        recent = torch.tensor(progress.recent, device=accelerator.device)
 
     def save(step: int) -> None:
         require_finite(step)
@@ -237,19 +237,18 @@ def _train(
             "parameters": [p.detach() for p in parameters],
             "average": average,
             "best": best,
-            "optimizer": optimizer.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+            "optimizer": optimizer.state_dict()["state"],
         }
         # All processes take part in these two; the first one writes.
         state, lately = sharding.whole(mine, first), accelerator.reduce(recent, "mean").item()
 
         def write(folder: Path) -> None:
-            torch.save(state, folder / "state.pt")
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
             progress = {
                 "identity": identity, "step": step, "recent": lately, "curve": asdict(curve),
                 "data": data.state_dict() if data is not None else {},
             }  # fmt: skip
-            (folder / "progress.json").write_text(json.dumps(progress))
+            checkpoints.write(folder, checkpoints.State(**state, scaler=scaler), progress)
 
         if first:
             folders.write(checkpoint, write)

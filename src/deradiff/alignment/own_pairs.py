@@ -5,6 +5,7 @@ What is written is an ordinary folder of pairs (see `alignment.pairs`): pictures
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
 from deradiff.files.folders import claim
+from deradiff.files.inventory import Inventory, inventory, require_picture, require_whole
 from deradiff.files.locks import taken
+from deradiff.files.reading import Record, read
 from deradiff.files.writing import whole, write_json
 from deradiff.rewards import Reward
 
@@ -55,9 +58,10 @@ def draw_pairs(
         "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk, "precision": str(pipe.unet.dtype),
     }  # fmt: skip
     claim(folder, settings, "set of drawn pairs")
-    if not (folder / LIST).exists():
-        with taken(folder, "a set of drawn pairs"):
-            _draw(folder, pipe, prompts, reward, settings, report)
+    parts = [_part(folder, number) for number in range(-(-len(prompts) // chunk))]
+    complete = all(part.exists() for part in (folder / LIST, *parts))
+    with nullcontext() if complete else taken(folder, "a set of drawn pairs"):
+        _draw(folder, pipe, prompts, reward, settings, report)
     return folder
 
 
@@ -69,15 +73,48 @@ def _draw(
         (folder / name).mkdir(exist_ok=True)
     chunks = range(0, len(prompts), chunk)
     for number, start in enumerate(chunks):
-        part = folder / "chunks" / f"{number:05d}.json"
+        part = _part(folder, number)
         if not part.exists():
             rows = _chunk(folder, pipe, prompts[start : start + chunk], start, reward, settings, number)
-            write_json(part, {"rows": rows})
+            pictures = inventory(folder, (row[role] for row in rows for role in ("winner", "loser")))
+            write_json(part, {"rows": rows, "files": pictures})
         report(min(start + chunk, len(prompts)), len(prompts), f"pairs compared by {reward.name}")
-    listed = sorted((folder / "chunks").glob("*.json"))
-    rows = [row for path in listed for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    with whole(folder / LIST) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    pairs = [pair for number in range(len(chunks)) for pair in _drawn_pairs(folder, number)]
+    text = "".join(json.dumps(pair.model_dump(), ensure_ascii=False) + "\n" for pair in pairs)
+    # It says nothing that the chunks do not: where it is damaged, it is written again.
+    if not (folder / LIST).is_file() or (folder / LIST).read_bytes() != text.encode():
+        with whole(folder / LIST) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+class _Drawn(Record):
+    """A pair: its prompt, and its pictures by their paths in the folder."""
+
+    prompt: str
+    winner: str
+    loser: str
+
+
+class _Chunk(Record):
+    rows: list[_Drawn]
+    files: Inventory | None = None
+
+
+def _drawn_pairs(folder: Path, number: int) -> list[_Drawn]:
+    """The pairs of a chunk. Raises `ValueError` unless they and their pictures are whole."""
+    path, cure = _part(folder, number), f"delete {_part(folder, number)}, and its pairs are drawn again"
+    chunk = read(_Chunk, path, "chunk of drawn pairs", cure)
+    if chunk.files is None:  # of version 0.1
+        for row in chunk.rows:
+            for picture in (row.winner, row.loser):
+                require_picture(folder / picture, "picture", cure)
+    else:
+        require_whole(folder, chunk.files, "set of drawn pairs", cure)
+    return chunk.rows
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / "chunks" / f"{number:05d}.json"
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +19,12 @@ from deradiff.alignment.sampling import Sampling, conditions, decode, sample, un
 from deradiff.alignment.scoring import scored
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
+from deradiff.files.tensors import joined
+from deradiff.files.tensors import rows as rows_of
 from deradiff.files.writing import whole
 from deradiff.rewards import Reward
+
+WHAT, CURE = "file of drawn samples", "delete it, and they are drawn again"
 
 
 class OwnSamples:
@@ -54,7 +57,7 @@ def draw_samples(
     """Fill `folder` with `per_prompt` samples of each of `prompts`, or finish what an interrupted call began there.
 
     `name` is the base's. A sample does not depend on which are drawn beside it. Raises `ValueError` for no prompts, a
-    folder begun with other settings, and a reward that is not finite.
+    folder begun with other settings, a file in it that is damaged, and a reward that is not finite.
     """
     if not prompts or per_prompt < 2:
         raise ValueError(
@@ -67,7 +70,8 @@ def draw_samples(
         "resolution": sampling.resolution, "seed": seed, "precision": str(base.denoiser.dtype),
     }  # fmt: skip
     claim(folder, settings, "set of drawn samples")
-    count, latents, rewards = len(prompts) * per_prompt, [], []
+    count, parts = len(prompts) * per_prompt, {}
+    shape = sampling.noise(base, row_generators(seed, range(1))).shape[1:]
     paths = {start: folder / f"samples-{start:07d}.safetensors" for start in range(0, count, chunk)}
     complete = all(path.exists() for path in paths.values())
     with nullcontext() if complete else taken(folder, "a set of drawn samples"):
@@ -77,13 +81,12 @@ def draw_samples(
                 drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
                 with whole(path) as temporary:
                     save_file(drawn, temporary)
-            with safe_open(path, "pt") as file:
-                latents.append(file.get_tensor("latents"))
-                rewards.append(file.get_tensor("rewards"))
+            parts[path] = rows_of(path, {"latents": shape, "rewards": ()}, len(rows), WHAT, CURE)
             report(min(start + chunk, count), count, f"samples scored by {reward.name}")
     texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
-    return OwnSamples(Samples(torch.cat(latents), texts), torch.cat(rewards), per_prompt, fingerprint)
+    drawn = joined(parts, WHAT, CURE)
+    return OwnSamples(Samples(drawn["latents"], texts), drawn["rewards"], per_prompt, fingerprint)
 
 
 def _drawn(

@@ -11,11 +11,12 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field, NonNegativeInt
 
-from deradiff.alignment.feeds import Cursor, Step, Unreadable, seeded
+from deradiff.alignment.feeds import Counts, Cursor, Step, Unreadable, read_cursor, seeded
 from deradiff.alignment.pair_rows import (
     PICK_A_PIC_COLUMNS,
     PLAIN_COLUMNS,
@@ -25,6 +26,7 @@ from deradiff.alignment.pair_rows import (
     decode_pair,
     read_row,
 )
+from deradiff.files.reading import Record
 
 OPEN_SHARDS = 4
 """Shards read in turn. More mix neighbouring rows better, and cost more to find again."""
@@ -133,6 +135,21 @@ class ParquetShards:
         return f"{file}, row group {group}"
 
 
+class _InOrder(Record):
+    shard: NonNegativeInt
+    next: NonNegativeInt
+    skipped: Counts
+
+
+class _Shuffled(Record):
+    epoch: NonNegativeInt
+    block: NonNegativeInt
+    taken: NonNegativeInt
+    open: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    opened: NonNegativeInt
+    skipped: Counts
+
+
 class PairStream:
     """Pairs of numbered shards, in a seeded order that resumes exactly.
 
@@ -172,7 +189,7 @@ class PairStream:
 
     def in_order(self, cursor: Cursor | None) -> Iterator[Step[PairRow]]:
         """Every usable row once, in the order of the files, the held-out ones first."""
-        at = cursor or {"shard": 0, "next": 0, "skipped": {}}
+        at: Cursor = self._read(_InOrder, cursor) if cursor else {"shard": 0, "next": 0, "skipped": {}}
         skipped: Counter[str] = Counter(at["skipped"])
         start = at["next"]
         for shard in range(at["shard"], len(self.shards)):
@@ -196,7 +213,8 @@ class PairStream:
 
     def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[PairRow]]:
         """Training rows without end, from `cursor` on. Raises `ValueError` after an epoch without a usable row."""
-        at = cursor or {"epoch": 0, "block": 0, "taken": 0, "open": [], "opened": 0, "skipped": {}}
+        start: Cursor = {"epoch": 0, "block": 0, "taken": 0, "open": [], "opened": 0, "skipped": {}}
+        at = self._read(_Shuffled, cursor) if cursor else start
         while True:
             epoch, block, taken = at["epoch"], at["block"], at["taken"]
             began = {key: at[key] for key in ("open", "opened", "skipped")}
@@ -218,6 +236,13 @@ class PairStream:
                 )
             empty = {"open": [], "opened": 0}
             at = {"epoch": epoch + 1, "block": 0, "taken": 0, **empty, "skipped": ended["skipped"]}
+
+    def _read(self, kind: type[Record], cursor: Cursor) -> Cursor:
+        """A cursor as `kind` has them, whose shards there are."""
+        at = read_cursor(kind, cursor).model_dump()
+        if any(shard >= len(self.shards) for shard, _ in [*at.get("open", []), (at.get("shard", 0), 0)]):
+            raise ValueError(f"{cursor!s:.80} is no place in these data, which have {len(self.shards)} shards")
+        return at
 
     def _block(self, reading: Iterator[tuple[Any, str, Cursor]], began: Cursor) -> tuple[list[PairRow], Cursor]:
         """The next `buffer` usable rows, and where the reading stands behind them."""

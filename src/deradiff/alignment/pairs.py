@@ -6,7 +6,6 @@ per row, the images as paths relative to the folder.
 
 import csv
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,9 +13,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable, permuted, split_held_out
+from pydantic import NonNegativeInt
+
+from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable, permuted, read_cursor, split_held_out
 from deradiff.alignment.pair_rows import PLAIN_COLUMNS, Pair, PairRow, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
+from deradiff.files.reading import Record, parse
 
 __all__ = ["HUB_NAMES", "Feed", "Pair", "PairFolder", "PairStream", "open_pairs"]
 
@@ -68,6 +70,10 @@ class _Listed(NamedTuple):
     winner: str
     loser: str
     place: str
+
+
+class _Next(Record):
+    next: NonNegativeInt
 
 
 class PairFolder:
@@ -130,7 +136,7 @@ class PairFolder:
 
     def in_order(self, cursor: Cursor | None) -> Iterator[Step[int]]:
         """Every row once, held-out ones included, as listed."""
-        for row in range(cursor["next"] if cursor else 0, len(self._rows)):
+        for row in range(read_cursor(_Next, cursor).next if cursor else 0, len(self._rows)):
             yield Step(row, {"next": row + 1}, {})
 
     def held_out(self) -> Iterator[Pair]:
@@ -164,7 +170,4 @@ def _listed(path: Path, content: bytes) -> list[tuple[str, Any]]:
 
 
 def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from None
+    return parse(object, text, place, "list of pairs", "")

@@ -1,7 +1,7 @@
 """Alignments from one command: base and data in, per strength an anchor on disk that `deradiff.realign` loads."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,15 +20,21 @@ from deradiff import pipelines
 from deradiff.alignment import sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
+from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.loop import Curve
 from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
 from deradiff.files.folders import require_same
+from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
+from deradiff.files.reading import Record, read
 from deradiff.files.records import versions
 from deradiff.files.writing import whole_folder, write_json
 from deradiff.jobs import Report
+
+RECORD = "alignment.json"
+"""What tells a finished alignment from any other folder."""
 
 MEASURED = 64
 """Held-out prompts from which a trained model's divergence is measured, at most."""
@@ -156,10 +162,7 @@ def _align(
     _require_no_older(out / checkpoint.name)
     made_of = _identity(beta, settings, data, seed)
     if path.exists():
-        if not (path / "alignment.json").is_file():
-            raise ValueError(f"{path} is there and holds no alignment: name another folder, or delete it")
-        found = json.loads((path / "alignment.json").read_text(encoding="utf-8"))["made_of"]
-        require_same(path, "model", found, made_of)
+        require_finished(path, made_of)
         return path
     base = Base(pipe)
     policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
@@ -191,6 +194,26 @@ def _require_no_older(checkpoint: Path) -> None:
             f"{checkpoint} is the checkpoint of an alignment that deradiff 0.1 has begun, which later versions do not "
             "go on with: finish it with 0.1, or delete it to begin anew"
         )
+
+
+class AlignmentRecord(Record):
+    """The `alignment.json` of an anchor."""
+
+    made_of: dict[str, Any]
+    curve: CurveRecord
+    path_kl: dict[str, Any]
+    versions: dict[str, str]
+    files: Inventory | None = None
+
+
+def require_finished(path: Path, made_of: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless the model in `path` is made of just that, and its files are there and whole."""
+    cure = "delete that folder, and it is aligned anew, or name another"
+    if not (path / RECORD).is_file():
+        raise ValueError(f"{path} is there and holds no alignment: name another folder, or delete it")
+    record = read(AlignmentRecord, path / RECORD, "record of an alignment", cure)
+    require_same(path, "model", record.made_of, made_of)
+    require_whole(path, record.files, "model", cure)
 
 
 def _name(beta: float) -> str:
@@ -234,5 +257,5 @@ def _save(
     else:
         policy.model.save_pretrained(folder)
     record = {"made_of": made_of, "curve": asdict(curve), "path_kl": away, "versions": versions()}
-    write_json(folder / "alignment.json", record)
+    write_json(folder / RECORD, {**record, "files": inventory(folder)})
     (folder / "README.md").write_text(card(method, made_of, curve, away), encoding="utf-8")

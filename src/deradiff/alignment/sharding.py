@@ -122,7 +122,8 @@ def _part(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         mesh, placements = parameter.device_mesh, parameter.placements
         return distribute_tensor(value, mesh, placements, src_data_rank=None).to(parameter.device)
-    return value.to(parameter.device)
+    # Laid out as the parameter is: AdamW's kernel goes through both in the order of their memory.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def optimizer_parts(state: dict[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:

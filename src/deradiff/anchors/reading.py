@@ -1,6 +1,5 @@
 """Reading weights and configurations from disk, with errors that name the file."""
 
-import json
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,17 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, PickledAnchor
+from deradiff.files.reading import read
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `CorruptAnchor` naming the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read(dict[str, Any], path, "configuration of a model", "copy or download it again")
     except (ValueError, OSError) as error:
-        raise CorruptAnchor(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CorruptAnchor(f"{path} holds a {type(found).__name__}, expected an object of settings.")
-    return found
+        raise CorruptAnchor(str(error)) from error
 
 
 def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:

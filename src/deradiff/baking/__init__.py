@@ -25,6 +25,7 @@ from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.dial import Lam, dial_of
 from deradiff.files.folders import file_names, require_room
+from deradiff.files.inventory import inventory
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
 from deradiff.jobs import Report
@@ -152,7 +153,7 @@ def bake(
         judged = [judgement.record() for judgement in judgements]
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
         record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
-        write_json(folder / outputs.RECORD, record | {"files": file_names(folder)})
+        write_json(folder / outputs.RECORD, record | {"files": inventory(folder, file_names(folder))})
     return Baked(out, form, judgements)
 
 

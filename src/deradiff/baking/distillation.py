@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
 from jaxtyping import Float, Int
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ from deradiff.baking.weights import Blend
 from deradiff.denoisers import Denoisers
 from deradiff.dial import Dial
 from deradiff.files.folders import claim
+from deradiff.files.tensors import joined
+from deradiff.files.tensors import rows as rows_of
 from deradiff.files.writing import whole
 from deradiff.mixing import mixed, with_reference
 from deradiff.schedules import Lams, Progress, finite
@@ -40,6 +41,8 @@ CONDITION_WIDTH = 256
 """Of the embedding of λ, for a student that is told λ; as wide as latent consistency models have theirs."""
 
 ADAPTER = "default"
+
+WHAT, CURE = "file of drawn samples", "delete it, and they are drawn again"
 
 
 @dataclass(frozen=True)
@@ -244,10 +247,10 @@ def draw_samples(
     """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
 
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
-    folder was begun with other settings than `made_of`.
+    folder was begun with other settings than `made_of`, or a file in it is damaged.
     """
     claim(folder, made_of, "set of drawn samples")
-    count, latents = settings.samples, []
+    count, parts = settings.samples, {}
     seeds, numbers, lams = seeds_for(seed, count, "own sample"), torch.arange(count) % len(prompts), None
     if settings.span is not None:
         low, high = settings.span
@@ -261,10 +264,9 @@ def draw_samples(
             drawn = sampler.latents(pipe, [prompts[i] for i in numbers[rows].tolist()], seeds[rows])
             with whole(path) as temporary:
                 save_file({"latents": drawn.contiguous()}, temporary)
-        with safe_open(path, "pt") as file:
-            latents.append(file.get_tensor("latents"))
+        parts[path] = rows_of(path, {"latents": None}, len(numbers[rows]), WHAT, CURE)
         report(min(start + sampler.batch_size, count), count, "samples of the realigned model")
-    return Samples(torch.cat(latents), numbers, lams)
+    return Samples(joined(parts, WHAT, CURE)["latents"], numbers, lams)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, contents
-from deradiff.experiments.store import Store
+from deradiff.experiments.store import Store, ToldRecord
 from deradiff.ledger import RunWeights
 from deradiff.weights import Verdict, verdict
 
@@ -227,18 +227,19 @@ class Results:
 
 def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> RunWeights:
     """The weights of images that were drawn in several batches, as of one run."""
-    names = [name for name in told[0]["log_ratios"] if all(name in one["log_ratios"] for one in told)]
-    paths = [one["path_kl"] for one in told]
+    records = [ToldRecord.model_validate(record) for record in told]
+    names = [name for name in records[0].log_ratios if all(name in record.log_ratios for record in records)]
+    paths = [record.path_kl for record in records]
     return RunWeights(
-        log_weights=torch.tensor([one["log_weight"] for one in told], dtype=torch.float64),
+        log_weights=torch.tensor([record.log_weight for record in records], dtype=torch.float64),
         log_ratios={
-            name: torch.tensor([one["log_ratios"][name] for one in told], dtype=torch.float64) for name in names
+            name: torch.tensor([record.log_ratios[name] for record in records], dtype=torch.float64) for name in names
         },
         path_kl=None if None in paths else torch.tensor(paths, dtype=torch.float64),
-        memoryless=all(one["memoryless"] for one in told),
+        memoryless=all(record.memoryless for record in records),
         lams=torch.tensor([[lam] * len(told) for _, lam in sorted(arm.anchors)], dtype=torch.float64).reshape(
             len(arm.anchors), len(told)
         ),
-        obstacles=frozenset(obstacle for one in told for obstacle in one["obstacles"]),
-        predictions=told[0]["predictions"],
+        obstacles=frozenset(obstacle for record in records for obstacle in record.obstacles),
+        predictions=records[0].predictions,
     )

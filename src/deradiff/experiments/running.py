@@ -14,8 +14,8 @@ from typing import Any
 from deradiff.experiments.crews import Crew, Todo, work
 from deradiff.experiments.drawings import Cell, Drawing, cells
 from deradiff.experiments.plan import Plan
-from deradiff.experiments.sources import fingerprints, resolve
-from deradiff.experiments.store import Image, Missing, Store
+from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
+from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.jobs import Report
@@ -87,16 +87,21 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
     """
     texts = {name: _texts(wanted.model_dump(mode="json", exclude={"seeds", "substitute_for"}), partial(resolve, wanted),
                           store, fresh) for name, wanted in plan.prompts.items()}  # fmt: skip
-    prints = store.fact("fingerprints") or {}
+    prints = store.fact("fingerprints", dict[str, Fingerprint]) or {}
     if fresh:
         prints = fingerprints(plan, prints)
         store.remember("fingerprints", prints)
+    elif unknown := sources(plan).keys() - prints.keys():
+        raise StoreError(
+            f"{store.file} does not know the weights of {sorted(unknown)[0] or 'the reference'} yet: begin with "
+            "`deradiff experiment run`"
+        )
     return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in cells(plan, texts)})
 
 
 def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:
     name = f"prompts {hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()}"
-    known = store.fact(name)
+    known = store.fact(name, list[str])
     if known is None:
         known = find()
         if fresh:

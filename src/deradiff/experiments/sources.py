@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deradiff.alignment.prompts import load_prompts
 from deradiff.experiments.plan import DIGITS, Plan, Prompts
+from deradiff.files.reading import Record, text_of
 from deradiff.pipelines import anchor_source
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
+
+
+class Fingerprint(Record):
+    """What the store remembers of a source: see `fingerprint`."""
+
+    sha256: str
+    files: dict[str, list[int]]
 
 
 def resolve(wanted: Prompts) -> tuple[str, ...]:
     """The prompts of a set. Raises what `load_prompts` raises, and `ValueError` where there are fewer than `count`."""
     if wanted.prompts:
         return wanted.prompts
-    sources = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
-    if sources == (DIGITS,):
+    files = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
+    if files == (DIGITS,):
         return _digits(wanted.count or 100, wanted.draw_seed or 0)
-    if len(sources) == 1:
-        return load_prompts(sources[0], wanted.count, wanted.draw_seed, split=wanted.split).prompts
-    union = dict.fromkeys(text for source in sources for text in load_prompts(source, split=wanted.split).prompts)
-    return _drawn(list(union), wanted, " and ".join(sources))
+    if len(files) == 1:
+        return load_prompts(files[0], wanted.count, wanted.draw_seed, split=wanted.split).prompts
+    union = dict.fromkeys(text for source in files for text in load_prompts(source, split=wanted.split).prompts)
+    return _drawn(list(union), wanted, " and ".join(files))
 
 
 def _drawn(prompts: list[str], wanted: Prompts, source: str) -> tuple[str, ...]:
@@ -55,13 +64,17 @@ def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str
     `known` is an earlier answer: files that have the size and time they had then are not read again. Raises `OSError`
     for a source that is neither a file, a folder nor a hub id that can be reached.
     """
-    sources = {"": (plan.reference, plan.revision)} | {name: (m.source, None) for name, m in plan.models.items()}
-    for arm in plan.arms():
-        if arm.noise is not None and arm.noise.pipeline:
-            sources[arm.noise.pipeline] = (arm.noise.pipeline, None)
     return {
-        name: fingerprint(source, revision, (known or {}).get(name)) for name, (source, revision) in sources.items()
+        name: fingerprint(source, revision, (known or {}).get(name))
+        for name, (source, revision) in sources(plan).items()
     }
+
+
+def sources(plan: Plan) -> dict[str, tuple[str, str | None]]:
+    """The source and the revision of all that a plan draws with: of models by their names, of the reference by ""."""
+    models: dict[str, tuple[str, str | None]] = {name: (model.source, None) for name, model in plan.models.items()}
+    pipelines = [arm.noise.pipeline for arm in plan.arms() if arm.noise is not None and arm.noise.pipeline]
+    return {"": (plan.reference, plan.revision)} | models | {source: (source, None) for source in pipelines}
 
 
 def fingerprint(source: str, revision: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -100,7 +113,10 @@ def _commit(source: str, revision: str | None) -> str:
     except Exception as error:
         cached = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "refs" / (revision or "main")
         if cached.is_file():
-            return cached.read_text().strip()
+            commit = text_of(cached, "commit of a model in the hub's cache", 1000).strip()
+            if not re.fullmatch(r"[0-9a-f]{7,64}", commit):
+                raise ValueError(f"{cached} names no commit of {source}: delete it, or the model's cache") from None
+            return commit
         raise OSError(
             f"{source} is neither a file nor a folder, and as a hub id it cannot be reached "
             f"({' '.join(str(error).split())}): check the name, or the connection"

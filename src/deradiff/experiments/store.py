@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from deradiff.files.reading import Record, fit, parse
 from deradiff.files.writing import whole
+from deradiff.ledger import Obstacle
 
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""
@@ -40,6 +44,23 @@ CREATE TABLE features (
     PRIMARY KEY (item, name)
 ) WITHOUT ROWID;
 """
+
+
+DAMAGED = "restore the store from a copy, or begin a new experiment"
+
+
+class ToldRecord(Record):
+    """What is told about an image; how much of it depends on how it was drawn."""
+
+    log_weight: float = 0.0
+    log_ratios: dict[str, float] = Field(default_factory=dict)
+    path_kl: float | None = None
+    memoryless: bool = False
+    obstacles: list[Obstacle] = Field(default_factory=list)
+    predictions: int = 0
+    effective: float | None = None
+    families: int | None = None
+    collapsed: bool = False
 
 
 class StoreError(RuntimeError):
@@ -83,8 +104,11 @@ class Store:
             raise StoreError(f"{folder} holds other files and no experiment: name another folder")
         self.images.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder / "lock") if write else None
-        with _explained(self.file):
+        with _explained(self.file), ExitStack() as opened:
+            if self._lock is not None:
+                opened.callback(self._lock.close)
             self._db = sqlite3.connect(self.file, isolation_level=None, timeout=30)
+            opened.callback(self._db.close)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA:
                 raise StoreError(
@@ -99,6 +123,7 @@ class Store:
                     for statement in filter(str.strip, _TABLES.split(";")):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+            opened.pop_all()  # all went well: it stays open
         self.run: int | None = None
         if write:
             for left in self.images.glob("*/.*.partial"):
@@ -125,15 +150,15 @@ class Store:
             self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        with _explained(self.file):
-            yield from self._db.execute(query, values)
+        with _explained(self.file):  # all at once: what is left open half-way would speak up when the store is closed
+            return iter(self._db.execute(query, values).fetchall())
 
     # -- facts and provenance -----------------------------------------------------------------------------------------
 
-    def fact(self, name: str) -> Any:
-        """What was remembered under `name`; None if nothing was."""
+    def fact(self, name: str, kind: Any = Any) -> Any:
+        """What was remembered under `name`, plain data that must be of this `kind`; None if nothing was."""
         found = next(self._rows("SELECT value FROM facts WHERE name = ?", name), None)
-        return None if found is None else json.loads(found[0])
+        return None if found is None else self._parsed(kind, found[0], f"the fact {name[:40]!r}")
 
     def remember(self, name: str, value: Any) -> None:
         """Keep `value`, plain data, under `name`."""
@@ -152,7 +177,8 @@ class Store:
 
     def runs(self) -> dict[int, dict[str, Any]]:
         """What every run was made with, by its number."""
-        return {number: json.loads(record) for number, record in self._rows("SELECT number, record FROM runs")}
+        rows = self._rows("SELECT number, record FROM runs")
+        return {number: self._parsed(dict[str, Any], record, f"run {number}") for number, record in rows}
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -187,7 +213,9 @@ class Store:
         return {item: Image(item, sha256, self.path(item)) for item, sha256 in rows}
 
     def path(self, item: str) -> Path:
-        """Where the image's file is."""
+        """Where the image's file is. Raises `StoreError` for a row whose identity is none."""
+        if not isinstance(item, str) or not re.fullmatch(r"[\w.-]{1,100}", item):
+            raise StoreError(f"image {item!r} in {self.file} has no identity of an image: {DAMAGED}")
         return self.images / item[:2] / f"{item}.png"
 
     def put(self, found: Sequence[tuple[str, bytes, Mapping[str, Any]]], seconds: float) -> None:
@@ -206,10 +234,25 @@ class Store:
                 "UPDATE items SET sha256 = ?, size = ?, mtime = ?, told = ?, seconds = ?, run = ? WHERE id = ?", rows
             )
 
-    def told(self) -> dict[str, tuple[dict[str, Any], float, int]]:
+    def told(self) -> dict[str, tuple[dict[str, Any], float, int | None]]:
         """Of every image that is there: what was told about it, its seconds, and the number of its run."""
         rows = self._rows("SELECT id, told, seconds, run FROM items WHERE sha256 IS NOT NULL")
-        return {item: (json.loads(told), seconds, run) for item, told, seconds, run in rows}
+        found = {}
+        for item, told, seconds, run in rows:
+            if not isinstance(seconds, float) or not isinstance(run, int | None):
+                raise StoreError(f"image {item!r} in {self.file} took {seconds!r} seconds in run {run!r}: {DAMAGED}")
+            found[item] = (self._parsed(ToldRecord, told, f"image {item!r}"), seconds, run)
+        return found
+
+    def _parsed(self, kind: Any, text: object, row: str) -> Any:
+        """A cell with JSON, which must be of this kind, as plain data. Raises `StoreError` that names the row."""
+        where, what = f"{row} in {self.file}", "record of an experiment"
+        try:
+            content = parse(Any, text, where, what, DAMAGED)
+            fit(kind, content, where, what, DAMAGED)
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        return content
 
     def check(self, thoroughly: bool = False) -> list[str]:
         """Find images that are gone or were altered, and forget them, so that they are drawn again.
@@ -263,12 +306,22 @@ class Store:
     def scores(self, name: str) -> dict[str, float]:
         """The score of every image that is there and has one."""
         query = "SELECT id, value FROM items JOIN scores s ON item = id AND s.sha256 = items.sha256 WHERE name = ?"
-        return {item: value for item, value in self._rows(query, name) if value is not None}
+        return {item: self._number(item, name, value) for item, value in self._rows(query, name) if value is not None}
+
+    def _number(self, item: str, name: str, value: object) -> float:
+        if not isinstance(value, float):
+            raise StoreError(f"the score {name} of image {item!r} in {self.file} is {value!r:.80}: {DAMAGED}")
+        return value
 
     def features(self, name: str) -> dict[str, NDArray[np.float32]]:
         """The feature vector of every image that is there and has one."""
         query = "SELECT id, vector FROM items JOIN features s ON item = id AND s.sha256 = items.sha256 WHERE name = ?"
-        return {item: np.frombuffer(blob, dtype="<f4") for item, blob in self._rows(query, name) if blob is not None}
+        rows = {item: blob for item, blob in self._rows(query, name) if blob is not None}
+        length = len(next(iter(rows.values()), b""))
+        for item, blob in rows.items():
+            if not isinstance(blob, bytes) or not blob or len(blob) != length or length % 4:
+                raise StoreError(f"the features {name} of image {item!r} in {self.file} are no such vector: {DAMAGED}")
+        return {item: np.frombuffer(blob, dtype="<f4") for item, blob in rows.items()}
 
     def failures(self) -> list[tuple[str, str, str]]:
         """(score, image, error) of everything that could not be computed for an image that is there."""

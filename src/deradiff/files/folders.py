@@ -14,8 +14,16 @@ from typing import Any
 from PIL import Image
 
 from deradiff.files.locks import PRIVATE, discard, taken
+from deradiff.files.reading import Record, read
 from deradiff.files.records import read_png, versions, write_png
 from deradiff.files.writing import DiskFull, naming_a_full_disk, write_json
+
+
+class Claim(Record):
+    """The `settings.json` of a folder."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
 
 
 def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
@@ -36,10 +44,10 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
                 if contents(folder):
                     raise FileExistsError(f"{folder} is not empty and holds no {what}: name another folder")
                 write_json(file, {"settings": now, "versions": versions()}, within=private)
-    held = json.loads(file.read_text(encoding="utf-8"))
-    require_same(folder, what, held.get("settings", {}), now)
-    if held["versions"] != versions():
-        warnings.warn(f"{folder} was begun with other versions: {held['versions']}, now {versions()}", stacklevel=3)
+    held = read(Claim, file, f"settings of a {what}", "name another folder, or delete it")
+    require_same(folder, what, held.settings, now)
+    if held.versions != versions():
+        warnings.warn(f"{folder} was begun with other versions: {held.versions}, now {versions()}", stacklevel=3)
 
 
 def contents(folder: Path) -> list[Path]:
@@ -284,7 +292,6 @@ class RunFolder:
 def _record(file: Path) -> dict[str, Any]:
     """What a record holds; nothing where there is none, or something else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read(dict[str, Any], file, "record", "")
     except (ValueError, OSError):
         return {}
-    return content if isinstance(content, dict) else {}

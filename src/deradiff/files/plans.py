@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
+
+from deradiff.files.reading import LARGEST_YAML, fit, parse_yaml, text_of
 
 
 class Part(BaseModel):
@@ -21,24 +23,19 @@ Kind = TypeVar("Kind", bound=Part)
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
     """The plan in a YAML file; `what` it is and the `command` that writes one stand in the messages.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is no plan: the message names every place that is wrong.
+    Raises `OSError` for a file that cannot be read, and `ValueError` for what is no plan: the message names the first
+    places that are wrong.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return parse(kind, content, str(path), what)
+        text = text_of(path, what, LARGEST_YAML)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`") from None
+    return parse(kind, parse_yaml(text, str(path)), str(path), what)
 
 
 def parse(kind: type[Kind], content: Any, where: str, what: str) -> Kind:
-    """The plan that is plain data. Raises `ValueError` that names every place that is wrong in `where`."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        wrong = [f"{_place(one['loc'])}{one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise ValueError(f"{where} is no {what}: {'; '.join(wrong)}") from None
+    """The plan that is plain data. Raises `ValueError` that names the first places that are wrong in `where`."""
+    return fit(kind, content, where, what)
 
 
 def write(data: Any) -> str:
@@ -50,10 +47,6 @@ def seed_range(seeds: list[int]) -> str | list[int]:
     """Seeds in a row as `first:last`, which a plan reads too."""
     first, last = seeds[0], seeds[-1]
     return f"{first}:{last}" if len(seeds) > 2 and seeds == list(range(first, last + 1)) else seeds
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, location))}: " if location else ""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from deradiff.files.reading import parse, require_file
 from deradiff.files.writing import whole
 
 CHUNK = "deradiff"
@@ -24,14 +25,18 @@ def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any], withi
 
 
 def read_png(path: str | Path) -> dict[str, Any]:
-    """The settings that `write_png` put into an image. Raises `ValueError` where there are none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(CHUNK)
+    """The settings that `write_png` put into an image. Raises `ValueError` where there are none, and `OSError`."""
+    require_file(Path(path), "image")
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(CHUNK)
+    except Exception as error:  # of a damaged file Pillow raises errors of many kinds, SyntaxError among them
+        raise ValueError(f"{path} is no image that can be read ({' '.join(str(error).split())})") from None
     if text is None:
         raise ValueError(
             f"{path} carries no deradiff settings: it was not written by deradiff, or was saved anew since."
         )
-    return json.loads(text)
+    return parse(dict[str, Any], str(text), f"what {path} carries", "record of an image", "")
 
 
 def versions() -> dict[str, str]:

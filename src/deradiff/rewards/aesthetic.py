@@ -4,7 +4,6 @@ The normalised embedding of OpenAI's CLIP ViT-L/14 goes through five linear laye
 ratings from 1 to 10 (SAC, LAION-Logos and AVA1; mean squared error). Pictures that people like score above 6.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deradiff.files.models import reading_model
+from deradiff.files.reading import read
 from deradiff.rewards.clip import folder_of, require_weights, unit
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, clip_pixels, require_pairs
 
@@ -57,13 +58,14 @@ def load(model: str | Path | None, device: torch.device, dtype: torch.dtype) -> 
 
     folder = folder_of(model or AESTHETIC, ["config.json", "model.safetensors"])
     require_weights(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read(dict[str, Any], folder / "config.json", "configuration of a model", "copy or download it again")
     # The file's own model_type names a class that only its author's code has; the fields are those of CLIP's tower.
     fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "auto_map")}
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**fields))
-    tensors = load_file(folder / "model.safetensors")
-    layers = rating_layers(tensors, tower.config.projection_dim)
-    absent = tower.load_state_dict(tensors, strict=False).missing_keys
+    with reading_model(folder):
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**fields))
+        tensors = load_file(folder / "model.safetensors")
+        layers = rating_layers(tensors, tower.config.projection_dim)
+        absent = tower.load_state_dict(tensors, strict=False).missing_keys
     if absent:
         raise ValueError(
             f"{folder / 'model.safetensors'} lacks {len(absent)} tensors of the image tower: {absent[0]}, ..."

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from deradiff.files.models import reading_model
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, clip_pixels, require_pairs
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -100,9 +101,10 @@ def clip_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import CLIPModel
 
     require_weights(folder)
-    model, found = CLIPModel.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    with reading_model(folder):
+        model, found = CLIPModel.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     absent = sorted(found["missing_keys"])
     if absent:
         raise ValueError(
@@ -143,7 +145,8 @@ def tokenizer_of(*folders: Path) -> Any:
             raise ValueError(f"{advice}. It could not be had from the hub: {error}") from error
         if not has_tokenizer(here):
             raise ValueError(f"{advice}. The copy in the hub's cache, {here}, has none either.")
-    return CLIPTokenizer.from_pretrained(here, local_files_only=True)
+    with reading_model(here):
+        return CLIPTokenizer.from_pretrained(here, local_files_only=True)
 
 
 def has_tokenizer(folder: Path) -> bool:

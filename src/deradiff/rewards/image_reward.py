@@ -16,6 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from deradiff.files.models import reading_model
 from deradiff.rewards.aesthetic import LINEAR, rating_layers
 from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
 from deradiff.rewards.clip import folder_of
@@ -146,17 +147,19 @@ def models(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any,
     """Vision, text and last layers of a converted folder. Raises `ValueError` where tensors do not fit its config."""
     from transformers import BlipConfig, BlipTextModel, BlipVisionModel
 
-    config = BlipConfig.from_pretrained(folder, local_files_only=True)
-    tensors = load_file(folder / "model.safetensors")
-    require_whole(tensors, config, folder)
-    vision, text = (
-        kind.from_pretrained(None, config=part, state_dict=below(tensors, prefix), dtype=dtype, **options).to(device)
-        for kind, part, prefix, options in (
-            (BlipVisionModel, config.vision_config, "vision_model.", {}),
-            (BlipTextModel, config.text_config, "text_model.", {"add_pooling_layer": False}),
+    with reading_model(folder):
+        config = BlipConfig.from_pretrained(folder, local_files_only=True)
+        tensors = load_file(folder / "model.safetensors")
+        require_whole(tensors, config, folder)
+        vision, text = (
+            kind.from_pretrained(None, config=part, state_dict=below(tensors, prefix), dtype=dtype, **options)
+            for kind, part, prefix, options in (
+                (BlipVisionModel, config.vision_config, "vision_model.", {}),
+                (BlipTextModel, config.text_config, "text_model.", {"add_pooling_layer": False}),
+            )
         )
-    )
-    layers = rating_layers(tensors, config.text_config.hidden_size)
+        layers = rating_layers(tensors, config.text_config.hidden_size)
+    vision, text = vision.to(device), text.to(device)
     return vision, text, layers.to(device, torch.promote_types(dtype, torch.float32))
 
 
@@ -175,7 +178,8 @@ def tokenizer_of(folder: Path) -> Any:
             raise ValueError(f"{advice}. It could not be had from the hub: {error}") from error
         if not has_tokenizer(folder):
             raise ValueError(f"{advice}. The copy in the hub's cache, {folder}, has none either.")
-    tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading_model(folder):
+        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer
 

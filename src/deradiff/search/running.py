@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,8 @@ from PIL import Image
 from deradiff.experiments.crews import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
-from deradiff.experiments.store import Store
+from deradiff.experiments.store import DAMAGED, Store, StoreError
+from deradiff.files.reading import Record
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import whole, write_json
 from deradiff.jobs import Report
@@ -153,16 +155,26 @@ def _identity(laboratory: Laboratory, seed: int) -> str:
 def _remember(laboratory: Laboratory, identity: str, points: Sequence[Point], refused: Point | None = None) -> None:
     """Write down which points are drawn, before they are."""
     with Store(laboratory.folder, create=True) as store:
-        known = _known(store, identity)
+        known = _known(store, laboratory, identity)
         now = [point for point in dict.fromkeys([*known, *points]) if point != refused]
         if now != known:
             store.remember(FACT, {"identity": identity, "points": now})
 
 
-def _known(store: Store, identity: str) -> list[Point]:
+class _SearchRecord(Record):
+    identity: str
+    points: list[list[float]]
+
+
+def _known(store: Store, laboratory: Laboratory, identity: str) -> list[Point]:
     """The points that this search has drawn so far, or had begun to."""
-    found = store.fact(FACT)
-    return [tuple(point) for point in found["points"]] if found and found["identity"] == identity else []
+    found = store.fact(FACT, _SearchRecord)
+    if not found or found["identity"] != identity:
+        return []
+    points = [tuple(point) for point in found["points"]]
+    if any(len(point) != len(laboratory.space.coordinates) or not all(map(math.isfinite, point)) for point in points):
+        raise StoreError(f"the fact {FACT!r} in {store.file} holds points of another space: {DAMAGED}")
+    return points
 
 
 def _resume(laboratory: Laboratory, identity: str) -> None:
@@ -173,7 +185,7 @@ def _resume(laboratory: Laboratory, identity: str) -> None:
     if not (laboratory.folder / "store.sqlite").exists():
         return
     with Store(laboratory.folder, write=False) as store:
-        points = _known(store, identity)
+        points = _known(store, laboratory, identity)
     if points:
         with suppress(Refused):  # it broke off at such a point, and will meet it again
             laboratory.run(laboratory.planned(points))

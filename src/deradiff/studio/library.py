@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deradiff.files.reading import parse, text_of
 from deradiff.files.writing import write_json
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 _-]{0,58}[A-Za-z0-9_-])?")
@@ -44,18 +44,13 @@ class Kept:
 
     def load(self, name: str) -> dict[str, Any]:
         """What was kept as `name`. Raises `ValueError` where there is nothing, or nothing that can be read."""
-        file = self._file(name)
+        file, what = self._file(name), f"{self.what} of the studio's"
         try:
-            if file.stat().st_size > LARGEST:
-                raise ValueError("too long")
-            found = json.loads(file.read_text(encoding="utf-8"))
+            return parse(dict[str, Any], text_of(file, what, LARGEST), str(file), what, "delete it, or put it right")
         except FileNotFoundError:
             raise ValueError(f"there is no {self.what} called {name!r} any more") from None
-        except (OSError, ValueError):
-            raise ValueError(f"{file} is no {self.what} of the studio's: delete it, or put it right") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{file} is no {self.what} of the studio's: delete it, or put it right")
-        return found
+        except OSError as error:
+            raise ValueError(str(error)) from None
 
     def delete(self, name: str) -> None:
         """Forget `name`."""

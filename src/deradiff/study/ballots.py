@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from deradiff.files.writing import whole
-from deradiff.study.plan import Answer, Plan
+from deradiff.study.plan import ANSWERS, Answer, Plan
+from deradiff.study.rows import CURE, StudyError, explained, pair_of
 from deradiff.study.votes import connected, file_of
 
 
@@ -48,26 +48,30 @@ class Ballot:
 def read(folder: Path, plan: Plan) -> list[Ballot]:
     """Every vote of the study in `folder`, in the order of participants and their pairs.
 
-    The study may go on meanwhile. Raises `StudyError` where there is none.
+    The study may go on meanwhile. Raises `StudyError` where there is none, and names a row that is damaged.
     """
-    with closing(connected(file_of(folder), write=False)) as db:
+    file = file_of(folder)
+    with closing(connected(file, write=False)) as db, explained(file):
         rows = db.execute(
-            "SELECT participant, position, cell, prompt, left, right, seeds, question, answer "
+            "SELECT participant, position, cell, prompt, left, right, seeds, id, question, answer "
             "FROM votes JOIN pairs ON pairs.id = pair ORDER BY participant, position"
         ).fetchall()
     keys = [question.key for question in plan.questions]
     checked = {question.key for question in plan.questions if question.checked}
-    found = []
-    for participant, position, cell, prompt, left, right, seeds, question, answer in rows:
-        one = plan.configurations[plan.cells[cell].configuration]
-        is_check = not (left and right) and question in checked
-        found.append(
+    ballots = []
+    for *values, pair, question, answer in rows:
+        row = pair_of(plan, values, f"the pair {pair!r} in {file}")
+        if question not in keys or answer not in ANSWERS:
+            raise StudyError(f"the vote {question!r}: {answer!r} on the pair {pair!r} in {file} is none: {CURE}")
+        configuration = plan.configurations[plan.cells[row.cell].configuration]
+        is_check = not (row.left and row.right) and question in checked
+        ballots.append(
             Ballot(
-                participant, position, one.name, one.prompt_set, one.prompts[prompt], left, right,
-                tuple(json.loads(seeds)), question, answer, is_check,
+                row.participant, row.position, configuration.name, configuration.prompt_set,
+                configuration.prompts[row.prompt], row.left, row.right, tuple(row.seeds), question, answer, is_check,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda ballot: (ballot.participant, ballot.position, keys.index(ballot.question)))
+    return sorted(ballots, key=lambda ballot: (ballot.participant, ballot.position, keys.index(ballot.question)))
 
 
 def mistakes(ballots: Iterable[Ballot]) -> dict[int, tuple[int, int]]:

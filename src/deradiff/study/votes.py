@@ -13,12 +13,14 @@ import secrets
 import sqlite3
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deradiff.files.reading import parse
 from deradiff.study.plan import ANSWERS, NOISE, TILES, Place, Plan, parse_plan
+from deradiff.study.rows import CURE, StudyError, explained, pair_of
 from deradiff.study.writing import Busy, Writer
 
 __all__ = ["AlreadyAnswered", "Busy", "Full", "NotShown", "Shown", "StudyError", "Votes", "file_of", "plan_of"]
@@ -46,10 +48,6 @@ CREATE TABLE votes (
 """
 
 _chance = random.SystemRandom()
-
-
-class StudyError(RuntimeError):
-    """The study cannot be opened or written; the message says what to do."""
 
 
 class NotShown(ValueError):
@@ -126,8 +124,9 @@ class Votes:
 
     def entered(self) -> dict[Place, str]:
         """The file of every image that was entered, by its place."""
-        rows = self._reading.execute("SELECT configuration, method, prompt, seed, file FROM images")
-        return {Place(*place): file for *place, file in rows}
+        with explained(self._file):
+            rows = self._reading.execute("SELECT configuration, method, prompt, seed, file FROM images").fetchall()
+        return {Place(*place): str(file) for *place, file in rows}
 
     def enter(self, files: Mapping[Place, str]) -> None:
         """Keep the files of images."""
@@ -170,18 +169,18 @@ class Votes:
         if not self.knows(key):
             raise NotShown("nobody in this study has this key")
         row = self._one(
-            "SELECT id, position, cell, prompt, left, right, seeds "
+            "SELECT id, participant, position, cell, prompt, left, right, seeds "
             "FROM pairs p JOIN participants ON number = participant "
             "WHERE key = ? AND NOT EXISTS (SELECT 1 FROM votes WHERE pair = p.id)",
             _hashed(key),
         )
         if row is None:
             return None
-        pair, position, cell, prompt, left, right, seeds = row
-        configuration = self.plan.cells[cell].configuration
-        text = self.plan.configurations[configuration].prompts[prompt]
-        sides = (self._files(configuration, method, prompt, json.loads(seeds)) for method in (left, right))
-        return Shown(pair, position, text, *sides)
+        shown = pair_of(self.plan, row[1:], f"the pair {row[0]!r} in {self._file}")
+        configuration = self.plan.cells[shown.cell].configuration
+        text = self.plan.configurations[configuration].prompts[shown.prompt]
+        sides = (self._files(configuration, method, shown.prompt, shown.seeds) for method in (shown.left, shown.right))
+        return Shown(str(row[0]), shown.position, text, *sides)
 
     def vote(self, key: str, pair: str, answers: Mapping[str, str]) -> Future[None]:
         """Keep a participant's answers to all questions about a pair, and choose the next one.
@@ -213,12 +212,16 @@ class Votes:
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _one(self, query: str, *values: Any) -> Any:
-        return self._reading.execute(query, values).fetchone()
+        with explained(self._file):
+            return self._reading.execute(query, values).fetchone()
 
     def _files(self, configuration: int, method: str, prompt: int, seeds: list[int]) -> tuple[str, ...]:
         places = [Place(configuration, method, prompt, seed) if method else NOISE for seed in seeds]
         query = "SELECT file FROM images WHERE configuration = ? AND method = ? AND prompt = ? AND seed = ?"
-        return tuple(self._one(query, *place)[0] for place in places)
+        rows = [self._one(query, *place) for place in places]
+        if None in rows:
+            raise StudyError(f"{self._file} does not have the image {places[rows.index(None)]}: {CURE}")
+        return tuple(str(row[0]) for row in rows)
 
     def _issue(self, db: sqlite3.Connection, participant: int | None) -> None:
         """Choose the participant's next pair, unless they have seen all of theirs."""
@@ -229,9 +232,8 @@ class Votes:
         position = len(seen)
         if position >= plan.shown:
             return
-        checks = json.loads(
-            db.execute("SELECT checks FROM participants WHERE number = ?", (participant,)).fetchone()[0]
-        )
+        kept = db.execute("SELECT checks FROM participants WHERE number = ?", (participant,)).fetchone()[0]
+        checks = parse(list[int], kept, f"participant {participant} in {self._file}", "list of attention checks", CURE)
         if position in checks:
             cell = _chance.randrange(len(plan.cells))
             configuration = plan.configurations[plan.cells[cell].configuration]
@@ -254,10 +256,13 @@ def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
     """A connection to a study's database that any thread may use, one at a time."""
     where = f"{file.resolve().as_uri()}?mode={'rwc' if write else 'ro'}"
     try:
-        db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
-        if write:
-            db.execute("PRAGMA journal_mode = WAL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        with ExitStack() as opened:
+            db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+            opened.callback(db.close)
+            if write:
+                db.execute("PRAGMA journal_mode = WAL")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            opened.pop_all()  # all went well: it stays open
     except sqlite3.Error as error:
         raise StudyError(
             f"{file} cannot be used ({error}): is it a study's database, and may you write there?"
@@ -272,9 +277,8 @@ def plan_of(folder: Path) -> Plan:
     """The plan of the study in `folder`. Raises `StudyError` where there is none."""
     if not file_of(folder).is_file():
         raise StudyError(f"{folder} holds no study: start one with `deradiff study serve PLAN --out {folder}`")
-    with closing(connected(file_of(folder), write=False)) as db, suppress(sqlite3.Error):
+    with closing(connected(file_of(folder), write=False)) as db:
         return _plan_in(db, file_of(folder))
-    raise StudyError(f"{file_of(folder)} holds no study: name another folder")
 
 
 def require_answers(plan: Plan, answers: Mapping[str, str]) -> None:
@@ -327,8 +331,12 @@ def _make_tables(db: sqlite3.Connection, plan: Plan) -> None:
 
 
 def _plan_in(db: sqlite3.Connection, file: Path) -> Plan:
-    found = db.execute("SELECT value FROM facts WHERE name = 'plan'").fetchone()
-    return parse_plan(json.loads(found[0]), f"the plan in {file}")
+    with explained(file):
+        row = db.execute("SELECT value FROM facts WHERE name = 'plan'").fetchone()
+    if row is None:
+        raise StudyError(f"{file} holds no study: name another folder")
+    where = f"the plan in {file}"
+    return parse_plan(parse(dict[str, Any], row[0], where, "plan of a study", CURE), where)
 
 
 def _hashed(key: str) -> str:

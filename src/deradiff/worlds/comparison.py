@@ -20,16 +20,19 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from deradiff import weights
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
+from deradiff.files.reading import Record as FileRecord
+from deradiff.files.reading import read
 from deradiff.files.writing import write_json
 from deradiff.ledger import RunWeights
 from deradiff.particles import Particles, sample_particles
@@ -97,6 +100,44 @@ def compute(case: Case) -> Record:
         if bench.differ_in_means_alone:
             arms["interpolated"] = bench.paired(bench.realigned(case.lam, "weights")[0])
     return found
+
+
+Measured = Annotated[list[float], Field(min_length=2, max_length=2)]
+"""A value and its standard error, as they are stored."""
+
+
+class _Exact(FileRecord):
+    reward: float
+    shift: float
+    modes: list[float]
+    divergence: float
+
+
+class _Arm(FileRecord):
+    reward: Measured
+    against_exact: Measured
+    against_aligned: Measured | None
+    modes: list[float]
+    modes_off: float
+    modes_allowance: float
+    evenness: float | None = None
+
+
+class _Judged(FileRecord):
+    kind: str
+    words: str
+    error: Measured | None
+    evenness: float
+    path_kl: Measured | None
+
+
+class CaseRecord(FileRecord):
+    """What `compute` found, as a file."""
+
+    case: dict[str, Any]
+    exact: _Exact
+    arms: dict[str, _Arm]
+    verdict: _Judged | None = None
 
 
 class _Bench:
@@ -297,4 +338,17 @@ def _file(folder: Path, case: Case) -> Path:
 
 
 def _read(folder: Path, case: Case) -> Record:
-    return json.loads(_file(folder, case).read_text(encoding="utf-8"))
+    file, cure = _file(folder, case), "delete it, and it is computed again"
+    record = read(CaseRecord, file, "case of a comparison", cure)
+    if lacking := _wanted(case) - record.arms.keys() - ({"verdict"} if record.verdict else set()):
+        raise ValueError(f"{file} is no whole case of a comparison: it lacks {', '.join(sorted(lacking))}: {cure}")
+    if record.case != json.loads(json.dumps(case.as_json())):
+        raise ValueError(f"{file} is another case of a comparison than {case.name}: {cure}")
+    return record.model_dump(exclude_unset=True)
+
+
+def _wanted(case: Case) -> set[str]:
+    """What a case has at least: its arms, and the verdict on Algorithm 1."""
+    plain = set() if case.study in ("particles", "fine") else {"plain", "weighted", "verdict"}
+    annealed = {"annealed"} if case.study in ("grid", "two rewards") else set()
+    return {"aligned"} | plain | annealed | ({"particles"} if case.eta > 0 else set())

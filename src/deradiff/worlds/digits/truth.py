@@ -7,7 +7,6 @@ which leave the ink's colour open, and set beside the retrained model through th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from deradiff.realignment import realign
 from deradiff.rewards import Reward
 from deradiff.rewards.digits import BoldReward, InkReward
 from deradiff.weights import mean, verdict
-from deradiff.worlds.digits import captions, load_pipeline
+from deradiff.worlds.digits import captions, load_pipeline, truth_files
 from deradiff.worlds.digits.classifier import read
 from deradiff.worlds.digits.data import INKS, PAPERS
 
@@ -161,7 +160,7 @@ def run(
     claim(out, asdict(plan), "study")
     with taken(out, "a study"):
         _measure(trained, out, plan, todo, report, workers)
-    return [json.loads((out / f"{case.name}.json").read_text()) for case in todo]
+    return [_compared(out, case) for case in todo]
 
 
 def _measure(trained: Path, out: Path, plan: Plan, todo: list[Case], report: Report, workers: int) -> None:
@@ -207,10 +206,16 @@ def _case(trained: Path, out: Path, case: Case, plan: Plan, planned: int, report
     file = out / f"{case.name}.json"
     if not file.exists():
         known = {
-            arm: json.loads(_drawn(out, name, case.guidance_scale).read_text()) for arm, name in case.models().items()
+            arm: truth_files.model(_drawn(out, name, case.guidance_scale), set(REWARDS), plan.prompts)
+            for arm, name in case.models().items()
         }
         write_json(file, compute(trained, case, plan, known))
     report("comparing", len(list(out.glob("*_guidance*.json"))), planned, case.name)
+
+
+def _compared(out: Path, case: Case) -> Record:
+    arms = {*case.models(), "algorithm 1", "weighted"}
+    return truth_files.case(out / f"{case.name}.json", arms, set(case.target))
 
 
 def compute(trained: Path, case: Case, plan: Plan, known: Record) -> Record:

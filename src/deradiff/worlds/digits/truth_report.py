@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from deradiff.weights import TRUSTED, Estimate
 from deradiff.worlds.comparison_figures import ARMS, LOOK, Style
 from deradiff.worlds.comparison_tables import TRUSTING
+from deradiff.worlds.digits import truth_files
 from deradiff.worlds.digits.data import INKS
 from deradiff.worlds.digits.truth import Record
 
@@ -135,7 +135,7 @@ def anchors_table(records: Sequence[Record]) -> str:
 def training(models: Path) -> Record:
     """What every trained model was to reach and reached, with its curve, by `family/target`."""
     files = sorted(models.glob("*/*/truth.json"))
-    return {f"{file.parent.parent.name}/{file.parent.name}": json.loads(file.read_text()) for file in files}
+    return {f"{file.parent.parent.name}/{file.parent.name}": truth_files.trained(file) for file in files}
 
 
 def table(records: Sequence[Record]) -> str:
