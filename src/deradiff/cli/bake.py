@@ -66,10 +66,10 @@ def bake(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
     ] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A file of prompts, text, YAML or JSON, to measure the result with; with distill all but the last "
-            "fifth are for training. The digits have their own.",
+            help="A file or list of prompts, as in `deradiff generate`, to measure the result with; with distill all "
+            "but the last fifth are for training. The digits have their own.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -150,9 +150,7 @@ def bake(
 
     An interrupted distillation goes on where it was if the same command is given again.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with talking.refusing_wrong_input(out_of_memory="try a smaller --batch, a smaller --batch-size or --images 0"):
         anchors = arguments.anchors(anchor)
         chosen = _lam(lam, tuple(anchors), schedule, over)
@@ -183,7 +181,7 @@ def bake(
                 report=report,
             )  # fmt: skip
     for judgement in baked.judgements:
-        console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", highlight=False, soft_wrap=True)
+        console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", soft_wrap=True)
     talking.files([baked.folder])
 
 

@@ -26,9 +26,7 @@ def build(
 
     The result is OUT/files, the folder that ships with the package. On one machine it is the same bits every time.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment import digits
@@ -56,9 +54,7 @@ def truth(
     The models lie in OUT/models, the numbers of every comparison in OUT/results and, less those of single prompts, in
     OUT/truth.json, beside two figures.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
@@ -104,13 +100,12 @@ def quality(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
 ) -> None:
     """Measure the shipped reference beside real handwriting: legibility, colours, variety, memorisation."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from deradiff.files.writing import write_json
     from deradiff.schedules import finite
 
-    console = Console()
+    console = talking.LiteralConsole()
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
         finite(guidance_scale, "--guidance-scale")
@@ -151,4 +146,4 @@ def _print(console: Any, found: "Quality") -> None:
         table.add_row(f"nearest training digit, {name}", f"{generated:.3f}", f"{real:.3f}", "no closer")
     console.print(table)
     for goal, met in found.goals().items():
-        console.print(f"{'[green]met[/]' if met else '[red]missed[/]'}  {goal}")
+        console.print(f"{'met' if met else 'missed'}  {goal}", style="green" if met else "red")

@@ -53,8 +53,12 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="A file of prompts: text, one per line, or a YAML or JSON list.", rich_help_panel=SAMPLING),
+        str | None,
+        typer.Option(
+            help="A file of prompts (.txt, .yaml, .json, .jsonl, .csv, .tsv, .parquet), or a list by name "
+            "(partiprompts, ...).",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     lam: Annotated[
         list[str],
@@ -214,7 +218,6 @@ def generate(
 
 def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
     """What every λ is worth, one line each; what is true of all of them only once."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("λ", "effective", "path KL", "verdict", title="How far to trust it", title_justify="left")
@@ -232,7 +235,7 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         if shared and judged["kind"] == "no target":
             said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
         table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
-    console = Console()
+    console = talking.LiteralConsole()
     console.print(table)
     if shared:
-        console.print(f"{shared[0].upper()}{shared[1:]}.", highlight=False, soft_wrap=True)
+        console.print(f"{shared[0].upper()}{shared[1:]}.", soft_wrap=True)

@@ -133,9 +133,7 @@ def search(
     the score), sheet.png and search.json. The same command goes on where it was interrupted, and with more
     --evaluations it goes further.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with talking.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
         talking.silence_other_bars()
         from deradiff.experiments import crews
@@ -180,7 +178,7 @@ def search(
             return crews.Here(plan, place, 1) if size == 1 else crews.Processes(plan, place, 1, size)
 
         def told(state: State) -> None:
-            console.print(words.evaluated(space, state), highlight=False)
+            console.print(words.evaluated(space, state))
 
         outcome = run(
             plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
@@ -188,7 +186,7 @@ def search(
         )  # fmt: skip
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in words.sentences(space, goal, outcome, beta):
-        typer.echo(sentence)
+        talking.echo(sentence)
     talking.files(outcome.files)
 
 
