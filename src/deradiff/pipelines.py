@@ -67,6 +67,13 @@ def usual_guidance(reference: str) -> float | None:
     return GUIDANCE
 
 
+def require_both_sides(width: int | None, height: int | None) -> None:
+    """Raise `ValueError` where one side of the pictures is given: many pipelines then take neither, and say nothing."""
+    if (width is None) != (height is None):
+        given, other = ("width", "height") if height is None else ("height", "width")
+        raise ValueError(f"{given} is given without {other}: give width and height both, or neither")
+
+
 def anchor_source(source: str) -> str | Path:
     """What `digits:BETA` and `digits:lora` stand for; any other source as it is."""
     if not source.startswith("digits:"):

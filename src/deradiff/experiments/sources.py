@@ -19,11 +19,14 @@ def resolve(wanted: Prompts) -> tuple[str, ...]:
     if wanted.prompts:
         return wanted.prompts
     sources = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
+    split = None if wanted.split == "train" else wanted.split  # which is what there is by default
     if sources == (DIGITS,):
+        if split is not None:
+            raise ValueError(f"the digits have no splits, of which {split!r} was asked for: leave split out")
         return _digits(wanted.count or 100, wanted.draw_seed or 0)
     if len(sources) == 1:
-        return load_prompts(sources[0], wanted.count, wanted.draw_seed, split=wanted.split).prompts
-    union = dict.fromkeys(text for source in sources for text in load_prompts(source, split=wanted.split).prompts)
+        return load_prompts(sources[0], wanted.count, wanted.draw_seed, split=split).prompts
+    union = dict.fromkeys(text for source in sources for text in load_prompts(source, split=split).prompts)
     return _drawn(list(union), wanted, " and ".join(sources))
 
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from deradiff.files import comments, reading
+
+T = TypeVar("T")
+
+Several = Annotated[tuple[T, ...], Strict(False)]
+"""A list in a file, a tuple here."""
+
+Name = Annotated[str, Field(min_length=1)]
+"""What something is called in a plan."""
+
+TEXTS = ("negative_prompt", "title", "introduction", "text")
+"""The keys of what plans hold in people's own words, beside their prompts."""
 
 
 class Part(BaseModel):
-    """A part of a plan: it does not change, and a key that nobody knows is an error."""
+    """A part of a plan: it does not change, and a key that nobody knows is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    So is a value of another kind: `true` and "1" are no numbers, 1.0 is no count.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 Kind = TypeVar("Kind", bound=Part)
@@ -21,24 +37,20 @@ Kind = TypeVar("Kind", bound=Part)
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
     """The plan in a YAML file; `what` it is and the `command` that writes one stand in the messages.
 
-    Raises `FileNotFoundError`, and `ValueError` for what is no plan: the message names every place that is wrong.
+    A warning tells of a prompt whose end is taken for a comment. Raises `FileNotFoundError`, and `ValueError` for what
+    is no plan: the message names the places that are wrong.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    text = reading.text_of(path, what)
+    content = reading.parse_yaml(text, str(path))
+    comments.warn_of_cut_texts(text, str(path), lists=("prompts",), texts=TEXTS)
     return parse(kind, content, str(path), what)
 
 
 def parse(kind: type[Kind], content: Any, where: str, what: str) -> Kind:
-    """The plan that is plain data. Raises `ValueError` that names every place that is wrong in `where`."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        wrong = [f"{_place(one['loc'])}{one['msg'].removeprefix('Value error, ')}" for one in error.errors()]
-        raise ValueError(f"{where} is no {what}: {'; '.join(wrong)}") from None
+    """The plan that is plain data. Raises `ValueError` that names the places that are wrong in `where`."""
+    return reading.fit(kind, content, where, what)
 
 
 def write(data: Any) -> str:
@@ -50,10 +62,6 @@ def seed_range(seeds: list[int]) -> str | list[int]:
     """Seeds in a row as `first:last`, which a plan reads too."""
     first, last = seeds[0], seeds[-1]
     return f"{first}:{last}" if len(seeds) > 2 and seeds == list(range(first, last + 1)) else seeds
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, location))}: " if location else ""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -69,6 +77,10 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """No anchors of YAML's: they would look like ours."""
         return True
+
+
+for _tag, _pattern in reading.NUMBERS:  # so that a text which would be read as a number is quoted
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def _flat(value: Any) -> bool:
