@@ -43,8 +43,10 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of a folder or hub id, or of `digits`, the model that ships with deradiff, with `scheduler`.
 
-    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it.
+    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it and for
+    a revision of a model that is not on the hub.
     """
+    require_on_hub(source, revision)
     if source == "digits":
         from deradiff.worlds import digits
 
@@ -56,6 +58,15 @@ def load_pipeline(
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     return pipe
+
+
+def require_on_hub(source: str, revision: str | None) -> None:
+    """Raise `ValueError` where a `revision` is asked of a model that ships with deradiff or is on this machine."""
+    if revision is not None and (source == "digits" or Path(source).exists()):
+        raise ValueError(
+            f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name the "
+            "hub id"
+        )
 
 
 def usual_guidance(reference: str) -> float | None:

@@ -100,6 +100,12 @@ class Settings(Part):
     @model_validator(mode="after")
     def _fits(self) -> Settings:
         require_both_sides(self.width, self.height)
+        if self.method == "weights":
+            asked = {"path": self.path != "auto", "reuse": self.reuse, "tolerance": self.tolerance}
+            if unheeded := [name for name, given in (asked | {"particles": self.particles}).items() if given]:
+                raise ValueError(f"interpolated weights are one model, and take no {', '.join(unheeded)}")
+        if self.anchor_beta is not None and len(self.anchors) > 1:
+            raise ValueError("anchor_beta is the β of a single anchor, and there are several: leave it out")
         return self
 
     @property

@@ -182,7 +182,7 @@ def _listed(path: Path) -> list[tuple[str, Any]]:
 
 
 def _json(text: str, place: str) -> Any:
-    return reading.parse(Any, text, place, WHAT, "")  # type: ignore[arg-type]
+    return reading.parse(object, text, place, WHAT, "")
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,8 @@ def bake(
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if dial_of(pipe) is not None:
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
+    if method == "weights" and distillation != Distillation():
+        raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
     component, denoiser = denoiser_of(pipe)
     reference = unwrapped(denoiser)
     sources: dict[str, Source] = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
@@ -169,6 +171,8 @@ def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[
     if images < 0:
         raise ValueError(f"{images} images cannot be compared: name 0 or more")
     if method == "weights":
+        if texts and not images:
+            raise ValueError("prompts measure the result, which 0 images leave unmeasured: leave them out")
         if images and not texts:
             raise ValueError("name prompts (--prompts) to measure the result with, or leave it unmeasured (--images 0)")
         return [], texts[: max(images, 1)]

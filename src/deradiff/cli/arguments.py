@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
+import typer
+
 from deradiff.notation import decimal, numbers
 
 
@@ -18,6 +20,22 @@ class Dtype(StrEnum):
 
 
 DTYPES = "auto is float32 on a CPU and float16 elsewhere."
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise `ValueError` where one of these parameters was given in the command line, which has no use for it."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in names and _source(context, parameter.name) not in ("DEFAULT", "DEFAULT_MAP")
+    ]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {why}")
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
 
 
 def anchors(texts: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ class Method(StrEnum):
 
 
 def bake(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -154,6 +155,11 @@ def bake(
     with talking.refusing_wrong_input(out_of_memory="try a smaller --batch, a smaller --batch-size or --images 0"):
         anchors = arguments.anchors(anchor)
         chosen = _lam(lam, tuple(anchors), schedule, over)
+        if schedule == "constant":
+            arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
+        if method is Method.weights and not images:
+            unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
+            arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
         with console.status("Loading torch and diffusers …"):
             talking.silence_other_bars()
@@ -175,7 +181,8 @@ def bake(
         with talking.stages(console) as report:
             baked = baking.bake(
                 pipe, {name: anchor_source(source) for name, source in anchors.items()}, chosen, out,
-                method=method.value, prompts=texts or _own_prompts(reference), images=images,
+                method=method.value, images=images,
+                prompts=texts or (_own_prompts(reference) if images or method is Method.distill else []),
                 sampler=baking.Sampler(steps, scale, batch_size), distillation=_distillation(method, reference, given),
                 seed=seed, force=force, name=reference, revision=anchor_revision, allow_pickle=allow_pickle,
                 report=report,

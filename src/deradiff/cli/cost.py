@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import arguments, talking
 
 
 def cost(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -42,6 +43,9 @@ def cost(
             from deradiff.files.writing import write_json
 
             if model is None and preset is None:
+                counted_of_models = ["train_steps", "batch", "lora_rank", "checkpointing", "images", "sampling_steps"]
+                why = "without a model the paper's own arithmetic is printed; name a model, or a --preset"
+                arguments.refuse(context, [*counted_of_models, "guided"], why)
                 found = _paper(console, costs, strengths)
             else:
                 from deradiff.alignment.presets import preset as called

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import arguments, talking
 
 if TYPE_CHECKING:
     from deradiff.experiments.crews import Crew
@@ -60,6 +60,7 @@ def plan(
 
 @app.command()
 def run(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The experiment's folder. One that was begun there goes on.")
@@ -92,6 +93,12 @@ def run(
     with talking.refusing_wrong_input("take a smaller batch_size in the plan"), talking.stages(console) as report:
         planned = read_plan(file)
         place = device_called(device)
+        if not (ray or ray_address):
+            arguments.refuse(context, ["gpus"], "the share of a GPU of every actor of Ray's; add --ray")
+        elif place == "cpu":
+            arguments.refuse(context, ["gpus"], "there is no GPU to share on the device cpu")
+        if place != "cpu":
+            arguments.refuse(context, ["threads"], f"of workers on a CPU, and the device is {place}")
 
         def crew() -> "Crew":
             size = workers or (cores() if place == "cpu" else 1)

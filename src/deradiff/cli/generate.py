@@ -36,6 +36,7 @@ MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Mac
 
 
 def generate(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -173,6 +174,10 @@ def generate(
     with talking.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
         shape = notation.schedule(schedule, over.value)
+        if shape is None:
+            arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
+        else:
+            arguments.refuse(context, ["anchor_beta"], "β/λ is of a λ that stays the same, without a --schedule")
         annealed = shape.to_dict() if shape else None
         chosen: dict[str, Any] = {
             "reference": reference,
@@ -226,7 +231,11 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
     shared = words.pop() if len(words) == 1 else None
     for judged in verdicts:
         lam = judged["lam"]
-        named = " ".join(f"{name} {notation.plain(x)}" for name, x in lam.items()) if isinstance(lam, dict) else notation.plain(lam)
+        named = (
+            " ".join(f"{name} {notation.plain(x)}" for name, x in lam.items())
+            if isinstance(lam, dict)
+            else notation.plain(lam)
+        )
         drawn_from = judged.get("particles", judged.get("images"))
         several = drawn_from and drawn_from > judged.get("prompts", 0)
         effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""

@@ -15,6 +15,7 @@ MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched
 
 
 def search(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -147,6 +148,8 @@ def search(
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
         sources = arguments.anchors(anchor)
+        if features is None:
+            arguments.refuse(context, ["neighbours"], "k of recall, which is measured with --features")
         goal = Goal.read(maximize or (), minimize or (), require or ())
         space = _space(over, tuple(sources), limits, box)
         place = device_called(device)
@@ -195,6 +198,8 @@ def _prompts(given: list[str], source: str | None, count: int | None) -> dict[st
     if bool(given) == (source is not None):
         raise ValueError("prompts are needed, from one place: --prompt, or --prompts with a file or a list by name.")
     if given:
+        if count is not None:
+            raise ValueError("--count draws from --prompts, and each --prompt is used: leave it out.")
         return {"prompts": list(dict.fromkeys(given))}
     return {"source": source} | ({} if count is None else {"count": count, "draw_seed": 0})
 

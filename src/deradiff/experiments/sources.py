@@ -9,7 +9,7 @@ from typing import Any
 
 from deradiff.alignment.prompts import load_prompts
 from deradiff.experiments.plan import DIGITS, Plan, Prompts
-from deradiff.pipelines import anchor_source
+from deradiff.pipelines import anchor_source, require_on_hub
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
 
@@ -56,7 +56,8 @@ def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str
     """Of the reference and every model: a hash of its weights, and the state of the files that it was computed from.
 
     `known` is an earlier answer: files that have the size and time they had then are not read again. Raises `OSError`
-    for a source that is neither a file, a folder nor a hub id that can be reached.
+    for a source that is neither a file, a folder nor a hub id that can be reached, `ValueError` for a revision of one
+    that is on this machine.
     """
     sources = {"": (plan.reference, plan.revision)} | {name: (m.source, None) for name, m in plan.models.items()}
     for arm in plan.arms():
@@ -69,6 +70,7 @@ def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str
 
 def fingerprint(source: str, revision: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`{"sha256": ..., "files": ...}` of a local source, `{"sha256": <commit>, "files": {}}` of one on the hub."""
+    require_on_hub(source, revision)
     path = _local(source)
     if path is None:
         return {"sha256": _commit(source, revision), "files": {}}

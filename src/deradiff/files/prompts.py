@@ -83,7 +83,7 @@ def _of_json_lines(path: Path) -> Iterator[_Raw]:
     for number, line in tables.lines(tables.read_text(path, WHAT)):
         if line.strip():
             place = f"{path}, line {number}"
-            yield _of_object(reading.parse(Any, line, place, "prompt", "write an object in JSON"), place)  # type: ignore[arg-type]
+            yield _of_object(reading.parse(object, line, place, "prompt", "write an object in JSON"), place)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def _of_yaml(path: Path) -> Iterator[_Raw]:
 
 
 def _of_json(path: Path) -> Iterator[_Raw]:
-    content = reading.parse(Any, tables.read_text(path, WHAT), str(path), WHAT, "")  # type: ignore[arg-type]
+    content = reading.parse(object, tables.read_text(path, WHAT), str(path), WHAT, "")
     return _of_lists(path, content)
 
 

@@ -1,8 +1,8 @@
 """Files of ours read back: bounded, through one schema for each kind, and refused in words.
 
-Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on: which
-file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all the
-same (a later version wrote it); a plan may not (`plans.Part`).
+Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on:
+which file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all
+the same (a later version wrote it); a plan may not (`plans.Part`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def read(kind: type[Kind], path: Path, what: str, cure: str) -> Kind:
 
     `what` the file is and the `cure` for one that is wrong stand in the messages.
 
-    Raises `OSError` where it cannot be read (`FileNotFoundError` where it is not there), and `ValueError` where it is not
-    what it should be.
+    Raises `OSError` where it cannot be read (`FileNotFoundError` where it is not there), and `ValueError` where it is
+    not what it should be.
     """
     return parse(kind, text_of(path, what), str(path), what, cure)
 
@@ -244,12 +244,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 NUMBERS = (
     ("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)\Z")),
-    (
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
-        ),
-    ),
+    ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z")),
+    ("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+\Z")),
+    ("tag:yaml.org,2002:float", re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")),
 )
 """Numbers as YAML 1.2 has them: in 1.1 the seeds 1:8 are the number 68, 010 is 8, and the rate 1e-4 is a text."""
 

@@ -149,6 +149,9 @@ def run(
     With `only`, those of the targets named `family/target`; with `guidance_scale`, those at that one of the plan's.
     Raises `ValueError` where no such target has been trained, or `out` holds a study of another plan.
     """
+    if guidance_scale is not None and guidance_scale not in plan.guidance_scales:
+        scales = " and ".join(f"{scale:g}" for scale in plan.guidance_scales)
+        raise ValueError(f"nothing is compared at guidance {guidance_scale:g}, only at {scales}")
     todo = [
         case
         for case in cases(trained, plan)
