@@ -28,13 +28,13 @@ def _decimals(text: str, what: str, step: Decimal | None = None) -> list[Decimal
         if len(parts) == 1:
             read += parts
         elif len(parts) == 3:
-            read += _range(*parts, item, what)
+            read += _range(item, what, *parts)
         else:
             raise ValueError(f"{what} {item!r} is no number and no range; write FIRST:LAST:STEP, as in 0:1.5:0.25.")
     return read
 
 
-def _range(first: Decimal, last: Decimal, step: Decimal, item: str, what: str) -> list[Decimal]:
+def _range(item: str, what: str, first: Decimal, last: Decimal, step: Decimal) -> list[Decimal]:
     try:
         length = (last - first) / step
     except ArithmeticError:

@@ -64,8 +64,8 @@ def require_on_hub(source: str, revision: str | None) -> None:
     """Raise `ValueError` where a `revision` is asked of a model that ships with deradiff or is on this machine."""
     if revision is not None and (source == "digits" or Path(source).exists()):
         raise ValueError(
-            f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name the "
-            "hub id"
+            f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name "
+            "the hub id"
         )
 
 

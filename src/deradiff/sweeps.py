@@ -263,7 +263,7 @@ def sample_by_particles(
 def require_heeded(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Mapping[str, Parameter]:
     """The parameters of the pipeline's call. Raises `ValueError` where it would not heed all of these arguments.
 
-    It takes no prompt, or not all of them, or guides by none of its predictions, so that a negative prompt does nothing.
+    It takes no prompt, or not all of them, or samples without guidance, so that a negative prompt does nothing.
     """
     accepted = signature(pipe.__call__).parameters
     if unknown := [name for name in ("prompt", *arguments) if name not in accepted]:

@@ -29,6 +29,7 @@ from deradiff.files.folders import require_same
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.jobs import Report
+from deradiff.notation import plain
 
 MEASURED = 64
 """Held-out prompts from which a trained model's divergence is measured, at most."""
@@ -178,7 +179,7 @@ def align(
 
 
 def _name(beta: float) -> str:
-    return f"beta-{beta:.12g}"
+    return f"beta-{plain(beta, 12)}"
 
 
 def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset, seed: int) -> dict[str, Any]:

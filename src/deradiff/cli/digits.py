@@ -60,9 +60,10 @@ def truth(
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
         from deradiff.files.writing import write_json
         from deradiff.worlds.digits import truth_report
-        from deradiff.worlds.digits.truth import Plan, needed, run
+        from deradiff.worlds.digits.truth import Plan, needed, require_compared, run
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
+        require_compared(Plan(), guidance_scale)
         targets = only or []
         train_truth(out / "models", TruthSettings(), report, workers, needed(targets))
         records = run(out / "models", out / "results", Plan(), report, workers, targets, guidance_scale)

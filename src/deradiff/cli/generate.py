@@ -231,11 +231,8 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
     shared = words.pop() if len(words) == 1 else None
     for judged in verdicts:
         lam = judged["lam"]
-        named = (
-            " ".join(f"{name} {notation.plain(x)}" for name, x in lam.items())
-            if isinstance(lam, dict)
-            else notation.plain(lam)
-        )
+        by_name = lam if isinstance(lam, dict) else {"": lam}
+        named = " ".join(f"{name} {notation.plain(x)}".strip() for name, x in by_name.items())
         drawn_from = judged.get("particles", judged.get("images"))
         several = drawn_from and drawn_from > judged.get("prompts", 0)
         effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""
