@@ -18,53 +18,68 @@ def numbers(text: str, what: str) -> list[float]:
     return list(dict.fromkeys(finite(float(number), what) for number in _decimals(text, what)))
 
 
-def _decimals(text: str, what: str) -> list[Decimal]:
-    found: list[Decimal] = []
+def _decimals(text: str, what: str, step: Decimal | None = None) -> list[Decimal]:
+    """The numbers of a list of numbers and ranges; with a `step` a range may go without its own."""
+    read: list[Decimal] = []
     for item in text.split(","):
         parts = [decimal(part, text, what) for part in item.split(":")]
+        if len(parts) == 2 and step is not None:
+            parts.append(step)
         if len(parts) == 1:
-            found += parts
+            read += parts
         elif len(parts) == 3:
-            first, last, step = parts
-            try:
-                length = (last - first) / step
-            except ArithmeticError:
-                length = Decimal(-1)
-            if length < 0:
-                raise ValueError(
-                    f"{what} {item!r} is an empty or endless range; write FIRST:LAST:STEP, as in 0:1.5:0.25."
-                )
-            if length >= LONGEST_RANGE:
-                raise ValueError(
-                    f"{what} {item!r} has more than the {LONGEST_RANGE} values a range may have: split it."
-                )
-            found += (first + i * step for i in range(math.floor(length) + 1))
+            read += _range(item, what, *parts)
         else:
             raise ValueError(f"{what} {item!r} is no number and no range; write FIRST:LAST:STEP, as in 0:1.5:0.25.")
-    return found
+    return read
+
+
+def _range(item: str, what: str, first: Decimal, last: Decimal, step: Decimal) -> list[Decimal]:
+    try:
+        length = (last - first) / step
+    except ArithmeticError:
+        length = Decimal(-1)
+    if length < 0:
+        raise ValueError(f"{what} {item!r} is an empty or endless range; write FIRST:LAST:STEP, as in 0:1.5:0.25.")
+    if length >= LONGEST_RANGE:
+        raise ValueError(f"{what} {item!r} has more than the {LONGEST_RANGE} values a range may have: split it.")
+    return [first + i * step for i in range(math.floor(length) + 1)]
 
 
 def decimal(part: str, text: str, what: str) -> Decimal:
-    """`part` of `text` as a finite number. Raises `ValueError` where it is none."""
+    """`part` of `text` as a number that a float can hold. Raises `ValueError` where it is none."""
     try:
         number = Decimal(part.strip())
     except InvalidOperation:
         raise ValueError(f"{what} {text!r} is not understood: {part.strip()!r} is not a number.") from None
-    if not number.is_finite():
+    if not (number.is_finite() and math.isfinite(float(number))):
         raise ValueError(f"{what} must be finite, got {part.strip()!r}.")
     return number
 
 
 def seeds(texts: Sequence[str], what: str = "--seed") -> tuple[int, ...]:
     """Read seeds: `7`, `1,2,3`, and inclusive ranges `0:7` or `0:8:2`."""
-    found: dict[int, None] = {}
+    read: dict[int, None] = {}
     for text in texts:
-        items = [item + ":1" if item.count(":") == 1 else item for item in text.split(",")]
-        for number in _decimals(",".join(items), what):
+        for number in _decimals(text, what, step=Decimal(1)):
             if not 0 <= number < 2**63 or number != int(number):
                 raise ValueError(f"a seed is a whole number from 0 to {2**63 - 1}, got {number}.")
-            found[int(number)] = None
-    return tuple(found)
+            read[int(number)] = None
+    return tuple(read)
+
+
+def listed_seeds(given: object) -> tuple[int, ...]:
+    """The seeds of a plan: what `seeds` reads, whole numbers, or a list of both. Raises `ValueError` for others."""
+    several = given if isinstance(given, list | tuple) else [given]
+    for one in several:
+        if isinstance(one, bool) or not isinstance(one, int | str):
+            raise ValueError(f'seeds are whole numbers, or ranges as text, "0:7"; got {one!r:.80}')
+    return seeds([str(one) for one in several], "seeds")
+
+
+def plain(number: float, digits: int = 6) -> str:
+    """A number as short as it can be, and whole: two that differ never look alike."""
+    return short if float(short := f"{number:.{digits}g}") == number else repr(float(number))
 
 
 def model_of(

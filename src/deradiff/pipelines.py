@@ -47,8 +47,10 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of a folder or hub id, or of `digits`, the model that ships with deradiff, with `scheduler`.
 
-    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it.
+    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it and for
+    a revision of a model that is not on the hub.
     """
+    require_on_hub(source, revision)
     if source == "digits":
         from deradiff.worlds import digits
 
@@ -81,6 +83,15 @@ def _require_whole(folder: Path) -> None:
             require_whole(folder, baked.files, "baked model", cure)
 
 
+def require_on_hub(source: str, revision: str | None) -> None:
+    """Raise `ValueError` where a `revision` is asked of a model that ships with deradiff or is on this machine."""
+    if revision is not None and (source == "digits" or Path(source).exists()):
+        raise ValueError(
+            f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name "
+            "the hub id"
+        )
+
+
 def usual_guidance(reference: str) -> float | None:
     """The guidance scale at which the digits are measured, far from a pipeline's default; None for other references."""
     if reference != "digits":
@@ -88,6 +99,13 @@ def usual_guidance(reference: str) -> float | None:
     from deradiff.worlds.digits.quality import GUIDANCE
 
     return GUIDANCE
+
+
+def require_both_sides(width: int | None, height: int | None) -> None:
+    """Raise `ValueError` where one side of the pictures is given: many pipelines then take neither, and say nothing."""
+    if (width is None) != (height is None):
+        given, other = ("width", "height") if height is None else ("height", "width")
+        raise ValueError(f"{given} is given without {other}: give width and height both, or neither")
 
 
 def anchor_source(source: str) -> str | Path:

@@ -85,6 +85,8 @@ def realign(
     for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    if method == "weights" and path != "auto":
+        raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
     _, denoiser = denoiser_of(pipe)
     reference = unwrapped(denoiser)
     if (dial := dial_of(pipe)) is not None:

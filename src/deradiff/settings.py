@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from deradiff.files import records
-from deradiff.pipelines import usual_guidance
+from deradiff.files.plans import Part, Several
+from deradiff.notation import plain
+from deradiff.pipelines import require_both_sides, usual_guidance
 from deradiff.schedules import Schedule
 
 LONGEST_NAME = 180
-"""Characters of a file's name: file systems take 255 bytes, some less."""
+"""Bytes of a file's name, less its ending: file systems take 255, some less."""
 
 Strength = float | dict[str, float]
 """λ of one column: a number for one anchor, or one for each of several anchors by name."""
 
 
-class Column(BaseModel):
+class Column(Part):
     """One column of a sweep: a λ, and how it is reached if it is annealed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     lam: Strength
     schedule: dict[str, Any] | None = None
@@ -47,9 +47,9 @@ class Column(BaseModel):
         """What stands over the column: λ, and below it what that is."""
         annealed = [] if self.schedule is None else [str(Schedule.from_dict(self.schedule))]
         if isinstance(self.lam, dict):
-            return "\n".join([*(f"{name} {lam:g}" for name, lam in self.lam.items()), *annealed])
+            return "\n".join([*(f"{name} {plain(lam)}" for name, lam in self.lam.items()), *annealed])
         if annealed:
-            return f"λ → {self.lam:g}\n{annealed[0]}"
+            return f"λ → {plain(self.lam)}\n{annealed[0]}"
         beta = self.beta(anchor_beta)
         if self.lam <= 0:
             meaning = "reference" if self.lam == 0 else "away from the anchor"
@@ -57,28 +57,26 @@ class Column(BaseModel):
             meaning = "anchor" if beta is None else f"anchor, β = {beta:.4g}"
         else:
             meaning = "" if beta is None else f"β/λ = {beta:.4g}"
-        return f"λ = {self.lam:g}\n{meaning}".strip()
+        return f"λ = {plain(self.lam)}\n{meaning}".strip()
 
     def slug(self) -> str:
         """The column in a file name."""
         lams = self.lam if isinstance(self.lam, dict) else {"lam": self.lam}
-        name = "-".join(f"{name}{lam:g}" for name, lam in lams.items())
+        name = "-".join(f"{name}{plain(lam)}" for name, lam in lams.items())
         return name if self.schedule is None else f"{name}-{records.slug(self.schedule['schedule'])}"
 
 
-class Settings(BaseModel):
+class Settings(Part):
     """Everything that decides a sweep's images; its JSON form stands in the record and in every image."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str
     anchors: dict[str, str]
-    prompts: tuple[str, ...] = Field(min_length=1)
-    columns: tuple[Column, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    prompts: Several[str] = Field(min_length=1)
+    columns: Several[Column] = Field(min_length=1)
+    seeds: Several[int] = Field(min_length=1)
     scheduler: str | None = None
     steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = Field(default=None, allow_inf_nan=False)
+    guidance_scale: float | None = Field(default=None, ge=0)
     negative_prompt: str | None = None
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
@@ -88,7 +86,7 @@ class Settings(BaseModel):
     tolerance: float | None = None
     """The error that carrying predictions over between steps may make, relative to λ's effect; None for exactness."""
     path: Literal["auto", "prediction", "posterior"] = "auto"
-    anchor_beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    anchor_beta: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     offload: bool = False
@@ -98,6 +96,17 @@ class Settings(BaseModel):
     batch_size: int = Field(default=8, ge=1)
     particles: int | None = Field(default=None, ge=1)
     """Particles for every image, of which one is drawn; None for Algorithm 1 alone."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        require_both_sides(self.width, self.height)
+        if self.method == "weights":
+            asked = {"path": self.path != "auto", "reuse": self.reuse, "tolerance": self.tolerance}
+            if unheeded := [name for name, given in (asked | {"particles": self.particles}).items() if given]:
+                raise ValueError(f"interpolated weights are one model, and take no {', '.join(unheeded)}")
+        if self.anchor_beta is not None and len(self.anchors) > 1:
+            raise ValueError("anchor_beta is the β of a single anchor, and there are several: leave it out")
+        return self
 
     @property
     def rows(self) -> list[tuple[str, int]]:
@@ -125,7 +134,7 @@ def file_name(settings: Settings, shot: Shot) -> str:
     """What one image's file is called, which tells its prompt, seed and λ."""
     prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
     name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{settings.columns[shot.column].slug()}"
-    return f"{name[:LONGEST_NAME]}.png"
+    return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}.png"
 
 
 def caption(settings: Settings, scheduler: str, guidance_scale: float | None) -> str:

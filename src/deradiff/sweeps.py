@@ -199,7 +199,7 @@ def sample(
     there the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that
     it does not take.
     """
-    accepted = _accepted(pipe, arguments)
+    accepted = require_heeded(pipe, arguments)
     groups = [list(shots)]
     one_lam = dial.method == "weights" and not dial.blends_rows
     if one_lam:
@@ -225,6 +225,7 @@ def sample(
             on_step(done, total)
         run = None if dial.method == "weights" else dial.weights
         reused = dial.reused
+        require_size(pipe, output.images[0], arguments)
         for row, (shot, image) in enumerate(zip(batch, output.images, strict=True)):
             own_run = None if run is None else run.rows(slice(row, row + 1))
             yield shot, image, Told(run=own_run, reused=None if reused is None else reused.of(row))
@@ -243,7 +244,7 @@ def sample_by_particles(
     **arguments: Any,
 ) -> Iterator[tuple[Shot, Image.Image, Told]]:
     """Like `sample`, but each image is drawn by weight from `particles` of its own, `batch_size` at a time."""
-    _accepted(pipe, arguments)
+    require_heeded(pipe, arguments)
     pipe.set_progress_bar_config(disable=True)
     for number, shot in enumerate(shots):
         dial.lam = lams[shot.column]
@@ -254,19 +255,49 @@ def sample_by_particles(
         )  # fmt: skip
         if on_step:
             on_step((number + 1) * steps, len(shots) * steps)
+        require_size(pipe, swarm.images[0], arguments)
         chosen = int(swarm.picks(torch.Generator("cpu").manual_seed(shot.seed)))
         yield shot, swarm.images[chosen], Told(particles=swarm)
 
 
-def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Mapping[str, Parameter]:
-    """The parameters of the pipeline's call; `ValueError` where it takes no prompt or not these arguments."""
+def require_heeded(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Mapping[str, Parameter]:
+    """The parameters of the pipeline's call. Raises `ValueError` where it would not heed all of these arguments.
+
+    It takes no prompt, or not all of them, or samples without guidance, so that a negative prompt does nothing.
+    """
     accepted = signature(pipe.__call__).parameters
     if unknown := [name for name in ("prompt", *arguments) if name not in accepted]:
         raise ValueError(
             f"{type(pipe).__name__} takes no {', '.join(unknown)}: "
             + ("it is no text-to-image pipeline." if "prompt" in unknown else "leave it out.")
         )
+    if arguments.get("negative_prompt") and not _guided(pipe, arguments):
+        raise ValueError(
+            f"{type(pipe).__name__} does not read a negative prompt here, since it samples without classifier-free "
+            "guidance: leave negative_prompt out, or take a larger guidance_scale"
+        )
     return accepted
+
+
+def _guided(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether this call evaluates a second prompt; True where the pipeline does not tell."""
+    true_scale = _default(pipe, "true_cfg_scale")
+    if true_scale is not None:  # beside a guidance scale that the model is told
+        return bool(true_scale > 1)
+    scale = arguments.get("guidance_scale", _default(pipe, "guidance_scale"))
+    try:
+        pipe._guidance_scale = scale  # as its call does first of all
+        return bool(pipe.do_classifier_free_guidance)
+    except (AttributeError, TypeError):
+        return True
+
+
+def require_size(pipe: DiffusionPipeline, image: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a pipeline drew another size than was asked for, such as the next multiple of 16."""
+    asked = arguments.get("width"), arguments.get("height")
+    if isinstance(image, Image.Image) and None not in asked and image.size != asked:
+        drawn, wanted = (f"{width}x{height}" for width, height in (image.size, asked))
+        raise ValueError(f"{type(pipe).__name__} draws {drawn} where {wanted} was asked for: name {drawn}")
 
 
 def _together(lams: Sequence[Any], per_image: bool) -> Any:

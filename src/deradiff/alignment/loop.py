@@ -19,6 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from deradiff.alignment import checkpoints, folders, sharding
+from deradiff.schedules import finite
 
 Report = Callable[[int, int, str], None]
 """Called with (steps done, steps planned, a line of words)."""
@@ -50,6 +51,12 @@ class Plan:
     patience: int | None = None
     tolerance: float = 0.02
     checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not finite(self.learning_rate, "the learning rate") > 0:
+            raise ValueError(f"a learning rate of {self.learning_rate:g} moves nothing: it must be above 0")
+        if not 0 <= finite(self.average, "the moving average") < 1:
+            raise ValueError(f"a moving average of {self.average:g} keeps nothing new: it is 0 to below 1")
 
     def rate(self, step: int) -> float:
         """The learning rate at `step`: linear warm-up, then constant or a cosine that ends at step `cosine`."""

@@ -1,9 +1,11 @@
 """A preference pair, and the rows it is read from: Pick-a-Pic's columns, or prompt, winner and loser."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +48,63 @@ def read_row(row: Mapping[str, Any], place: str) -> PairRow:
 
     Raises:
         LeftOut: the row is a tie, has no label, or no prompt.
-        ValueError: it has neither set of columns.
+        ValueError: it has neither set of columns, or a value of another kind: a label that is text, an image that is a
+            path.
     """
-    if {"caption", "jpg_0", "jpg_1", "label_0"} <= row.keys():
-        prompt, winner, loser = row["caption"], row["jpg_0"], row["jpg_1"]
-        if not first_wins(row):
-            winner, loser = loser, winner
-    elif row.keys() >= set(PLAIN_COLUMNS):
-        prompt, winner, loser = (row[column] for column in PLAIN_COLUMNS)
-    else:
-        raise ValueError(
-            f"{place} is no preference pair: it has the columns {sorted(row)}, and needs either prompt, winner and "
-            "loser, or Pick-a-Pic's caption, jpg_0, jpg_1 and label_0"
-        )
-    if not isinstance(prompt, str) or not prompt.strip():
+    columns = pair_columns(row.keys(), place)
+    prompt, winner, loser = (row[column] for column in columns[:3])
+    if columns is PICK_A_PIC_COLUMNS and not first_wins(row, place):
+        winner, loser = loser, winner
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise LeftOut("no prompt")
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place}: {columns[0]} is {prompt!r:.80}, not text")
     return PairRow(prompt, _image_data(winner, place), _image_data(loser, place), place)
 
 
-def first_wins(row: Mapping[str, Any]) -> bool:
+def pair_columns(names: Collection[str], place: str) -> tuple[str, ...]:
+    """`PICK_A_PIC_COLUMNS` or `PLAIN_COLUMNS`, whichever are among `names`; prompt and images come first in either.
+
+    Raises `ValueError` for other columns; `place` says whose they are.
+    """
+    if {"caption", "jpg_0", "jpg_1", "label_0"} <= {*names}:
+        return PICK_A_PIC_COLUMNS
+    if {*PLAIN_COLUMNS} <= {*names}:
+        return PLAIN_COLUMNS
+    raise ValueError(
+        f"{place} is no preference pair: it has the columns {sorted(names)}, and needs either prompt, winner and "
+        "loser, or Pick-a-Pic's caption, jpg_0, jpg_1 and label_0"
+    )
+
+
+def first_wins(row: Mapping[str, Any], place: str = "the row") -> bool:
     """Whether image 0 of a Pick-a-Pic row was preferred. Raises `LeftOut` for ties and unlabelled rows.
 
-    `label_0` is 1, 0 or ½; `label_1` is what remains of 1. Validation data also know rows without a label.
+    `label_0` is 1, 0 or ½; `label_1` is what remains of 1. Validation data also know rows without a label. Raises
+    `ValueError` for labels that are no such numbers; `place` says whose they are.
     """
-    label = row["label_0"]
-    if row.get("has_label") is False or label is None or math.isnan(label):
+    has_label = row.get("has_label")
+    if has_label not in (None, True, False):
+        raise ValueError(f"{place}: has_label is {has_label!r:.80}, neither true nor false")
+    label, other = (_label(row, name, place) for name in ("label_0", "label_1"))
+    if has_label in (False,) or label is None:
         raise LeftOut("unlabelled")
-    other = row.get("label_1")
-    difference = label - (1 - label if other is None or math.isnan(other) else other)
+    difference = label - (1 - label if other is None else other)
     if difference == 0:
         raise LeftOut("tie")
     return difference > 0
+
+
+def _label(row: Mapping[str, Any], name: str, place: str) -> float | None:
+    """A label from 0 to 1; None where there is none."""
+    label = row.get(name)
+    number = float(label) if isinstance(label, Real | Decimal) else math.nan
+    if label is None or (isinstance(label, Real | Decimal) and math.isnan(number)):
+        return None
+    if not 0 <= number <= 1:
+        kind = f"{label!r:.80}, a {type(label).__name__}" if math.isnan(number) else f"{label!r:.80}"
+        raise ValueError(f"{place}: {name} is {kind}: labels are numbers, 1 (preferred), 0 or 0.5 (a tie)")
+    return number
 
 
 def _image_data(value: Any, place: str) -> ImageData:

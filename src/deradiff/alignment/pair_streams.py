@@ -17,21 +17,12 @@ import torch
 from pydantic import Field, NonNegativeInt
 
 from deradiff.alignment.feeds import Counts, Cursor, Step, Unreadable, read_cursor, seeded
-from deradiff.alignment.pair_rows import (
-    PICK_A_PIC_COLUMNS,
-    PLAIN_COLUMNS,
-    LeftOut,
-    Pair,
-    PairRow,
-    decode_pair,
-    read_row,
-)
+from deradiff.alignment.pair_rows import LeftOut, Pair, PairRow, decode_pair, pair_columns, read_row
 from deradiff.files.reading import Record
+from deradiff.files.tables import INSTALL, open_parquet
 
 OPEN_SHARDS = 4
 """Shards read in turn. More mix neighbouring rows better, and cost more to find again."""
-
-INSTALL = "pip install 'deradiff[align]'"
 
 
 @runtime_checkable
@@ -92,29 +83,19 @@ class ParquetShards:
 
     Raises:
         ImportError: pyarrow is not installed.
-        ValueError: a file cannot be read as Parquet.
+        ValueError: a file cannot be read as Parquet, or has other columns than a pair's.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ImportError(f"Parquet files are read with pyarrow, which is missing: {INSTALL}") from error
-        self._parquet = parquet
         self._groups: list[tuple[Path, int]] = []
         described = []
         for file in sorted(files):
-            metadata = self._opened(file).metadata
-            self._groups += [(file, group) for group in range(metadata.num_row_groups)]
-            described.append([file.name, file.stat().st_size, metadata.num_rows])
+            opened = open_parquet(file)
+            pair_columns(opened.schema_arrow.names, f"{file}, row 0")
+            self._groups += [(file, group) for group in range(opened.metadata.num_row_groups)]
+            described.append([file.name, file.stat().st_size, opened.metadata.num_rows])
         digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         self.fingerprint = {"kind": "parquet", "rows": sum(rows for *_, rows in described), "sha256": digest}
-
-    def _opened(self, file: Path) -> Any:
-        try:
-            return self._parquet.ParquetFile(file)
-        except ValueError as error:  # pyarrow's ArrowInvalid is one
-            raise ValueError(f"{file} cannot be read as Parquet ({error}): download or write it anew") from error
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -122,10 +103,10 @@ class ParquetShards:
     def rows(self, shard: int, start: int) -> Iterator[Mapping[str, Any]]:
         """The rows of a row group from row `start` on, only the columns that a pair needs."""
         file, group = self._groups[shard]
-        opened = self._opened(file)
-        known = set(opened.schema_arrow.names)
-        columns = [column for column in (*PICK_A_PIC_COLUMNS, *PLAIN_COLUMNS) if column in known]
-        for batch in opened.iter_batches(batch_size=32, row_groups=[group], columns=columns or None):
+        opened = open_parquet(file)
+        names = opened.schema_arrow.names
+        columns = [column for column in pair_columns(names, self.name(shard)) if column in names]
+        for batch in opened.iter_batches(batch_size=32, row_groups=[group], columns=columns):
             yield from batch.slice(start).to_pylist()
             start = max(0, start - batch.num_rows)
 

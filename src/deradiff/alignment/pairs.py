@@ -4,12 +4,10 @@ The folder of a list is self-contained: `pairs.jsonl`, `pairs.json` or `pairs.cs
 per row, the images as paths relative to the folder.
 """
 
-import csv
 import hashlib
 import os
 import re
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,8 @@ from pydantic import NonNegativeInt
 from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable, permuted, read_cursor, split_held_out
 from deradiff.alignment.pair_rows import PLAIN_COLUMNS, Pair, PairRow, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
-from deradiff.files.reading import Record, parse
+from deradiff.files import reading, tables
+from deradiff.files.reading import Record
 
 __all__ = ["HUB_NAMES", "Feed", "Pair", "PairFolder", "PairStream", "open_pairs"]
 
@@ -27,9 +26,11 @@ HUB_NAMES = {"pickapic-v1": "yuvalkirstain/pickapic_v1", "pickapic-v2": "yuvalki
 
 LISTS = ("pairs.jsonl", "pairs.json", "pairs.csv")
 
+WHAT = "list of pairs"
+
 
 def open_pairs(
-    source: str | Path, *, held_out: int = 0, split: str = "train", revision: str | None = None
+    source: str | Path, *, held_out: int = 0, split: str | None = None, revision: str | None = None
 ) -> "PairFolder | PairStream":
     """The pairs of `source`, of which `held_out` never train.
 
@@ -37,32 +38,46 @@ def open_pairs(
         source: a key of `HUB_NAMES`, a Parquet file, a folder of Parquet files or with a list of pairs, or the id of a
             hub dataset with the columns of Pick-a-Pic or prompt, winner, loser.
         held_out: how many pairs are set aside.
-        split: of a hub dataset; Pick-a-Pic has train, validation, test, validation_unique, test_unique.
+        split: of a hub dataset or of Parquet files, whose names tell (`split_of`); train by default, or the only one
+            there is. Pick-a-Pic has train, validation, test, validation_unique, test_unique.
         revision: of a hub dataset: a commit, so that the order stays the same when the dataset is changed.
 
     Raises:
         FileNotFoundError: there is no such file, folder or image.
-        ValueError: the data are empty or not a pair's.
+        ValueError: the data are empty or not a pair's; there is no such split; a split of a list of pairs, or a
+            revision of local files.
         ImportError: reading them needs a library that is not installed.
         OSError: the hub cannot be reached.
     """
     path = Path(source)
-    if str(source) in HUB_NAMES:
-        return PairStream(HubShards(HUB_NAMES[str(source)], split, revision), held_out)
-    if path.is_file() and path.suffix == ".parquet":
-        return PairStream(ParquetShards([path]), held_out)
-    if path.is_dir():
-        parquet = sorted(path.rglob("*.parquet"))
-        if parquet and not any((path / name).exists() for name in LISTS):
-            return PairStream(ParquetShards(parquet), held_out)
-        return PairFolder(path, held_out)
-    if path.exists():
+    on_hub = HUB_NAMES.get(str(source))
+    if on_hub is None and not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        on_hub = source
+    if on_hub is not None:
+        return PairStream(HubShards(on_hub, split or "train", revision), held_out)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file or folder {source}; pairs also come from {', '.join(HUB_NAMES)} or a hub dataset, "
+            "owner/name"
+        )
+    if revision is not None:
+        raise ValueError(f"{source} is no dataset of the hub and has no revision {revision!r}: leave revision out")
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return PairStream(ParquetShards(_of_split([path], source, split)), held_out)
+    if not path.is_dir():
         raise ValueError(f"{source} is neither a Parquet file nor a folder")
-    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        return PairStream(HubShards(source, split, revision), held_out)
-    raise FileNotFoundError(
-        f"there is no file or folder {source}; pairs also come from {', '.join(HUB_NAMES)} or a hub dataset, owner/name"
-    )
+    parquet = sorted(file for file in path.rglob("*") if file.suffix.lower() == ".parquet")
+    listed = [name for name in LISTS if (path / name).exists()]
+    if not parquet or listed:
+        if parquet:
+            raise ValueError(f"{source} holds {listed[0]} and Parquet files, {parquet[0]}: keep one of both")
+        if split is not None:
+            raise ValueError(f"{source} is a list of pairs without splits: leave split={split!r} out")
+        return PairFolder(path, held_out)
+    return PairStream(ParquetShards(_of_split(parquet, source, split)), held_out)
+
+
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 
 class _Listed(NamedTuple):
@@ -97,7 +112,7 @@ class PairFolder:
             raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)}: keep one of them")
         content = found[0].read_bytes()
         self._root = os.path.realpath(self.folder)
-        self._rows = [self._checked(*row) for row in _listed(found[0], content)]
+        self._rows = [self._checked(*row) for row in _listed(found[0])]
         if not self._rows:
             raise ValueError(f"{found[0]} lists no pair")
         self.fingerprint: dict[str, Any] = {
@@ -109,8 +124,18 @@ class PairFolder:
         self._train, self._set_aside = split_held_out(len(self._rows), held_out)
 
     def _checked(self, place: str, row: Any) -> _Listed:
-        if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in PLAIN_COLUMNS):
-            raise ValueError(f"{place} must give prompt, winner and loser as text, got {row!r:.200}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{place} must give prompt, winner and loser, got {row!r:.200}")
+        if missing := [column for column in PLAIN_COLUMNS if column not in row]:
+            raise ValueError(
+                f"{place} must give prompt, winner and loser: it has no {' and no '.join(missing)}, but "
+                f"{', '.join(map(repr, row)) or 'nothing'}"
+            )
+        for column in PLAIN_COLUMNS:
+            if not isinstance(row[column], str):
+                raise ValueError(
+                    f"{place} must give prompt, winner and loser as text: {column} is {row[column]!r:.100}"
+                )
         if not row["prompt"].strip():
             raise ValueError(f"{place} has an empty prompt")
         for role in ("winner", "loser"):
@@ -148,26 +173,59 @@ class PairFolder:
                 continue
 
 
-def _listed(path: Path, content: bytes) -> list[tuple[str, Any]]:
+def _listed(path: Path) -> list[tuple[str, Any]]:
     """The rows of a list, each with its place for messages."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    text = tables.read_text(path, WHAT)
     if path.suffix == ".csv":
-        table = csv.DictReader(StringIO(text, newline=""))
-        try:
-            return [(f"{path}, line {table.line_num}", row) for row in table]
-        except csv.Error as error:
-            raise ValueError(f"{path} is not CSV at line {table.line_num}: {error}") from None
+        rows = tables.read_csv(text, str(path))
+        return [(f"{path}, line {row.line}", row.cells) for row in rows]
     if path.suffix == ".json":
-        rows = _json(text, str(path))
-        if not isinstance(rows, list):
+        entries = _json(text, str(path))
+        if not isinstance(entries, list):
             raise ValueError(f"{path} must hold a list of objects with prompt, winner and loser")
-        return [(f"{path}, entry {number}", row) for number, row in enumerate(rows, 1)]
-    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
+    lines = [(f"{path}, line {number}", line) for number, line in tables.lines(text) if line.strip()]
     return [(place, _json(line, place)) for place, line in lines]
 
 
 def _json(text: str, place: str) -> Any:
-    return parse(object, text, place, "list of pairs", "")
+    return reading.parse(object, text, place, WHAT, "")
+
+
+# -- splits ------------------------------------------------------------------------------------------------------------
+
+_PARTS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
+
+_SPLIT = re.compile(
+    rf"(?P<numbered>\w+)-\d{{5}}-of-\d{{5}}(-\w+)?|(?P<plain>(?:{_PARTS})(?:_[a-z]\w*?)?)(?:[-._]\d+)*",
+    re.ASCII | re.IGNORECASE,
+)
+"""The name of a file of a split: as the hub numbers them (train-00000-of-00004), or beginning with what splits are
+called (train, test_unique-1)."""
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a Parquet file belongs to by its name, or by that of its folder; None where neither tells."""
+    for name in (file.stem, file.parent.name):
+        if match := _SPLIT.fullmatch(name):
+            return (match["numbered"] or match["plain"]).lower()
+    return None
+
+
+def _of_split(files: list[Path], source: str | Path, split: str | None) -> list[Path]:
+    """Those of `files` that are of `split`; without one all, if they are of one split, else those of "train"."""
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(split_of(file), []).append(file)
+    there = ", ".join(sorted(filter(None, by_split)))
+    if split is not None:
+        if split in by_split:
+            return by_split[split]
+        has = f"has {there}" if there else "has none, by the names of its files"
+        raise ValueError(f"{source} has no split {split!r}: it {has}")
+    if len(by_split) == 1:
+        return files
+    if None in by_split or "train" not in by_split:
+        others = f", and {by_split[None][0]} of none" if None in by_split else ""
+        raise ValueError(f"{source} holds files of the splits {there}{others}: name one of them as split, or one file")
+    return by_split["train"]

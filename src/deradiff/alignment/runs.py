@@ -32,6 +32,7 @@ from deradiff.files.reading import Record, read
 from deradiff.files.records import versions
 from deradiff.files.writing import whole_folder, write_json
 from deradiff.jobs import Report
+from deradiff.notation import plain
 
 RECORD = "alignment.json"
 """What tells a finished alignment from any other folder."""
@@ -217,7 +218,7 @@ def require_finished(path: Path, made_of: Mapping[str, Any]) -> None:
 
 
 def _name(beta: float) -> str:
-    return f"beta-{beta:.12g}"
+    return f"beta-{plain(beta, 12)}"
 
 
 def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset, seed: int) -> dict[str, Any]:

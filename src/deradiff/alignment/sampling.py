@@ -34,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"{self.steps} sampling steps: take 1 or more")
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(f"a guidance scale of {self.guidance_scale}: 1 is no guidance, less is not supported")
 
     def prepared(self, base: Base) -> Any:

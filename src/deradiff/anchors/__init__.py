@@ -100,6 +100,11 @@ def load_anchor(
     component, denoiser = denoiser_of(pipe)
     reference = checks.unwrapped(denoiser)
     if isinstance(source, nn.Module):
+        if subfolder is not None or revision is not None:
+            raise AnchorError(
+                f"subfolder={subfolder!r} and revision={revision!r} say where weights are read, and the anchor "
+                f"{name!r} is loaded already: leave them out"
+            )
         module = checks.unwrapped(source)
         module, restore = full_weights.adopt(module, reference)
         full_weights.warn_if_equal(module, f"anchor {name!r}", reference)

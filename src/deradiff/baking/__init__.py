@@ -24,7 +24,7 @@ from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
 from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.dial import Lam, dial_of
-from deradiff.files.folders import file_names, require_room
+from deradiff.files.folders import require_room
 from deradiff.files.inventory import inventory
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
@@ -114,6 +114,8 @@ def bake(
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if dial_of(pipe) is not None:
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
+    if method == "weights" and distillation != Distillation():
+        raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
     component, denoiser = denoiser_of(pipe)
     reference = unwrapped(denoiser)
     sources: dict[str, Source] = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
@@ -153,7 +155,7 @@ def bake(
         judged = [judgement.record() for judgement in judgements]
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
         record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
-        write_json(folder / outputs.RECORD, record | {"files": inventory(folder, file_names(folder))})
+        write_json(folder / outputs.RECORD, record | {"card": "README.md", "files": inventory(folder)})
     return Baked(out, form, judgements)
 
 
@@ -168,6 +170,8 @@ def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[
     if images < 0:
         raise ValueError(f"{images} images cannot be compared: name 0 or more")
     if method == "weights":
+        if texts and not images:
+            raise ValueError("prompts measure the result, which 0 images leave unmeasured: leave them out")
         if images and not texts:
             raise ValueError("name prompts (--prompts) to measure the result with, or leave it unmeasured (--images 0)")
         return [], texts[: max(images, 1)]

@@ -10,13 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.alignment.feeds import seeded
+from deradiff.schedules import finite
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Calls of a pipeline with the scheduler that it has.
 
-    `guidance_scale` is the pipeline's own where it is None. Raises `ValueError` for fewer than one step or row.
+    `guidance_scale` is the pipeline's own where it is None. Raises `ValueError` for fewer than one step or row, and for
+    a guidance scale that is negative or not finite.
     """
 
     steps: int = 25
@@ -26,6 +28,8 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"{self.steps} sampling steps, {self.batch_size} images at a time: both must be 1 or more")
+        if self.guidance_scale is not None and finite(self.guidance_scale, "the guidance scale") < 0:
+            raise ValueError(f"a guidance scale of {self.guidance_scale:g} guides away from the prompt: name 0 or more")
 
     def guidance(self, pipe: Any) -> float:
         """The guidance scale that `pipe` is sampled with. Raises `ValueError` where it has none."""

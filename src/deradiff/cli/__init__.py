@@ -1,13 +1,29 @@
 """The command line. Commands are thin: they parse, call the library, and print; torch is imported by the call."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, studio, study, truth
+from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, studio, study, talking, truth
+
+
+class Commands(TyperGroup):
+    """The commands, whose refusals of options show what was given without its control characters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As Typer's."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message"):  # one of Click's, which newer versions of Typer bring along
+                error.message = talking.printable(error.message)  # type: ignore[attr-defined]
+            raise
+
 
 app = typer.Typer(
+    cls=Commands,
     name="deradiff",
     help="One dial for how aligned a diffusion model is: realigned sampling for any diffusers pipeline.",
     no_args_is_help=True,
@@ -29,7 +45,7 @@ app.add_typer(study.app, name="study")
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        typer.echo(__version__)
+        talking.echo(__version__)
         raise typer.Exit
     return asked
 

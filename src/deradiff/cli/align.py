@@ -192,9 +192,7 @@ def align(
     Each anchor is OUT/beta-β: weights, a model card, the curve. On several GPUs or nodes: accelerate launch -m deradiff
     align ..., with Accelerate's own configuration.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     spare = (
         "add --gradient-checkpointing, raise --accumulate, which makes micro-batches smaller, lower --resolution, or "
         "train a LoRA (--lora-rank 64)"
@@ -242,7 +240,7 @@ def _show(name: str) -> None:
 
     chosen = PRESETS if name == "all" else {name: called(name)}
     shown = {key: _plain(value.shown()) for key, value in chosen.items()}
-    typer.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), nl=False)
+    talking.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), nl=False)
 
 
 def _plain(content: Any) -> Any:

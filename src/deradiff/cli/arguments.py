@@ -1,13 +1,11 @@
 """What people write on the command line, read into values. Every refusal says what was written and what to write."""
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-import yaml
+import typer
 
 from deradiff.notation import decimal, numbers
 
@@ -22,6 +20,22 @@ class Dtype(StrEnum):
 
 
 DTYPES = "auto is float32 on a CPU and float16 elsewhere."
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raise `ValueError` where one of these parameters was given in the command line, which has no use for it."""
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in names and _source(context, parameter.name) not in ("DEFAULT", "DEFAULT_MAP")
+    ]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {why}")
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name
 
 
 def anchors(texts: Sequence[str]) -> dict[str, str]:
@@ -48,60 +62,29 @@ def lams(texts: Sequence[str], anchors: Sequence[str]) -> tuple[float | dict[str
 
 
 def _per_anchor(text: str, anchors: Sequence[str]) -> dict[str, float]:
-    found = dict.fromkeys(anchors, 0.0)
+    given: dict[str, float] = {}
     for item in text.split(","):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             example = ",".join(f"{anchor}=0.5" for anchor in anchors)
             raise ValueError(f"with several anchors λ names them, as in --lam {example}; got {text!r}.")
-        if name not in found:
+        if name not in anchors:
             raise ValueError(f"--lam names the anchor {name!r}, but there are only {', '.join(anchors)}.")
-        found[name] = float(decimal(value, text, "--lam"))
-    return found
+        if name in given:
+            raise ValueError(f"--lam {text!r} names the anchor {name!r} twice: give each one λ.")
+        given[name] = float(decimal(value, text, "--lam"))
+    return dict.fromkeys(anchors, 0.0) | given
 
 
-def prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
-    """The prompts of `--prompt`, then those of the file: one per line, or a list in YAML or JSON; each once."""
-    found = [*given, *(_prompt_file(file) if file else [])]
-    if not found:
-        raise ValueError("no prompt was given: use --prompt, or --prompts with a file.")
-    if any(not prompt.strip() for prompt in found):
+def prompts(given: Sequence[str], source: str | Path | None) -> tuple[str, ...]:
+    """The prompts of `--prompt`, then those of the file or list that `--prompts` names; each once."""
+    if any(not prompt.strip() for prompt in given):
         raise ValueError("a prompt is empty.")
-    return tuple(dict.fromkeys(found))
+    listed: Sequence[str] = ()
+    if source is not None:
+        from deradiff.alignment.prompts import load_prompts
 
-
-def _prompt_file(file: Path) -> list[str]:
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no prompt file {file}.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8: {error.reason} at byte {error.start}.") from None
-    found = _listed(file, text) if file.suffix in _LISTS else [line.strip() for line in text.splitlines()]
-    found = [prompt for prompt in found if prompt]
-    if not found:
-        raise ValueError(f"{file} holds no prompt.")
-    return found
-
-
-_LISTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
-    ".yaml": ("YAML", yaml.safe_load),
-    ".yml": ("YAML", yaml.safe_load),
-    ".json": ("JSON", json.loads),
-}
-
-
-def _listed(file: Path, text: str) -> list[str]:
-    form, read = _LISTS[file.suffix]
-    try:
-        content = read(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not {form}: {' '.join(str(error).split())}") from None
-    listed = content.get("prompts") if isinstance(content, dict) else content
-    if listed is None:
-        listed = []
-    if not isinstance(listed, list) or not all(isinstance(prompt, str) for prompt in listed):
-        raise ValueError(
-            f"{file} must hold a list of prompts, or 'prompts:' with one; quote prompts that look like numbers."
-        )
-    return listed
+        listed = load_prompts(source).prompts
+    if not (given or listed):
+        raise ValueError("no prompt was given: use --prompt, or --prompts with a file.")
+    return tuple(dict.fromkeys([*given, *listed]))

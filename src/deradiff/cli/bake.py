@@ -27,6 +27,7 @@ class Method(StrEnum):
 
 
 def bake(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -66,10 +67,10 @@ def bake(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
     ] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A file of prompts, text, YAML or JSON, to measure the result with; with distill all but the last "
-            "fifth are for training. The digits have their own.",
+            help="A file or list of prompts, as in `deradiff generate`, to measure the result with; with distill all "
+            "but the last fifth are for training. The digits have their own.",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
@@ -150,12 +151,15 @@ def bake(
 
     An interrupted distillation goes on where it was if the same command is given again.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with talking.refusing_wrong_input(out_of_memory="try a smaller --batch, a smaller --batch-size or --images 0"):
         anchors = arguments.anchors(anchor)
         chosen = _lam(lam, tuple(anchors), schedule, over)
+        if schedule == "constant":
+            arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
+        if method is Method.weights and not images:
+            unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
+            arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
         with console.status("Loading torch and diffusers …"):
             talking.silence_other_bars()
@@ -177,13 +181,14 @@ def bake(
         with talking.stages(console) as report:
             baked = baking.bake(
                 pipe, {name: anchor_source(source) for name, source in anchors.items()}, chosen, out,
-                method=method.value, prompts=texts or _own_prompts(reference), images=images,
+                method=method.value, images=images,
+                prompts=texts or (_own_prompts(reference) if images or method is Method.distill else []),
                 sampler=baking.Sampler(steps, scale, batch_size), distillation=_distillation(method, reference, given),
                 seed=seed, force=force, name=reference, revision=anchor_revision, allow_pickle=allow_pickle,
                 report=report,
             )  # fmt: skip
     for judgement in baked.judgements:
-        console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", highlight=False, soft_wrap=True)
+        console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", soft_wrap=True)
     talking.files([baked.folder])
 
 

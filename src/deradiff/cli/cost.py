@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import arguments, talking
 
 
 def cost(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -33,9 +34,7 @@ def cost(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
 ) -> None:
     """Count the operations of one alignment, of a sweep and of realignment; without a model, the DeRaDiff paper's."""
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
         with console.status("Counting …"):
@@ -44,6 +43,9 @@ def cost(
             from deradiff.files.writing import write_json
 
             if model is None and preset is None:
+                counted_of_models = ["train_steps", "batch", "lora_rank", "checkpointing", "images", "sampling_steps"]
+                why = "without a model the paper's own arithmetic is printed; name a model, or a --preset"
+                arguments.refuse(context, [*counted_of_models, "guided"], why)
                 found = _paper(console, costs, strengths)
             else:
                 from deradiff.alignment.presets import preset as called
@@ -75,7 +77,7 @@ def cost(
 def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
     """The arithmetic of §6, line by line."""
     inputs = costs.PaperInputs()
-    console.print("DeRaDiff §6: one alignment of SDXL, its GPUs at half of an A100's peak in FP16", highlight=False)
+    console.print("DeRaDiff §6: one alignment of SDXL, its GPUs at half of an A100's peak in FP16")
     lines = [
         f"{inputs.gpu_hours:g} GPU-hours x {inputs.peak_tflops:g} TFLOPS x {inputs.utilisation:g} "
         f"= {inputs.tflop_hours:,.0f} TFLOP-hours",
@@ -86,8 +88,8 @@ def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
         ),
     ]
     for line in lines:
-        console.print(line, highlight=False)
-    console.print("Sampling is left out there; name a model to count it, or --preset.", highlight=False)
+        console.print(line)
+    console.print("Sampling is left out there; name a model to count it, or --preset.")
     return {
         "tflop_hours": inputs.tflop_hours, "exaflops": inputs.exaflops,
         "saved": {str(n): costs.saved(n) for n in sorted({3, 5, 10, strengths})},
@@ -112,11 +114,10 @@ def _print(console: Any, source: str, counted: Any, strengths: int, images: int)
         table.add_row(name, _operations(operations))
     console.print(table)
     more = "saves" if counted.saved >= 0 else "costs"
-    console.print(f"Realignment {more} {abs(100 * counted.saved):.1f}% of the sweep.", highlight=False)
+    console.print(f"Realignment {more} {abs(100 * counted.saved):.1f}% of the sweep.")
     console.print(
         "Counted: matrix products, convolutions and attention of the denoiser. Not counted: elementwise work, the "
         "optimizer, VAE and text encoders.",
-        highlight=False,
     )
 
 

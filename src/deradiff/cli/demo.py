@@ -72,7 +72,6 @@ def _measure(pipe: Any, dial: Any, column: Any, anchor_beta: float) -> dict[str,
 
 
 def _print_table(measured: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -88,4 +87,4 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
             f"{row['reward']:.3f} ± {row['reward_error']:.3f}",
             f"{row['legible']:.1%} ± {row['legible_error']:.1%}",
         )
-    Console().print(table)
+    talking.LiteralConsole().print(table)

@@ -26,9 +26,7 @@ def build(
 
     The result is OUT/files, the folder that ships with the package. On one machine it is the same bits every time.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment import digits
@@ -56,17 +54,16 @@ def truth(
     The models lie in OUT/models, the numbers of every comparison in OUT/results and, less those of single prompts, in
     OUT/truth.json, beside two figures.
     """
-    from rich.console import Console
-
-    console = Console()
+    console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
         from deradiff.files.writing import write_json
         from deradiff.worlds.digits import truth_report
-        from deradiff.worlds.digits.truth import Plan, needed, run
+        from deradiff.worlds.digits.truth import Plan, needed, require_compared, run
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
+        require_compared(Plan(), guidance_scale)
         targets = only or []
         train_truth(out / "models", TruthSettings(), report, workers, needed(targets))
         records = run(out / "models", out / "results", Plan(), report, workers, targets, guidance_scale)
@@ -104,13 +101,12 @@ def quality(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
 ) -> None:
     """Measure the shipped reference beside real handwriting: legibility, colours, variety, memorisation."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from deradiff.files.writing import write_json
     from deradiff.schedules import finite
 
-    console = Console()
+    console = talking.LiteralConsole()
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
         finite(guidance_scale, "--guidance-scale")
@@ -151,4 +147,4 @@ def _print(console: Any, found: "Quality") -> None:
         table.add_row(f"nearest training digit, {name}", f"{generated:.3f}", f"{real:.3f}", "no closer")
     console.print(table)
     for goal, met in found.goals().items():
-        console.print(f"{'[green]met[/]' if met else '[red]missed[/]'}  {goal}")
+        console.print(f"{'met' if met else 'missed'}  {goal}", style="green" if met else "red")

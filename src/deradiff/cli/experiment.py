@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import arguments, talking
 
 if TYPE_CHECKING:
     from deradiff.experiments.crews import Crew
@@ -48,7 +48,7 @@ def plan(
 
         text = write_plan(found(preset, models))
         if out is None:
-            typer.echo(text, nl=False)
+            talking.echo(text, nl=False)
             return
         talking.require_writable("--out", out)
         if out.exists():
@@ -60,6 +60,7 @@ def plan(
 
 @app.command()
 def run(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The experiment's folder. One that was begun there goes on.")
@@ -81,9 +82,7 @@ def run(
     retry: Annotated[bool, typer.Option("--retry", help="Score again what could not be scored.")] = False,
 ) -> None:
     """Draw and score what the plan wants and the folder does not hold. Killed at any time, the same command goes on."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.experiments import crews, running
@@ -94,6 +93,12 @@ def run(
     with talking.refusing_wrong_input("take a smaller batch_size in the plan"), talking.stages(console) as report:
         planned = read_plan(file)
         place = device_called(device)
+        if not (ray or ray_address):
+            arguments.refuse(context, ["gpus"], "the share of a GPU of every actor of Ray's; add --ray")
+        elif place == "cpu":
+            arguments.refuse(context, ["gpus"], "there is no GPU to share on the device cpu")
+        if place != "cpu":
+            arguments.refuse(context, ["threads"], f"of workers on a CPU, and the device is {place}")
 
         def crew() -> "Crew":
             size = workers or (cores() if place == "cpu" else 1)
@@ -104,19 +109,17 @@ def run(
         about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
         outcome = running.run(planned, out, crew, report, about=about, thoroughly=verify, again=retry)
     if outcome.lost:
-        console.print(f"{outcome.lost} images were gone or altered, and were drawn again.", highlight=False)
+        console.print(f"{outcome.lost} images were gone or altered, and were drawn again.")
     console.print(
         f"{outcome.drawn} images drawn, {outcome.scored} scores and features computed in {outcome.seconds:.0f} s, "
         f"{outcome.overhead:.1%} of it outside models and scorers.",
-        highlight=False,
     )
     talking.files([out])
     if outcome.failures:
         for name, item, error in outcome.failures[:10]:
-            talking.messages.print(f"error: {name} of {item}: {error}", style="red", markup=False)
+            talking.messages.print(f"error: {name} of {item}: {error}", style="red")
         console.print(
             f"{len(outcome.failures)} scores could not be computed. The rest is done; --retry tries them again.",
-            highlight=False,
         )
         raise typer.Exit(1)
 
@@ -124,13 +127,12 @@ def run(
 @app.command()
 def status(folder: Folder) -> None:
     """What is there of every arm, and what is missing."""
-    from rich.console import Console
     from rich.table import Table
 
     with talking.refusing_wrong_input(), _opened(folder) as (planned, store):
         from deradiff.experiments.results import Results
 
-        console = Console()
+        console = talking.LiteralConsole()
         for sampling in planned.sampling:
             results = Results(planned, store, sampling)
             table = Table(title=f"{planned.name}, {sampling}", title_justify="left")
@@ -146,9 +148,9 @@ def status(folder: Folder) -> None:
             console.print(table)
         for name, wanted_prompts in planned.prompts.items():
             if wanted_prompts.substitute_for:
-                console.print(f"{name}: a substitute for {wanted_prompts.substitute_for}.", highlight=False)
+                console.print(f"{name}: a substitute for {wanted_prompts.substitute_for}.")
         for name, item, error in store.failures()[:20]:
-            console.print(f"[red]could not be scored:[/] {name} of {item}: {error}", highlight=False)
+            console.print(f"could not be scored: {name} of {item}: {error}", style="red")
 
 
 @app.command()
@@ -173,9 +175,7 @@ def report(
     ] = None,
 ) -> None:
     """Draw the papers' tables and figures from what is there: one HTML page, and PNG, SVG and CSV of each."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with (
         talking.refusing_wrong_input(),
         console.status("Measuring and drawing …"),
@@ -186,7 +186,7 @@ def report(
         files, failed = write(planned, store, out or folder / "report")
     talking.files(files[:1])
     for key, error in failed:
-        talking.messages.print(f"error: {key} could not be drawn: {error}", style="red", markup=False)
+        talking.messages.print(f"error: {key} could not be drawn: {error}", style="red")
     if failed:
         raise typer.Exit(1)
 

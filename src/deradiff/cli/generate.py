@@ -36,6 +36,7 @@ MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Mac
 
 
 def generate(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -53,8 +54,12 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="A file of prompts: text, one per line, or a YAML or JSON list.", rich_help_panel=SAMPLING),
+        str | None,
+        typer.Option(
+            help="A file of prompts (.txt, .yaml, .json, .jsonl, .csv, .tsv, .parquet), or a list by name "
+            "(partiprompts, ...).",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     lam: Annotated[
         list[str],
@@ -169,6 +174,10 @@ def generate(
     with talking.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
         shape = notation.schedule(schedule, over.value)
+        if shape is None:
+            arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
+        else:
+            arguments.refuse(context, ["anchor_beta"], "β/λ is of a λ that stays the same, without a --schedule")
         annealed = shape.to_dict() if shape else None
         chosen: dict[str, Any] = {
             "reference": reference,
@@ -213,7 +222,6 @@ def generate(
 
 def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
     """What every λ is worth, one line each; what is true of all of them only once."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("λ", "effective", "path KL", "verdict", title="How far to trust it", title_justify="left")
@@ -222,7 +230,8 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
     shared = words.pop() if len(words) == 1 else None
     for judged in verdicts:
         lam = judged["lam"]
-        named = " ".join(f"{name} {x:g}" for name, x in lam.items()) if isinstance(lam, dict) else f"{lam:g}"
+        by_name = lam if isinstance(lam, dict) else {"": lam}
+        named = " ".join(f"{name} {notation.plain(x)}".strip() for name, x in by_name.items())
         drawn_from = judged.get("particles", judged.get("images"))
         several = drawn_from and drawn_from > judged.get("prompts", 0)
         effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""
@@ -231,7 +240,7 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         if shared and judged["kind"] == "no target":
             said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
         table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
-    console = Console()
+    console = talking.LiteralConsole()
     console.print(table)
     if shared:
-        console.print(f"{shared[0].upper()}{shared[1:]}.", highlight=False, soft_wrap=True)
+        console.print(f"{shared[0].upper()}{shared[1:]}.", soft_wrap=True)

@@ -15,6 +15,7 @@ MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched
 
 
 def search(
+    context: typer.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],
@@ -133,9 +134,7 @@ def search(
     the score), sheet.png and search.json. The same command goes on where it was interrupted, and with more
     --evaluations it goes further.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with talking.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
         talking.silence_other_bars()
         from deradiff.experiments import crews
@@ -149,6 +148,8 @@ def search(
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
         sources = arguments.anchors(anchor)
+        if features is None:
+            arguments.refuse(context, ["neighbours"], "k of recall, which is measured with --features")
         goal = Goal.read(maximize or (), minimize or (), require or ())
         space = _space(over, tuple(sources), limits, box)
         place = device_called(device)
@@ -180,7 +181,7 @@ def search(
             return crews.Here(plan, place, 1) if size == 1 else crews.Processes(plan, place, 1, size)
 
         def told(state: State) -> None:
-            console.print(words.evaluated(space, state), highlight=False)
+            console.print(words.evaluated(space, state))
 
         outcome = run(
             plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
@@ -188,7 +189,7 @@ def search(
         )  # fmt: skip
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in words.sentences(space, goal, outcome, beta):
-        typer.echo(sentence)
+        talking.echo(sentence)
     talking.files(outcome.files)
 
 
@@ -197,6 +198,8 @@ def _prompts(given: list[str], source: str | None, count: int | None) -> dict[st
     if bool(given) == (source is not None):
         raise ValueError("prompts are needed, from one place: --prompt, or --prompts with a file or a list by name.")
     if given:
+        if count is not None:
+            raise ValueError("--count draws from --prompts, and each --prompt is used: leave it out.")
         return {"prompts": list(dict.fromkeys(given))}
     return {"source": source} | ({} if count is None else {"count": count, "draw_seed": 0})
 

@@ -72,9 +72,7 @@ def studio(
     ] = False,
 ) -> None:  # fmt: skip
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with talking.refusing_wrong_input("try --offload"):
         from deradiff import access
 
@@ -105,7 +103,7 @@ def studio(
                 application = server.app(desk, start, library.resolve(), token)
             desk.warm_up(start)
             console.print("The studio is open; Ctrl-C closes it.")
-            typer.echo(access.link(listening, host, token))
+            talking.echo(access.link(listening, host, token))
             server.serve(application, listening)
 
 

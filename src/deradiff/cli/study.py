@@ -55,9 +55,7 @@ def serve(
     ] = None,
 ) -> None:
     """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = talking.LiteralConsole(stderr=True)
     with talking.refusing_wrong_input():
         from deradiff import access
 
@@ -71,7 +69,7 @@ def serve(
                 votes = tiles.ready(out, planned, file.parent, lambda done, total: report("images", done, total, ""))
             with votes, suppress(KeyboardInterrupt):
                 console.print("The study is open; Ctrl-C closes it, and the same command opens it again.")
-                typer.echo(access.link(listening, host, token))
+                talking.echo(access.link(listening, host, token))
                 server.serve(server.app(votes, token), listening)
 
 
@@ -99,14 +97,12 @@ def analyse(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where summary, tables and figures go.")],
 ) -> None:
     """Count the votes so far: shares, intervals and sign tests, over all and by configuration, with figures."""
-    from rich.console import Console
-
-    with talking.refusing_wrong_input(), Console(stderr=True).status("Counting and drawing …"):
+    with talking.refusing_wrong_input(), talking.LiteralConsole(stderr=True).status("Counting and drawing …"):
         from deradiff.study import analysis, ballots, report
         from deradiff.study.votes import plan_of
 
         planned = plan_of(folder)
         found = analysis.analysed(planned, ballots.read(folder, planned))
         files = report.write(found, out)
-    typer.echo(report.summary_of(found))
+    talking.echo(report.summary_of(found))
     talking.files(files)

@@ -1,5 +1,6 @@
 """How the commands talk: a progress bar, warnings as one line, a wrong input as one clear sentence."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -8,8 +9,34 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-messages = Console(stderr=True, soft_wrap=True, highlight=False)
+PACKAGE = Path(__file__).parents[1]
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What moves a terminal's cursor, colours it or rings its bell, and halves of characters, which cannot be printed."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters but for line breaks and tabs written out, such as ESC as \\x1b."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class LiteralConsole(Console):
+    """A console that prints what a person wrote as it was written.
+
+    `[bold]` and `:smile:` are text, numbers and paths get no colours, and control characters are written out.
+    """
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """As Rich's, of printable text."""
+        return super().render_str(printable(text), **how)
+
+
+messages = LiteralConsole(stderr=True, soft_wrap=True)
 
 
 @contextmanager
@@ -18,10 +45,13 @@ def refusing_wrong_input(
 ) -> Iterator[None]:
     """Print what the library says about a wrong input, in red and without a traceback, and exit with status 2.
 
-    Of other errors only those that deradiff itself defines are for the user's eyes; the rest keeps its traceback.
+    Of other errors only those that deradiff itself defines are for the user's eyes; the rest keeps its traceback. What
+    deradiff warns of is a line in yellow.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _warning_shown(warnings.showwarning)
+            yield
     except Exception as error:
         kind = type(error)
         if kind.__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
@@ -30,8 +60,20 @@ def refusing_wrong_input(
         wrong_input = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
         if not wrong_input and not kind.__module__.startswith("deradiff."):
             raise
-        messages.print(f"error: {_sentence(error)}", style="bold red", markup=False)
+        messages.print(f"error: {_sentence(error)}", style="bold red")
         raise typer.Exit(2) from None
+
+
+def _warning_shown(others: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning of deradiff as a line, and leaves those of other libraries to `others`."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
+        if Path(filename).is_relative_to(PACKAGE):
+            messages.print(f"warning: {message}", style="yellow")
+        else:
+            others(message, category, filename, *rest, **named)
+
+    return show
 
 
 def _sentence(error: Exception) -> str:
@@ -39,7 +81,8 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}; got {first['input']!r}."
+        place, words = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{place}: {words}; got {first['input']!r}." if place else words
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -52,13 +95,11 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with warnings.catch_warnings(), Progress(*columns, console=messages, transient=True) as bar:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"deradiff(\.|$)")
-        warnings.showwarning = lambda message, *_, **__: messages.print(
-            f"warning: {message}", style="yellow", markup=False
-        )
+        warnings.showwarning = lambda message, *_, **__: messages.print(f"warning: {message}", style="yellow")
         silence_other_bars()
         task = bar.add_task("loading the models", total=None)
 
@@ -81,20 +122,20 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
     )
 
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<18}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[line]}"),
+        TextColumn("{task.fields[line]}", markup=False),
     )
     with Progress(*columns, console=console) as bars:
         begun: dict[str, Any] = {}
 
         def report(stage: str, done: int, planned: int, line: str) -> None:
             if stage not in begun:
-                begun[stage] = bars.add_task(stage, total=planned, line=line)
-            bars.update(begun[stage], completed=done, total=planned, line=line)
+                begun[stage] = bars.add_task(printable(stage), total=planned, line="")
+            bars.update(begun[stage], completed=done, total=planned, line=printable(line))
 
         yield report
 
@@ -124,4 +165,9 @@ def require_folder(option: str, path: Path) -> None:
 def files(paths: Iterable[Any]) -> None:
     """Print where the results are, one path a line, on stdout."""
     for path in paths:
-        typer.echo(str(path))
+        echo(str(path).replace("\n", "\\n"))
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print plain text on stdout."""
+    typer.echo(printable(text), nl=nl)

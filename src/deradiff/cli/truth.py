@@ -49,12 +49,11 @@ def truth(
 
 
 def _print(records: "list[Record]", plan: "Plan") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from deradiff.worlds import comparison_report, comparison_tables
 
-    console = Console()
+    console = talking.LiteralConsole()
     table = Table(
         caption="The worst errors against the exactly aligned model, as shares of the exact shift, after two standard "
         "errors."
@@ -66,6 +65,6 @@ def _print(records: "list[Record]", plan: "Plan") -> None:
     console.print(table)
     console.print(comparison_report.bounds_sentence(plan))
     for goal in comparison_tables.goals(records):
-        state = "[green]met[/]   " if goal.met else "[red]missed[/]"
-        console.print(f"{state}  {goal.words} {goal.worst:.2%}, at most {goal.limit:.0%} ({goal.runs} runs)")
+        words = f"{goal.words} {goal.worst:.2%}, at most {goal.limit:.0%} ({goal.runs} runs)"
+        console.print(f"{'met' if goal.met else 'missed':<6}  {words}", style="green" if goal.met else "red")
     console.print(comparison_report.verdict_sentence(records).partition(" Dots")[0])

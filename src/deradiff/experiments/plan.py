@@ -11,8 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from deradiff import notation
 from deradiff.files import plans
-from deradiff.files.plans import Part
-from deradiff.pipelines import SCHEDULERS
+from deradiff.files.plans import Name, Part, Several
+from deradiff.notation import plain
+from deradiff.pipelines import SCHEDULERS, require_both_sides
 from deradiff.realignment import lam_for_beta
 
 ALL: Final = "all"
@@ -21,9 +22,9 @@ ALL: Final = "all"
 DIGITS = "digits"
 """The source of prompts for the digits model."""
 
-Names = tuple[str, ...] | Literal["all"]
+Names = Several[str] | Literal["all"]
 
-Lams = tuple[float, ...]
+Lams = Several[float]
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -41,23 +42,23 @@ class Model(Part):
 class Prompts(Part):
     """A set of prompts, each drawn with every seed."""
 
-    source: str | tuple[str, ...] | None = None
+    source: str | Several[str] | None = None
     """What `alignment.prompts.load_prompts` takes, several for their union, or `digits`."""
-    prompts: tuple[str, ...] = ()
+    prompts: Several[str] = ()
     """The prompts themselves, instead of a source."""
     count: int | None = Field(default=None, ge=1)
     draw_seed: int | None = None
     """The `count` prompts are drawn with this seed; without it they are the first."""
     split: str = "train"
-    seeds: tuple[int, ...] = (0,)
+    """Of Pick-a-Pic."""
+    seeds: Several[int] = (0,)
     substitute_for: str = ""
     """What these prompts stand for that was never published; the report says so."""
 
     @field_validator("seeds", mode="before")
     @classmethod
     def _read_seeds(cls, given: Any) -> Any:
-        texts = [given] if isinstance(given, int | str) else given
-        return notation.seeds([str(text) for text in texts], "seeds")
+        return notation.listed_seeds(given)
 
     @model_validator(mode="after")
     def _either(self) -> Prompts:
@@ -65,6 +66,10 @@ class Prompts(Part):
             raise ValueError("prompts come from a source or are listed under prompts: give one of both")
         if self.prompts and len({*self.prompts}) < len(self.prompts):
             raise ValueError("a prompt is listed twice")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("a prompt is empty")
+        if self.prompts and (self.count is not None or self.draw_seed is not None or self.split != "train"):
+            raise ValueError("count, draw_seed and split choose among the prompts of a source, and these are listed")
         if not self.seeds:
             raise ValueError("at least one seed is needed")
         return self
@@ -75,10 +80,15 @@ class Sampling(Part):
 
     scheduler: str | None = None
     steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = None
+    guidance_scale: float | None = Field(default=None, ge=0)
     negative_prompt: str | None = None
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> Sampling:
+        require_both_sides(self.width, self.height)
+        return self
 
     @field_validator("scheduler")
     @classmethod
@@ -130,6 +140,12 @@ class Arm:
     def lam(self) -> float | None:
         """λ where there is one anchor."""
         return self.anchors[0][1] if len(self.anchors) == 1 else None
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """All that it does, however it is worded: arms are the same where this is."""
+        shape = notation.schedule(self.schedule, "steps") if self.schedule else None
+        return self.method, tuple(sorted(self.anchors)), shape, self.particles, self.target, self.noise
 
 
 class _Method(Part):
@@ -191,7 +207,7 @@ class Realign(_OfAnchors):
         for name in plan.named(self.anchors):
             for lam in self.lam:
                 yield Arm(
-                    f"{name}, λ = {lam:g}{suffix}",
+                    f"{name}, λ = {plain(lam)}{suffix}",
                     self.method,
                     ((name, lam),),
                     "",
@@ -215,7 +231,7 @@ class Combine(_Method):
     """Several rewards at once: λ for each of several anchors (DeRaDiff, appendix A.4)."""
 
     method: Literal["combine"]
-    lams: tuple[dict[str, float], ...] = Field(min_length=1)
+    lams: Several[dict[str, float]] = Field(min_length=1)
     particles: int = Field(default=0, ge=0)
 
     def arms(self, plan: Plan) -> Iterator[Arm]:
@@ -224,7 +240,7 @@ class Combine(_Method):
         for lams in self.lams:
             if len(plan.named(tuple(lams))) < 2:
                 raise ValueError(f"combine needs λ of two anchors or more, got {lams}: one is for realign")
-            name = " + ".join(f"{lam:g} {anchor}" for anchor, lam in lams.items())
+            name = " + ".join(f"{plain(lam)} {anchor}" for anchor, lam in lams.items())
             yield Arm(f"{name}{suffix}", self.method, tuple(lams.items()), "", self.particles, prompts=self.prompts)
 
 
@@ -232,7 +248,7 @@ class Anneal(_OfAnchors):
     """Annealed importance guidance: λ grows from 0 along a schedule."""
 
     method: Literal["anneal"]
-    schedules: tuple[str, ...] = Field(min_length=1)
+    schedules: Several[str] = Field(min_length=1)
     lam: Lams = (1.0,)
 
     @field_validator("schedules")
@@ -248,7 +264,7 @@ class Anneal(_OfAnchors):
         for name in plan.named(self.anchors):
             for lam in self.lam:
                 for schedule in self.schedules:
-                    reach = "" if lam == 1 else f" up to {lam:g}"
+                    reach = "" if lam == 1 else f" up to {plain(lam)}"
                     yield Arm(f"{name}, {schedule}{reach}", self.method, ((name, lam),), schedule, prompts=self.prompts)
 
 
@@ -262,7 +278,7 @@ class Interpolate(_OfAnchors):
         """One for each anchor and λ."""
         for name in plan.named(self.anchors):
             for lam in self.lam:
-                yield Arm(f"{name}, weights at {lam:g}", self.method, ((name, lam),), prompts=self.prompts)
+                yield Arm(f"{name}, weights at {plain(lam)}", self.method, ((name, lam),), prompts=self.prompts)
 
 
 class OptimizeNoise(_Method, NoiseOptimization):
@@ -273,13 +289,15 @@ class OptimizeNoise(_Method, NoiseOptimization):
     def arms(self, plan: Plan) -> Iterator[Arm]:
         """One."""
         noise = NoiseOptimization(**{name: getattr(self, name) for name in NoiseOptimization.model_fields})
+        usual = NoiseOptimization(reward=self.reward)
         which = f" of {self.pipeline}" if self.pipeline else ""
-        yield Arm(
-            f"noise{which} for {self.reward}, {self.iterations} iterations",
-            self.method,
-            noise=noise,
-            prompts=self.prompts,
-        )
+        unusual = [
+            f"{word} {plain(getattr(noise, name))}"
+            for name, word in (("learning_rate", "rate"), ("norm_weight", "norm weight"), ("steps", "steps"))
+            if getattr(noise, name) != getattr(usual, name)
+        ]
+        name = ", ".join([f"noise{which} for {self.reward}", f"{self.iterations} iterations", *unusual])
+        yield Arm(name, self.method, noise=noise, prompts=self.prompts)
 
 
 Method = Annotated[
@@ -299,7 +317,7 @@ class Wanted(Part):
     """k of precision and recall."""
     healthy: str | None = None
     """The model that counts as not reward-hacked, for DeRaDiff's Table 3."""
-    hacked: tuple[str, ...] = ()
+    hacked: Several[str] = ()
     unregularised: str | None = None
     """The model that the fronts mark as aligned without regularisation."""
     pictures: int = Field(default=6, ge=1)
@@ -316,13 +334,13 @@ class Plan(Part):
     revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     allow_pickle: bool = False
-    models: dict[str, Model] = Field(min_length=1)
-    prompts: dict[str, Prompts] = Field(min_length=1)
-    sampling: dict[str, Sampling] = Field(min_length=1)
-    methods: tuple[Method, ...] = Field(min_length=1)
-    scores: tuple[str, ...] = ()
+    models: dict[Name, Model] = Field(min_length=1)
+    prompts: dict[Name, Prompts] = Field(min_length=1)
+    sampling: dict[Name, Sampling] = Field(min_length=1)
+    methods: Several[Method] = Field(min_length=1)
+    scores: Several[str] = ()
     """Rewards by name (`rewards.load`); the first is the one that the fronts are drawn for."""
-    features: tuple[str, ...] = ()
+    features: Several[str] = ()
     """Feature extractors by name (`measures.features`), for FID, recall, SCD, LSCD and Vendi."""
     path_kl: bool = True
     """Evaluate the reference beside models drawn as they are, for their path KL; costs their sampling once more."""
@@ -340,10 +358,12 @@ class Plan(Part):
         self.named(tuple(filter(None, (wanted.healthy, *wanted.hacked, wanted.unregularised))))
         if wanted.diversity_on is not None:
             self.sets((wanted.diversity_on,))
-        arms = self.arms()
-        for arm in arms:
+        for arm in self.arms():
             if arm.noise is not None:
                 _require_score(arm.noise.reward)
+                _require_plain_sampling(arm, self.sampling[arm.sampling])
+                if arm.noise.pipeline in self.models:
+                    raise ValueError(f"a model and a pipeline are called {arm.noise.pipeline!r}: rename the model")
         return self
 
     def named(self, names: Names) -> tuple[str, ...]:
@@ -357,13 +377,18 @@ class Plan(Part):
     def arms(self) -> list[Arm]:
         """Every way to get an image: the methods' arms, for each way of sampling.
 
-        One that several methods ask for is there once, for the prompt sets of them all.
+        One that several methods ask for is there once, for the prompt sets of them all, by the name that the first of
+        them gives it. Raises `ValueError` where two that differ have one name.
         """
-        found: dict[str, Arm] = {}
+        different: dict[Any, Arm] = {}
         for arm in (arm for method in self.methods for arm in method.arms(self)):
-            sets = {*self.sets(arm.prompts), *(found[arm.name].prompts if arm.name in found else ())}
-            found[arm.name] = replace(arm, prompts=tuple(name for name in self.prompts if name in sets))
-        return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in found.values()]
+            first = different.get(arm.content, arm)
+            sets = {*self.sets(arm.prompts), *(first.prompts if arm.content in different else ())}
+            different[arm.content] = replace(first, prompts=tuple(name for name in self.prompts if name in sets))
+        names = [arm.name for arm in different.values()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two arms that differ are called {twice[0]!r}: give the models other names")
+        return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in different.values()]
 
 
 def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...]:
@@ -372,6 +397,16 @@ def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no {what} {', '.join(map(repr, unknown))}; the plan has {', '.join(known)}")
     return tuple(names)
+
+
+def _require_plain_sampling(arm: Arm, sampling: Sampling) -> None:
+    """Raise `ValueError` for what sampling from optimised noise cannot do."""
+    if sampling.negative_prompt is not None:
+        raise ValueError(f"{arm.name!r} takes no negative_prompt: sample it without one, as {arm.sampling!r} does not")
+    if sampling.width != sampling.height:
+        raise ValueError(f"{arm.name!r} draws squares: sample it at one width and height, as {arm.sampling!r} does not")
+    if sampling.guidance_scale is not None and sampling.guidance_scale < 1:
+        raise ValueError(f"{arm.name!r} needs a guidance_scale of 1 (none) or more, and {arm.sampling!r} has less")
 
 
 def _require_score(name: str) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,22 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
             f"{store.file} does not know the weights of {sorted(unknown)[0] or 'the reference'} yet: begin with "
             "`deradiff experiment run`"
         )
-    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in cells(plan, texts)})
+    there = [cell._replace(drawing=by_weights(cell.drawing, plan, prints)) for cell in cells(plan, texts)]
+    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in there})
+
+
+def by_weights(drawing: Drawing, plan: Plan, prints: Mapping[str, Any]) -> Drawing:
+    """The drawing with each model under the first name in the plan that has its weights.
+
+    Two names of the same weights are one image, which is drawn once, in one batch.
+    """
+    names: dict[str, list[str]] = {}
+    for name in plan.models:
+        names.setdefault(prints[name]["sha256"], []).append(name)
+    anchors = [
+        (names[weights].pop(0), lam) for weights, lam in sorted((prints[n]["sha256"], x) for n, x in drawing.anchors)
+    ]
+    return replace(drawing, anchors=tuple(sorted(anchors)))
 
 
 def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:

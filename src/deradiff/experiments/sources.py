@@ -11,7 +11,7 @@ from typing import Any
 from deradiff.alignment.prompts import load_prompts
 from deradiff.experiments.plan import DIGITS, Plan, Prompts
 from deradiff.files.reading import Record, text_of
-from deradiff.pipelines import anchor_source
+from deradiff.pipelines import anchor_source, require_on_hub
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
 
@@ -28,11 +28,14 @@ def resolve(wanted: Prompts) -> tuple[str, ...]:
     if wanted.prompts:
         return wanted.prompts
     files = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
+    split = None if wanted.split == "train" else wanted.split  # which is what there is by default
     if files == (DIGITS,):
+        if split is not None:
+            raise ValueError(f"the digits have no splits, of which {split!r} was asked for: leave split out")
         return _digits(wanted.count or 100, wanted.draw_seed or 0)
     if len(files) == 1:
-        return load_prompts(files[0], wanted.count, wanted.draw_seed, split=wanted.split).prompts
-    union = dict.fromkeys(text for source in files for text in load_prompts(source, split=wanted.split).prompts)
+        return load_prompts(files[0], wanted.count, wanted.draw_seed, split=split).prompts
+    union = dict.fromkeys(text for source in files for text in load_prompts(source, split=split).prompts)
     return _drawn(list(union), wanted, " and ".join(files))
 
 
@@ -62,7 +65,8 @@ def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str
     """Of the reference and every model: a hash of its weights, and the state of the files that it was computed from.
 
     `known` is an earlier answer: files that have the size and time they had then are not read again. Raises `OSError`
-    for a source that is neither a file, a folder nor a hub id that can be reached.
+    for a source that is neither a file, a folder nor a hub id that can be reached, `ValueError` for a revision of one
+    that is on this machine.
     """
     return {
         name: fingerprint(source, revision, (known or {}).get(name))
@@ -79,6 +83,7 @@ def sources(plan: Plan) -> dict[str, tuple[str, str | None]]:
 
 def fingerprint(source: str, revision: str | None = None, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`{"sha256": ..., "files": ...}` of a local source, `{"sha256": <commit>, "files": {}}` of one on the hub."""
+    require_on_hub(source, revision)
     path = _local(source)
     if path is None:
         return {"sha256": _commit(source, revision), "files": {}}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from deradiff import sweeps
 from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan
 from deradiff.files.records import CHUNK
@@ -112,8 +113,6 @@ class Worker:
         return [(_png(images[place][0], drawings[place]), images[place][1]) for place in task.wanted]
 
     def _realigned(self, drawings: Sequence[Drawing]) -> list[tuple[Image.Image, dict[str, Any]]]:
-        from deradiff import sweeps
-
         first = drawings[0]
         pipe = self._pipe(first)
         shots = [sweeps.Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
@@ -261,6 +260,7 @@ class Worker:
 
 def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Image.Image]:
     """The reference alone, without a dial."""
+    sweeps.require_heeded(pipe, call)
     if "negative_prompt" in call:
         call = call | {"negative_prompt": [call["negative_prompt"]] * len(drawings)}
     output = pipe(
@@ -269,6 +269,7 @@ def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> li
         num_inference_steps=drawings[0].sampling.steps,
         **call,
     )
+    sweeps.require_size(pipe, output.images[0], call)
     return list(output.images)
 
 

@@ -98,9 +98,9 @@ _BUILT, _COMPLETE = "result.partial", "result"
 def assembled(folder: Path, private: Path, record: str) -> Iterator[Path]:
     """Yield an empty folder in `private` whose files move into `folder`, which is taken, if the block succeeds.
 
-    The JSON file `record` is among them and names all of them, under `files`; it moves last. What an older `record` in
-    `folder` names is removed before. A kill while files move leaves what is missing in `private`: `finish_moving` goes
-    on with it.
+    The JSON file `record` is among them and names the others (see `named_files`); it moves last. What an older `record`
+    in `folder` names is removed before. A kill while files move leaves what is missing in `private`: `finish_moving`
+    goes on with it.
 
     Raises `FileExistsError` where a file of somebody else has taken a name meanwhile; the result then stays in
     `private`.
@@ -152,9 +152,14 @@ def remove_named(folder: Path, record: str) -> None:
 
 
 def named_files(folder: Path, record: str) -> list[Path]:
-    """The files in `folder` that its JSON file `record` names under `files`, and that file; what leads out is none."""
-    names = _record(folder / record).get("files", {})
-    paths = [folder / name for name in names if isinstance(name, str)] if isinstance(names, dict | list) else []
+    """The files in `folder` that its JSON file `record` names under `files` and `card`, and that file.
+
+    What leads out of the folder is none of them.
+    """
+    content = _record(folder / record)
+    listed = content.get("files")
+    names = [*(listed if isinstance(listed, dict) else ()), content.get("card")]
+    paths = [folder / name for name in names if isinstance(name, str)]
     inside = [path for path in paths if path.resolve().is_relative_to(folder.resolve()) and not path.is_dir()]
     return [*inside, folder / record] if (folder / record).is_file() else []
 

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from deradiff.files.reading import LARGEST_YAML, fit, parse_yaml, text_of
+from deradiff.files import comments, reading
+
+T = TypeVar("T")
+
+Several = Annotated[tuple[T, ...], Strict(False)]
+"""A list in a file, a tuple here."""
+
+Name = Annotated[str, Field(min_length=1)]
+"""What something is called in a plan."""
+
+TEXTS = ("negative_prompt", "title", "introduction", "text")
+"""The keys of what plans hold in people's own words, beside their prompts."""
 
 
 class Part(BaseModel):
-    """A part of a plan: it does not change, and a key that nobody knows is an error."""
+    """A part of a plan: it does not change, and a key that nobody knows is an error.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    So is a value of another kind: `true` and "1" are no numbers, 1.0 is no count.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 Kind = TypeVar("Kind", bound=Part)
@@ -23,19 +37,21 @@ Kind = TypeVar("Kind", bound=Part)
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
     """The plan in a YAML file; `what` it is and the `command` that writes one stand in the messages.
 
-    Raises `OSError` for a file that cannot be read, and `ValueError` for what is no plan: the message names the first
-    places that are wrong.
+    A warning tells of a prompt whose end is taken for a comment. Raises `OSError` for a file that cannot be read, and
+    `ValueError` for what is no plan: the message names the first places that are wrong.
     """
     try:
-        text = text_of(path, what, LARGEST_YAML)
+        text = reading.text_of(path, what, reading.LARGEST_YAML)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`") from None
-    return parse(kind, parse_yaml(text, str(path)), str(path), what)
+    content = reading.parse_yaml(text, str(path))
+    comments.warn_of_cut_texts(text, str(path), lists=("prompts",), texts=TEXTS)
+    return parse(kind, content, str(path), what)
 
 
 def parse(kind: type[Kind], content: Any, where: str, what: str) -> Kind:
     """The plan that is plain data. Raises `ValueError` that names the first places that are wrong in `where`."""
-    return fit(kind, content, where, what)
+    return reading.fit(kind, content, where, what)
 
 
 def write(data: Any) -> str:
@@ -62,6 +78,10 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """No anchors of YAML's: they would look like ours."""
         return True
+
+
+for _tag, _pattern in reading.NUMBERS:  # so that a text which would be read as a number is quoted
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+.0123456789"))
 
 
 def _flat(value: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from deradiff.experiments.plan import Arm, Plan
+from deradiff.notation import plain
 from deradiff.schedules import finite
 
 Point = tuple[float, ...]
@@ -166,21 +167,21 @@ class Space:
     def schedule(self, point: Point) -> str:
         """The point's schedule in the notation of `notation.schedule`; empty where λ stays the same."""
         if self.kind == "power":
-            return f"power:{point[0]:g}"
+            return f"power:{plain(point[0])}"
         if self.kind == "knots":
-            return "spline:" + ",".join(f"{s:g}/{value:g}" for s, value in zip(self.places, point, strict=True))
+            return "spline:" + ",".join(f"{plain(s)}/{plain(x)}" for s, x in zip(self.places, point, strict=True))
         return ""
 
     def arm(self, plan: Plan, point: Point) -> Arm:
         """The arm that draws this point. Raises `LookupError` where the plan has none."""
         schedule = self.schedule(point)
         lams = (1.0,) if schedule else point
-        wanted = (tuple(zip(self.anchors, lams, strict=True)), schedule)
-        return next(arm for arm in plan.arms() if (arm.anchors, arm.schedule) == wanted and arm.method != "model")
+        wanted = Arm("", self.method(point)["method"], tuple(zip(self.anchors, lams, strict=True)), schedule).content
+        return next(arm for arm in plan.arms() if arm.content == wanted)
 
     def words(self, point: Point) -> str:
         """The point for people."""
-        return ", ".join(f"{c.name} = {value:g}" for c, value in zip(self.coordinates, point, strict=True))
+        return ", ".join(f"{c.name} = {plain(value)}" for c, value in zip(self.coordinates, point, strict=True))
 
 
 def _beyond(point: Point, limit: Point) -> bool:
@@ -233,7 +234,7 @@ def knots(
     at = tuple(finite(place, "a knot's place") for place in places)
     if len(at) < 2 or at[0] < 0 or at[-1] > 1 or any(b <= a for a, b in pairwise(at)):
         raise ValueError(f"a spline's knots are two places at least that rise from 0 to 1, got {list(at)}")
-    return Space("knots", tuple(_range(f"λ at s = {s:g}", low, high, 0.0) for s in at), (anchor,), places=at)
+    return Space("knots", tuple(_range(f"λ at s = {plain(s)}", low, high, 0.0) for s in at), (anchor,), places=at)
 
 
 def _range(name: str, low: float | int, high: float | int, least: float) -> Coordinate:

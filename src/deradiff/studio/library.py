@@ -12,6 +12,9 @@ from deradiff.files.writing import write_json
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 _-]{0,58}[A-Za-z0-9_-])?")
 
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+"""Names that Windows has for devices, whatever follows a dot."""
+
 MOST = 500
 """Of one kind."""
 
@@ -36,6 +39,12 @@ class Kept:
         Raises `ValueError` for a name that is none, and where there are too many; `OSError` where it cannot be written.
         """
         file = self._file(name)
+        alike = [held for held in self.names() if held.casefold() == file.stem.casefold() and held != file.stem]
+        if alike:
+            raise ValueError(
+                f"there is a {self.what} called {alike[0]!r}, which many file systems do not tell from {file.stem!r}: "
+                "take that name, or another"
+            )
         if not file.exists() and len(self.names()) >= MOST:
             raise ValueError(f"there are {MOST} {self.what}s already: delete one first")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +67,9 @@ class Kept:
 
     def _file(self, name: str) -> Path:
         tidy = " ".join(str(name).split())
-        if not NAME.fullmatch(tidy):
+        if not NAME.fullmatch(tidy) or tidy.casefold() in DEVICES:
             raise ValueError(
                 f"a {self.what} needs a name of 1 to 60 letters, digits, spaces, - and _, beginning with a letter or "
-                f"digit; got {name[:80]!r}"
+                f"digit, and none of Windows' devices; got {name[:80]!r}"
             )
         return self.folder / f"{tidy}.json"

@@ -97,11 +97,6 @@ def anchor_names(anchors: Sequence[str]) -> list[str]:
     return names
 
 
-def plain(number: float) -> str:
-    """A number as short as it can be, and whole."""
-    return short if float(short := f"{number:g}") == number else repr(number)
-
-
 def values_of(lam: float | dict[str, float]) -> list[float]:
     """λ of every anchor of a column."""
     return list(lam.values()) if isinstance(lam, dict) else [lam]
@@ -127,7 +122,7 @@ def written(settings: Settings) -> str:
     shape = curve(settings)
     pairs: list[tuple[str, Any]] = [("prompt", settings.prompts[0]), ("reference", settings.reference)]
     pairs += [("anchor", source) for source in settings.anchors.values()]
-    pairs += [("lam", plain(lam)) for lam in strengths(settings)]
+    pairs += [("lam", notation.plain(lam)) for lam in strengths(settings)]
     if shape is not None:
         pairs.append(("schedule", notation.written(shape)))
         pairs += [("over", "time")] if shape.over == "time" else []
@@ -135,7 +130,7 @@ def written(settings: Settings) -> str:
     for name in ("scheduler", "steps", "guidance_scale", "negative_prompt", "width", "height"):
         value = getattr(settings, name)
         if value is not None:
-            pairs.append((name, plain(value) if isinstance(value, float) else value))
+            pairs.append((name, notation.plain(value) if isinstance(value, float) else value))
     return urlencode(pairs, quote_via=quote, safe="/:,")
 
 

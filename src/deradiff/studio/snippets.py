@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 from deradiff import notation
+from deradiff.notation import plain
 from deradiff.pipelines import SCHEDULERS, anchor_source
 from deradiff.settings import Settings, call_of
 from deradiff.studio import scenes
-from deradiff.studio.scenes import plain
 
 
 def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> str:

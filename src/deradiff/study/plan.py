@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deradiff import notation
 from deradiff.files import plans
-from deradiff.files.plans import Part
+from deradiff.files.plans import Part, Several
 
 TILES = 9
 """Images in a grid, three by three (AIG, A.4)."""
@@ -57,9 +57,9 @@ class Configuration(Part):
     prompt_set: str
     methods: dict[str, str] = Field(min_length=2)
     """The arm that each method is here. Methods of one name are pooled over configurations."""
-    seeds: tuple[int, ...]
+    seeds: Several[int]
     """Those that nine are drawn from for every pair."""
-    prompts: tuple[str, ...] = Field(min_length=1)
+    prompts: Several[str] = Field(min_length=1)
 
     @field_validator("methods")
     @classmethod
@@ -72,8 +72,7 @@ class Configuration(Part):
     @field_validator("seeds", mode="before")
     @classmethod
     def _read_seeds(cls, given: Any) -> Any:
-        texts = [given] if isinstance(given, int | str) else given
-        return notation.seeds([str(text) for text in texts], "seeds")
+        return notation.listed_seeds(given)
 
     @field_validator("seeds")
     @classmethod
@@ -128,8 +127,8 @@ class Plan(Part):
     """Checks that a participant may answer wrongly and still be counted."""
     most_participants: int = Field(default=1000, ge=1)
     """Nobody is let in beyond so many."""
-    questions: tuple[Question, ...] = Field(default=QUESTIONS, min_length=1)
-    configurations: tuple[Configuration, ...] = Field(min_length=1)
+    questions: Several[Question] = Field(default=QUESTIONS, min_length=1)
+    configurations: Several[Configuration] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _fits(self) -> Plan:

@@ -140,6 +140,13 @@ def needed(names: Iterable[str]) -> set[str]:
     return found - {SHIPPED}
 
 
+def require_compared(plan: Plan, guidance_scale: float | int | None) -> None:
+    """Raise `ValueError` where `plan` compares nothing at `guidance_scale`; None stands for all of them."""
+    if guidance_scale is not None and guidance_scale not in plan.guidance_scales:
+        scales = " and ".join(f"{scale:g}" for scale in plan.guidance_scales)
+        raise ValueError(f"nothing is compared at guidance {guidance_scale:g}, only at {scales}")
+
+
 def run(
     trained: Path, out: Path, plan: Plan, report: Report, workers: int = 2, only: Collection[str] = (),
     guidance_scale: float | int | None = None,
@@ -147,8 +154,10 @@ def run(
     """Compute every case that `out` does not hold yet, `workers` at a time, and return all.
 
     With `only`, those of the targets named `family/target`; with `guidance_scale`, those at that one of the plan's.
-    Raises `ValueError` where no such target has been trained, or `out` holds a study of another plan.
+    Raises `ValueError` where no such target has been trained, for another guidance scale, and where `out` holds a study
+    of another plan.
     """
+    require_compared(plan, guidance_scale)
     todo = [
         case
         for case in cases(trained, plan)
