@@ -153,7 +153,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_a_damaged_store(tmp_path: Path) -> None:
     run(tmp_path / "x", Fake())
     (tmp_path / "x" / "store.sqlite").write_bytes(b"no database at all" * 500)
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(StoreError, match=r"store.sqlite is damaged: file is not a database"):
         run(tmp_path / "x", Fake())
 
 

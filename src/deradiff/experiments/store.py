@@ -10,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deradiff.files import databases
 from deradiff.files.writing import whole
 
 SCHEMA = 1
@@ -76,46 +77,53 @@ class Store:
 
     def __init__(self, folder: Path, *, create: bool = False, write: bool = True) -> None:
         self.folder, self.file, self.images = folder, folder / "store.sqlite", folder / "images"
-        fresh = not self.file.exists()
-        if fresh and not create:
-            raise StoreError(f"{folder} holds no experiment: start one with `deradiff experiment run`")
-        if fresh and folder.exists() and any(folder.iterdir()):
-            raise StoreError(f"{folder} holds other files and no experiment: name another folder")
-        self.images.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder / "lock") if write else None
-        with _explained(self.file):
-            self._db = sqlite3.connect(self.file, isolation_level=None, timeout=30)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA:
-                raise StoreError(
-                    f"{self.file} was written by a later deradiff (store version {version}; this one reads {SCHEMA}): "
-                    "update deradiff"
-                )
-            self._db.execute("PRAGMA journal_mode = WAL")
+        self.run: int | None = None
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file: name a folder")
+        with databases.explained(self.file, StoreError), ExitStack() as opened:
+            fresh = not self.file.exists()
+            if fresh and not create:
+                raise StoreError(f"{folder} holds no experiment: start one with `deradiff experiment run`")
+            if fresh and folder.exists() and any(folder.iterdir()):
+                raise StoreError(f"{folder} holds other files and no experiment: name another folder")
+            if write:
+                self.images.mkdir(parents=True, exist_ok=True)
+                opened.enter_context(_locked(folder / "lock"))
+            self._db = opened.enter_context(closing(databases.writing(self.file) if write else databases.reading(self.file)))
+            self._require_tables(write)
+            if write:
+                for left in self.images.glob("*/.*.partial"):
+                    left.unlink(missing_ok=True)
+            self._opened = opened.pop_all()
+
+    def _require_tables(self, write: bool) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            raise StoreError(
+                f"{self.file} was written by a later deradiff (store version {version}; this one reads {SCHEMA}): "
+                "update deradiff"
+            )
+        if version == 0 and not write:
+            raise StoreError(f"{self.folder} holds nothing yet: its first run ended before it began; run it again")
+        if write:
             # After a power cut the last rows may be lost, but the file stays whole; their images are drawn again.
             self._db.execute("PRAGMA synchronous = NORMAL")
-            if version == 0:
-                with self._transaction():
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-        self.run: int | None = None
-        if write:
-            for left in self.images.glob("*/.*.partial"):
-                left.unlink(missing_ok=True)
+        if version == 0:
+            with self._transaction():
+                for statement in filter(str.strip, _TABLES.split(";")):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._db.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._opened.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _explained(self.file):
-            self._db.execute("BEGIN IMMEDIATE")
+        with databases.explained(self.file, StoreError):
+            databases.patient(self.file, lambda: self._db.execute("BEGIN IMMEDIATE"))
             try:
                 yield
             except BaseException:
@@ -125,8 +133,8 @@ class Store:
             self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        with _explained(self.file):
-            yield from self._db.execute(query, values)
+        with databases.explained(self.file, StoreError):
+            yield from databases.patient(self.file, lambda: self._db.execute(query, values))
 
     # -- facts and provenance -----------------------------------------------------------------------------------------
 
@@ -195,10 +203,11 @@ class Store:
         rows = []
         for item, png, told in found:
             path = self.path(item)
-            path.parent.mkdir(exist_ok=True)
-            with _explained(self.file), whole(path) as temporary:
-                temporary.write_bytes(png)
-            state = path.stat()
+            with databases.explained(self.file, StoreError, needed=len(png)):
+                path.parent.mkdir(exist_ok=True)
+                with whole(path) as temporary:
+                    temporary.write_bytes(png)
+                state = path.stat()
             digest = hashlib.sha256(png).hexdigest()
             rows.append((digest, state.st_size, state.st_mtime_ns, _json(told), seconds / len(found), self.run, item))
         with self._transaction():
@@ -287,29 +296,6 @@ def _require_table(table: str) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Errors of SQLite and of a full disk in words."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        if "full" in str(error):
-            raise StoreError(_full(file)) from error
-        if "locked" in str(error):
-            raise StoreError(f"{file} is in use by another process: wait for it, or stop it") from error
-        raise StoreError(f"{file} cannot be used ({error}): it may be damaged; restore it, or begin anew") from error
-    except OSError as error:
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(_full(file)) from error
-        raise
-
-
-def _full(file: Path) -> str:
-    return f"the disk of {file.parent} is full: make room and run again; what is stored stays, and is not done again"
 
 
 def _locked(path: Path) -> Any:

@@ -13,11 +13,12 @@ import secrets
 import sqlite3
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deradiff.files import databases
 from deradiff.study.plan import ANSWERS, NOISE, TILES, Place, Plan, parse_plan
 from deradiff.study.writing import Busy, Writer
 
@@ -98,7 +99,7 @@ class Votes:
         self._reading, writing = connected(self._file), connected(self._file)
         # WAL alone would leave the last votes to a power cut; this waits for the disk at every commit.
         writing.execute("PRAGMA synchronous = FULL")
-        _make_tables(writing, plan)
+        _make_tables(writing, self._file, plan)
         self.plan = _plan_in(self._reading, self._file)
         if plan != self.plan:
             self._reading.close()
@@ -252,16 +253,13 @@ class Votes:
 
 def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
     """A connection to a study's database that any thread may use, one at a time."""
-    where = f"{file.resolve().as_uri()}?mode={'rwc' if write else 'ro'}"
-    try:
-        db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+    with databases.explained(file, StudyError):
         if write:
+            db = sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
             db.execute("PRAGMA journal_mode = WAL")
+        else:
+            db = databases.reading(file)
         version = db.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.Error as error:
-        raise StudyError(
-            f"{file} cannot be used ({error}): is it a study's database, and may you write there?"
-        ) from None
     if version > SCHEMA:
         db.close()
         raise StudyError(f"{file} was written by a later deradiff (version {version}, here {SCHEMA}): update deradiff")
@@ -272,9 +270,9 @@ def plan_of(folder: Path) -> Plan:
     """The plan of the study in `folder`. Raises `StudyError` where there is none."""
     if not file_of(folder).is_file():
         raise StudyError(f"{folder} holds no study: start one with `deradiff study serve PLAN --out {folder}`")
-    with closing(connected(file_of(folder), write=False)) as db, suppress(sqlite3.Error):
-        return _plan_in(db, file_of(folder))
-    raise StudyError(f"{file_of(folder)} holds no study: name another folder")
+    file = file_of(folder)
+    with closing(connected(file, write=False)) as db, databases.explained(file, StudyError):
+        return _plan_in(db, file)
 
 
 def require_answers(plan: Plan, answers: Mapping[str, str]) -> None:
@@ -309,9 +307,9 @@ def _require_room(folder: Path) -> None:
         raise StudyError(f"{folder} holds other files and no study: name a new folder")
 
 
-def _make_tables(db: sqlite3.Connection, plan: Plan) -> None:
+def _make_tables(db: sqlite3.Connection, file: Path, plan: Plan) -> None:
     """Make the tables where there are none; two servers that start at once make them once."""
-    try:
+    with databases.explained(file, StudyError):
         db.execute("BEGIN IMMEDIATE")
         if db.execute("PRAGMA user_version").fetchone()[0] == 0:
             for statement in filter(str.strip, _TABLES.split(";")):
@@ -320,14 +318,12 @@ def _make_tables(db: sqlite3.Connection, plan: Plan) -> None:
             db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("COMMIT")
-    except sqlite3.Error as error:
-        raise StudyError(
-            f"the study's database cannot be written ({error}): make room, or name another folder"
-        ) from None
 
 
 def _plan_in(db: sqlite3.Connection, file: Path) -> Plan:
     found = db.execute("SELECT value FROM facts WHERE name = 'plan'").fetchone()
+    if found is None:
+        raise StudyError(f"{file} holds no study: name another folder")
     return parse_plan(json.loads(found[0]), f"the plan in {file}")
 
 
