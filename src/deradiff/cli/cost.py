@@ -30,7 +30,9 @@ def cost(
     guided: Annotated[
         bool, typer.Option("--guided/--unguided", help="Whether guidance doubles the evaluations.")
     ] = True,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")
+    ] = None,
 ) -> None:
     """Count the operations of one alignment, of a sweep and of realignment; without a model, the DeRaDiff paper's."""
     from rich.console import Console

@@ -104,7 +104,9 @@ def quality(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and noise.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")
+    ] = None,
 ) -> None:
     """Measure the shipped reference beside real handwriting: legibility, colours, variety, memorisation."""
     from rich.console import Console

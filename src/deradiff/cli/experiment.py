@@ -167,7 +167,8 @@ def export(
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the report goes, replacing its last one; FOLDER/report by default.")
+        Path | None,
+        typer.Option("--out", "-o", help="Where the report goes, replacing its last one; FOLDER/report by default."),
     ] = None,
 ) -> None:
     """Draw the papers' tables and figures from what is there: one HTML page, and PNG, SVG and CSV of each."""

@@ -100,7 +100,9 @@ def export(
 @app.command()
 def analyse(
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where summary, tables and figures go; they replace the last ones.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where summary, tables and figures go; they replace the last ones.")
+    ],
 ) -> None:
     """Count the votes so far: shares, intervals and sign tests, over all and by configuration, with figures."""
     from rich.console import Console

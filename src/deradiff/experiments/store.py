@@ -89,7 +89,9 @@ class Store:
             if write:
                 self.images.mkdir(parents=True, exist_ok=True)
                 opened.enter_context(_locked(folder / "lock"))
-            self._db = opened.enter_context(closing(databases.writing(self.file) if write else databases.reading(self.file)))
+            self._db = opened.enter_context(
+                closing(databases.writing(self.file) if write else databases.reading(self.file))
+            )
             self._require_tables(write)
             if write:
                 for left in self.images.glob("*/.*.partial"):

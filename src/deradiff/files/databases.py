@@ -143,5 +143,5 @@ def _damage(file: Path, error: sqlite3.Error) -> str:
     with suppress(sqlite3.Error), closing(reading(file)) as db:
         for (words,) in db.execute("PRAGMA quick_check(1)"):
             if words != "ok":
-                return " ".join(words.split())
+                return " ".join(words.removeprefix("*** in database main ***").split())
     return str(error)

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deradiff.files import disks
 from deradiff.files.writing import write_json
 
-
 _NAME = r"[^/\\]*[^/\\.][^/\\]*"
 """A file in the folder itself."""
 
@@ -118,9 +117,7 @@ def _require_ours(folder: Path, record: Record, names: Iterable[str]) -> None:
     for name in names:
         if os.path.lexists(folder / name) and not _is_ours(folder, record, name):
             known = "was changed since deradiff wrote it" if name in record.files else "is not deradiff's"
-            raise FileExistsError(
-                f"{folder / name} {known}, and is not replaced: move it away, or name another folder"
-            )
+            raise FileExistsError(f"{folder / name} {known}, and is not replaced: move it away, or name another folder")
 
 
 def _is_ours(folder: Path, record: Record, name: str) -> bool:

@@ -35,14 +35,14 @@ class Patience:
     Args:
         what: goes on after "waiting for".
         lacking: what is known of why it does not come, asked when that is said.
-        after: seconds until it is said.
+        after: seconds until it is said; `AFTER` where None.
         most: seconds until it is given up; `bound()` where None.
     """
 
     def __init__(
-        self, what: str, lacking: Callable[[], str] = str, *, after: float = AFTER, most: float | None = None
+        self, what: str, lacking: Callable[[], str] = str, *, after: float | None = None, most: float | None = None
     ) -> None:
-        self._what, self._lacking, self._after = what, lacking, after
+        self._what, self._lacking, self._after = what, lacking, AFTER if after is None else after
         self._most = bound() if most is None else most
         self._began, self._said = time.monotonic(), False
 
@@ -64,9 +64,11 @@ class Patience:
 
 
 @contextmanager
-def announced(what: str, lacking: Callable[[], str] = str, *, after: float = AFTER) -> Iterator[None]:
+def announced(what: str, lacking: Callable[[], str] = str, *, after: float | None = None) -> Iterator[None]:
     """Say what the block waits for if it takes long: for calls of other libraries, which have bounds of their own."""
-    timer = threading.Timer(after, lambda: log.warning("waiting for %s", _told(what, lacking)))
+    timer = threading.Timer(
+        AFTER if after is None else after, lambda: log.warning("waiting for %s", _told(what, lacking))
+    )
     timer.daemon = True
     timer.start()
     try:

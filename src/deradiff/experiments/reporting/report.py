@@ -193,4 +193,3 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     lines.writerow(header)
     lines.writerows([None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows)
     return held.getvalue().encode()
-
