@@ -15,6 +15,8 @@ import pytest
 from deradiff.experiments import running, store
 from deradiff.experiments.drawings import cells as cells_of
 from deradiff.experiments.store import Missing, Store, StoreError
+from deradiff.files.locks import FolderInUse
+from holding import another_process
 from small_experiment import Fake, fake_png, files, silent, small
 
 
@@ -153,15 +155,12 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_a_damaged_store(tmp_path: Path) -> None:
     run(tmp_path / "x", Fake())
     (tmp_path / "x" / "store.sqlite").write_bytes(b"no database at all" * 500)
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(StoreError, match=r"store.sqlite is damaged: file is not a database"):
         run(tmp_path / "x", Fake())
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
-    with (
-        Store(tmp_path / "x", create=True),
-        pytest.raises(StoreError, match="another process runs the experiment"),
-    ):
+    with another_process(tmp_path / "x") as process, pytest.raises(FolderInUse, match=str(process.pid)):
         run(tmp_path / "x", Fake())
 
 

@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,12 @@ from deradiff.files.folders import RunFolder, assembled, claim, file_names, fini
 from deradiff.files.locks import PRIVATE, FolderInUse, taken
 from deradiff.files.records import read_png
 from deradiff.files.writing import whole, whole_folder, write_json
+from holding import another_process
 
 HELD = pytest.mark.attack("two processes, one folder")
 KEPT = pytest.mark.attack("what a person keeps in an output folder")
 KILLED = pytest.mark.attack("a kill while a folder is filled")
 FULL = pytest.mark.attack("a full disk")
-
-HOLDER = """
-import sys
-from pathlib import Path
-from deradiff.files.locks import taken
-with taken(Path(sys.argv[1]), "a test"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def another_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds `folder`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    try:
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +431,7 @@ def test_a_name_for_what_is_not_finished_is_nobody_elses(tmp_path: Path) -> None
     ],
 )
 def test_a_full_disk_is_named_with_the_room_it_has(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(OSError, match=r"model.*GB free"), whole_folder(tmp_path / "model"):
+    with pytest.raises(OSError, match=r"model.*B free"), whole_folder(tmp_path / "model"):
         raise error
     assert not list(tmp_path.iterdir())
 
@@ -468,7 +444,7 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError, match="GB free"), whole(tmp_path / "weights") as temporary:
+        with pytest.raises(OSError, match="B free"), whole(tmp_path / "weights") as temporary:
             save_file({"a": torch.zeros(1000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

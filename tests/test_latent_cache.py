@@ -152,7 +152,7 @@ def test_a_full_disk_keeps_the_shards_before_it(
 
     with monkeypatch.context() as patched:
         patched.setattr(latent_cache.os, "fsync", fsync)
-        with pytest.raises(OSError, match=r"shard-00002.safetensors.*GB free.* 6 pairs"):
+        with pytest.raises(OSError, match=r"shard-00002.safetensors.*B free.* 6 pairs"):
             write(folder, pairs)
     assert sorted(contents(folder)) == ["settings.json", "shard-00000.safetensors", "shard-00001.safetensors"]
     write(folder, pairs)

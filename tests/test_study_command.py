@@ -65,7 +65,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "holds no experiment" in told("plan", tmp_path, "--methods", "strong,weak", "--out", plan)
     assert "cannot be written" in told("plan", tmp_path / "experiment", "-m", "strong,weak", "-o", tmp_path / "a" / "b")
     run("plan", tmp_path / "experiment", "--methods", "strong,weak", "--out", plan)
-    assert "exists: name a new file" in told("plan", tmp_path / "experiment", "-m", "strong,weak", "--out", plan)
+    assert f"{plan} exists" in told("plan", tmp_path / "experiment", "-m", "strong,weak", "--out", plan)
     folder = tmp_path / "study"
     assert "lets other machines in" in told("serve", plan, "--out", folder, "--host", "0.0.0.0")
     assert "a token is 16 to 200" in told("serve", plan, "--out", folder, "--token", "short")

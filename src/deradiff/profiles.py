@@ -50,7 +50,12 @@ class Profile:
     images: int
 
     def save(self, file: Path) -> None:
-        """Write the profile as JSON."""
+        """Write the profile as JSON. Raises `FileExistsError` where `file` is something else than a profile."""
+        if file.exists():
+            try:
+                Profile.load(file)
+            except (ValueError, OSError):
+                raise FileExistsError(f"{file} is no profile, and is not replaced: name another file") from None
         write_json(file, asdict(self))
 
     @classmethod

@@ -31,12 +31,18 @@ def cost(
     guided: Annotated[
         bool, typer.Option("--guided/--unguided", help="Whether guidance doubles the evaluations.")
     ] = True,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")
+    ] = None,
 ) -> None:
     """Count the operations of one alignment, of a sweep and of realignment; without a model, the DeRaDiff paper's."""
+    from deradiff.files.outputs import new_file, require_new
+
     console = talking.LiteralConsole()
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
+        if json_path is not None:
+            require_new(json_path)
         with console.status("Counting …"):
             talking.silence_other_bars()
             from deradiff import cost as costs
@@ -71,7 +77,8 @@ def cost(
                 method = f"{train_steps or settings.plan.steps:,} steps of {batch or settings.batch} pairs"
                 _print(console, f"{source}, {method}", counted, strengths, images)
         if json_path is not None:
-            write_json(json_path, found)
+            with new_file(json_path) as temporary:
+                write_json(temporary, found)
 
 
 def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:

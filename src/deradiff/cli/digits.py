@@ -58,6 +58,7 @@ def truth(
     with console.status("Loading torch and diffusers …"):
         talking.silence_other_bars()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
+        from deradiff.files.outputs import replaced
         from deradiff.files.writing import write_json
         from deradiff.worlds.digits import truth_report
         from deradiff.worlds.digits.truth import Plan, needed, require_compared, run
@@ -67,11 +68,13 @@ def truth(
         targets = only or []
         train_truth(out / "models", TruthSettings(), report, workers, needed(targets))
         records = run(out / "models", out / "results", Plan(), report, workers, targets, guidance_scale)
+        told = {"training": truth_report.training(out / "models"), "cases": truth_report.summary(records)}
+        with replaced(out, "truth", ["truth.json"]) as folder:
+            write_json(folder / "truth.json", told)
+            figures = truth_report.draw(records, folder)
     for record in records:
         _print_truth(console, record)
-    told = {"training": truth_report.training(out / "models"), "cases": truth_report.summary(records)}
-    write_json(out / "truth.json", told)
-    talking.files([out / "truth.json", *truth_report.draw(records, out)])
+    talking.files([out / "truth.json", *(out / figure.name for figure in figures)])
 
 
 def _print_truth(console: Any, record: dict[str, Any]) -> None:
@@ -98,17 +101,22 @@ def quality(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 1.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and noise.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")
+    ] = None,
 ) -> None:
     """Measure the shipped reference beside real handwriting: legibility, colours, variety, memorisation."""
     from rich.progress import Progress
 
+    from deradiff.files.outputs import new_file, require_new
     from deradiff.files.writing import write_json
     from deradiff.schedules import finite
 
     console = talking.LiteralConsole()
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
+        if json_path is not None:
+            require_new(json_path)
         finite(guidance_scale, "--guidance-scale")
         with console.status("Loading torch and diffusers …"):
             talking.silence_other_bars()
@@ -123,7 +131,8 @@ def quality(
             )
         _print(console, found)
         if json_path is not None:
-            write_json(json_path, {**asdict(found), "goals": found.goals()})
+            with new_file(json_path) as temporary:
+                write_json(temporary, {**asdict(found), "goals": found.goals()})
 
 
 def _print(console: Any, found: "Quality") -> None:

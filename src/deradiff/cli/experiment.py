@@ -44,16 +44,14 @@ def plan(
     with talking.refusing_wrong_input():
         from deradiff.experiments.plan import write_plan
         from deradiff.experiments.presets import preset as found
-        from deradiff.files.writing import whole
+        from deradiff.files.outputs import new_file
 
         text = write_plan(found(preset, models))
         if out is None:
             talking.echo(text, nl=False)
             return
         talking.require_writable("--out", out)
-        if out.exists():
-            raise FileExistsError(f"{out} exists: name a new file.")
-        with whole(out) as temporary:
+        with new_file(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
     talking.files([out])
 
@@ -156,7 +154,7 @@ def status(folder: Folder) -> None:
 @app.command()
 def export(
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder for the tables.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the tables, which replace its last ones.")],
     form: Annotated[Form, typer.Option("--format", help="csv, or parquet (needs pyarrow).")] = Form.csv,
 ) -> None:
     """Write a table of all images, with what decided each, what it was made with and its scores."""
@@ -171,7 +169,8 @@ def export(
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the report goes; FOLDER/report by default.")
+        Path | None,
+        typer.Option("--out", "-o", help="Where the report goes, replacing its last one; FOLDER/report by default."),
     ] = None,
 ) -> None:
     """Draw the papers' tables and figures from what is there: one HTML page, and PNG, SVG and CSV of each."""

@@ -29,15 +29,12 @@ def plan(
     """Write a plan of a study that compares arms of an experiment, to be served as it is or changed first."""
     with talking.refusing_wrong_input():
         talking.require_writable("--out", out)
-        if out.exists():
-            raise FileExistsError(f"{out} exists: name a new file.")
-        from deradiff.files.writing import whole
+        from deradiff.files.outputs import new_file
         from deradiff.study.plan import write_plan
         from deradiff.study.sources import drafted
 
-        text = write_plan(drafted(experiment, methods, out.parent))
-        with whole(out) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        with new_file(out) as temporary:
+            temporary.write_text(write_plan(drafted(experiment, methods, out.parent)), encoding="utf-8")
     talking.files([out])
 
 
@@ -77,24 +74,33 @@ def serve(
 def export(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The table; FOLDER/votes.csv by default. It is replaced.")
+        Path | None,
+        typer.Option("--out", "-o", help="A new file; FOLDER/votes.csv by default, which replaces the last one."),
     ] = None,
 ) -> None:
     """Write a table of all votes so far, a row for every answer. Participants are numbers."""
     with talking.refusing_wrong_input():
+        from deradiff.files.outputs import new_file, replaced
         from deradiff.study import ballots
         from deradiff.study.votes import plan_of
 
-        target = out or folder / "votes.csv"
-        talking.require_writable("--out", target)
-        ballots.write_csv(ballots.read(folder, plan_of(folder)), target)
-    talking.files([target])
+        talking.require_writable("--out", out)
+        votes = ballots.read(folder, plan_of(folder))
+        if out is not None:
+            with new_file(out) as temporary:
+                ballots.write_csv(votes, temporary)
+        else:
+            with replaced(folder, "votes", ["votes.csv"]) as inside:
+                ballots.write_csv(votes, inside / "votes.csv")
+    talking.files([out or folder / "votes.csv"])
 
 
 @app.command()
 def analyse(
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where summary, tables and figures go.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where summary, tables and figures go; they replace the last ones.")
+    ],
 ) -> None:
     """Count the votes so far: shares, intervals and sign tests, over all and by configuration, with figures."""
     with talking.refusing_wrong_input(), talking.LiteralConsole(stderr=True).status("Counting and drawing …"):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.worker import Done, Task, Worker
-from deradiff.jobs import end_with_parent
+from deradiff.files.waiting import AFTER, LOOK, Patience, announced
+from deradiff.jobs import Pool, load
 
 TRIES = 3
 """How often a task may take its worker down with it."""
@@ -46,7 +49,7 @@ class Crew(Protocol):
         ...
 
     def wait(self, pending: Collection[Any]) -> Any:
-        """One of them that is done."""
+        """One of them that is done. Raises `WaitedTooLong` where none of their workers comes up to begin with."""
         ...
 
     def result(self, ticket: Any) -> Done:
@@ -114,6 +117,26 @@ class _Queue:
         self._groups.setdefault(todo.group, deque()).appendleft(todo)
 
 
+class _Beginning:
+    """The patience with workers that have not come up yet. As long as others work meanwhile, none is given up."""
+
+    def __init__(self, kind: str, lacking: Callable[[], str]) -> None:
+        self._kind, self._lacking = kind, lacking
+        self._patience: Patience | None = None
+
+    def look(self, late: Collection[int], needed: Collection[int]) -> None:
+        """`late` are the workers that have not come up, `needed` those whose work is waited for."""
+        if not late:
+            self._patience = None
+            return
+        if self._patience is None:
+            self._patience = Patience(f"{len(late)} {self._kind}", self._lacking)
+        if set(needed) <= set(late):
+            self._patience.check()
+        else:
+            self._patience.remind()
+
+
 class Here:
     """This process."""
 
@@ -151,10 +174,10 @@ class Processes:
         self._made_of = plan, device, threads
         self._pools = [self._pool() for _ in range(size)]
         self._owners: dict[Future[Done], int] = {}
+        self._beginning = _Beginning("worker process(es) to come up", load)
 
-    def _pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=self._made_of)
+    def _pool(self) -> Pool:
+        return Pool(1, _begin, *self._made_of)
 
     def submit(self, worker: int, task: Task) -> Future[Done]:
         """Give a worker a task."""
@@ -167,8 +190,11 @@ class Processes:
         return future
 
     def wait(self, pending: Collection[Future[Done]]) -> Future[Done]:
-        """One that is done."""
-        return next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+        """One that is done. Raises `WaitedTooLong`."""
+        needed = {self._owners[ticket] for ticket in pending}
+        while not (done := wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED).done):
+            self._beginning.look([worker for worker in needed if not self._pools[worker].begun], needed)
+        return next(iter(done))
 
     def result(self, ticket: Future[Done]) -> Done:
         """What became of it."""
@@ -181,7 +207,7 @@ class Processes:
     def close(self) -> None:
         """End the workers."""
         for pool in self._pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
 
 _worker: Worker | None = None
@@ -189,7 +215,6 @@ _worker: Worker | None = None
 
 def _begin(plan: Plan, device: str, threads: int) -> None:
     global _worker
-    end_with_parent()
     _worker = Worker(plan, device, threads)
 
 
@@ -198,8 +223,22 @@ def _do(task: Task) -> Done:
     return _worker.do(task)
 
 
+def _require_listening(address: str) -> None:
+    """Raise `ConnectionError` where nobody listens at HOST:PORT, which Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not (colon and port.isdecimal()) or "/" in host:
+        return  # such as auto
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=AFTER).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"there is no Ray cluster at {address} ({error}): start one, or name another") from None
+
+
 class OnRay:
-    """Actors of a Ray cluster, `gpus` of a GPU each. Raises `ImportError` where Ray is not installed."""
+    """Actors of a Ray cluster, `gpus` of a GPU each.
+
+    Raises `ImportError` where Ray is not installed, `ConnectionError` where there is no cluster at `address`.
+    """
 
     def __init__(self, plan: Plan, device: str, threads: int, size: int, gpus: float, address: str | None) -> None:
         try:
@@ -210,12 +249,32 @@ class OnRay:
         self._ray: Any = ray
         self._ours = not self._ray.is_initialized()
         if self._ours:
-            own: dict[str, Any] = {} if address else {"num_cpus": size * threads, "include_dashboard": False}
-            self._ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
-        self._kind = self._ray.remote(num_cpus=threads if not gpus else 1, num_gpus=gpus)(Worker)
+            self._connect(address, size * threads)
+        self._needs = {"CPU": threads if not gpus else 1, "GPU": gpus}
+        self._kind = self._ray.remote(num_cpus=self._needs["CPU"], num_gpus=gpus)(Worker)
         self._made_of = plan, device, threads
-        self._actors = [self._kind.remote(*self._made_of) for _ in range(size)]
+        self._actors: dict[int, Any] = {}
+        self._late: dict[int, Any] = {}
         self._owners: dict[Any, tuple[int, Any]] = {}
+        self._beginning = _Beginning("Ray actor(s) to come up", self._lacking)
+        for worker in range(size):
+            self._hire(worker)
+
+    def _connect(self, address: str | None, cpus: int) -> None:
+        own: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        if address:
+            _require_listening(address)
+        else:
+            # Ray's workers have the lowest priority but four, which is kind to who shares a cluster: on a machine that
+            # is busy otherwise they get a thirtieth of a processor, and this cluster nobody shares.
+            os.environ.setdefault("RAY_worker_niceness", "0")
+        with announced(f"the Ray cluster at {address}" if address else "a Ray cluster to start on this machine", load):
+            self._ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
+
+    def _hire(self, worker: int) -> None:
+        """Put a new actor in this place; it is late until it answers for the first time."""
+        self._actors[worker] = self._kind.remote(*self._made_of)
+        self._late[worker] = self._actors[worker].pid.remote()
 
     def submit(self, worker: int, task: Task) -> Any:
         """Give a worker a task."""
@@ -225,8 +284,24 @@ class OnRay:
         return ticket
 
     def wait(self, pending: Collection[Any]) -> Any:
-        """One that is done."""
-        return self._ray.wait(list(pending), num_returns=1)[0][0]
+        """One that is done. Raises `WaitedTooLong`."""
+        needed = {self._owners[ticket][0] for ticket in pending}
+        while not (done := self._ray.wait(list(pending), num_returns=1, timeout=LOOK)[0]):
+            for worker, answer in list(self._late.items()):
+                if self._ray.wait([answer], timeout=0)[0]:
+                    del self._late[worker]
+            self._beginning.look(self._late, needed)
+        return done[0]
+
+    def _lacking(self) -> str:
+        """What the actors need beside what the cluster has."""
+        has: dict[str, float] = {}
+        free: dict[str, float] = {}
+        with suppress(Exception):  # of a cluster that does not answer, which is then what is lacking
+            has, free = self._ray.cluster_resources(), self._ray.available_resources()
+        each = " and ".join(f"{count:g} {name}" for name, count in self._needs.items() if count)
+        cluster = ", ".join(f"{has.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in self._needs)
+        return f"each of the {self.size} needs {each}; the cluster has {cluster}. Take fewer --workers, or give it more"
 
     def result(self, ticket: Any) -> Done:
         """What became of it."""
@@ -237,14 +312,14 @@ class OnRay:
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
             if self._actors[worker] is actor:
-                self._actors[worker] = self._kind.remote(*self._made_of)
+                self._hire(worker)
             raise WorkerLost(
                 f"worker {worker} of the cluster was lost ({' '.join(str(error).split())[:200]})"
             ) from None
 
     def close(self) -> None:
         """End the workers."""
-        for actor in self._actors:
+        for actor in self._actors.values():
             self._ray.kill(actor)
         if self._ours:
             self._ray.shutdown()

@@ -11,26 +11,25 @@ from typing import Any, Literal
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
-from deradiff.files.writing import whole, write_json
+from deradiff.files.outputs import replaced
+from deradiff.files.writing import write_json
 
 
 def write(plan: Plan, store: Store, out: Path, form: Literal["csv", "parquet"]) -> list[Path]:
     """Write `images.csv` or `images.parquet`, a row for every cell that has its image, and `runs.json` into `out`.
 
-    Raises `FileExistsError` for a folder that holds anything, `ImportError` for Parquet without pyarrow.
+    They take the places of an earlier export. Raises as `replaced` does, `ImportError` for Parquet without pyarrow.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} already holds files: name another folder")
     save = _parquet if form == "parquet" else _csv
     if form == "parquet":
         _require_pyarrow()
-    out.mkdir(parents=True, exist_ok=True)
-    file, runs = out / f"images.{form}", out / "runs.json"
-    with whole(file) as temporary:
-        save(temporary, list(rows(plan, store)))
-    facts = {"plan": plan.model_dump(mode="json"), "weights": store.fact("fingerprints")}
-    write_json(runs, facts | {"runs": {str(number): record for number, record in store.runs().items()}})
-    return [file, runs]
+    names = [f"images.{form}", "runs.json"]
+    with replaced(out, "export", names) as folder:
+        save(folder / names[0], list(rows(plan, store)))
+        facts = {"plan": plan.model_dump(mode="json"), "weights": store.fact("fingerprints")}
+        runs = {str(number): record for number, record in store.runs().items()}
+        write_json(folder / names[1], facts | {"runs": runs})
+    return [out / name for name in names]
 
 
 def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from deradiff.files import databases
+from deradiff.files.folders import contents
+from deradiff.files.locks import taken
 from deradiff.files.reading import Record, fit, parse
 from deradiff.files.writing import whole
 from deradiff.ledger import Obstacle
@@ -92,55 +95,61 @@ class Store:
     """The images of an experiment and everything known about them, in the folder of a run.
 
     A context manager; `create` makes the folder where there is none. Raises `StoreError` for a folder without a store,
-    or with one of a later version, for a disk that is full, and where another process writes to it.
+    or with one of a later version, for a disk that is full. Raises
+    `FolderInUse` where another process writes to it.
     """
 
     def __init__(self, folder: Path, *, create: bool = False, write: bool = True) -> None:
         self.folder, self.file, self.images = folder, folder / "store.sqlite", folder / "images"
-        fresh = not self.file.exists()
-        if fresh and not create:
-            raise StoreError(f"{folder} holds no experiment: start one with `deradiff experiment run`")
-        if fresh and folder.exists() and any(folder.iterdir()):
-            raise StoreError(f"{folder} holds other files and no experiment: name another folder")
-        self.images.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder / "lock") if write else None
-        with _explained(self.file), ExitStack() as opened:
-            if self._lock is not None:
-                opened.callback(self._lock.close)
-            self._db = sqlite3.connect(self.file, isolation_level=None, timeout=30)
-            opened.callback(self._db.close)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA:
-                raise StoreError(
-                    f"{self.file} was written by a later deradiff (store version {version}; this one reads {SCHEMA}): "
-                    "update deradiff"
-                )
-            self._db.execute("PRAGMA journal_mode = WAL")
+        self.run: int | None = None
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file: name a folder")
+        with databases.explained(self.file, StoreError), ExitStack() as opened:
+            fresh = not self.file.exists()
+            if fresh and not create:
+                raise StoreError(f"{folder} holds no experiment: start one with `deradiff experiment run`")
+            if fresh and folder.exists() and contents(folder):
+                raise StoreError(f"{folder} holds other files and no experiment: name another folder")
+            if write:
+                opened.enter_context(taken(folder, "an experiment"))
+                self.images.mkdir(exist_ok=True)
+            self._db = opened.enter_context(
+                closing(databases.writing(self.file) if write else databases.reading(self.file))
+            )
+            self._require_tables(write)
+            if write:
+                for left in self.images.glob("*/.*.partial"):
+                    left.unlink(missing_ok=True)
+            self._opened = opened.pop_all()
+
+    def _require_tables(self, write: bool) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA:
+            raise StoreError(
+                f"{self.file} was written by a later deradiff (store version {version}; this one reads {SCHEMA}): "
+                "update deradiff"
+            )
+        if version == 0 and not write:
+            raise StoreError(f"{self.folder} holds nothing yet: its first run ended before it began; run it again")
+        if write:
             # After a power cut the last rows may be lost, but the file stays whole; their images are drawn again.
             self._db.execute("PRAGMA synchronous = NORMAL")
-            if version == 0:
-                with self._transaction():
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-            opened.pop_all()  # all went well: it stays open
-        self.run: int | None = None
-        if write:
-            for left in self.images.glob("*/.*.partial"):
-                left.unlink(missing_ok=True)
+        if version == 0:
+            with self._transaction():
+                for statement in filter(str.strip, _TABLES.split(";")):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._db.close()
-        if self._lock is not None:
-            self._lock.close()
+        self._opened.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _explained(self.file):
-            self._db.execute("BEGIN IMMEDIATE")
+        with databases.explained(self.file, StoreError):
+            databases.patient(self.file, lambda: self._db.execute("BEGIN IMMEDIATE"))
             try:
                 yield
             except BaseException:
@@ -150,8 +159,9 @@ class Store:
             self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        with _explained(self.file):  # all at once: what is left open half-way would speak up when the store is closed
-            return iter(self._db.execute(query, values).fetchall())
+        # All at once: what is left open half-way would speak up when the store is closed.
+        with databases.explained(self.file, StoreError):
+            return iter(databases.patient(self.file, lambda: self._db.execute(query, values).fetchall()))
 
     # -- facts and provenance -----------------------------------------------------------------------------------------
 
@@ -223,10 +233,11 @@ class Store:
         rows = []
         for item, png, told in found:
             path = self.path(item)
-            path.parent.mkdir(exist_ok=True)
-            with _explained(self.file), whole(path) as temporary:
-                temporary.write_bytes(png)
-            state = path.stat()
+            with databases.explained(self.file, StoreError, needed=len(png)):
+                path.parent.mkdir(exist_ok=True)
+                with whole(path) as temporary:
+                    temporary.write_bytes(png)
+                state = path.stat()
             digest = hashlib.sha256(png).hexdigest()
             rows.append((digest, state.st_size, state.st_mtime_ns, _json(told), seconds / len(found), self.run, item))
         with self._transaction():
@@ -340,41 +351,3 @@ def _require_table(table: str) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Errors of SQLite and of a full disk in words."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        if "full" in str(error):
-            raise StoreError(_full(file)) from error
-        if "locked" in str(error):
-            raise StoreError(f"{file} is in use by another process: wait for it, or stop it") from error
-        raise StoreError(f"{file} cannot be used ({error}): it may be damaged; restore it, or begin anew") from error
-    except OSError as error:
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(_full(file)) from error
-        raise
-
-
-def _full(file: Path) -> str:
-    return f"the disk of {file.parent} is full: make room and run again; what is stored stays, and is not done again"
-
-
-def _locked(path: Path) -> Any:
-    """A file held open and locked for as long as this process writes to the store; the lock goes with the process."""
-    handle = path.open("a")
-    try:
-        import fcntl
-    except ImportError:  # Windows, where SQLite's own lock has to do
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise StoreError(f"another process runs the experiment in {path.parent}: wait for it, or stop it") from None
-    return handle

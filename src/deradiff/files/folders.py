@@ -13,10 +13,11 @@ from typing import Any
 
 from PIL import Image
 
+from deradiff.files.disks import DiskFull, naming_a_full_disk
 from deradiff.files.locks import PRIVATE, discard, taken
 from deradiff.files.reading import Record, read
 from deradiff.files.records import read_png, versions, write_png
-from deradiff.files.writing import DiskFull, naming_a_full_disk, write_json
+from deradiff.files.writing import write_json
 
 
 class Claim(Record):

@@ -17,9 +17,10 @@ from deradiff.experiments.crews import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import DAMAGED, Store, StoreError
+from deradiff.files.outputs import replaced
 from deradiff.files.reading import Record
 from deradiff.files.records import versions, write_png
-from deradiff.files.writing import whole, write_json
+from deradiff.files.writing import write_json
 from deradiff.jobs import Report
 from deradiff.search import figures
 from deradiff.search.answers import Best, Front
@@ -198,13 +199,13 @@ def _written(
     folder: Path, laboratory: Laboratory, goal: Goal, state: State, outcome: Outcome, results: Results, seed: int
 ) -> list[Path]:
     """The record, the figure and the sheet."""
-    paths = [folder / "search.png", folder / "sheet.png", folder / "search.json"]
-    with whole(paths[0]) as temporary:
-        figures.draw(laboratory.space, goal, state, outcome.answer, temporary)
+    names = ["search.png", "sheet.png", "search.json"]
     about = record(laboratory, goal, outcome, seed)
-    write_png(paths[1], _sheet(laboratory, outcome, results), about)
-    write_json(paths[2], about)
-    return paths
+    with replaced(folder, "search", names) as inside:
+        figures.draw(laboratory.space, goal, state, outcome.answer, inside / names[0])
+        write_png(inside / names[1], _sheet(laboratory, outcome, results), about)
+        write_json(inside / names[2], about)
+    return [folder / name for name in names]
 
 
 def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from deradiff.files.writing import whole
+from deradiff.files import databases
 from deradiff.study.plan import ANSWERS, Answer, Plan
-from deradiff.study.rows import CURE, StudyError, explained, pair_of
+from deradiff.study.rows import CURE, StudyError, pair_of
 from deradiff.study.votes import connected, file_of
 
 
@@ -51,7 +51,7 @@ def read(folder: Path, plan: Plan) -> list[Ballot]:
     The study may go on meanwhile. Raises `StudyError` where there is none, and names a row that is damaged.
     """
     file = file_of(folder)
-    with closing(connected(file, write=False)) as db, explained(file):
+    with closing(connected(file, write=False)) as db, databases.explained(file, StudyError):
         rows = db.execute(
             "SELECT participant, position, cell, prompt, left, right, seeds, id, question, answer "
             "FROM votes JOIN pairs ON pairs.id = pair ORDER BY participant, position"
@@ -89,9 +89,9 @@ def mistakes(ballots: Iterable[Ballot]) -> dict[int, tuple[int, int]]:
 
 
 def write_csv(ballots: Iterable[Ballot], file: Path) -> None:
-    """Write a row for every vote into `file`, whole or not at all; `chosen` names the method."""
+    """Write a row for every vote into `file`; `chosen` names the method."""
     names = [field.name for field in fields(Ballot)]
-    with whole(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
+    with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, [*names, "chosen"])
         writer.writeheader()
         for ballot in ballots:

@@ -9,7 +9,7 @@ from typing import Any
 
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.report import draw
-from deradiff.files.writing import whole
+from deradiff.files.outputs import replaced
 from deradiff.pages import counted
 from deradiff.study import figures
 from deradiff.study.analysis import ALL, Analysis, Line
@@ -32,12 +32,15 @@ the number of tests."""
 
 
 def write(found: Analysis, out: Path) -> list[Path]:
-    """Write summary, tables and figures into `out`, made where there is none; returns the summary first."""
-    out.mkdir(parents=True, exist_ok=True)
-    summary = out / "summary.txt"
-    with whole(summary) as temporary:
-        temporary.write_text(summary_of(found), encoding="utf-8")
-    return [summary, *(file for exhibit in exhibits(found) for file in draw(exhibit, (), out).files)]
+    """Write summary, tables and figures into `out`, made where there is none; returns the summary first.
+
+    They take the places of an earlier analysis. Raises as `replaced` does.
+    """
+    with replaced(out, "analysis", ["summary.txt"]) as folder:
+        summary = folder / "summary.txt"
+        summary.write_text(summary_of(found), encoding="utf-8")
+        files = [summary, *(file for exhibit in exhibits(found) for file in draw(exhibit, (), folder).files)]
+    return [out / file.name for file in files]
 
 
 def exhibits(found: Analysis) -> Iterator[Exhibit]:

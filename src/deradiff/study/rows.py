@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import NonNegativeInt
@@ -55,12 +52,3 @@ def pair_of(plan: Plan, values: Sequence[Any], where: str) -> PairRow:
             f"{where} names a prompt, a method or a seed that {configuration.name!r} does not have: {CURE}"
         )
     return row
-
-
-@contextmanager
-def explained(file: Path) -> Iterator[None]:
-    """SQLite's errors in words."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StudyError(f"{file} cannot be read as a study's database ({error}): {CURE}") from None

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deradiff.files import databases
 from deradiff.files.reading import parse
 from deradiff.study.plan import ANSWERS, NOISE, TILES, Place, Plan, parse_plan
-from deradiff.study.rows import CURE, StudyError, explained, pair_of
+from deradiff.study.rows import CURE, StudyError, pair_of
 from deradiff.study.writing import Busy, Writer
 
 __all__ = ["AlreadyAnswered", "Busy", "Full", "NotShown", "Shown", "StudyError", "Votes", "file_of", "plan_of"]
@@ -96,7 +97,7 @@ class Votes:
         self._reading, writing = connected(self._file), connected(self._file)
         # WAL alone would leave the last votes to a power cut; this waits for the disk at every commit.
         writing.execute("PRAGMA synchronous = FULL")
-        _make_tables(writing, plan)
+        _make_tables(writing, self._file, plan)
         self.plan = _plan_in(self._reading, self._file)
         if plan != self.plan:
             self._reading.close()
@@ -124,7 +125,7 @@ class Votes:
 
     def entered(self) -> dict[Place, str]:
         """The file of every image that was entered, by its place."""
-        with explained(self._file):
+        with databases.explained(self._file, StudyError):
             rows = self._reading.execute("SELECT configuration, method, prompt, seed, file FROM images").fetchall()
         return {Place(*place): str(file) for *place, file in rows}
 
@@ -212,7 +213,7 @@ class Votes:
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def _one(self, query: str, *values: Any) -> Any:
-        with explained(self._file):
+        with databases.explained(self._file, StudyError):
             return self._reading.execute(query, values).fetchone()
 
     def _files(self, configuration: int, method: str, prompt: int, seeds: list[int]) -> tuple[str, ...]:
@@ -254,19 +255,16 @@ class Votes:
 
 def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
     """A connection to a study's database that any thread may use, one at a time."""
-    where = f"{file.resolve().as_uri()}?mode={'rwc' if write else 'ro'}"
-    try:
-        with ExitStack() as opened:
-            db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
-            opened.callback(db.close)
-            if write:
-                db.execute("PRAGMA journal_mode = WAL")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            opened.pop_all()  # all went well: it stays open
-    except sqlite3.Error as error:
-        raise StudyError(
-            f"{file} cannot be used ({error}): is it a study's database, and may you write there?"
-        ) from None
+    with databases.explained(file, StudyError), ExitStack() as opened:
+        if write:
+            db = opened.enter_context(
+                closing(sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False))
+            )
+            db.execute("PRAGMA journal_mode = WAL")
+        else:
+            db = opened.enter_context(closing(databases.reading(file)))
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        opened.pop_all()  # all went well: it stays open
     if version > SCHEMA:
         db.close()
         raise StudyError(f"{file} was written by a later deradiff (version {version}, here {SCHEMA}): update deradiff")
@@ -277,8 +275,9 @@ def plan_of(folder: Path) -> Plan:
     """The plan of the study in `folder`. Raises `StudyError` where there is none."""
     if not file_of(folder).is_file():
         raise StudyError(f"{folder} holds no study: start one with `deradiff study serve PLAN --out {folder}`")
-    with closing(connected(file_of(folder), write=False)) as db:
-        return _plan_in(db, file_of(folder))
+    file = file_of(folder)
+    with closing(connected(file, write=False)) as db, databases.explained(file, StudyError):
+        return _plan_in(db, file)
 
 
 def require_answers(plan: Plan, answers: Mapping[str, str]) -> None:
@@ -313,9 +312,9 @@ def _require_room(folder: Path) -> None:
         raise StudyError(f"{folder} holds other files and no study: name a new folder")
 
 
-def _make_tables(db: sqlite3.Connection, plan: Plan) -> None:
+def _make_tables(db: sqlite3.Connection, file: Path, plan: Plan) -> None:
     """Make the tables where there are none; two servers that start at once make them once."""
-    try:
+    with databases.explained(file, StudyError):
         db.execute("BEGIN IMMEDIATE")
         if db.execute("PRAGMA user_version").fetchone()[0] == 0:
             for statement in filter(str.strip, _TABLES.split(";")):
@@ -324,14 +323,10 @@ def _make_tables(db: sqlite3.Connection, plan: Plan) -> None:
             db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             db.execute(f"PRAGMA user_version = {SCHEMA}")
         db.execute("COMMIT")
-    except sqlite3.Error as error:
-        raise StudyError(
-            f"the study's database cannot be written ({error}): make room, or name another folder"
-        ) from None
 
 
 def _plan_in(db: sqlite3.Connection, file: Path) -> Plan:
-    with explained(file):
+    with databases.explained(file, StudyError):
         row = db.execute("SELECT value FROM facts WHERE name = 'plan'").fetchone()
     if row is None:
         raise StudyError(f"{file} holds no study: name another folder")

@@ -15,10 +15,8 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +32,7 @@ from deradiff.files.locks import taken
 from deradiff.files.reading import Record as FileRecord
 from deradiff.files.reading import read
 from deradiff.files.writing import write_json
+from deradiff.jobs import Pool
 from deradiff.ledger import RunWeights
 from deradiff.particles import Particles, sample_particles
 from deradiff.realignment import realign
@@ -318,14 +317,9 @@ def _computed(cases: Sequence[Case], folder: Path, workers: int) -> Iterator[Cas
         finally:
             torch.set_num_threads(threads)
         return
-    # Spawned, not forked: a fork inherits the locks of torch's thread pools, held for ever.
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        try:
-            for future in as_completed([pool.submit(_store, folder, case) for case in cases]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with Pool(workers, torch.set_num_threads, 1) as pool:
+        for future in pool.done([pool.submit(_store, folder, case) for case in cases]):
+            yield future.result()
 
 
 def _store(folder: Path, case: Case) -> Case:

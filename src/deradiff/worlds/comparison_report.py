@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deradiff import pages
+from deradiff.files.outputs import replaced
 from deradiff.files.records import versions
-from deradiff.files.writing import whole, write_json
+from deradiff.files.writing import write_json
 from deradiff.pages import counted, table
 from deradiff.weights import EVEN, TRUSTED, Estimate
 from deradiff.worlds import comparison_figures
@@ -35,12 +36,17 @@ def write(records: Sequence[Record], plan: Plan, out: Path) -> list[Path]:
     """Draw the figures and write `report.html` and `summary.json` into `out`; returns the paths, the report first.
 
     The summary holds the report's tables as data: bounds, verdicts against true errors, errors by evenness.
+    Raises as `replaced` does.
     """
+    with replaced(out, "comparison", ["report.html", "summary.json"]) as folder:
+        files = _written(records, plan, folder)
+    return [out / file.name for file in files]
+
+
+def _written(records: Sequence[Record], plan: Plan, out: Path) -> list[Path]:
     figures = comparison_figures.draw(records, out)
-    report = out / "report.html"
-    with whole(report) as temporary:
-        temporary.write_text(page(records, plan, figures), encoding="utf-8")
-    summary = out / "summary.json"
+    report, summary = out / "report.html", out / "summary.json"
+    report.write_text(page(records, plan, figures), encoding="utf-8")
     tables: dict[str, Sequence[Any]] = {
         "bounds": goals(records),
         "verdicts": verdict_rows(records),

@@ -19,8 +19,8 @@ from deradiff.experiments.reporting import agreement_exhibits, front_exhibits, p
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
+from deradiff.files.outputs import replaced
 from deradiff.files.records import slug
-from deradiff.files.writing import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,9 +65,15 @@ class Drawn:
 def write(plan: Plan, store: Store, out: Path) -> Written:
     """Draw everything that the store has data for into `out`, made where there is none, and write `report.html`.
 
-    An exhibit that raises is left out and named, and the others go on. Raises `OSError` where nothing can be written.
+    It takes the place of the report that `out` holds, once it is whole. An exhibit that raises is left out and named,
+    and the others go on. Raises `OSError` where nothing can be written, and as `replaced` does.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with replaced(out, "report", ["report.html"]) as folder:
+        files, failed = _written(plan, store, folder)
+    return Written([out / file.name for file in files], failed)
+
+
+def _written(plan: Plan, store: Store, out: Path) -> Written:
     every = [Results(plan, store, sampling) for sampling in plan.sampling]
     drawn: list[Drawn] = []
     failed: list[tuple[str, str]] = []
@@ -85,7 +91,7 @@ def write(plan: Plan, store: Store, out: Path) -> Written:
             except Exception as error:
                 failed.append((exhibit.key, told(error)))
     page = out / "report.html"
-    write_bytes(page, report_page.page(every, store, drawn, failed).encode())
+    page.write_bytes(report_page.page(every, store, drawn, failed).encode())
     return Written([page, *(file for one in drawn for file in one.files)], failed)
 
 
@@ -147,7 +153,7 @@ def placed(exhibit: Exhibit, sampling: str, taken: set[str]) -> Exhibit:
 
 
 def draw(exhibit: Exhibit, warned: tuple[str, ...], out: Path) -> Drawn:
-    """Write an exhibit's files into `out`, each whole or not at all."""
+    """Write an exhibit's files into `out`."""
     shown: dict[str, bytes] = {}
     width = None
     if exhibit.figure is not None:
@@ -160,7 +166,7 @@ def draw(exhibit: Exhibit, warned: tuple[str, ...], out: Path) -> Drawn:
     content = shown | {"csv": as_csv(exhibit.header, exhibit.rows)}
     files = [out / f"{exhibit.key}.{suffix}" for suffix in content]
     for file, data in zip(files, content.values(), strict=True):
-        write_bytes(file, data)
+        file.write_bytes(data)
     smallest = min(shown, key=lambda suffix: len(shown[suffix]), default=None)
     return Drawn(
         exhibit=replace(exhibit, figure=None, picture=None),
@@ -187,9 +193,3 @@ def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     lines.writerow(header)
     lines.writerows([None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows)
     return held.getvalue().encode()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data`, whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_bytes(data)

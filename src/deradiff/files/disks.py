@@ -1,0 +1,90 @@
+"""What the operating system says of a disk, in words for who runs a command: it is full, gone, or not theirs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk that is full, a quota, or a limit on the size of files is reported as."""
+
+
+class DiskFull(OSError):
+    """There is no room; the message says where, and how much there is."""
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Raise `DiskFull` where writing to `path` fails for want of room.
+
+    The libraries that write weights report that in ways of their own: safetensors by its own error, torch by a
+    `RuntimeError`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _means_full(error):
+            raise
+        raise DiskFull(f"{path} could not be written: {full(path)}") from error
+
+
+def _means_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    words = str(error)
+    if type(error).__name__ == "SafetensorError":
+        return any(f"os error {code}" in words for code in FULL)
+    return isinstance(error, RuntimeError) and any(
+        sign in words for sign in ("file write failed", "unexpected pos", *map(os.strerror, FULL))
+    )
+
+
+@contextmanager
+def explained(folder: Path, kind: type[Exception] = OSError, needed: int = 0) -> Iterator[None]:
+    """Raise errors of the operating system in words, as `kind`, where it has no room or does not let us in.
+
+    So too where `folder`, in which the block works, has gone. `needed` is how many bytes it writes, if that is known.
+    """
+    try:
+        yield
+    except DiskFull as error:
+        raise kind(str(error)) from error
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename2 or error.filename or folder))
+        if (words := _words(path, folder, error.errno, needed)) is None:
+            raise
+        raise kind(words) from error
+
+
+def _words(path: Path, folder: Path, number: int | None, needed: int) -> str | None:
+    match number:
+        case number if number in FULL:
+            return full(path, needed)
+        case errno.EACCES | errno.EPERM:
+            return f"{path} may not be read or written by you (permission denied): ask its owner, or name another"
+        case errno.EROFS:
+            return f"{path} is on a read-only disk: name a folder on another one"
+        case errno.ENOENT if not folder.exists():
+            return gone(folder)
+    return None
+
+
+def full(path: Path, needed: int = 0) -> str:
+    """That the disk of `path` is full: how much is free there, and how much is needed, if that is known."""
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = f"{_size(shutil.disk_usage(folder).free)} free" + (f", {_size(needed)} needed" if needed else "")
+    return f"the disk of {folder} is full ({free}): make room and run again; what is stored stays"
+
+
+def gone(path: Path) -> str:
+    """That `path` is not there any more, and what of its folders is."""
+    left = next((folder for folder in path.absolute().parents if folder.exists()), path)
+    return f"{path} is gone ({left} is there): was a folder moved, or a disk taken away?"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
