@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from deradiff.files.images import rgb
+
 SMALLEST_CELL, LARGEST_CELL = 128, 320
 SMALLEST_TILE, LARGEST_TILE = 96, 160
 """Of an image in a panel."""
@@ -109,7 +111,7 @@ def _cell_size(image: Image.Image, smallest: int = SMALLEST_CELL, largest: int =
 
 def _fit(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
     enlarging = cell[0] > image.width
-    return image.convert("RGB").resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
+    return rgb(image).resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
 
 
 def _line_height() -> int:

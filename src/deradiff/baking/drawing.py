@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff import pictures
 from deradiff.alignment.feeds import seeded
 
 
@@ -40,7 +41,10 @@ class Sampler:
     def latents(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None
     ) -> Float[Tensor, "image *latent"]:
-        """The final latents of an image of every prompt, from the noise of its own seed, in single precision."""
+        """The final latents of an image of every prompt, from the noise of its own seed, in single precision.
+
+        Raises `NotFinite` for NaN or infinity.
+        """
         parts = [
             self._call(pipe, prompts[rows], seeds[rows], guidance_scale, "latent").float().cpu()
             for rows in self._batches(len(prompts))
@@ -51,7 +55,7 @@ class Sampler:
     def pictures(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None
     ) -> list[Any]:
-        """The same images, decoded."""
+        """The same images, decoded. Raises `NotFinite` for NaN or infinity."""
         calls = (
             self._call(pipe, prompts[rows], seeds[rows], guidance_scale, "pil") for rows in self._batches(len(prompts))
         )
@@ -65,13 +69,16 @@ class Sampler:
     ) -> Any:
         pipe.set_progress_bar_config(disable=True)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return pipe(
+        drawn = pictures.draw(
+            pipe,
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             num_inference_steps=self.steps,
             output_type=kind,
             **({} if scale is None else {"guidance_scale": scale}),
-        ).images
+        )
+        names = [f"the image of {prompt!r}, seed {seed}," for prompt, seed in zip(prompts, seeds, strict=True)]
+        return drawn.require_finite(names).images
 
 
 def seeds_for(seed: int, count: int, purpose: str) -> list[int]:

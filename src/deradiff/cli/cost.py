@@ -39,7 +39,7 @@ def cost(
     with talking.refusing_wrong_input():
         talking.require_writable("--json", json_path)
         with console.status("Counting …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff import cost as costs
             from deradiff.files.writing import write_json
 

@@ -30,7 +30,7 @@ def build(
 
     console = Console()
     with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.alignment import digits
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
@@ -60,7 +60,7 @@ def truth(
 
     console = Console()
     with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
         from deradiff.files.writing import write_json
         from deradiff.worlds.digits import truth_report
@@ -115,7 +115,7 @@ def quality(
         talking.require_writable("--json", json_path)
         finite(guidance_scale, "--guidance-scale")
         with console.status("Loading torch and diffusers …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff.worlds.digits import load_pipeline
             from deradiff.worlds.digits.quality import measure
 

@@ -35,6 +35,7 @@ def plan(
         from deradiff.study.plan import write_plan
         from deradiff.study.sources import drafted
 
+        talking.pass_on_warnings()
         text = write_plan(drafted(experiment, methods, out.parent))
         with whole(out) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -190,7 +190,7 @@ _worker: Worker | None = None
 def _begin(plan: Plan, device: str, threads: int) -> None:
     global _worker
     end_with_parent()
-    _worker = Worker(plan, device, threads)
+    _worker = Worker(plan, device, threads, alone=True)
 
 
 def _do(task: Task) -> Done:
@@ -213,7 +213,7 @@ class OnRay:
             own: dict[str, Any] = {} if address else {"num_cpus": size * threads, "include_dashboard": False}
             self._ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
         self._kind = self._ray.remote(num_cpus=threads if not gpus else 1, num_gpus=gpus)(Worker)
-        self._made_of = plan, device, threads
+        self._made_of = plan, device, threads, True
         self._actors = [self._kind.remote(*self._made_of) for _ in range(size)]
         self._owners: dict[Any, tuple[int, Any]] = {}
 

@@ -23,6 +23,9 @@ from deradiff.files.writing import whole
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""
 
+IMAGE = "the image"
+"""What stands among the failures in place of a score, where an image could not be drawn."""
+
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (number INTEGER PRIMARY KEY, record TEXT NOT NULL);
@@ -190,10 +193,16 @@ class Store:
         """Where the image's file is."""
         return self.images / item[:2] / f"{item}.png"
 
-    def put(self, found: Sequence[tuple[str, bytes, Mapping[str, Any]]], seconds: float) -> None:
-        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together."""
-        rows = []
+    def put(self, found: Sequence[tuple[str, bytes | None, Mapping[str, Any]]], seconds: float) -> None:
+        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together.
+
+        Without a file it was drawn and came to nothing (see `unmade`).
+        """
+        rows: list[tuple[Any, ...]] = []
         for item, png, told in found:
+            if png is None:
+                rows.append((None, None, None, _json(told), seconds / len(found), self.run, item))
+                continue
             path = self.path(item)
             path.parent.mkdir(exist_ok=True)
             with _explained(self.file), whole(path) as temporary:
@@ -210,6 +219,12 @@ class Store:
         """Of every image that is there: what was told about it, its seconds, and the number of its run."""
         rows = self._rows("SELECT id, told, seconds, run FROM items WHERE sha256 IS NOT NULL")
         return {item: (json.loads(told), seconds, run) for item, told, seconds, run in rows}
+
+    def unmade(self) -> dict[str, dict[str, Any]]:
+        """What was told about every image that was drawn and is none: `blacked_out`, or why it `failed`."""
+        rows = self._rows("SELECT id, told FROM items WHERE sha256 IS NULL AND told IS NOT NULL")
+        known = {item: json.loads(told) for item, told in rows}
+        return {item: told for item, told in known.items() if told.get("blacked_out") or told.get("failed")}
 
     def check(self, thoroughly: bool = False) -> list[str]:
         """Find images that are gone or were altered, and forget them, so that they are drawn again.
@@ -271,13 +286,17 @@ class Store:
         return {item: np.frombuffer(blob, dtype="<f4") for item, blob in self._rows(query, name) if blob is not None}
 
     def failures(self) -> list[tuple[str, str, str]]:
-        """(score, image, error) of everything that could not be computed for an image that is there."""
+        """(score, image, error) of everything that could not be computed for an image that is there.
+
+        Of an image that could not be drawn itself, with `IMAGE` in place of a score.
+        """
         parts = [
             f"SELECT s.name, s.item, s.error FROM {table} s JOIN items i ON i.id = s.item AND i.sha256 = s.sha256 "
             "WHERE s.error IS NOT NULL"
             for table in ("scores", "features")
         ]
-        return [(name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts))]
+        undrawn = [(IMAGE, item, told["failed"]) for item, told in self.unmade().items() if "failed" in told]
+        return [*undrawn, *((name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts)))]
 
 
 def _require_table(table: str) -> None:
