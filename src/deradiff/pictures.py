@@ -31,24 +31,18 @@ class NotFinite(FloatingPointError):
     """
 
     def __init__(self, origin: Origin, part: str, dtype: torch.dtype | None, image: str = "an image") -> None:
-        half = dtype in (torch.float16, torch.bfloat16)
-        precision = f" in {str(dtype).removeprefix('torch.')}" if dtype is not None else ""
-        if origin == "decoder":
-            cause = f"its latents are sound, and the {part} makes NaN or infinity of them{precision}"
-        elif origin == "latents":
-            cause = f"its latents are NaN or infinite already, before the decoder: the {part} made them{precision}"
-        else:
-            cause = f"the {part} made it so{precision}"
-        if not half:
-            cure = "The model's files may be damaged, or λ is too far outside [0, 1]"
-        elif origin == "decoder":
-            cure = (
-                "Draw with --dtype float32 (in a plan dtype: float32), or give the pipeline a VAE made for half "
-                "precision, such as madebyollin/sdxl-vae-fp16-fix for SDXL"
-            )
-        else:
-            cure = "Draw with --dtype float32 or bfloat16 (in a plan dtype)"
-        super().__init__(f"{image} would be black or white, not a picture: {cause}. {cure}.")
+        numbers = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        cause = {
+            "latents": f"its latents were so before they were decoded, of the {part}{numbers}",
+            "decoder": f"its latents are sound, and the {part} made NaN or infinity of them{numbers}",
+            "model": f"the {part} made it{numbers}",
+        }[origin]
+        cure = "look whether the model's files are whole"
+        if dtype in (torch.float16, torch.bfloat16):
+            cure = "draw with --dtype float32 (in a plan, dtype: float32)"
+            if origin == "decoder":
+                cure += ", or give the pipeline a VAE made for half precision (madebyollin/sdxl-vae-fp16-fix for SDXL)"
+        super().__init__(f"{image} is NaN or infinite, and would be shown black or white: {cause}; {cure}.")
         self.origin, self.part, self.dtype, self.image = origin, part, dtype, image
 
     def of(self, image: str) -> NotFinite:
@@ -163,8 +157,9 @@ def _told(owner: Any, name: str, tell: Callable[[Any, Any], None]) -> Iterator[N
 
 def _decoder(pipe: Any) -> Any:
     """What makes pictures of the pipeline's latents, None where it has none."""
-    vae = unwrapped(getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None) or getattr(pipe, "movq", None))
-    return vae if hasattr(vae, "decode") else None
+    held = [getattr(pipe, name, None) for name in ("vae", "vqvae", "movq")]
+    decoders = [unwrapped(part) for part in held if part is not None]
+    return next((decoder for decoder in decoders if hasattr(decoder, "decode")), None)
 
 
 def _finite(values: Any) -> Bool[Tensor, " row"]:

@@ -93,7 +93,7 @@ def require_pictures(images: Tensor) -> Tensor:
 
 
 def picture_tensor(image: Image.Image, place: int = 0) -> Float[Tensor, "1 3 height width"]:
-    """A PIL image in [0, 1], as `files.images.rgb` makes it; `place` is its index. Raises `ValueError` if it is none."""
+    """A PIL image in [0, 1], as `files.images.rgb` makes it; `place` is its index, for errors. Raises `ValueError`."""
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"image {place} is a {type(image).__name__}: pass PIL images, or one float tensor (batch, 3, height, width)"
