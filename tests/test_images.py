@@ -135,8 +135,8 @@ def test_modes_that_only_memory_knows(mode: str) -> None:
     if mode == "La":
         source = Image.fromarray(np.stack([COLOURS[..., 0], ALPHA], 2), "LA")
     expected = {
-        "RGBa": on_white(COLOURS, ALPHA), "PA": on_white(np.asarray(source.convert("PA").convert("RGBA"))[..., :3], ALPHA),
-        "La": on_white(grey(COLOURS[..., 0]), ALPHA),
+        "RGBa": on_white(COLOURS, ALPHA), "La": on_white(grey(COLOURS[..., 0]), ALPHA),
+        "PA": on_white(np.asarray(source.convert("PA").convert("RGBA"))[..., :3], ALPHA),
     }.get(mode, COLOURS.astype(float))  # fmt: skip
     error = np.abs(np.asarray(rgb(source.convert(mode))).astype(float) - expected)
     assert error.max() <= (12 if mode == "HSV" else 3)  # these modes round by themselves

@@ -13,6 +13,8 @@ MUTED = {
     r"Token indices sequence length is longer than": "the same",
     r"invalid value encountered in cast": "`pictures.NotFinite` says which image, where NaN came from, and what to do",
     r"requires torchvision \(not installed\)": "the processors without it are the ones meant",
+    r"should be kept in float32: \[\]": "it names nothing",
+    r"`upcast_vae` is deprecated": "diffusers' own pipeline calls it",
     r"You have disabled the safety checker": "whoever saved the pipeline did; the person who draws was not asked",
 }
 """What is not passed on, as regular expressions, and why."""

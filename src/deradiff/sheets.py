@@ -91,6 +91,14 @@ def panel_sheet(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str], 
     return sheet
 
 
+def covered(image: Image.Image) -> Image.Image:
+    """What stands in a sheet for an image that a safety checker blacked out: grey with a bar, no picture."""
+    plain = Image.new("RGB", image.size, (205, 205, 210))
+    middle, thick = image.height // 2, max(1, image.height // 12)
+    plain.paste((110, 110, 115), (image.width // 8, middle - thick, image.width * 7 // 8, middle + thick))
+    return plain
+
+
 @cache
 def _font(bold: bool) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: every machine has the same letters, λ and β among them."""

@@ -24,7 +24,7 @@ from deradiff.prompt_embeddings import Remembering
 from deradiff.realignment import realign
 from deradiff.reuse import Reused
 from deradiff.settings import Settings, Shot, call_of, caption, file_name
-from deradiff.sheets import contact_sheet
+from deradiff.sheets import contact_sheet, covered
 from deradiff.truncation import Cut, cuts
 from deradiff.weights import verdict
 
@@ -334,14 +334,6 @@ def attempts_by_particles(
             particles=swarm, blacked_out=bool(swarm.blacked_out[chosen]), cuts=_cuts(pipe, shot, arguments)
         )  # fmt: skip
         yield shot, swarm.images[chosen], told
-
-
-def covered(image: Image.Image) -> Image.Image:
-    """What stands in a sheet for an image that a safety checker blacked out: grey with a bar, no picture."""
-    plain = Image.new("RGB", image.size, (205, 205, 210))
-    middle, thick = image.height // 2, max(1, image.height // 12)
-    plain.paste((110, 110, 115), (image.width // 8, middle - thick, image.width * 7 // 8, middle + thick))
-    return plain
 
 
 def _cuts(pipe: DiffusionPipeline, shot: Shot, arguments: Mapping[str, Any]) -> tuple[Cut, ...]:

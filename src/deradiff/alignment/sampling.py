@@ -186,7 +186,8 @@ def decode(
         nullcontext(base.pipe.vae) if differentiable else upcast(base.pipe.vae) as vae,
         torch.autocast(latents.device.type, enabled=False),
     ):
-        scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+        exact = latents.to(torch.promote_types(latents.dtype, vae.dtype))
+        scaled = (exact / vae.config.scaling_factor).to(vae.dtype)
         graph = checkpointing and differentiable
         found = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
         require_decoded(found, latents, vae)

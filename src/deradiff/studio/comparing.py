@@ -9,11 +9,10 @@ import gradio as gr
 
 from deradiff import notation
 from deradiff.settings import Settings, caption
-from deradiff.sheets import contact_sheet
+from deradiff.sheets import contact_sheet, covered
 from deradiff.studio import drawing, scenes, words
 from deradiff.studio.drawing import Drawn, Step
 from deradiff.studio.session import Session, Updates, page_of, refusal
-from deradiff.sweeps import covered
 
 MOST_STRIP = 25
 
