@@ -184,7 +184,7 @@ def test_a_missing_image_is_named_with_its_row(tmp_path: Path) -> None:
     "name, content, complaint",
     [
         ("pairs.jsonl", b"", "lists no pair"),
-        ("pairs.jsonl", b"{}\nnope", "line 2 is not JSON"),
+        ("pairs.jsonl", b"{}\nnope", "line 2 is no list of pairs: not JSON"),
         ("pairs.jsonl", b'{"prompt": 3, "winner": "a", "loser": "b"}', "line 1 must give prompt, winner and loser"),
         ("pairs.jsonl", b'{"prompt": " ", "winner": "a", "loser": "b"}', "line 1 has an empty prompt"),
         ("pairs.jsonl", b"\xff\xfe", "not text in UTF-8"),
