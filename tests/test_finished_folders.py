@@ -48,8 +48,9 @@ def test_a_file_that_is_not_what_was_written_is_found(tmp_path: Path, name: str,
     (tmp_path / "README.md").write_text("a person's own words")
     checked(tmp_path, files)
     change(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*no whole model.*{name}.*make it again"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*no whole.*make it again") as caught:
         checked(tmp_path, files)
+    assert name in str(caught.value)
 
 
 def test_what_an_earlier_version_finished_is_opened(tmp_path: Path) -> None:
@@ -76,7 +77,8 @@ def test_tensors_and_pictures_that_were_cut_are_not_used(tmp_path: Path, make: A
             with pytest.raises((ValueError, OSError)) as caught, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 file.read()
-            assert is_sentence(caught.value) and file.path.name in str(caught.value), (file.kind, caught.value)
+            assert is_sentence(caught.value), (file.kind, caught.value)
+            assert any(str(name) in str(caught.value) for name in (file.path.name, *file.path.parents[:2])), file.kind
             file.restore()
 
 

@@ -16,7 +16,6 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from deradiff.alignment.sampling import Sampling
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
+from deradiff.dial import Dial
 from deradiff.experiments import export, plan, results
 from deradiff.experiments.store import Store
 from deradiff.files.folders import RunFolder, claim
@@ -49,6 +49,7 @@ from deradiff.reuse import Reuse
 from deradiff.rewards.digits import DigitsReward
 from deradiff.search import running as search
 from deradiff.search import spaces
+from deradiff.search.evaluation import Laboratory
 from deradiff.settings import Column, Settings
 from deradiff.studio import curves, scenes
 from deradiff.studio.library import Kept
@@ -263,7 +264,7 @@ def samples(folder: Path) -> Iterator[Written]:
     other, settings = folder / "of-student", distillation.Distillation(samples=4, held_out=1, steps=1, batch=1)
 
     def of_student() -> object:
-        dial: Any = SimpleNamespace()
+        dial = object.__new__(Dial)  # which is only asked for students of many λ
         sampler = Sampler(1, 1.0, 2)
         return distillation.draw_samples(other, pipe(), dial, ["a seven"], sampler, settings, {"a": 1}, 0, silent)
 
@@ -387,7 +388,8 @@ def databases(folder: Path) -> Iterator[Written]:
             assert shown is not None
             opened.vote(key, shown.id, small_study.answers()).result()
     out = folder / "experiment"
-    laboratory: Any = SimpleNamespace(space=spaces.lam("strong"))
+    laboratory = object.__new__(Laboratory)
+    laboratory.space = spaces.lam("strong")
     with Store(out) as store:
         store.begin({"versions": {}, "plan": "small"})
         store.put_scores("features", "x", [(image, np.ones(3), None) for image in store.drawn().values()])

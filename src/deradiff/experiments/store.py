@@ -352,7 +352,8 @@ def _explained(file: Path) -> Iterator[None]:
     """Errors of SQLite and of a full disk in words."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
+    # Of a damaged file, the words of an error may be no text either.
+    except (sqlite3.DatabaseError, UnicodeError) as error:
         if "full" in str(error):
             raise StoreError(_full(file)) from error
         if "locked" in str(error):

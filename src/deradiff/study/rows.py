@@ -62,5 +62,5 @@ def explained(file: Path) -> Iterator[None]:
     """SQLite's errors in words."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:  # of a damaged file, the words of an error may be no text either
         raise StudyError(f"{file} cannot be read as a study's database ({error}): {CURE}") from None

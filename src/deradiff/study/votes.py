@@ -263,7 +263,7 @@ def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
                 db.execute("PRAGMA journal_mode = WAL")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             opened.pop_all()  # all went well: it stays open
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:
         raise StudyError(
             f"{file} cannot be used ({error}): is it a study's database, and may you write there?"
         ) from None
