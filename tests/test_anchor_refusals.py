@@ -205,7 +205,7 @@ def test_a_damaged_config_is_named(tmp_path):
     pipe, aligned = made("sd")
     saved(aligned, tmp_path)
     (tmp_path / "config.json").write_text('{"in_channels": 4,')
-    with pytest.raises(CorruptAnchor, match=r"config\.json cannot be read as JSON"):
+    with pytest.raises(CorruptAnchor, match=r"config\.json is no configuration"):
         load_anchor(tmp_path, pipe)
 
 

@@ -212,6 +212,13 @@ class _opened:
         from deradiff.experiments.store import Store
 
         self._store = Store(self._folder, write=False)
+        if lost := self._store.altered():
+            talking.messages.print(
+                f"{len(lost)} images in {self._folder} are gone or were altered since they were drawn: "
+                "`deradiff experiment run` draws them again.",
+                style="yellow",
+                markup=False,
+            )
         return parse_plan(self._store.fact("plan"), f"the plan in {self._store.file}"), self._store
 
     def __exit__(self, *raised: Any) -> None:
