@@ -101,7 +101,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="keep the baked models in this folder, and go on where it was")
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
-    talking.silence_other_bars()
+    talking.pass_on_warnings()
     with TemporaryDirectory() as temporary, reproducible(1), talking.stages(console) as report:
         out = chosen.out or Path(temporary)
         rows = [baked(method, out / method, report) for method in ("weights", "distill")]

@@ -122,7 +122,7 @@ def main() -> None:
     options.add_argument("--models", type=Path, required=True, help="OUT/models of deradiff digits truth --out OUT")
     options.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs/data/digits-log-ratios.json")
     given = options.parse_args()
-    talking.silence_other_bars()
+    talking.pass_on_warnings()
     pool, rows = load_pool(given.models, TruthSettings()), {}
     table = Table("anchor", "deviation by picture, nats", "by path", "path's share", "nats per point", "of its samples")
     with reproducible(1):

@@ -66,7 +66,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("methods"), help="folder of the anchors")
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
-    talking.silence_other_bars()
+    talking.pass_on_warnings()
     rows: dict[str, dict[str, Any]] = {}
     with reproducible(1):
         rows["reference"] = measured(None)

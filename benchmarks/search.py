@@ -285,7 +285,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    talking.silence_other_bars()
+    talking.pass_on_warnings()
     found = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
     with reproducible(1):
         if chosen.part == "closed":

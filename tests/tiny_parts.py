@@ -12,8 +12,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -172,3 +175,22 @@ def sdxl_components(in_channels: int = 4) -> dict[str, Any]:
         "unet": unet(in_channels, xl=True),
         "scheduler": EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1, **SD_BETAS),
     }
+
+
+def safety_checker(blacks_out: bool) -> StableDiffusionSafetyChecker:
+    """A tiny safety checker of Stable Diffusion's own class that blacks out everything, or nothing."""
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    config = CLIPConfig(text_config={"hidden_size": 8}, vision_config=vision, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2 if blacks_out else 2)  # cosines lie between
+        checker.special_care_embeds_weights.fill_(2)
+    return checker
+
+
+def feature_extractor() -> CLIPImageProcessorPil:
+    """What prepares images for `safety_checker`."""
+    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from deradiff import posteriors
+from deradiff import pictures, posteriors
 from deradiff.dial import Dial, dial_of
 from deradiff.ledger import Ledger, RunWeights
 from deradiff.weights import OBSTACLES, Estimate, effective_sample_size
@@ -38,6 +38,7 @@ class Particles:
         log_normalizer: the estimate of `log E[W]` for every prompt.
         run: log weights and path densities summed along each particle's own lineage.
         resampled_by: how the sampler allowed resampling, or why it did not.
+        blacked_out: images that the pipeline's safety checker put a black one in the place of: no pictures to score.
     """
 
     images: Any
@@ -48,6 +49,7 @@ class Particles:
     log_normalizer: Float[Tensor, " prompt"]
     run: RunWeights
     resampled_by: str
+    blacked_out: Bool[Tensor, " image"]
 
     @property
     def effective(self) -> Float[Tensor, " prompt"]:
@@ -134,6 +136,7 @@ def sample_particles(
         ValueError: the pipeline is not realigned or has several λ; a number outside its range; diffusers' stochastic
             flow-matching step, which is no discretised diffusion.
         MemoryError: the particles do not fit.
+        FloatingPointError: the weights of a prompt are all zero or NaN; `NotFinite` where an image is NaN or infinite.
     """
     prompts = 1 if isinstance(prompt, str) else len(call.get("prompt_embeds", ()) if prompt is None else prompt)
     dial = _realigned(pipe, prompts, count, ess_threshold, temper, micro_batch)
@@ -150,7 +153,7 @@ def sample_particles(
                 call = {name: _repeated(value, prompts, count) for name, value in call.items()}
             else:
                 call |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "num_images_per_prompt": count}
-            images = pipe(**call).images
+            drawn = pictures.draw(pipe, **call)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -158,7 +161,8 @@ def sample_particles(
             f"{prompts} prompts x {count} particles do not fit in memory ({given}): set micro_batch to a smaller "
             "number, or pass fewer prompts at a time"
         ) from None
-    return population.result(images, dial.weights)
+    names = [f"particle {k + 1} of prompt {p + 1}" for p in range(prompts) for k in range(count)]
+    return population.result(drawn.require_finite(names), dial.weights)
 
 
 class Population:
@@ -200,14 +204,14 @@ class Population:
         ledger.select(rows)
         return previous[rows]
 
-    def result(self, images: Any, run: RunWeights) -> Particles:
+    def result(self, drawn: pictures.Pictures, run: RunWeights) -> Particles:
         """The particles at the end of the run."""
         self._count(run.log_weights)
         if not bool(torch.isfinite(self.log_weights).any(1).all()):
             raise FloatingPointError("the weights of a prompt's particles are all zero or NaN")
         prompts = len(self.log_weights)
         return Particles(
-            images=images,
+            images=drawn.images,
             log_weights=torch.log_softmax(self.log_weights, 1),
             ancestors=self.ancestors,
             lineage=self.lineage,
@@ -215,6 +219,7 @@ class Population:
             log_normalizer=self.log_normalizer + _log_mean_exp(self.log_weights),
             run=run,
             resampled_by=self.resampled_by,
+            blacked_out=torch.tensor(drawn.blacked_out),
         )
 
     def _count(self, log_weights: Float[Tensor, " image"]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from deradiff.files.images import rgb
+
 SMALLEST_CELL, LARGEST_CELL = 128, 320
 SMALLEST_TILE, LARGEST_TILE = 96, 160
 """Of an image in a panel."""
@@ -89,6 +91,14 @@ def panel_sheet(panels: Sequence[Sequence[Image.Image]], titles: Sequence[str], 
     return sheet
 
 
+def covered(image: Image.Image) -> Image.Image:
+    """What stands in a sheet for an image that a safety checker blacked out: grey with a bar, no picture."""
+    plain = Image.new("RGB", image.size, (205, 205, 210))
+    middle, thick = image.height // 2, max(1, image.height // 12)
+    plain.paste((110, 110, 115), (image.width // 8, middle - thick, image.width * 7 // 8, middle + thick))
+    return plain
+
+
 @cache
 def _font(bold: bool) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as matplotlib ships it: every machine has the same letters, λ and β among them."""
@@ -109,7 +119,7 @@ def _cell_size(image: Image.Image, smallest: int = SMALLEST_CELL, largest: int =
 
 def _fit(image: Image.Image, cell: tuple[int, int]) -> Image.Image:
     enlarging = cell[0] > image.width
-    return image.convert("RGB").resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
+    return rgb(image).resize(cell, Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
 
 
 def _line_height() -> int:

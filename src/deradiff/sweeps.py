@@ -12,17 +12,20 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from deradiff import pictures
 from deradiff.dial import Dial
 from deradiff.files.folders import RunFolder
 from deradiff.files.records import versions
 from deradiff.ledger import RunWeights, joined
 from deradiff.particles import Particles, sample_particles
+from deradiff.pictures import NotFinite
 from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline
 from deradiff.prompt_embeddings import Remembering
 from deradiff.realignment import realign
 from deradiff.reuse import Reused
 from deradiff.settings import Settings, Shot, call_of, caption, file_name
-from deradiff.sheets import contact_sheet
+from deradiff.sheets import contact_sheet, covered
+from deradiff.truncation import Cut, cuts
 from deradiff.weights import verdict
 
 
@@ -99,7 +102,8 @@ def draw(
     """Sample the sweep with what `realigned` gave, and write images, contact sheet and record into `folder`.
 
     Returns the verdict of every column (see `weights.Verdict.record`), which stand in the record too. `on_step(done,
-    total)` is told about every sampling step of every image; `further` goes into the record as it is.
+    total)` is told about every sampling step of every image; `further` goes into the record as it is. Raises
+    `NotFinite` at an image of NaN or infinity: those before it are in the folder, as after any interruption.
     """
     call = call_of(settings)
     made = made_of(settings, pipe, dial)
@@ -116,7 +120,7 @@ def draw(
     ):
         said = about(settings, shot, told[shot])
         listed.append({"file": folder.add(file_name(settings, shot), image, said | made)} | said)
-        images[shot] = image
+        images[shot] = covered(image) if told[shot].blacked_out else image
     sheet = contact_sheet(
         [[images[Shot(*row, column)] for column in range(len(lams))] for row in settings.rows],
         [column.label(settings.anchor_beta) for column in settings.columns],
@@ -124,7 +128,9 @@ def draw(
         caption(settings, made["scheduler"], made["guidance_scale"]),
     )
     verdicts = [judged(settings, [(s, told[s]) for s in shots if s.column == column]) for column in range(len(lams))]
-    folder.finish(sheet, made | further | {"sheet": folder.sheet.name, "verdicts": verdicts, "images": listed})
+    cut = [cut.record() for cut in cuts(pipe, [*settings.prompts, settings.negative_prompt])]
+    results = {"sheet": folder.sheet.name, "verdicts": verdicts, "cut_prompts": cut, "images": listed}
+    folder.finish(sheet, made | further | results)
     return verdicts
 
 
@@ -135,17 +141,39 @@ class Told:
     run: RunWeights | None = None
     particles: Particles | None = None
     reused: Reused | None = None
+    blacked_out: bool = False
+    """Whether a safety checker put a black image in its place."""
+    cuts: tuple[Cut, ...] = ()
+    """What its prompt and negative prompt lost to the tokenizers."""
 
     def record(self) -> dict[str, Any]:
         """The image's own part of a record."""
+        about: dict[str, Any] = {}
         if self.particles is not None:
-            return {"effective_particles": float(self.particles.effective), "families": int(self.particles.families)}
-        about = {} if self.run is None else {"log_weight": float(self.run.log_weights)}
-        return about if self.reused is None else about | {"reuse": self.reused.record()}
+            about = {"effective_particles": float(self.particles.effective), "families": int(self.particles.families)}
+        elif self.run is not None:
+            about = {"log_weight": float(self.run.log_weights)}
+        if self.reused is not None:
+            about["reuse"] = self.reused.record()
+        if self.cuts:
+            about["cut_prompts"] = [cut.record() for cut in self.cuts]
+        return about | ({"blacked_out": True} if self.blacked_out else {})
 
 
 def judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
-    """How far one column can be trusted, as a record: the verdict in words, and the numbers behind it."""
+    """How far one column can be trusted, as a record: the verdict in words, and the numbers behind it.
+
+    Images that a safety checker blacked out are counted: their paths count in the verdict, their pictures are none.
+    """
+    judgement = _judged(settings, images)
+    hidden = sum(told.blacked_out for _, told in images)
+    if not hidden:
+        return judgement
+    words = f"{judgement['words']}; {hidden} of {len(images)} images blacked out by the pipeline's safety checker"
+    return judgement | {"words": words, "blacked_out": hidden}
+
+
+def _judged(settings: Settings, images: Sequence[tuple[Shot, Told]]) -> dict[str, Any]:
     lam = settings.columns[images[0][0].column].lam
     runs = [told.run for _, told in images if told.run is not None]
     if len(runs) == len(images):
@@ -182,6 +210,34 @@ def _approximate(runs: Sequence[Reused]) -> dict[str, Any]:
 
 
 def sample(
+    pipe: DiffusionPipeline, dial: Dial, shots: Sequence[Shot], lams: Sequence[Any], **how: Any
+) -> Iterator[tuple[Shot, Image.Image, Told]]:
+    """Yield every shot's image and what was told about it, as `attempts` draws them.
+
+    Raises `NotFinite` that names the first image of NaN or infinity, after those before it.
+    """
+    return _sound(attempts(pipe, dial, shots, lams, **how))
+
+
+def sample_by_particles(
+    pipe: DiffusionPipeline, dial: Dial, shots: Sequence[Shot], lams: Sequence[Any], **how: Any
+) -> Iterator[tuple[Shot, Image.Image, Told]]:
+    """Like `sample`, but as `attempts_by_particles` draws them."""
+    return _sound(attempts_by_particles(pipe, dial, shots, lams, **how))
+
+
+Attempt = tuple[Shot, Image.Image | FloatingPointError, Told]
+"""A shot, its image or why it is none, and what was told about it."""
+
+
+def _sound(drawn: Iterator[Attempt]) -> Iterator[tuple[Shot, Image.Image, Told]]:
+    for shot, image, told in drawn:
+        if isinstance(image, FloatingPointError):
+            raise image
+        yield shot, image, told
+
+
+def attempts(
     pipe: DiffusionPipeline,
     dial: Dial,
     shots: Sequence[Shot],
@@ -191,13 +247,16 @@ def sample(
     batch_size: int,
     on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
-) -> Iterator[tuple[Shot, Image.Image, Told]]:
-    """Yield every shot's image and what was told about it; `lams[shot.column]` is its λ, its seed decides its noise.
+) -> Iterator[Attempt]:
+    """Draw every shot; `lams[shot.column]` is its λ, its seed decides its noise.
 
     Shots of different λ, prompts and seeds share a batch (`batch_size` images), each with a generator of its own, made
     on the CPU so that every device draws the same noise. Interpolated full weights are one model for a whole batch:
-    there the shots of each λ run by themselves. `arguments` go to the pipeline's call; raises `ValueError` for one that
-    it does not take.
+    there the shots of each λ run by themselves. `arguments` go to the pipeline's call. An image of NaN or infinity
+    comes as the `NotFinite` that says so.
+
+    Raises `ValueError` for an argument that the pipeline does not take, `FloatingPointError` where a model's prediction
+    for a batch is not finite.
     """
     accepted = require_heeded(pipe, arguments)
     groups = [list(shots)]
@@ -214,7 +273,8 @@ def sample(
             own["negative_prompt"] = [own["negative_prompt"]] * len(batch)
         if on_step and "callback_on_step_end" in accepted:
             own["callback_on_step_end"] = _reporter(on_step, done, len(batch), total)
-        output = pipe(
+        drawn = pictures.draw(
+            pipe,
             prompt=[shot.prompt for shot in batch],
             generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
             num_inference_steps=steps,
@@ -225,13 +285,18 @@ def sample(
             on_step(done, total)
         run = None if dial.method == "weights" else dial.weights
         reused = dial.reused
-        require_size(pipe, output.images[0], arguments)
-        for row, (shot, image) in enumerate(zip(batch, output.images, strict=True)):
-            own_run = None if run is None else run.rows(slice(row, row + 1))
-            yield shot, image, Told(run=own_run, reused=None if reused is None else reused.of(row))
+        require_size(pipe, drawn.images[0], arguments)
+        for row, (shot, image, flaw) in enumerate(zip(batch, drawn.images, drawn.flaws, strict=True)):
+            told = Told(
+                run=None if run is None else run.rows(slice(row, row + 1)),
+                reused=None if reused is None else reused.of(row),
+                blacked_out=drawn.blacked_out[row],
+                cuts=_cuts(pipe, shot, arguments),
+            )
+            yield shot, image if flaw is None else flaw.of(_name(shot, lams)), told
 
 
-def sample_by_particles(
+def attempts_by_particles(
     pipe: DiffusionPipeline,
     dial: Dial,
     shots: Sequence[Shot],
@@ -242,22 +307,46 @@ def sample_by_particles(
     particles: int,
     on_step: Callable[[int, int], None] | None = None,
     **arguments: Any,
-) -> Iterator[tuple[Shot, Image.Image, Told]]:
-    """Like `sample`, but each image is drawn by weight from `particles` of its own, `batch_size` at a time."""
+) -> Iterator[Attempt]:
+    """Like `attempts`, but each image is drawn by weight from `particles` of its own, `batch_size` at a time.
+
+    Weights or particles that are not finite are the failure of their image alone.
+    """
     require_heeded(pipe, arguments)
     pipe.set_progress_bar_config(disable=True)
     for number, shot in enumerate(shots):
         dial.lam = lams[shot.column]
         generator = torch.Generator("cpu").manual_seed(shot.seed)
-        swarm = sample_particles(
-            pipe, shot.prompt, particles, micro_batch=batch_size, generator=generator, num_inference_steps=steps,
-            **arguments,
-        )  # fmt: skip
+        try:
+            swarm = sample_particles(
+                pipe, shot.prompt, particles, micro_batch=batch_size, generator=generator, num_inference_steps=steps,
+                **arguments,
+            )  # fmt: skip
+        except NotFinite as error:
+            yield shot, error.of(f"{error.image} for {_name(shot, lams)}"), Told()
+            continue
+        except FloatingPointError as error:
+            yield shot, error, Told()
+            continue
         if on_step:
             on_step((number + 1) * steps, len(shots) * steps)
         require_size(pipe, swarm.images[0], arguments)
         chosen = int(swarm.picks(torch.Generator("cpu").manual_seed(shot.seed)))
-        yield shot, swarm.images[chosen], Told(particles=swarm)
+        told = Told(
+            particles=swarm, blacked_out=bool(swarm.blacked_out[chosen]), cuts=_cuts(pipe, shot, arguments)
+        )  # fmt: skip
+        yield shot, swarm.images[chosen], told
+
+
+def _cuts(pipe: DiffusionPipeline, shot: Shot, arguments: Mapping[str, Any]) -> tuple[Cut, ...]:
+    return tuple(cuts(pipe, [shot.prompt, arguments.get("negative_prompt")]))
+
+
+def _name(shot: Shot, lams: Sequence[Any]) -> str:
+    """An image in words."""
+    lam = lams[shot.column]
+    strength = ", ".join(f"{name} {its}" for name, its in lam.items()) if isinstance(lam, Mapping) else lam
+    return f"the image of {shot.prompt!r} with seed {shot.seed} at λ = {strength}"
 
 
 def require_heeded(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> Mapping[str, Parameter]:

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from deradiff.anchors.checks import denoiser_of, prediction_type
+from deradiff.pictures import upcast
+from deradiff.truncation import watched
 
 Conditions = dict[str, Tensor]
 """What a denoiser is told besides latents and time, a row per sample: `prompt_embeds`, and for SDXL
@@ -53,13 +55,17 @@ class Base:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
-        """What the denoiser is told of `prompts`, without the size of the picture (see `with_sizes`)."""
-        embedded = self.pipe.encode_prompt(
-            list(prompts),
-            device=self.pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
+        """What the denoiser is told of `prompts`, without the size of the picture (see `with_sizes`).
+
+        Warns of prompts that are cut (`truncation.PromptCut`).
+        """
+        with watched(self.pipe):
+            embedded = self.pipe.encode_prompt(
+                list(prompts),
+                device=self.pipe._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
         found = {"prompt_embeds": embedded[0]}
         return found | ({"pooled_prompt_embeds": embedded[2]} if self.is_xl else {})
 
@@ -76,8 +82,8 @@ class Base:
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channel h w"]:
         """Latents of pictures in [-1, 1], as the denoiser sees them: the mean of the encoder's distribution."""
-        vae = self.pipe.vae
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        with upcast(self.pipe.vae) as vae:
+            latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return latents * vae.config.scaling_factor
 
     def noised(

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from deradiff.alignment.pair_rows import Pair
+from deradiff.files.images import rgb
 
 Crop = Literal["centre", "random"]
 
@@ -80,5 +81,5 @@ def _square(image: Image.Image, resolution: int, left: int, top: int) -> Float[T
     box = (left * across, top * down, (left + resolution) * across, (top + resolution) * down)
     # Rounding must not lead past the border, which Pillow refuses.
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-    square = image.convert("RGB").resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
+    square = rgb(image).resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1

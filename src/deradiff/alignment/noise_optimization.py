@@ -23,6 +23,7 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
+from deradiff.pictures import upcast
 from deradiff.rewards import Reward
 
 Report = Callable[[int, int, str], None]
@@ -203,7 +204,7 @@ def optimize_noise(
         return images, at, torch.stack([*trajectory, scores])
 
     count, began = len(prompts), time.perf_counter()
-    with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae):
+    with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
         passes = [ascend(range(first, min(first + per_pass, count))) for first in range(0, count, per_pass)]
     images, found, scores = zip(*passes, strict=True)
     cost = Cost(evaluations.forward / count, evaluations.backward / count, (time.perf_counter() - began) / count)

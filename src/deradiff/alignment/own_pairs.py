@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff import pictures
 from deradiff.alignment.base import Base
 from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
@@ -123,10 +124,11 @@ def _chunk(
 ) -> list[dict[str, str]]:
     texts = [prompt for prompt in prompts for _ in range(2)]
     generator = torch.Generator().manual_seed((settings["seed"] << 32) + number)
-    latents = pipe(
-        texts, num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"], generator=generator,
-        output_type="latent",
-    ).images  # fmt: skip
+    sampled = pictures.draw(
+        pipe, prompt=texts, num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"],
+        generator=generator, output_type="latent",
+    )  # fmt: skip
+    latents = sampled.require_finite([f"an image of {text!r}" for text in texts]).images
     drawn = decode(Base(pipe), latents)
     files = []
     for i, image in enumerate(pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(drawn))):

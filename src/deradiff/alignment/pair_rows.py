@@ -4,14 +4,14 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from io import BytesIO
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deradiff.alignment.feeds import Unreadable
+from deradiff.files.images import read_rgb, rgb
 
 PICK_A_PIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label")
 PLAIN_COLUMNS = ("prompt", "winner", "loser")
@@ -120,7 +120,8 @@ def decode_pair(row: PairRow) -> Pair:
     """The pair of a row, its images decoded to RGB.
 
     Raises:
-        Unreadable: an image is absent from the data ("no image") or damaged ("corrupt image").
+        Unreadable: an image is absent from the data ("no image"), or damaged or without a meaning in RGB ("corrupt
+            image"; see `files.images.rgb`).
         OSError: a file is missing or cannot be opened; names the row and the path.
     """
     return Pair(row.prompt, _decode(row.winner, "winner", row.place), _decode(row.loser, "loser", row.place))
@@ -135,11 +136,8 @@ def _decode(data: ImageData, role: str, place: str) -> Image.Image:
             data = path.read_bytes()
         except OSError as error:
             raise type(error)(f"{place}: the {role} cannot be read from {path} ({error.strerror})") from error
+    name = f"{place}: the {role}"
     try:
-        image = Image.open(BytesIO(data)) if isinstance(data, bytes) else data
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except MemoryError:
-        raise
-    # Damaged files make Pillow's decoders raise almost anything, from SyntaxError to struct.error.
-    except Exception as error:
-        raise Unreadable("corrupt image", f"{place}: the {role} cannot be decoded ({error})") from error
+        return rgb(data, name) if isinstance(data, Image.Image) else read_rgb(data, name)
+    except ValueError as error:
+        raise Unreadable("corrupt image", str(error)) from error

@@ -6,6 +6,7 @@ batch.
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deradiff import pipelines
 from deradiff.alignment.base import Base, Conditions
+from deradiff.pictures import require_decoded, upcast
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,25 @@ def _together(first: Conditions, second: Conditions) -> Conditions:
 def decode(
     base: Base, latents: Float[Tensor, "batch *latent"], checkpointing: bool = True
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Pictures in [0, 1] of clean latents, with gradients; in the VAE's own precision, whatever the training's is."""
-    vae = base.pipe.vae
-    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    """Pictures in [0, 1] of clean latents, with gradients; in the VAE's own precision, whatever the training's is.
+
+    A VAE in float16 that asks to be upcast decodes in float32; with gradients, only while the caller holds
+    `pictures.upcast`, since the backward pass needs it too. Raises `NotFinite` where the VAE overflows.
+    """
 
     def pixels(inputs: Tensor) -> Tensor:
         return vae.decode(inputs).sample
 
-    with torch.autocast(latents.device.type, enabled=False):
-        graph = checkpointing and scaled.requires_grad and torch.is_grad_enabled()
+    differentiable = latents.requires_grad and torch.is_grad_enabled()
+    with (
+        nullcontext(base.pipe.vae) if differentiable else upcast(base.pipe.vae) as vae,
+        torch.autocast(latents.device.type, enabled=False),
+    ):
+        exact = latents.to(torch.promote_types(latents.dtype, vae.dtype))
+        scaled = (exact / vae.config.scaling_factor).to(vae.dtype)
+        graph = checkpointing and differentiable
         found = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
+        require_decoded(found, latents, vae)
     return (at_least_single(found) / 2 + 0.5).clamp(0, 1)
 
 

@@ -10,12 +10,16 @@ from deradiff.alignment.sampling import at_least_single
 from deradiff.rewards import Reward
 
 
+class UnusableScore(ValueError, FloatingPointError):
+    """A reward is NaN or infinite."""
+
+
 def scored(
     reward: Reward, images: Float[Tensor, "batch 3 height width"], prompts: Sequence[str]
 ) -> Float[Tensor, " batch"]:
     """The rewards of `images`, with gradients where the reward has them, whatever precision the training is in.
 
-    Raises `ValueError` where one is not finite, and says whether the picture or the reward is to blame.
+    Raises `UnusableScore` where one is not finite, and says whether the picture or the reward is to blame.
     """
     with torch.autocast(images.device.type, enabled=False):
         scores = at_least_single(reward(images, prompts))
@@ -27,7 +31,7 @@ def scored(
             if images[first].isfinite().all()
             else "the picture itself holds NaN: lower the learning rate, or in half precision take bfloat16 or float32"
         )
-        raise ValueError(
+        raise UnusableScore(
             f"the reward {reward.name!r} is {scores[first].item()} for {prompts[first]!r} ({len(wrong)} of "
             f"{len(scores)} scores are not finite); {cause}"
         )

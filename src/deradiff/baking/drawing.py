@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.alignment.feeds import seeded
+from deradiff.pictures import Pictures, draw
 from deradiff.schedules import finite
+from deradiff.sheets import covered
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,12 @@ class Sampler:
     def latents(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None
     ) -> Float[Tensor, "image *latent"]:
-        """The final latents of an image of every prompt, from the noise of its own seed, in single precision."""
+        """The final latents of an image of every prompt, from the noise of its own seed, in single precision.
+
+        Raises `NotFinite` for NaN or infinity.
+        """
         parts = [
-            self._call(pipe, prompts[rows], seeds[rows], guidance_scale, "latent").float().cpu()
+            self._call(pipe, prompts[rows], seeds[rows], guidance_scale, "latent").images.float().cpu()
             for rows in self._batches(len(prompts))
         ]
         return torch.cat(parts)
@@ -55,27 +60,37 @@ class Sampler:
     def pictures(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None = None
     ) -> list[Any]:
-        """The same images, decoded."""
+        """The same images, decoded, for a sheet: one that a safety checker blacked out is covered.
+
+        Raises `NotFinite` for NaN or infinity.
+        """
         calls = (
             self._call(pipe, prompts[rows], seeds[rows], guidance_scale, "pil") for rows in self._batches(len(prompts))
         )
-        return [image for images in calls for image in images]
+        return [
+            covered(image) if hidden else image
+            for drawn in calls
+            for image, hidden in zip(drawn.images, drawn.blacked_out, strict=True)
+        ]
 
     def _batches(self, count: int) -> list[slice]:
         return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
 
     def _call(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None, kind: str
-    ) -> Any:
+    ) -> Pictures:
         pipe.set_progress_bar_config(disable=True)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return pipe(
+        drawn = draw(
+            pipe,
             prompt=list(prompts),
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             num_inference_steps=self.steps,
             output_type=kind,
             **({} if scale is None else {"guidance_scale": scale}),
-        ).images
+        )
+        names = [f"the image of {prompt!r}, seed {seed}," for prompt, seed in zip(prompts, seeds, strict=True)]
+        return drawn.require_finite(names)
 
 
 def seeds_for(seed: int, count: int, purpose: str) -> list[int]:

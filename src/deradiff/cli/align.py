@@ -204,7 +204,7 @@ def align(
         if preset is None and base is None:
             raise ValueError("name the model to align, a folder or a hub id, or --preset; `digits` ships with deradiff")
         with console.status("Loading torch and diffusers …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff.alignment import runs
 
             options = {

@@ -162,7 +162,7 @@ def bake(
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
         with console.status("Loading torch and diffusers …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff import baking
             from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
 

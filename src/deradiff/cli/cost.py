@@ -44,7 +44,7 @@ def cost(
         if json_path is not None:
             require_new(json_path)
         with console.status("Counting …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff import cost as costs
             from deradiff.files.writing import write_json
 

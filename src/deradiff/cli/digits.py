@@ -28,7 +28,7 @@ def build(
     """
     console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.alignment import digits
 
     with talking.refusing_wrong_input(), talking.stages(console) as report:
@@ -56,7 +56,7 @@ def truth(
     """
     console = talking.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.alignment.digits_truth import TruthSettings, train_truth
         from deradiff.files.outputs import replaced
         from deradiff.files.writing import write_json
@@ -119,7 +119,7 @@ def quality(
             require_new(json_path)
         finite(guidance_scale, "--guidance-scale")
         with console.status("Loading torch and diffusers …"):
-            talking.silence_other_bars()
+            talking.pass_on_warnings()
             from deradiff.worlds.digits import load_pipeline
             from deradiff.worlds.digits.quality import measure
 

@@ -77,14 +77,15 @@ def run(
     ] = None,
     gpus: Annotated[float, typer.Option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
     verify: Annotated[bool, typer.Option("--verify", help="Read all images and check their hashes first.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Score again what could not be scored.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what could not be drawn or scored.")] = False,
 ) -> None:
     """Draw and score what the plan wants and the folder does not hold. Killed at any time, the same command goes on."""
     console = talking.LiteralConsole(stderr=True)
     with console.status("Loading torch and diffusers …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.experiments import crews, running
         from deradiff.experiments.plan import read_plan
+        from deradiff.experiments.store import IMAGE
         from deradiff.jobs import cores
         from deradiff.pipelines import device_called, device_name
 
@@ -112,12 +113,19 @@ def run(
         f"{outcome.drawn} images drawn, {outcome.scored} scores and features computed in {outcome.seconds:.0f} s, "
         f"{outcome.overhead:.1%} of it outside models and scorers.",
     )
+    if outcome.blacked_out:
+        console.print(
+            f"{outcome.blacked_out} images were blacked out by the pipeline's safety checker: they are no pictures, "
+            "and have no scores.",
+            highlight=False,
+        )
     talking.files([out])
     if outcome.failures:
-        for name, item, error in outcome.failures[:10]:
-            talking.messages.print(f"error: {name} of {item}: {error}", style="red")
+        undrawn = sum(name == IMAGE for name, _, _ in outcome.failures)
+        talking.listed("error", [f"{name} of {item}: {error}" for name, item, error in outcome.failures])
         console.print(
-            f"{len(outcome.failures)} scores could not be computed. The rest is done; --retry tries them again.",
+            f"{undrawn} images could not be drawn, {len(outcome.failures) - undrawn} scores could not be computed. The "
+            "rest is done; --retry tries them again.",
         )
         raise typer.Exit(1)
 
@@ -147,8 +155,10 @@ def status(folder: Folder) -> None:
         for name, wanted_prompts in planned.prompts.items():
             if wanted_prompts.substitute_for:
                 console.print(f"{name}: a substitute for {wanted_prompts.substitute_for}.")
-        for name, item, error in store.failures()[:20]:
-            console.print(f"could not be scored: {name} of {item}: {error}", style="red")
+        if results.blacked_out:
+            console.print(f"{len(results.blacked_out)} images were blacked out by the safety checker.")
+        talking.listed("warning", [cut.words for cut in results.cut])
+        talking.listed("could not be done", [f"{name} of {item}: {error}" for name, item, error in store.failures()])
 
 
 @app.command()
@@ -197,7 +207,7 @@ class _opened:
         self._folder = folder
 
     def __enter__(self) -> "tuple[Plan, Store]":
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.experiments.plan import parse_plan
         from deradiff.experiments.store import Store
 

@@ -136,7 +136,7 @@ def search(
     """
     console = talking.LiteralConsole(stderr=True)
     with talking.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
-        talking.silence_other_bars()
+        talking.pass_on_warnings()
         from deradiff.experiments import crews
         from deradiff.experiments.plan import parse_plan
         from deradiff.jobs import cores

@@ -87,7 +87,7 @@ def studio(
                 from deradiff.studio.models import Machine
                 from deradiff.studio.sources import Sources
 
-                talking.silence_other_bars()
+                talking.pass_on_warnings()
                 if device_called(device) == "cpu":
                     _leave_a_core()
                 for name in reward or ():

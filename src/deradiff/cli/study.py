@@ -33,6 +33,7 @@ def plan(
         from deradiff.study.plan import write_plan
         from deradiff.study.sources import drafted
 
+        talking.pass_on_warnings()
         with new_file(out) as temporary:
             temporary.write_text(write_plan(drafted(experiment, methods, out.parent)), encoding="utf-8")
     talking.files([out])

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ class LiteralConsole(Console):
         """As Rich's, of printable text."""
         return super().render_str(printable(text), **how)
 
+
+LISTED = 10
+"""How many lines of one kind are printed."""
 
 messages = LiteralConsole(stderr=True, soft_wrap=True)
 
@@ -90,17 +93,13 @@ def _sentence(error: Exception) -> str:
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A Rich progress bar on stderr; yields the function that moves it, `on_step(done, total)`.
 
-    Warnings of deradiff are printed above the bar, a line each; those of other libraries, and their own bars, are not
-    what the person asked for.
+    Warnings are printed above the bar, a line each (see `pass_on_warnings`).
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with warnings.catch_warnings(), Progress(*columns, console=messages, transient=True) as bar:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"deradiff(\.|$)")
-        warnings.showwarning = lambda message, *_, **__: messages.print(f"warning: {message}", style="yellow")
-        silence_other_bars()
+        pass_on_warnings()
         task = bar.add_task("loading the models", total=None)
 
         def on_step(done: int, total: int) -> None:
@@ -140,14 +139,35 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
         yield report
 
 
-def silence_other_bars() -> None:
-    """Keep the loading bars and notices of diffusers and transformers off the terminal."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
+def pass_on_warnings() -> None:
+    """Print what deradiff and the libraries below warn of, a line each and each once; their bars stay off.
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    What is not passed on stands in `libraries.MUTED`. Of many prompts that were cut, the first `LISTED` are named.
+    """
+    from deradiff import libraries
+
+    cut = 0
+
+    def say(line: str, category: type[Warning] | None) -> None:
+        nonlocal cut
+        if category is not None and category.__name__ == "PromptCut":
+            cut += 1
+            if cut > LISTED:
+                line = "more prompts were cut, which are not named here"
+                if cut > LISTED + 1:
+                    return
+        messages.print(f"warning: {line}", style="yellow")
+
+    libraries.relay(say)
+
+
+def listed(kind: str, lines: Sequence[str]) -> None:
+    """Print such lines on stderr, the first `LISTED` of them."""
+    style = "yellow" if kind == "warning" else "red"
+    for line in lines[:LISTED]:
+        messages.print(f"{kind}: {line}", style=style)
+    if len(lines) > LISTED:
+        messages.print(f"... and {len(lines) - LISTED} more", style=style)
 
 
 def require_writable(option: str, path: Path | None) -> None:

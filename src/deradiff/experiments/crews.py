@@ -215,7 +215,7 @@ _worker: Worker | None = None
 
 def _begin(plan: Plan, device: str, threads: int) -> None:
     global _worker
-    _worker = Worker(plan, device, threads)
+    _worker = Worker(plan, device, threads, alone=True)
 
 
 def _do(task: Task) -> Done:
@@ -252,7 +252,7 @@ class OnRay:
             self._connect(address, size * threads)
         self._needs = {"CPU": threads if not gpus else 1, "GPU": gpus}
         self._kind = self._ray.remote(num_cpus=self._needs["CPU"], num_gpus=gpus)(Worker)
-        self._made_of = plan, device, threads
+        self._made_of = plan, device, threads, True
         self._actors: dict[int, Any] = {}
         self._late: dict[int, Any] = {}
         self._owners: dict[Any, tuple[int, Any]] = {}

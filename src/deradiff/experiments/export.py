@@ -16,7 +16,7 @@ from deradiff.files.writing import write_json
 
 
 def write(plan: Plan, store: Store, out: Path, form: Literal["csv", "parquet"]) -> list[Path]:
-    """Write `images.csv` or `images.parquet`, a row for every cell that has its image, and `runs.json` into `out`.
+    """Write `images.csv` or `images.parquet`, a row for every cell that was drawn, and `runs.json` into `out`.
 
     They take the places of an earlier export. Raises as `replaced` does, `ImportError` for Parquet without pyarrow.
     """
@@ -33,18 +33,21 @@ def write(plan: Plan, store: Store, out: Path, form: Literal["csv", "parquet"]) 
 
 
 def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
-    """Every cell whose image is there: where it stands in the experiment, what decided it, its file and its scores."""
-    images, told = store.drawn(), store.told()
+    """Every cell that was drawn: where it stands in the experiment, what decided it, its file and its scores.
+
+    `absent` says why there is no file: the safety checker blacked the image out, or why it failed.
+    """
+    images, told, unmade = store.drawn(), store.told(), store.unmade()
     scores = {name: store.scores(name) for name in plan.scores}
     for cell, item in contents(plan, store, fresh=False).cells.items():
-        if item not in images:
+        if item not in images and item not in unmade:
             continue
-        about, seconds, run = told[item]
+        about, seconds, run = told[item] if item in images else (unmade[item], None, None)
         drawing = cell.drawing
         yield {
             "image": item,
-            "file": images[item].path.relative_to(store.folder).as_posix(),
-            "sha256": images[item].sha256,
+            "file": images[item].path.relative_to(store.folder).as_posix() if item in images else None,
+            "sha256": images[item].sha256 if item in images else None,
             "arm": cell.arm.name,
             "method": cell.arm.method,
             "target": cell.arm.target,
@@ -59,6 +62,8 @@ def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
             "run": run,
             "log_weight": about.get("log_weight"),
             "path_kl": about.get("path_kl"),
+            "cut_prompts": json.dumps(about["cut_prompts"], ensure_ascii=False) if "cut_prompts" in about else None,
+            "absent": "blacked out" if about.get("blacked_out") else about.get("failed"),
             **{name: known.get(item) for name, known in scores.items()},
         }
 

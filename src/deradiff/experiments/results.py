@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 from deradiff.experiments.plan import Arm, Plan
-from deradiff.experiments.running import Contents, contents
+from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
 from deradiff.experiments.store import Store, ToldRecord
 from deradiff.ledger import RunWeights
 from deradiff.weights import Verdict, verdict
@@ -48,6 +48,10 @@ class Results:
         self._scores = {name: store.scores(name) for name in plan.scores}
         self._features = {name: store.features(name) for name in plan.features}
         self.failures, self.runs = store.failures(), store.runs()
+        self.blacked_out = blacked_out(self.contents, store)
+        """Images that a safety checker blacked out: they are not there, and have no scores."""
+        self.cut = cut_prompts(self.contents, store)
+        """What prompts lost to tokenizers."""
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -165,6 +169,11 @@ class Results:
     def told(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
         """What was told about each of the arm's images that are there: weights, effective particles, evaluations."""
         return [self._told[item][0] for _, _, item in self._items(arm, prompts) if item in self._told]
+
+    def told_by_place(self, arm: Arm, prompts: str) -> dict[tuple[int, int], dict[str, Any]]:
+        """The same by the place (prompt, seed) of the image."""
+        items = self._items(arm, prompts)
+        return {(row, column): self._told[item][0] for row, column, item in items if item in self._told}
 
     def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
         """How far an arm's mean score can be trusted (`weights.verdict`); None where it has no weights."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.jobs import Report
+from deradiff.truncation import Cut, PromptCut
 
 SCORED_TOGETHER = 64
 """Images that a scorer is given at a time."""
@@ -33,7 +35,11 @@ class Outcome:
     """Images that were gone or altered, and were drawn again."""
     scored: int = 0
     failures: list[tuple[str, str, str]] = field(default_factory=list)
-    """(score, image, error): what could not be scored."""
+    """(score, image, error): what could not be scored or, with `store.IMAGE` for the score, not drawn."""
+    blacked_out: int = 0
+    """Images that a safety checker blacked out: they are no pictures, and have no scores."""
+    cut: list[Cut] = field(default_factory=list)
+    """What prompts lost to tokenizers."""
     seconds: float = 0.0
     busy: float = 0.0
     """Seconds that the workers spent in models and scorers, per worker."""
@@ -156,9 +162,11 @@ def run(
         report: told of progress.
         about: what the workers are, such as their device: it stands in the record of everything they make.
         thoroughly: read all images that are there, instead of trusting the size and time of their files.
-        again: try once more what could not be scored.
+        again: try once more what could not be drawn or scored.
 
-    Raises `StoreError`, and whatever a model raises; all that was done until then stays.
+    An image that is NaN, infinite or blacked out is kept as a failure, and the others go on. Warns of prompts that were
+    cut (`truncation.PromptCut`), and of what workers were warned of. Raises `StoreError`, and whatever a model raises;
+    all that was done until then stays.
     """
     outcome, began = Outcome(), time.perf_counter()
     workers: list[Crew] = []
@@ -174,23 +182,45 @@ def run(
             whole = contents(plan, store)
             store.begin({"versions": versions(), "plan": plan.name, **(about or {})})
             outcome.lost += len(set(store.check(thoroughly)) & set(whole.drawings))
+            tried = {} if again else store.unmade()
             while True:
-                _draw(whole, store, hired, report, outcome)
+                _draw(whole, store, hired, report, outcome, tried)
+                tried = store.unmade()
                 lost = _score(whole, store, hired, report, outcome, again)
                 if not lost:
                     break
                 outcome.lost += lost
             outcome.failures = store.failures()
+            outcome.blacked_out = len(blacked_out(whole, store))
+            outcome.cut = cut_prompts(whole, store)
             if workers:
                 outcome.busy /= workers[0].size
         finally:
             for hand in workers:
                 hand.close()
+    for cut in outcome.cut:
+        warnings.warn(cut.words, PromptCut, stacklevel=2)
     outcome.seconds = time.perf_counter() - began
     return outcome
 
 
-def _draw(whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome) -> None:
+def blacked_out(whole: Contents, store: Store) -> set[str]:
+    """The images in place of which a safety checker put black ones."""
+    return {item for item, told in store.unmade().items() if told.get("blacked_out")} & whole.drawings.keys()
+
+
+def cut_prompts(whole: Contents, store: Store) -> list[Cut]:
+    """What the prompts of the images that are there lost to tokenizers, each once."""
+    planned = whole.drawings.keys()
+    about = [told for item, (told, _, _) in store.told().items() if item in planned]
+    kept = [cut for told in about for cut in told.get("cut_prompts", ())]
+    return list(dict.fromkeys(Cut(**cut | {"tokenizers": tuple(cut["tokenizers"])}) for cut in kept))
+
+
+def _draw(
+    whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome, tried: Collection[str]
+) -> None:
+    """Draw what is not there, but for what was `tried` and came to nothing."""
     drawings = whole.drawings
     # Whoever shares a batch with an image decides its last bits, so a batch is drawn again as a whole. That cannot be
     # where the plan no longer has them all.
@@ -201,38 +231,47 @@ def _draw(whole: Contents, store: Store, hired: Callable[[], Crew], report: Repo
         if not drawn and not drawings.keys() >= {item for item, _ in members}
     ]
     store.unbatch(stale)
+    tried = set(tried) - set(stale)
     known = store.known()
     store.add_batches(in_batches(whole.plan, [(cell, item) for cell, item in whole.cells.items() if item not in known]))
     batches = {
         number: members
         for number, members in store.batches().items()
-        if any(not drawn and item in drawings for item, drawn in members)
+        if any(not drawn and item in drawings and item not in tried for item, drawn in members)
     }
-    planned, done = len(drawings), len(drawings.keys() & store.drawn().keys())
+    planned, done = len(drawings), len(drawings.keys() & (store.drawn().keys() | tried))
     if not batches:
         return
     report("drawing", done, planned, "")
     todos = [
         Todo(task.group, partial(_itself, task))
         for number, members in batches.items()
-        for task in [_task(number, members, drawings)]
+        for task in [_task(number, members, drawings, tried)]
     ]
     for task, result in work(todos, hired()):
         assert isinstance(task, Draw)
+        _warn(result)
         names = [batches[task.number][place][0] for place in task.wanted]
         store.put([(name, *found) for name, found in zip(names, result.results, strict=True)], result.seconds)
         outcome.busy += result.seconds
-        outcome.drawn += len(names)
+        outcome.drawn += sum(png is not None for png, _ in result.results)
         done += len(names)
         report("drawing", done, planned, "")
+
+
+def _warn(result: Done) -> None:
+    for line in result.warned:
+        warnings.warn(line, stacklevel=2)
 
 
 def _itself(task: Draw) -> Draw:
     return task
 
 
-def _task(number: int, members: Sequence[tuple[str, bool]], drawings: dict[str, Drawing]) -> Draw:
-    wanted = tuple(place for place, (_, drawn) in enumerate(members) if not drawn)
+def _task(
+    number: int, members: Sequence[tuple[str, bool]], drawings: dict[str, Drawing], tried: Collection[str]
+) -> Draw:
+    wanted = tuple(place for place, (item, drawn) in enumerate(members) if not drawn and item not in tried)
     return Draw(number, tuple(drawings[item] for item, _ in members), wanted)
 
 
@@ -257,6 +296,7 @@ def _score(
     done = 0
     for task, result in work(todos, hired()):
         assert isinstance(task, Score)
+        _warn(result)
         pairs: Iterable[tuple[Image, tuple[Any, str | None]]] = zip(task.token, result.results, strict=True)
         store.put_scores(task.table, task.name, [(image, *found) for image, found in pairs])
         outcome.busy += result.seconds

@@ -30,6 +30,9 @@ from deradiff.ledger import Obstacle
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""
 
+IMAGE = "the image"
+"""What stands among the failures in place of a score, where an image could not be drawn."""
+
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (number INTEGER PRIMARY KEY, record TEXT NOT NULL);
@@ -228,10 +231,16 @@ class Store:
             raise StoreError(f"image {item!r} in {self.file} has no identity of an image: {DAMAGED}")
         return self.images / item[:2] / f"{item}.png"
 
-    def put(self, found: Sequence[tuple[str, bytes, Mapping[str, Any]]], seconds: float) -> None:
-        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together."""
-        rows = []
+    def put(self, found: Sequence[tuple[str, bytes | None, Mapping[str, Any]]], seconds: float) -> None:
+        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together.
+
+        Without a file it was drawn and came to nothing (see `unmade`).
+        """
+        rows: list[tuple[Any, ...]] = []
         for item, png, told in found:
+            if png is None:
+                rows.append((None, None, None, _json(told), seconds / len(found), self.run, item))
+                continue
             path = self.path(item)
             with databases.explained(self.file, StoreError, needed=len(png)):
                 path.parent.mkdir(exist_ok=True)
@@ -264,6 +273,12 @@ class Store:
         except ValueError as error:
             raise StoreError(str(error)) from None
         return content
+
+    def unmade(self) -> dict[str, dict[str, Any]]:
+        """What was told about every image that was drawn and is none: `blacked_out`, or why it `failed`."""
+        rows = self._rows("SELECT id, told FROM items WHERE sha256 IS NULL AND told IS NOT NULL")
+        known = {item: json.loads(told) for item, told in rows}
+        return {item: told for item, told in known.items() if told.get("blacked_out") or told.get("failed")}
 
     def check(self, thoroughly: bool = False) -> list[str]:
         """Find images that are gone or were altered, and forget them, so that they are drawn again.
@@ -335,13 +350,17 @@ class Store:
         return {item: np.frombuffer(blob, dtype="<f4") for item, blob in rows.items()}
 
     def failures(self) -> list[tuple[str, str, str]]:
-        """(score, image, error) of everything that could not be computed for an image that is there."""
+        """(score, image, error) of everything that could not be computed for an image that is there.
+
+        Of an image that could not be drawn itself, with `IMAGE` in place of a score.
+        """
         parts = [
             f"SELECT s.name, s.item, s.error FROM {table} s JOIN items i ON i.id = s.item AND i.sha256 = s.sha256 "
             "WHERE s.error IS NOT NULL"
             for table in ("scores", "features")
         ]
-        return [(name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts))]
+        undrawn = [(IMAGE, item, told["failed"]) for item, told in self.unmade().items() if "failed" in told]
+        return [*undrawn, *((name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts)))]
 
 
 def _require_table(table: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from deradiff import sweeps
+from deradiff import pictures, sweeps
 from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan
+from deradiff.files.images import read_rgb
 from deradiff.files.records import CHUNK
 from deradiff.jobs import reproducible
+from deradiff.libraries import relay
 from deradiff.prompt_embeddings import Remembering
+from deradiff.truncation import PromptCut, cuts
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,22 @@ class Score:
 
 Task = Draw | Score
 
+Attempt = tuple[Image.Image | FloatingPointError, dict[str, Any]]
+"""An image, or why it is none, and what was told about it."""
+
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a task: of `Draw` (PNG file, what was told) for each wanted image, of `Score` (value, error)."""
+    """What became of a task: of `Draw` (PNG file, what was told) for each wanted image, of `Score` (value, error).
+
+    Where an image is none, there is no file, and what was told has the reason: `blacked_out`, or `failed` in words.
+    """
 
     results: list[Any]
     seconds: float
     """In the models and scorers alone."""
+    warned: tuple[str, ...] = ()
+    """What was warned of in a process of its own, each line once."""
 
 
 @dataclass
@@ -73,6 +85,9 @@ class Worker:
     plan: Plan
     device: str = "cpu"
     threads: int = 1
+    alone: bool = False
+    """Whether it has its process to itself: what the libraries warn of there is part of its results."""
+    _warned: list[str] = field(default_factory=list, repr=False)
     _held: ExitStack = field(default_factory=ExitStack, repr=False)
     _now: Any = None
     _pipes: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
@@ -80,12 +95,18 @@ class Worker:
     _scorers: dict[Any, Any] = field(default_factory=dict, repr=False)
     _dial: Any = None
 
+    def __post_init__(self) -> None:
+        if self.alone:
+            relay(lambda line, _: self._warned.append(line))
+
     def do(self, task: Task) -> Done:
         """Do a task. Raises what the models raise; a scorer's failures are part of its result."""
         with self._fixed():
             began = time.perf_counter()
             results = self._draw(task) if isinstance(task, Draw) else self._score(task)
-            return Done(results, time.perf_counter() - began)
+            warned = tuple(self._warned)
+            self._warned.clear()
+            return Done(results, time.perf_counter() - began, warned)
 
     def pid(self) -> int:
         """The process that this worker is in."""
@@ -107,12 +128,22 @@ class Worker:
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
-    def _draw(self, task: Draw) -> list[tuple[bytes, dict[str, Any]]]:
-        drawings = task.drawings
-        images = self._by_noise(drawings) if drawings[0].kind == "noise" else self._realigned(drawings)
-        return [(_png(images[place][0], drawings[place]), images[place][1]) for place in task.wanted]
+    def _draw(self, task: Draw) -> list[tuple[bytes | None, dict[str, Any]]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCut)  # it is told with each image, whichever process drew it
+            attempts = self._attempts(task.drawings)
+        return [_result(*attempts[place], task.drawings[place]) for place in task.wanted]
 
-    def _realigned(self, drawings: Sequence[Drawing]) -> list[tuple[Image.Image, dict[str, Any]]]:
+    def _attempts(self, drawings: Sequence[Drawing]) -> list[Attempt]:
+        """Images, or why they are none. Where a batch fails as a whole, each is drawn alone, to find out which."""
+        try:
+            return self._by_noise(drawings) if drawings[0].kind == "noise" else self._realigned(drawings)
+        except FloatingPointError as error:
+            if len(drawings) == 1:
+                return [(error, {})]
+        return [attempt for drawing in drawings for attempt in self._attempts([drawing])]
+
+    def _realigned(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         first = drawings[0]
         pipe = self._pipe(first)
         shots = [sweeps.Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
@@ -122,18 +153,18 @@ class Worker:
         given["guidance_scale"] = self._guidance(first)
         call = {name: value for name, value in given.items() if value is not None}
         if self._dial is None:
-            return [(image, {}) for image in _plainly(pipe, drawings, call)]
+            return _plainly(pipe, drawings, call)
         if first.kind == "particles":
-            drawn = sweeps.sample_by_particles(
+            drawn = sweeps.attempts_by_particles(
                 pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=self.plan.batch_size,
                 particles=first.particles, **call,
             )  # fmt: skip
         else:
-            drawn = sweeps.sample(
+            drawn = sweeps.attempts(
                 pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=len(drawings), **call
             )
-        found = {shot.column: (image, _told(told)) for shot, image, told in drawn}
-        return [found[number] for number in range(len(drawings))]
+        by_place: dict[int, Attempt] = {shot.column: (image, _told(told)) for shot, image, told in drawn}
+        return [by_place[number] for number in range(len(drawings))]
 
     def _guidance(self, drawing: Drawing) -> float | None:
         """The guidance scale, None for the pipeline's own."""
@@ -142,7 +173,7 @@ class Worker:
         chosen = drawing.sampling.guidance_scale
         return usual_guidance(self.plan.reference) if chosen is None else chosen
 
-    def _by_noise(self, drawings: Sequence[Drawing]) -> list[tuple[Image.Image, dict[str, Any]]]:
+    def _by_noise(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         from deradiff.alignment.base import Base
         from deradiff.alignment.noise_optimization import initial_noise, optimize_noise
         from deradiff.alignment.sampling import Sampling
@@ -161,6 +192,7 @@ class Worker:
             seed=first.seed, noise=started, per_pass=len(drawings),
         )  # fmt: skip
         told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
+        told |= _cut(base.pipe, [drawing.prompt for drawing in drawings])
         return [
             (image, told | {"plain": float(found.scores[0, row])}) for row, image in enumerate(_pictures(found.images))
         ]
@@ -258,32 +290,58 @@ class Worker:
         return self._scorers[table, name]
 
 
-def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Image.Image]:
+def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Attempt]:
     """The reference alone, without a dial."""
     sweeps.require_heeded(pipe, call)
-    if "negative_prompt" in call:
-        call = call | {"negative_prompt": [call["negative_prompt"]] * len(drawings)}
-    output = pipe(
+    negative = call.get("negative_prompt")
+    if negative is not None:
+        call = call | {"negative_prompt": [negative] * len(drawings)}
+    drawn = pictures.draw(
+        pipe,
         prompt=[drawing.prompt for drawing in drawings],
         generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in drawings],
         num_inference_steps=drawings[0].sampling.steps,
         **call,
     )
-    sweeps.require_size(pipe, output.images[0], call)
-    return list(output.images)
+    sweeps.require_size(pipe, drawn.images[0], call)
+    attempts: list[Attempt] = []
+    for image, flaw, hidden, drawing in zip(drawn.images, drawn.flaws, drawn.blacked_out, drawings, strict=True):
+        about = _cut(pipe, [drawing.prompt, negative]) | ({"blacked_out": True} if hidden else {})
+        name = f"the image of {drawing.prompt!r} with seed {drawing.seed} by the reference"
+        attempts.append((image if flaw is None else flaw.of(name), about))
+    return attempts
+
+
+def _cut(pipe: Any, prompts: Sequence[str | None]) -> dict[str, Any]:
+    """What these prompts lost to the pipeline's tokenizers, if anything."""
+    lost = [cut.record() for cut in cuts(pipe, prompts)]
+    return {"cut_prompts": lost} if lost else {}
+
+
+def _result(
+    image: Image.Image | FloatingPointError, told: dict[str, Any], drawing: Drawing
+) -> tuple[bytes | None, dict[str, Any]]:
+    if isinstance(image, FloatingPointError):
+        return None, told | {"failed": " ".join(str(image).split())}
+    if told.get("blacked_out"):  # nobody is to take it for a picture
+        return None, told
+    return _png(image, drawing), told
 
 
 def _told(told: Any) -> dict[str, Any]:
     """What a run told about one image, as plain data."""
+    noted: dict[str, Any] = {"cut_prompts": [cut.record() for cut in told.cuts]} if told.cuts else {}
+    if told.blacked_out:
+        noted["blacked_out"] = True
     if told.particles is not None:
-        return {
+        return noted | {
             "effective": float(told.particles.effective), "families": int(told.particles.families),
             "collapsed": bool(told.particles.collapsed.any()),
         }  # fmt: skip
     run = told.run
     if run is None:
-        return {}
-    return {
+        return noted
+    return noted | {
         "log_weight": float(run.log_weights),
         "log_ratios": {name: float(ratio) for name, ratio in run.log_ratios.items()},
         "path_kl": None if run.path_kl is None else float(run.path_kl),
@@ -307,8 +365,7 @@ def _png(image: Image.Image, drawing: Drawing) -> bytes:
 
 
 def _pixels(png: bytes) -> torch.Tensor:
-    with Image.open(io.BytesIO(png)) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(read_rgb(png), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
 def _pictures(images: torch.Tensor) -> list[Image.Image]:

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from deradiff.files.images import rgb
+
 Images: TypeAlias = Float[Tensor, "batch 3 height width"] | Sequence[Image.Image]
 """A float tensor in [0, 1], or PIL images of any mode, each of any size."""
 
@@ -91,17 +93,12 @@ def require_pictures(images: Tensor) -> Tensor:
 
 
 def picture_tensor(image: Image.Image, place: int = 0) -> Float[Tensor, "1 3 height width"]:
-    """A PIL image in [0, 1], what is transparent on white. `place` is its index, for the `ValueError` if it is none."""
+    """A PIL image in [0, 1], as `files.images.rgb` makes it; `place` is its index, for errors. Raises `ValueError`."""
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"image {place} is a {type(image).__name__}: pass PIL images, or one float tensor (batch, 3, height, width)"
         )
-    if image.mode.partition(";")[0] in ("I", "F"):
-        raise ValueError(f"image {place} has mode {image.mode!r}, whose range is unknown: convert it to 8 bits first")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / LEVELS
+    return torch.from_numpy(np.array(rgb(image, f"image {place}"))).permute(2, 0, 1)[None] / LEVELS
 
 
 # -- resizing ---------------------------------------------------------------------------------------------------------

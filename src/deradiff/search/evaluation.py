@@ -145,10 +145,11 @@ class Laboratory:
         """Whether a run would have nothing to do, of models whose weights are those of the last one."""
         with Store(self.folder, write=False) as store:
             whole = running.contents(plan, store, fresh=False)
-            there = store.drawn()
+            there, tried = store.drawn(), store.unmade()
             wanted = [("scores", name) for name in plan.scores] + [("features", name) for name in plan.features]
-            return all(item in there for item in whole.drawings) and not any(
-                store.unscored(table, name, whole.drawings) for table, name in wanted
+            left = [item for item in whole.drawings if item not in tried]
+            return all(item in there for item in left) and not any(
+                store.unscored(table, name, left) for table, name in wanted
             )
 
 

@@ -7,7 +7,7 @@ same noise everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,13 +151,19 @@ class _Arm:
         if obstacles:
             reasons = "; ".join(OBSTACLES[obstacle] for obstacle in obstacles)
             raise ValueError(f"there is no retrained model whose score could be estimated: {reasons}")
-        return np.array([one.get("log_weight", 0.0) for one in told]).reshape(self._shape)
+        return self._by_place(lambda told: told.get("log_weight", 0.0))
 
     @property
     def ratios(self) -> Table:
         """The log ratio of every image's path; zero where it is not known."""
-        told = self._results.told(self._arm, self._prompts)
-        return np.array([sum(one.get("log_ratios", {}).values()) for one in told], dtype=float).reshape(self._shape)
+        return self._by_place(lambda told: sum(told.get("log_ratios", {}).values()))
+
+    def _by_place(self, number: Callable[[dict[str, Any]], float]) -> Table:
+        """A number from what was told about every image; zero where the image is not there, which is never kept."""
+        table = np.zeros(self._shape)
+        for place, told in self._results.told_by_place(self._arm, self._prompts).items():
+            table[place] = number(told)
+        return table
 
     def moved(self, name: str, kept: Kept, move: float) -> Float[Tensor, " unit"]:
         """A score prompt by prompt, if λ were so much larger."""

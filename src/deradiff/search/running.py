@@ -15,8 +15,10 @@ from PIL import Image
 
 from deradiff.experiments.crews import Crew
 from deradiff.experiments.plan import Arm, Plan
+from deradiff.experiments.reporting.picture_sheets import filled
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import DAMAGED, Store, StoreError
+from deradiff.files.images import read_rgb
 from deradiff.files.outputs import replaced
 from deradiff.files.reading import Record
 from deradiff.files.records import versions, write_png
@@ -243,7 +245,9 @@ def _sheet(laboratory: Laboratory, outcome: Outcome, results: Results) -> Image.
     rows = [[_opened(results, arm, laboratory.prompts, row) for arm in columns.values()] for row in range(len(texts))]
     seeds = plan.prompts[laboratory.prompts].seeds
     labels = [f"{text}\nseed {seeds[0]}" for text in texts]
-    return contact_sheet(rows, list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise")
+    return contact_sheet(
+        filled(rows), list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise"
+    )
 
 
 def _alone(space: Space) -> list[Point]:
@@ -254,8 +258,6 @@ def _alone(space: Space) -> list[Point]:
     return [tuple(1.0 if k == i else 0.0 for k in range(count)) for i in range(count)]
 
 
-def _opened(results: Results, arm: Arm, prompts: str, row: int) -> Image.Image:
+def _opened(results: Results, arm: Arm, prompts: str, row: int) -> Image.Image | None:
     path = results.image(arm, prompts, row, 0)
-    assert path is not None
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return None if path is None else read_rgb(path)

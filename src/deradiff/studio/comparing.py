@@ -9,7 +9,7 @@ import gradio as gr
 
 from deradiff import notation
 from deradiff.settings import Settings, caption
-from deradiff.sheets import contact_sheet
+from deradiff.sheets import contact_sheet, covered
 from deradiff.studio import drawing, scenes, words
 from deradiff.studio.drawing import Drawn, Step
 from deradiff.studio.session import Session, Updates, page_of, refusal
@@ -58,7 +58,7 @@ class Comparing:
         on, first = self.session.controls, images[0]
         labels = [column.label(settings.anchor_beta) for column in settings.columns]
         sheet = contact_sheet(
-            [[drawn.image for drawn in images]],
+            [[covered(drawn.image) if drawn.blacked_out else drawn.image for drawn in images]],
             labels,
             [f"{settings.prompts[0]}\nseed {settings.seeds[0]}"],
             caption(settings, first.record["scheduler"], first.record["guidance_scale"]),
@@ -72,7 +72,8 @@ class Comparing:
         return {
             on.strip: gallery,
             on.strip_table: words.strip(images),
-            on.strip_status: words.status(f"{len(images)} images in {first.seconds:.2f} s"),
+            on.strip_status: words.status(f"{len(images)} images in {first.seconds:.2f} s")
+            + "".join(map(words.wrong, dict.fromkeys(warning for drawn in images for warning in drawn.warned))),
             on.strip_download: gr.update(value=file, interactive=True),
             on.strip_lams_drawn: [scenes.strengths(drawn.settings) for drawn in images],
         }

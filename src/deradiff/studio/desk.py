@@ -100,7 +100,7 @@ class Desk:
             with self._models_for(settings, job, report) as (own, pipe, dial):
                 images = drawing.draw(own, pipe, dial, job, report, preview)
                 warned = self.models.warned(own.reference)
-            images = [replace(drawn, warned=warned) for drawn in images]
+            images = [replace(drawn, warned=(*warned, *drawn.warned)) for drawn in images]
             if preview:
                 return images
             report(Unscored(images))

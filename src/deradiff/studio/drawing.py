@@ -16,6 +16,7 @@ from deradiff import posteriors, sweeps
 from deradiff.dial import Dial
 from deradiff.ledger import joined
 from deradiff.mixing import denoised
+from deradiff.pictures import upcast
 from deradiff.reuse import Reuse
 from deradiff.rewards import PictureReward
 from deradiff.settings import Column, Settings, Shot, call_of, file_name
@@ -37,6 +38,9 @@ FEWEST = 4
 
 JUDGED = 16
 """Images from which a verdict is drawn."""
+
+
+BLACKED_OUT = "none: blacked out by the safety checker"
 
 
 class Step(NamedTuple):
@@ -67,7 +71,9 @@ class Drawn:
     seconds: float
     preview: bool = False
     warned: tuple[str, ...] = ()
-    """What loading its models warned about."""
+    """What loading its models, and drawing it, warned about."""
+    blacked_out: bool = False
+    """Whether the pipeline's safety checker put a black image in its place: it has no scores."""
 
 
 def preview_of(settings: Settings, how: str) -> Settings:
@@ -136,12 +142,17 @@ def draw(
 
 
 def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Drawn]:
-    """The same images with their scores."""
-    columns = _scores([drawn.image for drawn in images], [drawn.settings.prompts[0] for drawn in images], rewards)
-    return [
-        replace(drawn, scores={name: its if isinstance(its, str) else float(its[i]) for name, its in columns.items()})
-        for i, drawn in enumerate(images)
-    ]
+    """The same images with their scores, or words in place of them: what was blacked out is no picture."""
+    shown = [drawn for drawn in images if not drawn.blacked_out]
+    columns: dict[str, Tensor | str] = {}
+    if shown:
+        columns = _scores([drawn.image for drawn in shown], [drawn.settings.prompts[0] for drawn in shown], rewards)
+    own = {
+        id(drawn): {name: its if isinstance(its, str) else float(its[i]) for name, its in columns.items()}
+        for i, drawn in enumerate(shown)
+    }
+    hidden: dict[str, float | str] = {reward.name: BLACKED_OUT for reward in rewards}
+    return [replace(drawn, scores=own.get(id(drawn), hidden)) for drawn in images]
 
 
 def _scores(
@@ -171,7 +182,12 @@ def _drawn(
         words, kind = told.reused.words, "approximate"  # type: ignore[assignment]
     own_shot = Shot(shot.prompt, shot.seed, 0)
     record = sweeps.about(own, own_shot, told) | made | {"settings": own.model_dump()}
-    return Drawn(image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview)
+    warned = tuple(cut.words for cut in told.cuts)
+    if told.blacked_out:
+        warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
+    return Drawn(
+        image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview, warned, told.blacked_out
+    )  # fmt: skip
 
 
 def judged(
@@ -198,6 +214,9 @@ def judged(
         )
     )  # fmt: skip
     run = joined([told.run for _, _, told in found if told.run is not None])
+    hidden = sum(told.blacked_out for _, _, told in found)
+    if hidden:
+        return [f"{verdict(run).words}; no score, as the safety checker blacked out {hidden} of {len(found)} images"]
     scores = _scores([image for _, image, _ in found], [prompt] * len(found), rewards)
     usable = {name: its for name, its in scores.items() if not isinstance(its, str)}
     if not usable:
@@ -209,7 +228,10 @@ def judged(
 
 
 def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:
-    """The image that the last step was heading for; None for pipelines whose latents are no pictures of their own."""
+    """The image that the last step was heading for.
+
+    None for pipelines whose latents are no pictures of their own, and for NaN.
+    """
     step, vae = dial.last, getattr(pipe, "vae", None)
     if step is None or vae is None or step.sample.ndim != 4 or not hasattr(pipe, "image_processor"):
         return None
@@ -217,6 +239,8 @@ def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:
     if latents is None or latents.shape[1] != vae.config.get("latent_channels"):
         return None
     latents = latents[:1] / (vae.config.get("scaling_factor") or 1.0) + (vae.config.get("shift_factor") or 0.0)
-    with torch.no_grad():
+    with torch.no_grad(), upcast(vae):
         decoded = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    if not torch.isfinite(decoded).all():
+        return None  # the whole image will say why
     return pipe.image_processor.postprocess(decoded.float(), output_type="pil")[0]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from deradiff.experiments import plan as experiments
-from deradiff.experiments.running import contents
+from deradiff.experiments.running import contents, cut_prompts
 from deradiff.experiments.store import Image, Store
 from deradiff.files.records import slug
 from deradiff.study.plan import TILES, Configuration, Place, Plan, parse_plan
+from deradiff.truncation import PromptCut
 
 PAIRS = 20
 """Of a participant, where there are as many; about ten minutes."""
@@ -24,6 +27,8 @@ def drafted(folder: Path, methods: Sequence[str], beside: Path) -> Plan:
         folder: of the experiment.
         methods: names of arms with commas between, in one text or several (`arms_named`).
         beside: the folder that the plan is written to.
+
+    Warns of prompts that were cut when the images were drawn (`truncation.PromptCut`).
 
     Raises:
         StoreError: there is no experiment.
@@ -38,7 +43,10 @@ def drafted(folder: Path, methods: Sequence[str], beside: Path) -> Plan:
                 f"a study compares two methods or more, and --methods names {len(names)}: write two arms with a comma "
                 f"between. The arms of {folder} are {_listed({name for name, _ in arms})}"
             )
-        texts = contents(planned, store, fresh=False).texts
+        whole = contents(planned, store, fresh=False)
+        texts = whole.texts
+        for cut in cut_prompts(whole, store):
+            warnings.warn(cut.words, PromptCut, stacklevel=2)
         shared = [
             (sampling, name)
             for sampling in planned.sampling
@@ -105,7 +113,7 @@ def located(plan: Plan, beside: Path) -> dict[Place, Image]:
         folder = beside / one.experiment
         with opened(folder) as (planned, store):
             items = _items(one, planned, store, folder)
-            drawn = store.drawn()
+            drawn, unmade = store.drawn(), store.unmade()
         wanted = {
             Place(number, method, row, seed): items[arm, prompt, seed]
             for method, arm in one.methods.items()
@@ -114,7 +122,7 @@ def located(plan: Plan, beside: Path) -> dict[Place, Image]:
         }
         missing = [place for place, item in wanted.items() if item not in drawn or not drawn[item].path.is_file()]
         if missing:
-            raise ValueError(_missing(one, missing, len(wanted), folder))
+            raise ValueError(_missing(one, missing, len(wanted), folder, unmade.get(wanted[missing[0]])))
         found |= {place: drawn[item] for place, item in wanted.items()}
     return found
 
@@ -154,13 +162,19 @@ def _items(
     return items
 
 
-def _missing(one: Configuration, missing: Sequence[Place], wanted: int, folder: Path) -> str:
+def _missing(
+    one: Configuration, missing: Sequence[Place], wanted: int, folder: Path, told: Mapping[str, Any] | None
+) -> str:
+    """`told` is what is known of the first image that is missing, if it was drawn and is none."""
     first = missing[0]
-    return (
+    which = (
         f"configuration {one.name!r}: {len(missing)} of {wanted} images are missing in {folder}, the first is "
-        f"{first.method!r} for {one.prompts[first.prompt][:80]!r} with seed {first.seed}: finish the experiment with "
-        "`deradiff experiment run`, or leave these prompts or seeds out"
+        f"{first.method!r} for {one.prompts[first.prompt][:80]!r} with seed {first.seed}"
     )
+    if told is None:
+        return f"{which}: finish the experiment with `deradiff experiment run`, or leave these prompts or seeds out"
+    why = "the pipeline's safety checker blacked it out" if told.get("blacked_out") else told["failed"]
+    return f"{which}, which is no picture: {why}. Leave these prompts or seeds out"
 
 
 def _too_few(planned: experiments.Plan, names: Sequence[str], shared: Sequence[tuple[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from secrets import token_hex
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deradiff.experiments import store as experiments
+from deradiff.files.images import read_rgb, rgb
 from deradiff.files.writing import whole
 from deradiff.study.plan import NOISE, Place, Plan
 from deradiff.study.votes import Votes, file_of
@@ -36,15 +36,14 @@ def prepare(votes: Votes, images: Mapping[Place, experiments.Image], report: Cal
     batch: dict[Place, str] = {}
     for count, place in enumerate(left, len(images) - len(left)):
         report(count, len(images))
-        with Image.open(io.BytesIO(images[place].read())) as opened:
-            batch[place] = kept(opened, votes.folder)
+        batch[place] = kept(read_rgb(images[place].read(), str(images[place].path)), votes.folder)
         if len(batch) == TOGETHER:
             votes.enter(batch)
             batch = {}
     votes.enter(batch)
     if NOISE not in done:
-        with Image.open(votes.folder / "images" / next(iter(votes.entered().values()))) as like:
-            votes.enter({NOISE: kept(noise(like.size), votes.folder)})
+        like = read_rgb(votes.folder / "images" / next(iter(votes.entered().values())))
+        votes.enter({NOISE: kept(noise(like.size), votes.folder)})
     report(len(images), len(images))
 
 
@@ -84,7 +83,7 @@ def kept(image: Image.Image, folder: Path) -> str:
 def tile(image: Image.Image) -> Image.Image:
     """The picture alone, in RGB, between `SMALLEST` and `LARGEST` pixels on its longer side."""
     longest = max(image.size)
-    plain = Image.fromarray(np.asarray(image.convert("RGB")))  # no metadata
+    plain = rgb(image)
     if longest < SMALLEST:
         factor = -(-SMALLEST // longest)
         return plain.resize((plain.width * factor, plain.height * factor), Image.Resampling.NEAREST)
@@ -96,7 +95,7 @@ def tile(image: Image.Image) -> Image.Image:
 def noise(size: tuple[int, int]) -> Image.Image:
     """Grey noise of `size` (width, height): what is plainly worse than any image."""
     levels = np.random.default_rng(0).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
-    return Image.fromarray(levels).convert("RGB")
+    return rgb(Image.fromarray(levels))
 
 
 def _located(plan: Plan, beside: Path) -> dict[Place, experiments.Image]:

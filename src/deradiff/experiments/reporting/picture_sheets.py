@@ -16,6 +16,7 @@ from deradiff import notation
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
+from deradiff.files.images import read_rgb
 from deradiff.files.records import slug
 from deradiff.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet
 
@@ -229,9 +230,8 @@ def _picture(results: Results, arm: Arm, shot: Shot, side: int) -> Image.Image |
     if place is None:
         return None
     try:
-        with Image.open(place.path) as image:
-            picture = image.convert("RGB")
-    except OSError:  # damaged since it was drawn: the next run finds out and draws it again
+        picture = read_rgb(place.path)
+    except (OSError, ValueError):  # damaged since it was drawn: the next run finds out and draws it again
         return None
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)  # never enlarges
     return picture

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deradiff import pages
 from deradiff.experiments.plan import write_plan
 from deradiff.experiments.results import Results
-from deradiff.experiments.store import Store
+from deradiff.experiments.store import IMAGE, Store
 from deradiff.files.records import versions
 from deradiff.pages import counted
 
@@ -46,7 +46,7 @@ def page(every: Sequence[Results], store: Store, drawn: Sequence[Drawn], failed:
     for number, (section, found) in enumerate(sections.items(), 1):
         parts.append(f'<h2 id="section-{number}">{escape(section)}</h2>')
         parts += [_exhibit(one) for one in found]
-    parts += ['<h2 id="about">Where this comes from</h2>', *_prompts(every), *_images(every)]
+    parts += ['<h2 id="about">Where this comes from</h2>', *_prompts(every), *_cut(every[0]), *_images(every)]
     parts += [*_failures(every[0]), *_provenance(every[0], store)]
     return pages.page(title, parts, STYLE)
 
@@ -72,7 +72,16 @@ def _problems(every: Sequence[Results], store: Store, failed: Sequence[tuple[str
             f"Missing: {planned - there:,} of {planned:,} images. Means are over those that are there, and change when "
             "the run goes on."
         )
-    if broken := _not_scored(every[0]):
+    if undrawn := [failure for failure in _not_scored(every[0]) if failure[0] == IMAGE]:
+        yield _note(f"{counted(len(undrawn), 'image')} could not be drawn: they are listed at the end of the page.")
+    if hidden := every[0].blacked_out:
+        yield _note(
+            f"{counted(len(hidden), 'image')} were blacked out by the pipeline's safety checker: they are no pictures, "
+            "and have no scores."
+        )
+    if cut := every[0].cut:
+        yield _note(f"{counted(len(cut), 'prompt')} were cut by tokenizers: see the end of the page.")
+    if broken := [failure for failure in _not_scored(every[0]) if failure[0] != IMAGE]:
         yield _note(f"{counted(len(broken), 'score')} could not be computed: they are listed at the end of the page.")
     for name, wanted in every[0].plan.prompts.items():
         if wanted.substitute_for:
@@ -156,6 +165,13 @@ def _prompts(every: Sequence[Results]) -> Iterator[str]:
     yield _rows(("set", "prompts", "seeds of each", "from", "a substitute for"), rows)
 
 
+def _cut(results: Results) -> Iterator[str]:
+    if results.cut:
+        yield "<h3>Prompts that were cut</h3>"
+        rows = [(cut.prompt, " and ".join(cut.tokenizers), cut.limit, cut.lost) for cut in results.cut]
+        yield _rows(("prompt", "cut by", "tokens it reads", "lost"), rows)
+
+
 def _images(every: Sequence[Results]) -> Iterator[str]:
     plan = every[0].plan
     for results in every:
@@ -176,7 +192,7 @@ def _images(every: Sequence[Results]) -> Iterator[str]:
 
 def _not_scored(results: Results) -> list[tuple[str, str, str]]:
     """(score, image, error) of what failed among the plan's own images and scores."""
-    names, planned = {*results.plan.scores, *results.plan.features}, results.contents.drawings.keys()
+    names, planned = {IMAGE, *results.plan.scores, *results.plan.features}, results.contents.drawings.keys()
     return [failure for failure in results.failures if failure[0] in names and failure[1] in planned]
 
 
@@ -185,7 +201,7 @@ def _failures(results: Results) -> Iterator[str]:
     for name, item, error in _not_scored(results):
         groups.setdefault((name, error), []).append(item)
     if groups:
-        yield "<h3>What could not be scored</h3>"
+        yield "<h3>What could not be drawn or scored</h3>"
         rows = [
             (name, len(items), error, ", ".join(items[:EXAMPLES]) + (", …" if len(items) > EXAMPLES else ""))
             for (name, error), items in groups.items()

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deradiff import pictures
 from deradiff.weights import Estimate, mean
 from deradiff.worlds.digits.captions import parse, sample_prompts
 from deradiff.worlds.digits.classifier import features, read, recover_ink_map
@@ -33,18 +34,19 @@ def draw(
 ) -> Float[Tensor, "batch 3 32 32"]:
     """One picture in [0, 1] per prompt; the noise depends on `seed` and the position in the list alone."""
     noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    pictures = []
+    drawn = []
     for i in range(0, len(prompts), 250):
-        batch = pipe(
-            prompts[i : i + 250],
+        batch = pictures.draw(
+            pipe,
+            prompt=prompts[i : i + 250],
             latents=noise[i : i + 250].to(pipe.unet.dtype),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             output_type="pt",
-        ).images
-        pictures.append(batch.float())
+        )
+        drawn.append(batch.require_finite(prompts[i : i + 250]).images.float())
         tick(min(i + 250, len(prompts)))
-    return torch.cat(pictures)
+    return torch.cat(drawn)
 
 
 @dataclass(frozen=True)
