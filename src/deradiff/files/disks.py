@@ -52,7 +52,7 @@ def explained(folder: Path, kind: type[Exception] = OSError, needed: int = 0) ->
     try:
         yield
     except DiskFull as error:
-        raise kind(str(error)) from error
+        raise kind(full(folder, needed) if needed else str(error)) from error
     except OSError as error:
         path = Path(os.fsdecode(error.filename2 or error.filename or folder))
         if (words := _words(path, folder, error.errno, needed)) is None:

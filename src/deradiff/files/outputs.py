@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from deradiff.files import disks
+from deradiff.files.locks import discard, taken
+from deradiff.files.reading import Record, read
 from deradiff.files.writing import write_json
 
 _NAME = r"[^/\\]*[^/\\.][^/\\]*"
 """A file in the folder itself."""
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """What lies in a folder of one kind's files, as `.deradiff-KIND.json` says."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    files: dict[Annotated[str, Field(pattern=f"^{_NAME}$")], list[str]] = {}
+    files: dict[Annotated[str, Field(pattern=f"^{_NAME}$")], list[str]]
     """The SHA-256 of every file: two where one is about to take another's place."""
-    unfinished: Annotated[str, Field(pattern=r"^\.deradiff-[a-z]+\.[0-9a-f]{16}$")] | None = None
-    """The folder that the next ones are written into."""
 
 
 @contextmanager
@@ -45,36 +42,28 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
 
     Raises:
         FileExistsError: a file has the name of one of ours and is not ours, or was changed since.
+        FolderInUse: another process is about to do the same.
         OSError: `folder` cannot be written to, or its disk is full.
+        ValueError: the record is not one of ours.
     """
-    file = folder / f".deradiff-{kind}.json"
+    record = folder / f".deradiff-{kind}.json"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with disks.explained(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            record = _read(file)
-            _require_ours(folder, record, first)
-            if record.unfinished is not None:
-                shutil.rmtree(folder / record.unfinished, ignore_errors=True)
-            record.unfinished = f".deradiff-{kind}.{token_hex(8)}"
-            write_json(file, record.model_dump())
-            unfinished = folder / record.unfinished
+    held = folder / f".deradiff-{kind}"  # not `folder`, which somebody else may hold, as the server of a study does
+    try:
+        with disks.explained(folder), taken(held, f"the {kind} of {folder}") as private:
+            _require_ours(folder, _known(record), first)
+            unfinished = private / "unfinished"
+            discard(unfinished)
             unfinished.mkdir()
             try:
                 yield unfinished
-                _take(unfinished, file, record, first)
+                _take(unfinished, record, first)
             finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                record.unfinished = None
-                write_json(file, record.model_dump())
-                if not record.files:
-                    file.unlink()
-        finally:
-            for path in made:
-                with suppress(OSError):  # it is not empty
-                    path.rmdir()
+                discard(unfinished)
+    finally:
+        with suppress(OSError):  # another process works there, or it has gone
+            held.rmdir()
 
 
 @contextmanager
@@ -99,48 +88,41 @@ def require_new(path: Path) -> None:
         raise FileExistsError(f"{path} exists, and is not replaced: name a new file, or move that one away")
 
 
-def _read(file: Path) -> Manifest:
-    if not file.exists():
-        return Manifest()
-    try:
-        return Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"{file} is no record of deradiff's ({f'{where}: ' if where else ''}{first['msg']}): name another folder"
-        ) from None
+def _known(record: Path) -> dict[str, list[str]]:
+    if not record.exists():
+        return {}
+    return read(Manifest, record, "record of deradiff's files", "name another folder").files
 
 
-def _require_ours(folder: Path, record: Manifest, names: Iterable[str]) -> None:
+def _require_ours(folder: Path, known: Mapping[str, list[str]], names: Iterable[str]) -> None:
     """Raise `FileExistsError` where one of these names is taken by a file that is not as we wrote it."""
     for name in names:
-        if os.path.lexists(folder / name) and not _is_ours(folder, record, name):
-            known = "was changed since deradiff wrote it" if name in record.files else "is not deradiff's"
-            raise FileExistsError(f"{folder / name} {known}, and is not replaced: move it away, or name another folder")
+        if os.path.lexists(folder / name) and not _is_ours(folder, known, name):
+            what = "was changed since deradiff wrote it" if name in known else "is not deradiff's"
+            raise FileExistsError(f"{folder / name} {what}, and is not replaced: move it away, or name another folder")
 
 
-def _is_ours(folder: Path, record: Manifest, name: str) -> bool:
+def _is_ours(folder: Path, known: Mapping[str, list[str]], name: str) -> bool:
     file = folder / name
-    return file.is_file() and not file.is_symlink() and _digest(file) in record.files.get(name, ())
+    return file.is_file() and not file.is_symlink() and _digest(file) in known.get(name, ())
 
 
-def _take(unfinished: Path, file: Path, record: Manifest, first: Collection[str]) -> None:
+def _take(unfinished: Path, record: Path, first: Collection[str]) -> None:
     """Put the files of `unfinished` in their places, those that were known `first` last: they lead to the others."""
-    folder, old = unfinished.parent, record.files
+    folder, old = record.parent, _known(record)
     new = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
-    _require_ours(folder, record, new)
-    record.files = {name: [*old.get(name, ()), *([new[name]] if name in new else ())] for name in {**old, **new}}
-    write_json(file, record.model_dump())
+    _require_ours(folder, old, new)
+    both = {name: [*old.get(name, ()), *([new[name]] if name in new else ())] for name in {**old, **new}}
+    write_json(record, {"files": both}, within=unfinished.parent)
     for name in sorted(new, key=lambda name: name in first):
         if name in old:
             os.replace(unfinished / name, folder / name)
         else:
             _place(unfinished / name, folder / name)
     for name in old.keys() - new.keys():
-        if _is_ours(folder, record, name):
+        if _is_ours(folder, old, name):
             (folder / name).unlink()
-    record.files = {name: [digest] for name, digest in new.items()}
+    write_json(record, {"files": {name: [digest] for name, digest in new.items()}}, within=unfinished.parent)
 
 
 def _place(source: Path, target: Path) -> None:
