@@ -194,8 +194,8 @@ def _unknown_form(tensors: Mapping[str, Tensor], label: str, reference: ModelMix
     own = next((name for name, _ in base_tensors(reference)), "")
     return IncompatibleAnchor(
         f"{label} is no {kind} of the reference's configuration in a form that is known: its {len(tensors)} tensors "
-        f"are called {some(tensors)}. Known are diffusers' own names for a {kind} ({own}), also behind a prefix{original}, "
-        "and LoRA (see anchors.load_anchor). Is it a model of another architecture, or of another part?"
+        f"are called {some(tensors)}. Known are diffusers' own names for a {kind} ({own}), also behind a prefix"
+        f"{original}, and LoRA (see anchors.load_anchor). Is it a model of another architecture, or of another part?"
     )
 
 
