@@ -103,7 +103,7 @@ def test_a_single_file_of_another_architecture(tmp_path):
         with pytest.raises(IncompatibleAnchor, match=f"{file}.safetensors"):
             load_anchor(tmp_path / f"{file}.safetensors", pipe)
     transformer, _ = made("pixart")
-    with pytest.raises(IncompatibleAnchor, match="not in diffusers' layout for PixArtTransformer2DModel"):
+    with pytest.raises(IncompatibleAnchor, match=r"no PixArtTransformer2DModel .*entirely, something\.else"):
         load_anchor(tmp_path / "strange.safetensors", transformer)
 
 
