@@ -130,7 +130,7 @@ class Thief:
         return bool(copies) or any(SECRET in answer for answer in self.answers)
 
 
-TAKING = ("delete", "use", "family", "restep")
+TAKING = ("delete", "use", "family", "restep", "use_file")
 """Reactions that do little with the values they are given: enough for what Gradio does with these before."""
 
 

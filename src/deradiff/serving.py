@@ -86,7 +86,7 @@ class Gate:
                 async for piece in self._body(scope, receive):
                     body += piece
                     self._held += len(piece)
-                await self.app(scope | _as_the_browser(scope), replayed(bytes(body), receive), answer)
+                await self.app({**scope, **_as_the_browser(scope)}, replayed(bytes(body), receive), answer)
                 return
         except TooLong:
             response = self.refused(413, None)
@@ -115,7 +115,8 @@ class Gate:
         if refused is not None:
             return self.refused(*refused)
         scope[VISITOR] = self.admission.visitor(request.cookies) or (request.client.host if request.client else "")
-        return self._first_visit(request) if self.admission.in_link(path, request.query_params) else None
+        as_asked = Request({**scope, **_as_the_browser(scope)})
+        return self._first_visit(as_asked) if self.admission.in_link(path, request.query_params) else None
 
     def _first_visit(self, request: Request) -> Response:
         """Have the browser keep who it is, and take the token out of its address."""
