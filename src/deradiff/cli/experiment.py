@@ -58,7 +58,7 @@ def plan(
 
 @app.command()
 def run(
-    context: typer.Context,
+    context: arguments.Context,
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The experiment's folder. One that was begun there goes on.")
