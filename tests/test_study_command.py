@@ -12,6 +12,7 @@ from deradiff.cli import app
 from deradiff.study import server
 from deradiff.study.plan import read_plan
 from deradiff.study.votes import Votes
+from holding import another_process
 from small_study import answers, experiment
 
 
@@ -56,6 +57,16 @@ def test_a_study_from_plan_to_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     assert analysed.exit_code == 0, analysed.output
     assert "3 participants, 9 pairs, 3 questions about each" in analysed.stdout
     assert str(tmp_path / "analysis" / "overall.png") in analysed.stdout
+
+
+@pytest.mark.attack("two processes, one folder")
+def test_a_second_server_of_a_study_is_told_of_the_first(tmp_path: Path) -> None:
+    experiment(tmp_path / "experiment")
+    plan = tmp_path / "study.yaml"
+    run("plan", tmp_path / "experiment", "--methods", "strong,weak", "--out", plan)
+    with another_process(tmp_path / "study") as process:
+        assert str(process.pid) in told("serve", plan, "--out", tmp_path / "study", "--port", 0)
+    assert not (tmp_path / "study").exists()
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -62,11 +62,12 @@ def serve(
 
         access.require_token(host, token)
         root = access.require_root(root_path)
+        from deradiff.files.locks import taken
         from deradiff.study import server, tiles
         from deradiff.study.plan import read_plan
 
         planned = read_plan(file)
-        with access.bound(host, port) as listening:
+        with access.bound(host, port) as listening, taken(out, "a study"):
             with talking.stages(console) as report:
                 votes = tiles.ready(out, planned, file.parent, lambda done, total: report("images", done, total, ""))
             with votes, suppress(KeyboardInterrupt):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.files import databases
+from deradiff.files.folders import contents
 from deradiff.files.reading import parse
 from deradiff.study.plan import ANSWERS, NOISE, TILES, Place, Plan, parse_plan
 from deradiff.study.rows import CURE, StudyError, pair_of
@@ -359,7 +360,7 @@ def next_pair(plan: Plan, seen: set[tuple[int, int]], shown: Mapping[int, int]) 
 
 
 def _require_room(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or contents(folder)):
         raise StudyError(f"{folder} holds other files and no study: name a new folder")
 
 
