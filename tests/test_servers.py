@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from browsing import page
+from browsing import command, page, settled
 from deradiff import access, connections
 from deradiff.study import server as study_server
 from deradiff.study.votes import Votes
@@ -105,7 +105,8 @@ def test_where_there_are_too_many_the_silent_ones_make_way(votes: Votes, monkeyp
     with served(study_server.app(votes)) as port:
         held = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(60)]
         assert all(asked(port, "/")[0] == 200 for _ in range(5))
-        [opened.close() for opened in held]
+        for opened in held:
+            opened.close()
 
 
 @CONNECTIONS
@@ -352,10 +353,11 @@ def test_a_root_is_a_path() -> None:
 
 
 @PROXIES
-@pytest.mark.parametrize("strips", [True, False])
-def test_the_studio_in_a_browser_below_a_root(start: Callable[..., int], chromium: Any, strips: bool) -> None:
+def test_the_studio_in_a_browser_below_a_root(tmp_path: Path, chromium: Any) -> None:
+    words = ("studio", "--port", "0", "--device", "cpu", "--token", TOKEN, "--root-path", "/studio/")
     with (
-        proxied(start("studio", TOKEN, "/studio"), "/studio", strips) as port,
+        command(*words, folder=tmp_path) as link,
+        proxied(int(re.findall(r":(\d+)/studio/", link)[0]), "/studio", True) as port,
         page(chromium, f"http://127.0.0.1:{port}/studio/?token={TOKEN}") as opened,
     ):
         opened.wait_for_function("document.querySelector('#status')?.textContent.includes('Exact')", timeout=100_000)
@@ -372,7 +374,7 @@ def test_the_study_in_a_browser_below_a_root(start: Callable[..., int], chromium
         page(chromium, f"http://127.0.0.1:{port}/study/?token={TOKEN}") as opened,
     ):
         opened.get_by_role("button", name="I agree: begin").click()
-        opened.wait_for_function("[...document.images].every((image) => image.naturalWidth > 0)")
+        settled(opened, lambda: opened.evaluate("[...document.images].every((image) => image.naturalWidth > 0)"))
         for fieldset in opened.locator("fieldset").all():
             fieldset.get_by_text("A", exact=True).click()
         opened.get_by_role("button", name="Submit").click()

@@ -84,6 +84,11 @@ def forms(file: Path, url: str) -> list[Any]:
     ]  # fmt: skip
 
 
+def _usual(reaction: Any) -> list[Any]:
+    """What a page that was just opened sends."""
+    return [None if isinstance(each, gr.State) else each.value for each in reaction.inputs]
+
+
 class Thief:
     """Tries all of Gradio's reactions with every form in every input, and keeps all that is answered."""
 
@@ -105,7 +110,7 @@ class Thief:
         for number, reaction in self.blocks.fns.items():
             if chosen and reaction.name not in chosen:
                 continue
-            usual = [None if isinstance(each, gr.State) else each.value for each in reaction.inputs]
+            usual = _usual(reaction)
             bodies = [
                 {"fn_index": number, "data": [*usual[:place], form, *usual[place + 1 :]], "event_data": form}
                 for place in range(len(usual))
@@ -241,20 +246,31 @@ ODD: list[Any] = [
 ]  # fmt: skip
 
 
+_NO_LISTS: list[Any] = [None, "x", {}, 3]
+
+_NO_SESSIONS: list[Any] = [None, 3, "", "a/b", "x" * 99]
+
+_NO_CHOICES: list[Any] = [None, {}, {"index": "x"}, [], 3]
+
+_ODD_VALUES: list[Any] = [
+    ["private words"], {"private words": 1}, "private words", -7.5, True, None, [[[]]], {"steps": {}},
+]  # fmt: skip
+
+
 @REQUESTS
 def test_odd_requests_are_refused_in_a_sentence(
     shared: tuple[int, Any, Any], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     port, _, blocks = shared
-    bodies: list[Any] = [{"fn_index": odd, "data": [], "session_hash": "a"} for odd in ODD]
+    bodies: list[Any] = [{"fn_index": index, "data": [], "session_hash": "a"} for index in ODD]
     for number, reaction in blocks.fns.items():
         size = len(reaction.inputs)
         event = {"fn_index": number, "session_hash": "a"}
         bodies += [event | {"data": [None] * wrong} for wrong in {0, size - 1, size + 1, 500} - {size, -1}]
-        bodies += [event | {"data": odd} for odd in (None, "x", {}, 3)]
-        bodies += [event | {"data": [None] * size, "session_hash": odd} for odd in (None, 3, "", "a/b", "x" * 99)]
+        bodies += [event | {"data": data} for data in _NO_LISTS]
+        bodies += [event | {"data": [None] * size, "session_hash": session} for session in _NO_SESSIONS]
         if reaction.collects_event_data:
-            bodies += [event | {"data": [None] * size, "event_data": odd} for odd in (None, {}, {"index": "x"}, [], 3)]
+            bodies += [event | {"data": [None] * size, "event_data": chosen} for chosen in _NO_CHOICES]
     bodies += [b"", b"{", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"null", b"[]", b'{"fn_index": 1e999}']
     for body in bodies:
         for path in ("queue/join", "run/predict", "component_server", "cancel", "reset"):
@@ -276,7 +292,7 @@ def test_values_of_the_wrong_kind_end_in_words(shared: tuple[int, Any, Any], cap
     for number, reaction in blocks.fns.items():
         if reaction.name not in ODDLY:
             continue
-        for odd in (["private words"], {"private words": 1}, "private words", -7.5, True, None, [[[]]], {"steps": {}}):
+        for odd in _ODD_VALUES:
             data = [None if isinstance(each, gr.State) else odd for each in reaction.inputs]
             session = f"odd{number}"
             body = {"fn_index": number, "data": data, "session_hash": session}
@@ -353,7 +369,7 @@ def test_pages_and_what_they_wait_for_are_bounded(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(guard, "MOST_WAITING", 3)
     with studio(tmp_path) as (port, _, blocks):
         [number] = [number for number, reaction in blocks.fns.items() if reaction.name == "use_paste"]
-        data = [None if isinstance(each, gr.State) else each.value for each in blocks.fns[number].inputs]
+        data = _usual(blocks.fns[number])
         body = {"fn_index": number, "data": data, "session_hash": "a"}
         statuses = [asked(port, "/gradio_api/queue/join", body)[0] for _ in range(5)]
         assert statuses == [200] * 3 + [429] * 2

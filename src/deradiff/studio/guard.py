@@ -276,7 +276,8 @@ class Guard:
                     self._stored.move_to_end(path)
             await send(message)
 
-        await self.app(_with_body(scope, body, kind) | {"query_string": b""}, replayed(body, receive), noted)
+        # Without its query: what is remembered for a bar of progress is never forgotten.
+        await self.app({**_with_body(scope, body, kind), "query_string": b""}, replayed(body, receive), noted)
 
     def _forget_uploads(self) -> None:
         while self._stored and next(iter(self._stored.values())) < time.monotonic() - UPLOADS_KEPT:
