@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -263,3 +264,38 @@ def test_schedules_are_cheap_to_import():
     heavy = "torch", "scipy", "matplotlib", "diffusers"
     code = f"import sys, deradiff.schedules; print([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.attack("a λ that cannot be what it seems")
+@pytest.mark.parametrize(
+    "lam",
+    [
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor([0.5, 0.6], requires_grad=True),
+        torch.nn.Parameter(torch.tensor(0.5)),
+        [0.1, torch.tensor(0.5, requires_grad=True)],
+        torch.tensor(0.5, device="meta"),
+        torch.tensor([0.5], device="meta"),
+        torch.tensor([0.5]).to_sparse(),
+        torch.tensor(0.5 + 1j),
+        torch.tensor([True]),
+        torch.tensor([[0.5]]),
+        np.array([np.nan]),
+        np.array(["0.5"]),
+        np.ma.array([0.5, 0.6], mask=[0, 1]),
+        10**400,
+    ],
+    ids=repr,
+)
+def test_a_lambda_that_is_no_number_to_read_is_refused(lam):
+    for given, names in ((lam, ["a"]), ({"a": 0.1, "b": lam}, ["a", "b"])):
+        with pytest.raises(ValueError, match="λ"):
+            parse_lam(given, names)
+
+
+@pytest.mark.attack("a λ that cannot be what it seems")
+def test_a_lambda_of_any_library_is_read():
+    for lam in (torch.tensor(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5).half(), Fraction(1, 2)):
+        assert parse_lam(lam, ["a"]).raw == 0.5
+    for lams in (torch.tensor([0.5, 2]), np.array([0.5, 2]), [torch.tensor(0.5), 2], torch.tensor([0.5, 2]).bfloat16()):
+        assert parse_lam(lams, ["a"]).raw == (0.5, 2.0)

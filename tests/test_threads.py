@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -55,10 +56,8 @@ class Turns:
         self.barrier = threading.Barrier(2)
 
     def __call__(self, *args: Any) -> Any:
-        try:
+        with suppress(threading.BrokenBarrierError):  # the other was refused, or has more steps
             self.barrier.wait(5)
-        except threading.BrokenBarrierError:
-            pass  # the other was refused, or has more steps
         return args[-1] if args else None
 
 

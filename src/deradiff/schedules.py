@@ -48,9 +48,12 @@ class Progress(NamedTuple):
 
 
 def finite(value: object, name: str) -> float:
-    """Read `value` as a finite float; raises `ValueError` naming it otherwise. Booleans and strings are no numbers."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
+    """Read `value` as a finite float; raises `ValueError` naming it otherwise. Booleans and strings are no numbers.
+
+    Nor is a tensor that requires a gradient: none would flow through the float.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = _read(value, name)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
     try:
@@ -60,6 +63,19 @@ def finite(value: object, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}.")
     return number
+
+
+def _read(array: Any, name: str) -> Any:
+    """The numbers of a tensor or array, as Python's."""
+    if getattr(array, "requires_grad", False):
+        raise ValueError(
+            f"{name} requires a gradient, but is read as a plain number, through which none would flow: pass "
+            "its .detach()."
+        )
+    try:
+        return array.tolist()
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{name} is a {type(array).__name__} without numbers that can be read: {array!r}.") from error
 
 
 @dataclass(frozen=True, repr=False)
@@ -357,9 +373,9 @@ def parse_lam(lam: Any, anchors: Sequence[str]) -> Lams:
         anchors: the anchors' names, in the order in which `Lams.at` answers.
 
     Raises:
-        ValueError: for NaN, infinities, strings, booleans, None, empty lists, lists of different lengths for different
-            anchors, and a dictionary whose keys are not exactly the anchors' names. Whether a list fits the batch is
-            only known at the first step: `Lams.at` raises then.
+        ValueError: for NaN, infinities, strings, booleans, None, tensors that require a gradient, empty lists, lists
+            of different lengths for different anchors, and a dictionary whose keys are not exactly the anchors' names.
+            Whether a list fits the batch is only known at the first step: `Lams.at` raises then.
     """
     if isinstance(lam, Mapping):
         unknown, missing = [name for name in lam if name not in anchors], [name for name in anchors if name not in lam]
@@ -389,13 +405,13 @@ def _immutable(lam: Any) -> Any:
     if isinstance(lam, Mapping):
         return MappingProxyType({name: _immutable(lam[name]) for name in lam})
     if getattr(lam, "ndim", 0) > 0:
-        lam = lam.tolist()
+        lam = _read(lam, "λ")
     return tuple(map(_immutable, lam)) if isinstance(lam, Sequence) else finite(lam, "λ")
 
 
 def _per_image(lam: Any, name: str) -> Schedule | tuple[Schedule, ...]:
-    if getattr(lam, "ndim", 0) > 0 and hasattr(lam, "tolist"):
-        lam = lam.tolist()
+    if getattr(lam, "ndim", 0) > 0:
+        lam = _read(lam, name)
     if isinstance(lam, Sequence) and not isinstance(lam, str | bytes):
         if not lam:
             raise ValueError(f"{name} is an empty list; give one λ, or one for each image of the batch.")

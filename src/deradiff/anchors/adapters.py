@@ -111,10 +111,17 @@ def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 def warn_if_zero(denoiser: ModelMixin, adapter: str, label: str) -> None:
     """Warn about a LoRA that changes nothing: its second factors are all zero, as before training."""
-    state = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    state = _state(denoiser, adapter)
     factors = [tensor for key, tensor in state.items() if "lora_A" not in key]  # a DoRA's magnitudes count, too
     if not any(factor.any() for factor in factors):
         warnings.warn(f"{label} changes nothing (its B matrices are zero): it equals the reference.", stacklevel=4)
+
+
+def _state(denoiser: ModelMixin, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter, by PEFT's names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have invalid shape")  # of biases, which are no matrices
+        return get_peft_model_state_dict(denoiser, adapter_name=adapter, save_embedding_layers=False)
 
 
 def _require_ready(denoiser: ModelMixin, label: str) -> None:
@@ -213,7 +220,7 @@ def _without_prefix(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tens
 
 def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapter: str, label: str) -> None:
     """Raise `IncompatibleAnchor` unless the adapter consists of just these tensors: a partial LoRA is another model."""
-    loaded = set(get_peft_model_state_dict(denoiser, adapter_name=adapter, save_embedding_layers=False))
+    loaded = set(_state(denoiser, adapter))
     unused, unset = sorted(set(weights) - loaded), sorted(loaded - set(weights))
     if unused or unset:
         raise IncompatibleAnchor(

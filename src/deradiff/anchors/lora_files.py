@@ -8,7 +8,8 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -30,6 +31,11 @@ _FACTOR = re.compile(
 )
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
 _UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
+# What PEFT has a use for.
+_PEFT_ENDS = (
+    re.compile(r"\.lora_(?:A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)$"),
+    re.compile(r"\.lokr_(?:w[12](?:_[ab])?|t2)$"),
+)
 # How trainers begin the names of a denoiser's layers, and of the parts that serve both models.
 _OWN = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|(?:diffusion_model|model|unet|transformer)\.)?")
 _SHARED = re.compile(
@@ -47,6 +53,7 @@ _KINDS = {
     r"\.[wb]_norm$": "changes of norms (w_norm, b_norm)",
     r"oft_": "factors of an orthogonal fine-tune (oft)",
     r"\.alpha$": "scales without factors of their layer (alpha)",
+    r"[._]lora[._]|lora_[AB]\.": "factors of a layer that it has not, or without the other factor",
 }
 
 
@@ -63,19 +70,18 @@ def read_lora(
     Its scales (alpha) are multiplied in: a layer's change is `lora_B @ lora_A`, and `lora_B.bias` of its bias. Parts
     for text encoders are left out with a warning. Raises `AnchorError` naming the tensors without a place.
     """
-    if any(name.startswith(PEFT_PREFIX) for name in tensors) and not any("double_blocks." in name for name in tensors):
-        raise AnchorError(
-            f"{label} is a PEFT adapter without its adapter_config.json, which holds its scale: put that file beside "
-            "it, under PEFT's names (adapter_config.json, adapter_model.safetensors)."
-        )
+    _require_readable(tensors, label, denoiser)
     shared = {name: match[0] for name in tensors if (match := _SHARED.match(name))}
-    own = {name: tensor for name, tensor in tensors.items() if name not in shared}
+    idle = [name for name in tensors if name.endswith((".diff", ".diff_b")) and not tensors[name].any()]
+    own = {name: tensor for name, tensor in tensors.items() if name not in shared and name not in idle}
     if not own:
         raise IncompatibleAnchor(
-            f"{label} changes nothing but {', '.join(sorted(set(shared.values())))}, which serve both models: only "
-            f"denoisers are mixed, and there is nothing in it for the reference's {type(denoiser).__name__}."
+            f"{label} changes nothing of the reference's {type(denoiser).__name__}: {some(tensors)}. Only denoisers "
+            "are mixed; text encoders serve both models."
         )
     require_numbers({name: t for name, t in own.items() if not name.endswith(".alpha")}, label)
+    if lone := _without_partner(own):
+        raise in_part(lone, label, denoiser)
     followed = {name: _Followed.named(name, tensor) for name, tensor in _scaled(own, label).items()}
     state = _own_names(followed, label, component, denoiser)
     if state is None:
@@ -86,14 +92,47 @@ def read_lora(
         {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
     )
     require_places(weights, label, component, denoiser)
-    placed = {name for key, tensor in weights.items() for name in _sources(tensor, key)} | shared.keys()
+    placed = shared.keys() | {name for key in _usable(weights) for name in _sources(weights[key], key)}
     scaled = {f"{_layer(name)}.alpha" for name in placed}
-    lost = [name for name in own if name not in placed and name not in scaled]
-    idle = [name for name in lost if name.endswith((".diff", ".diff_b")) and not own[name].any()]
-    if len(lost) > len(idle):
-        raise in_part([name for name in lost if name not in idle], label, denoiser)
+    if lost := [name for name in own if name not in placed and name not in scaled]:
+        raise in_part(lost, label, denoiser)
     _warn_left_out(shared, idle, label)
     return {key: tensor.as_subclass(Tensor).clone() for key, tensor in weights.items()}
+
+
+def _require_readable(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) -> None:
+    """Raise `AnchorError` for a form that says too little, and for a denoiser that diffusers loads no LoRA into."""
+    if any(name.startswith(PEFT_PREFIX) for name in tensors) and not any("double_blocks." in name for name in tensors):
+        raise AnchorError(
+            f"{label} is a PEFT adapter without its adapter_config.json, which holds its scale: put that file beside "
+            "it, under PEFT's names (adapter_config.json, adapter_model.safetensors)."
+        )
+    if not hasattr(denoiser, "load_lora_adapter"):
+        raise AnchorError(
+            f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
+            "form (adapter_config.json with adapter_model.safetensors)."
+        )
+
+
+def _without_partner(names: Collection[str]) -> list[str]:
+    """Factors without the other one of their layer, and scales without any."""
+    sides: dict[str, set[bool]] = {}
+    for name in names:
+        if (match := _FACTOR.fullmatch(name)) and match["kind"] == "weight":
+            sides.setdefault(match["layer"], set()).add(match["up"] is None)
+    layers = {_layer(name) for name in names if not name.endswith(".alpha")}
+    return [
+        name
+        for name in names
+        if (name.endswith(".alpha") and name.removesuffix(".alpha") not in layers)
+        or ((match := _FACTOR.fullmatch(name)) and len(sides.get(match["layer"], ())) < 2)
+    ]
+
+
+def _usable(weights: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that PEFT has a use for: those of LoRA, or those of LoKr where there are no others."""
+    kinds = [{key for key in weights if end.search(key)} for end in _PEFT_ENDS]
+    return [key for key in weights if key in (kinds[0] or kinds[1])]
 
 
 class _Followed(Tensor):
@@ -138,7 +177,7 @@ def _scaled(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         layer = name.removesuffix(".alpha")
         down = next((layer + end for end in _DOWN if layer + end in tensors), None)
         up = next((layer + end for end in _UP if layer + end in tensors), None)
-        if down is None or up is None:
+        if down is None or up is None:  # of a LoKr, which knows by which rank to divide
             continue
         alpha = tensors[name]
         if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
@@ -182,11 +221,8 @@ def _converted(
     """The tensors under diffusers' names, by the converter of the pipeline's class; those it drops are missing."""
     # Some pipelines (T2I-Adapter's) load no LoRA themselves; their UNet is Stable Diffusion's all the same.
     reader = type(pipe) if hasattr(pipe, "lora_state_dict") else StableDiffusionLoraLoaderMixin
-    if not hasattr(denoiser, "load_lora_adapter") or (reader is not type(pipe) and component != "unet"):
-        raise AnchorError(
-            f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
-            "form (adapter_config.json with adapter_model.safetensors)."
-        )
+    if reader is not type(pipe) and component != "unet":
+        raise _no_place(list(tensors), True, label, component, denoiser)
     accepted = inspect.signature(reader.lora_state_dict).parameters
     try:
         state, *_ = reader.lora_state_dict(
@@ -196,10 +232,13 @@ def _converted(
             **({"return_alphas": True} if "return_alphas" in accepted else {}),
         )
     except Exception as error:  # diffusers raises whatever the conversion stumbles over
-        odd = [name for name in tensors if not _FACTOR.fullmatch(name) and not name.endswith(".alpha")]
-        if any(_kind(name) for name in odd):
-            raise in_part([name for name in odd if _kind(name)], label, denoiser) from error
-        raise _no_place(list(tensors), True, label, component, denoiser) from error
+        odd = [name for name in tensors if not _FACTOR.fullmatch(name) and _kind(name)]
+        if odd := [name for name in odd if not name.endswith(".alpha")]:
+            raise in_part(odd, label, denoiser) from error
+        named = [name for name in tensors if _plain(name) in _plain(str(error))]
+        heads = Counter(re.split(r"[._]", name)[0] for name in tensors)  # the odd ones first
+        rare = sorted(tensors, key=lambda name: heads[re.split(r"[._]", name)[0]])
+        raise _no_place(named or rare, not named, label, component, denoiser) from error
     if not any(key.startswith((f"{component}.", "text_encoder")) for key in state):
         return {f"{component}.{key}": tensor for key, tensor in state.items()}  # as the denoiser itself saves it
     return dict(state)
@@ -218,7 +257,7 @@ def in_part(names: list[str], label: str, denoiser: ModelMixin) -> IncompatibleA
     """The refusal of a LoRA of which these tensors would be lost."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(_kind(name) or "tensors of no layer that it has, or of one that has others", []).append(name)
+        kinds.setdefault(_kind(name) or "others", []).append(name)
     return IncompatibleAnchor(
         f"{label} would be loaded only in part: {len(names)} of its tensors have no place beside the reference's "
         f"{type(denoiser).__name__}: "
@@ -264,6 +303,11 @@ def _sources(tensor: Tensor, key: str) -> frozenset[str]:
 def _layer(name: str) -> str:
     """The layer that a tensor of a file belongs to."""
     return re.split(r"\.(?=lora_|lora\.|lokr_|hada_)", name)[0]
+
+
+def _plain(name: str) -> str:
+    """A name as it may stand in a message of a converter, which has changed its beginning and its dots."""
+    return _OWN.sub("", name, count=1).replace(".", "_")
 
 
 def _kind(name: str) -> str | None:
