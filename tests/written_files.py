@@ -200,7 +200,6 @@ def checkpoints(folder: Path) -> Iterator[Written]:
         fitted(place, stop_at=3, seconds=0)
     for name, form in (("progress.json", "json"), ("state.safetensors", "tensors")):
         yield Written(f"checkpoint's {name}", place / name, lambda: resumed(place), form, 20, folder)
-    yield Written("checkpoint, trained on", place / "progress.json", lambda: fitted(place), "json", 1, folder)
 
 
 def resumed(place: Path) -> None:
