@@ -33,8 +33,14 @@ class Tally:
 
 def fuzz(count: int = 10_000, seed: int = 0, report: Callable[[str], None] = print) -> dict[str, Tally]:
     """Damage and read `count` files, and say a line of each kind; kinds that take long to read have fewer."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
     import written_files
 
+    for logging in (of_diffusers, of_transformers):  # they have much to say of damaged configurations
+        logging.set_verbosity(of_transformers.CRITICAL)
+        logging.disable_progress_bar()
     tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -171,7 +171,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         reading.read(Small, Path("a\x00b"), "record", "")
 
 
-def test_denied_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_denied_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "record.json"
     file.write_text(GOOD)
 

@@ -87,7 +87,7 @@ class Written:
     def restore(self) -> None:
         """Make the folder what it was."""
         for path in [path for path in self.folder.rglob("*") if path.is_file() and path not in self._others]:
-            path.unlink()
+            path.unlink(missing_ok=True)  # SQLite removes its own
         for path, (content, time) in self._others.items():
             if not path.is_file() or path.stat().st_mtime_ns != time:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,6 @@ def checkpoints(folder: Path) -> Iterator[Written]:
         fitted(place, stop_at=3, seconds=0)
     for name, form in (("progress.json", "json"), ("state.safetensors", "tensors")):
         yield Written(f"checkpoint's {name}", place / name, lambda: resumed(place), form, 20, folder)
-    yield Written("checkpoint, trained on", place / "progress.json", lambda: fitted(place), "json", 1, folder)
 
 
 def resumed(place: Path) -> None:

@@ -1,8 +1,10 @@
 """`deradiff experiment`: a plan, run, looked at, exported and reported."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -200,26 +202,20 @@ def report(
         raise typer.Exit(1)
 
 
-class _opened:
+@contextmanager
+def _opened(folder: Path) -> Iterator["tuple[Plan, Store]"]:
     """The plan and the store of an experiment that was begun, to be read."""
+    talking.pass_on_warnings()
+    from deradiff.experiments.plan import parse_plan
+    from deradiff.experiments.store import Store
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> "tuple[Plan, Store]":
-        talking.pass_on_warnings()
-        from deradiff.experiments.plan import parse_plan
-        from deradiff.experiments.store import Store
-
-        self._store = Store(self._folder, write=False)
-        if lost := self._store.altered():
+    with Store(folder, write=False) as store:
+        planned = parse_plan(store.fact("plan"), f"the plan in {store.file}")
+        if lost := store.altered():
             talking.messages.print(
-                f"{len(lost)} images in {self._folder} are gone or were altered since they were drawn: "
+                f"{len(lost)} images in {folder} are gone or were altered since they were drawn: "
                 "`deradiff experiment run` draws them again.",
                 style="yellow",
                 markup=False,
             )
-        return parse_plan(self._store.fact("plan"), f"the plan in {self._store.file}"), self._store
-
-    def __exit__(self, *raised: Any) -> None:
-        self._store.__exit__(*raised)
+        yield planned, store

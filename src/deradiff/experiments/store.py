@@ -197,7 +197,7 @@ class Store:
 
     def known(self) -> set[str]:
         """The identities of all images that belong to a batch, drawn or not."""
-        return {row[0] for row in self._rows("SELECT id FROM items")}
+        return {str(row[0]) for row in self._rows("SELECT id FROM items")}
 
     def add_batches(self, batches: Iterable[Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
         """Append batches of (identity, everything that decides the image). They stay together from now on."""
@@ -212,7 +212,7 @@ class Store:
         """The members of every batch in order, each with whether its image is there."""
         found: dict[int, list[tuple[str, bool]]] = {}
         for item, batch, drawn in self._rows("SELECT id, batch, sha256 IS NOT NULL FROM items ORDER BY batch, place"):
-            found.setdefault(batch, []).append((item, bool(drawn)))
+            found.setdefault(batch, []).append((str(item), bool(drawn)))
         return found
 
     def unbatch(self, items: Iterable[str]) -> None:
@@ -364,8 +364,9 @@ class Store:
             "WHERE s.error IS NOT NULL"
             for table in ("scores", "features")
         ]
-        undrawn = [(IMAGE, item, told["failed"]) for item, told in self.unmade().items() if "failed" in told]
-        return [*undrawn, *((name, item, error) for name, item, error in self._rows(" UNION ALL ".join(parts)))]
+        undrawn = [(IMAGE, item, str(told["failed"])) for item, told in self.unmade().items() if "failed" in told]
+        rows = self._rows(" UNION ALL ".join(parts))
+        return [*undrawn, *((str(name), str(item), str(error)) for name, item, error in rows)]
 
 
 def _require_table(table: str) -> None:
