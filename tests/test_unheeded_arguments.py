@@ -86,7 +86,7 @@ def test_a_split_or_revision_of_what_has_none(tmp_path: Path, write: Write) -> N
     for source in (file, file.parent):
         with pytest.raises(ValueError, match="has none, by the names of its files"):
             open_pairs(source, split="train")
-    with pytest.raises(ValueError, match="without splits.*'train'"):
+    with pytest.raises(ValueError, match=r"without splits.*'train'"):
         open_pairs(listed, split="train")
     with pytest.raises(ValueError, match="no revision 'main'"):
         open_pairs(listed, revision="main")
@@ -103,7 +103,8 @@ def test_a_split_or_revision_of_what_has_none(tmp_path: Path, write: Write) -> N
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train-00000-of-00004-a1b2.parquet", "train"), ("Validation.parquet", "validation"), ("train_3.parquet", "train"),
+        ("train-00000-of-00004-a1b2.parquet", "train"), ("Validation.parquet", "validation"),
+        ("train_3.parquet", "train"),
         ("test_unique-1.parquet", "test_unique"), ("train/0000.parquet", "train"), ("trainer.parquet", None),
         ("mine.parquet", None), ("preferences-00000-of-00001.parquet", "preferences"),
     ],
@@ -338,7 +339,7 @@ def test_another_size_than_was_asked_for() -> None:
 
 
 def test_lam_of_an_anchor_is_given_once() -> None:
-    with pytest.raises(ValueError, match="'a=0.5,a=0.7' names the anchor 'a' twice"):
+    with pytest.raises(ValueError, match=r"'a=0.5,a=0.7' names the anchor 'a' twice"):
         arguments.lams(["a=0.5,a=0.7"], ["a", "b"])
     with pytest.raises(ValueError, match="finite"):
         arguments.lams(["a=1e400"], ["a", "b"])
