@@ -194,22 +194,22 @@ def _json(text: str, place: str) -> Any:
 
 # -- splits ------------------------------------------------------------------------------------------------------------
 
-_PARTS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
+_CALLED = r"(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)"
 
-_SPLIT = re.compile(
-    rf"(?P<numbered>\w+)-\d{{5}}-of-\d{{5}}(-\w+)?|(?P<plain>(?:{_PARTS})(?:_[a-z]\w*?)?)(?:[-._]\d+)*",
-    re.ASCII | re.IGNORECASE,
+_FILE = re.compile(
+    rf"(\w+)-\d{{5}}-of-\d{{5}}(?:-\w+)?|({_CALLED}(?:_[a-z]\w*?)?)(?:[-._]\d+)*", re.ASCII | re.IGNORECASE
 )
 """The name of a file of a split: as the hub numbers them (train-00000-of-00004), or beginning with what splits are
 called (train, test_unique-1)."""
 
+_FOLDER = re.compile(rf"{_CALLED}(?:_unique)?", re.IGNORECASE)
+
 
 def split_of(file: Path) -> str | None:
     """The split that a Parquet file belongs to by its name, or by that of its folder; None where neither tells."""
-    for name in (file.stem, file.parent.name):
-        if match := _SPLIT.fullmatch(name):
-            return (match["numbered"] or match["plain"]).lower()
-    return None
+    if match := _FILE.fullmatch(file.stem):
+        return (match[1] or match[2]).lower()
+    return file.parent.name.lower() if _FOLDER.fullmatch(file.parent.name) else None
 
 
 def _of_split(files: list[Path], source: str | Path, split: str | None) -> list[Path]:

@@ -27,9 +27,9 @@ def warn_of_cut_texts(text: str, where: str, *, lists: Collection[str] | None, t
     for node in _texts(yaml.compose(text, Loader=yaml.SafeLoader), lists, texts, ""):
         if comment := _COMMENT.match(text, node.end_mark.index):
             warnings.warn(
-                f"{where}, line {node.end_mark.line + 1}: {_end(node.value)} ends there, since YAML takes "
+                f"{where}, line {node.end_mark.line + 1}: the text {_end(node.value)} ends there, since YAML takes "
                 f"{comment[1][:60]!r} for a comment: put the text into quotation marks if that belongs to it",
-                stacklevel=2,
+                stacklevel=1,
             )
 
 

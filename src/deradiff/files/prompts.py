@@ -75,7 +75,7 @@ def _of_lines(path: Path) -> Iterator[_Raw]:
         warnings.warn(
             f"{path}: {len(left_out)} lines that begin with # are left out as comments, the first is {left_out[0]}; a "
             "prompt that begins with # needs another form, such as .csv",
-            stacklevel=2,
+            stacklevel=1,
         )
 
 

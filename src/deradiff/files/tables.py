@@ -22,8 +22,8 @@ _BREAK = re.compile(r"\r\n|\n|\r")
 """Where a line ends. Nothing else ends one: `str.splitlines` cuts at U+2028, U+0085, form feeds and others, which are
 parts of a text."""
 
-_CELL = re.compile(r'"(?:[^"]++|"")*+"|[^,\r\n]*')
-"""A cell in quotation marks, which are doubled inside, or one without."""
+_CELL = re.compile(r'"(?:[^"]++|"")*+"|(?!")[^,\r\n]*')
+"""A cell in quotation marks, which are doubled inside, or one without. What opens and never closes is neither."""
 
 
 class Row(NamedTuple):
@@ -66,13 +66,12 @@ def _comma_separated(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
     cells: list[str] = []
     while True:
         match = _CELL.match(text, place)
-        assert match is not None  # a cell may be empty
-        cell = match.group()
-        if not cell and text.startswith('"', place):
+        if match is None:
             raise ValueError(
-                f"{where}, line {line}: the quotation mark before {_shown(text[place + 1 : place + 41])} is never "
-                "closed: close it, and write quotation marks inside of a quoted cell twice"
+                f"{where}, line {line}: the quotation mark before {_line(text, place + 1)} is never closed: close it, "
+                "and write quotation marks inside of a quoted cell twice"
             )
+        cell = match.group()
         cells.append(cell[1:-1].replace('""', '"') if cell.startswith('"') else cell)
         line += len(_BREAK.findall(cell))
         place = match.end()
@@ -82,7 +81,7 @@ def _comma_separated(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
         ended = _BREAK.match(text, place)
         if ended is None and place < len(text):
             raise ValueError(
-                f"{where}, line {line}: {_shown(text[place : place + 40])} stands behind a closing quotation mark, "
+                f"{where}, line {line}: {_line(text, place)} stands behind a closing quotation mark, "
                 f"where a comma or the line's end belongs (the row began in line {began}): write quotation marks "
                 "inside of a quoted cell twice"
             )
@@ -129,6 +128,11 @@ def open_parquet(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as Parquet ({error}): download or write it anew") from error
     require_names(opened.schema_arrow.names, str(path))
     return opened
+
+
+def _line(text: str, place: int) -> str:
+    """What stands at `place`, to the end of its line."""
+    return _shown(_BREAK.split(text[place : place + 80])[0])
 
 
 def _shown(text: str) -> str:
