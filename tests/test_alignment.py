@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path:
         aligned(tmp_path, 2)
     for content in ("{", "[]", "{}", progress.read_text().replace('"step": 3', '"step": 300')):
         progress.write_text(content)
-        with pytest.raises(ValueError, match="checkpoint of an alignment.*delete the folder"):
+        with pytest.raises(ValueError, match=r"checkpoint of an alignment.*delete the folder"):
             aligned(tmp_path, 2)
 
 

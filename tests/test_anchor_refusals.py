@@ -103,7 +103,7 @@ def test_a_single_file_of_another_architecture(tmp_path):
         with pytest.raises(IncompatibleAnchor, match=f"{file}.safetensors"):
             load_anchor(tmp_path / f"{file}.safetensors", pipe)
     transformer, _ = made("pixart")
-    with pytest.raises(IncompatibleAnchor, match="not in diffusers' layout for PixArtTransformer2DModel"):
+    with pytest.raises(IncompatibleAnchor, match=r"no PixArtTransformer2DModel .*entirely, something\.else"):
         load_anchor(tmp_path / "strange.safetensors", transformer)
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_config_is_named(tmp_path):
     pipe, aligned = made("sd")
     saved(aligned, tmp_path)
     (tmp_path / "config.json").write_text('{"in_channels": 4,')
-    with pytest.raises(CorruptAnchor, match=r"config\.json cannot be read as JSON"):
+    with pytest.raises(CorruptAnchor, match=r"config\.json is no configuration"):
         load_anchor(tmp_path, pipe)
 
 

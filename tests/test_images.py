@@ -155,10 +155,10 @@ def test_lab_is_brought_back() -> None:
 @pytest.mark.parametrize(
     ("image", "values"),
     [
-        (Image.fromarray(np.float32([[0, 2]])), ["0 to 2"]),
-        (Image.fromarray(np.float32([[-1, 1]])), ["-1 to 1"]),
-        (Image.fromarray(np.float32([[0, np.nan]])), ["nan"]),
-        (Image.fromarray(np.int32([[0, 70000]])), ["0 to 70000"]),
+        (Image.fromarray(np.array([[0, 2]], np.float32)), ["0 to 2"]),
+        (Image.fromarray(np.array([[-1, 1]], np.float32)), ["-1 to 1"]),
+        (Image.fromarray(np.array([[0, np.nan]], np.float32)), ["nan"]),
+        (Image.fromarray(np.array([[0, 70000]], np.int32)), ["0 to 70000"]),
         (Image.new("RGB", (0, 5)), ["0 x 5"]),
     ],
 )

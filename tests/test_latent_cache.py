@@ -218,10 +218,10 @@ def test_damaged_and_missing_shards_are_named(pairs: PairFolder, tmp_path: Path)
     write(folder, pairs)
     content = (folder / "shard-00001.safetensors").read_bytes()
     (folder / "shard-00001.safetensors").write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"shard-00001.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors.*goes on there"):
         LatentCache(folder)
     (folder / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks shards"):
+    with pytest.raises(ValueError, match=r"there is no file .*shard-00001"):
         LatentCache(folder)
 
 

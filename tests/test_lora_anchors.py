@@ -282,7 +282,12 @@ def test_a_lora_of_other_widths_is_taken_out_again(styled, tmp_path):
     layer = next(key for key in weights if "attn2.to_k.lora_A" in key)
     wider = weights | {layer: torch.ones(4, 99)}
     save_file({f"unet.{key}": tensor for key, tensor in wider.items()}, tmp_path / "wide.safetensors")
-    refused(tmp_path / "wide.safetensors", pipe, IncompatibleAnchor, r"does not fit the reference: .*size mismatch")
+    refused(
+        tmp_path / "wide.safetensors",
+        pipe,
+        IncompatibleAnchor,
+        r"does not fit the reference: .*attn2\.to_k: .*\[4, 99\]",
+    )
     save_file({f"unet.{key}": t for key, t in weights.items() if key != layer}, tmp_path / "half.safetensors")
     refused(tmp_path / "half.safetensors", pipe, IncompatibleAnchor, "loaded only in part: 1 layers without tensors")
     aligned.save_pretrained(tmp_path)
@@ -299,12 +304,7 @@ def test_kohya_forms_that_diffusers_would_mangle(mark, tmp_path):
     if mark != "dora_scale":
         state = {key: tensor for key, tensor in state.items() if not key.startswith(first)}
     save_file(state | {f"{first}.{mark}": torch.ones(8, 1)}, tmp_path / "kohya.safetensors")
-    error, match = {
-        "dora_scale": (AnchorError, "drops the magnitudes"),
-        "hada_w1_a": (AnchorError, "LoHa in LyCORIS' form"),
-        "lokr_w1": (IncompatibleAnchor, "cannot be converted to a LoRA"),
-    }[mark]
-    refused(tmp_path / "kohya.safetensors", pipe, error, match)
+    refused(tmp_path / "kohya.safetensors", pipe, IncompatibleAnchor, rf"loaded only in part: .*{first}\.{mark}")
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,9 @@ def test_sdxls_decoder_is_upcast_as_its_pipeline_does() -> None:
     pipe.vae.to(torch.float16)
     assert torch.isfinite(Base(pipe).encode_images(tiny.picture() * 2 - 1)).all()
     with pictures.upcast(pipe.vae):
-        graph = decode(Base(pipe), latents.float().requires_grad_(True))
-        assert torch.isfinite(torch.autograd.grad(graph.sum(), [], allow_unused=True) or torch.zeros(1)).all()
+        leaf = latents.float().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(decode(Base(pipe), leaf).sum(), leaf)
+        assert torch.isfinite(gradient).all() and gradient.any()
     assert pipe.vae.dtype == torch.float16
 
 
@@ -202,7 +203,7 @@ def test_a_sweep_ends_at_the_first_that_is_none_and_names_it(tmp_path: Path) -> 
     pipe, anchor, _ = tiny.make("sd")
     decoding(pipe, some(torch.nan))
     settings = Settings(
-        reference="r", anchors={"anchor": "a"}, prompts=("a red fox",), columns=(Column(lam=0.5),), seeds=range(6),
+        reference="r", anchors={"anchor": "a"}, prompts=("a red fox",), columns=(Column(lam=0.5),), seeds=tuple(range(6)),
         steps=2, batch_size=4, device="cpu",
     )  # fmt: skip
     with deradiff.realign(pipe, anchor, 0.5) as dial:
@@ -421,5 +422,5 @@ class Brightness:
 
     name = "brightness"
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    def __call__(self, images: Any, prompts: Any) -> torch.Tensor:
         return torch.tensor([float(np.asarray(image).mean()) for image in images])

@@ -32,7 +32,7 @@ def test_a_study_from_plan_to_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     made = run("plan", tmp_path / "experiment", "--methods", "strong,weak", "--out", plan)
     assert (made.exit_code, made.stdout.strip()) == (0, str(plan))
     served: list[Votes] = []
-    monkeypatch.setattr(server, "app", lambda votes, token: served.append(votes))
+    monkeypatch.setattr(server, "app", lambda votes, token, root: served.append(votes))
 
     def vote(application: Any, listening: socket.socket) -> None:
         (votes,) = served

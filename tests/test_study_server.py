@@ -88,7 +88,7 @@ def test_the_cookie_is_a_random_key_for_this_study_alone(votes: Votes) -> None:
         assert {"HttpOnly", "SameSite=strict", "Path=/"} <= {*flags} and "Secure" not in flags
         keys.add(key)
     assert len(keys) == 3
-    over_tls = client(votes, TOKEN)
+    over_tls = client(votes, TOKEN, follow_redirects=False)
     over_tls.base_url = "https://study.example"
     assert "; Secure" in over_tls.get("/", params={"token": TOKEN}).headers["set-cookie"]
 
@@ -217,10 +217,12 @@ def test_a_token_is_needed_once(votes: Votes) -> None:
 
 def test_a_full_study_and_a_busy_one(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tiles.ready(tmp_path / "study", planned(most_participants=1), drawn, lambda *_: None) as found:
-        browser = client(found)
-        page = browser.post("/begin")
-        late = client(found).post("/begin")
-        assert late.status_code == 403 and "all the participants" in late.text
+        browser, second = client(found), client(found)
+        page, waiting = browser.post("/begin"), second.post("/begin")
+        page = browser.post("/vote", data={"pair": pair_in(page.text)} | answers())
+        vote = {"pair": pair_in(waiting.text)} | answers()
+        for late in (client(found).post("/begin"), second.post("/vote", data=vote)):
+            assert late.status_code == 403 and "all the participants" in late.text
 
         def busy(*_: Any) -> Any:
             raise Busy
@@ -292,7 +294,7 @@ def test_the_server_is_named_when_its_extra_is_missing(monkeypatch: pytest.Monke
     import importlib
     import sys
 
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     monkeypatch.delitem(sys.modules, server.__name__)
     with pytest.raises(ImportError, match=r"pip install 'deradiff\[study\]'"):
         importlib.import_module(server.__name__)

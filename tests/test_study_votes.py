@@ -142,9 +142,88 @@ def test_many_at_once_lose_and_double_nothing(drawn: Path, tmp_path: Path) -> No
 
 def test_no_one_beyond_the_last(drawn: Path, tmp_path: Path) -> None:
     with study(drawn, tmp_path, most_participants=1) as found:
-        found.begin().result()
+        all_answered(found, found.begin().result())
         with pytest.raises(Full):
             found.begin().result()
+
+
+PLACES = pytest.mark.attack("a study closed by beginning")
+
+
+def vote(found: Votes, key: str) -> None:
+    shown = found.current(key)
+    assert shown is not None
+    found.vote(key, shown.id, answers()).result()
+
+
+@PLACES
+def test_who_has_not_voted_takes_no_place(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path, most_participants=2) as found:
+        silent = [found.begin().result() for _ in range(100)]
+        vote(found, silent[0])
+        vote(found, found.begin().result())
+        with pytest.raises(Full):  # two have voted
+            found.begin().result()
+        with pytest.raises(Full):
+            vote(found, silent[1])
+        vote(found, silent[0])  # who has a place goes on
+    assert len({one.participant for one in ballots.read(found.folder, found.plan)}) == 2
+
+
+@PLACES
+def test_a_place_is_given_back_and_one_that_was_earned_is_not(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(votes.time, "monotonic", lambda: now[0])
+    with study(drawn, tmp_path, most_participants=2) as found:
+        left, late = found.begin().result(), found.begin().result()
+        vote(found, left)
+        all_answered(found, late)
+        with pytest.raises(Full):
+            found.begin().result()
+    now[0] += votes.PLACE_SECONDS - 1
+    with study(drawn, tmp_path, most_participants=2) as found:  # times are not kept: they count from the opening
+        with pytest.raises(Full):
+            found.begin().result()
+        now[0] += votes.PLACE_SECONDS + 1
+        third = found.begin().result()
+        vote(found, third)
+        with pytest.raises(Full):  # a place that was given back is gone, and no vote with it
+            vote(found, left)
+        now[0] += votes.PLACE_SECONDS + 1
+        vote(found, left)
+        with pytest.raises(Full):
+            vote(found, third)
+    assert Counter(one.participant for one in ballots.read(found.folder, found.plan)) == {1: 2 * 3, 2: 4 * 3, 3: 3}
+
+
+@PLACES
+def test_the_first_of_those_who_never_vote_are_forgotten(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(votes, "MOST_SILENT", 5)
+    with study(drawn, tmp_path) as found:
+        voted = found.begin().result()
+        vote(found, voted)
+        silent = [found.begin().result() for _ in range(9)]
+        assert [found.knows(key) for key in silent] == [False] * 4 + [True] * 5
+        assert len(all_answered(found, voted)) == 3 and len(all_answered(found, silent[-1])) == 4
+    numbers = [one.participant for one in ballots.read(found.folder, found.plan)]
+    assert {*numbers} == {1, 10}
+
+
+@PLACES
+def test_a_study_of_the_first_release_goes_on(drawn: Path, tmp_path: Path) -> None:
+    with study(drawn, tmp_path) as found:
+        key = found.begin().result()
+        vote(found, key)
+    with sqlite3.connect(tmp_path / "study" / "study.sqlite") as db:
+        db.execute("DELETE FROM facts WHERE name = 'secret'")
+        db.execute("DROP INDEX positions")
+    with study(drawn, tmp_path) as found:
+        assert found.knows(key) and len(found.secret) == 64
+        assert len(all_answered(found, key)) == 3
 
 
 def test_keys_are_not_in_the_database(drawn: Path, tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import deradiff
 import tiny
-from deradiff import baking, libraries, pipelines, truncation
+from deradiff import baking, libraries
 from deradiff.alignment.base import Base
 from deradiff.cli import app, talking
 from deradiff.experiments import crews, running
@@ -61,7 +60,7 @@ def test_what_is_lost_is_what_the_encoder_never_saw(kind: str) -> None:
         pipe(prompt=LONG, negative_prompt=LONG[::-1], **QUICK)
     hook.remove()
     told = {cut.prompt: cut for cut in cuts(pipe)}
-    assert set(told) == {LONG, LONG[::-1]} and len(warned) == 2
+    assert set(told) == {LONG, LONG[::-1]} and sum(warning.category is PromptCut for warning in warned) == 2
     assert told[LONG].lost == LOST and told[LONG].limit == 20
     assert told[LONG].tokenizers == (("tokenizer",) if kind == "sd" else ("tokenizer", "tokenizer_2"))
     shown = pipe.tokenizer.decode(seen[0], skip_special_tokens=True)
@@ -99,7 +98,7 @@ def test_the_limit_is_that_of_the_pipelines_call(given: dict[str, int], limit: i
     with pytest.warns(PromptCut), watched(pipe):
         assert torch.equal(pipe([long, "short"], **given)["input_ids"], plain)
     [cut] = cuts(pipe)
-    kept = pipe.tokenizer.decode(plain[0], skip_special_tokens=True)
+    kept = pipe.tokenizer.decode(plain[0], skip_special_tokens=True).replace("▁", "")
     assert (cut.prompt, cut.limit) == (long, limit) and plain.shape[1] == limit
     assert kept.replace(" ", "") + cut.lost.replace(" ", "") == long.replace(" ", "")
 
@@ -149,8 +148,7 @@ def test_generate_says_it_once_and_records_it(models: tuple[Path, Path], tmp_pat
     record = json.loads((tmp_path / "out" / "record.json").read_text(encoding="utf-8"))
     assert {cut["prompt"]: cut["limit"] for cut in record["cut_prompts"]} == {LONG: 20, f"no {LONG}": 20}
     for image in record["images"]:
-        assert {cut["prompt"] for cut in image["cut_prompts"]} == {f"no {LONG}"} | ({LONG} - {"a"} if False else
-            {image["prompt"]} - {"a"})  # fmt: skip
+        assert {cut["prompt"] for cut in image["cut_prompts"]} == {f"no {LONG}", image["prompt"]} - {"a"}
 
 
 @cut_prompts
@@ -261,11 +259,3 @@ def test_ordinary_commands_say_nothing_more(models: tuple[Path, Path], tmp_path:
     words = ["generate", models[0], "-a", models[1], "-p", "a", "--lam", "0.5", "--steps", "2", "--out", tmp_path / "o"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0 and "warning" not in result.stderr, result.stderr
-
-
-@muted
-def test_models_are_told_of_by_name(models: tuple[Path, Path], tmp_path: Path) -> None:
-    assert truncation.SHOWN < libraries.LONGEST
-    pipe = pipelines.load_pipeline(str(models[0]), dtype=torch.float32)
-    with deradiff.realign(pipe, str(models[1]), 0.5):
-        pipe(prompt="a", **QUICK)

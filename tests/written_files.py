@@ -16,7 +16,6 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from deradiff.alignment.sampling import Sampling
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
+from deradiff.dial import Dial
 from deradiff.experiments import export, plan, results
 from deradiff.experiments.store import Store
 from deradiff.files.folders import RunFolder, claim
@@ -49,6 +49,7 @@ from deradiff.reuse import Reuse
 from deradiff.rewards.digits import DigitsReward
 from deradiff.search import running as search
 from deradiff.search import spaces
+from deradiff.search.evaluation import Laboratory
 from deradiff.settings import Column, Settings
 from deradiff.studio import curves, scenes
 from deradiff.studio.library import Kept
@@ -263,7 +264,7 @@ def samples(folder: Path) -> Iterator[Written]:
     other, settings = folder / "of-student", distillation.Distillation(samples=4, held_out=1, steps=1, batch=1)
 
     def of_student() -> object:
-        dial: Any = SimpleNamespace()
+        dial = object.__new__(Dial)  # which is only asked for students of many λ
         sampler = Sampler(1, 1.0, 2)
         return distillation.draw_samples(other, pipe(), dial, ["a seven"], sampler, settings, {"a": 1}, 0, silent)
 
@@ -299,10 +300,10 @@ def builds(folder: Path) -> Iterator[Written]:
 
     target = folder / "truth" / "weighted" / "bold-1"
     target.parent.mkdir(parents=True)
-    reached = {"bold": {"reference": {"value": 0.0, "error": 0.1}, "model": {"value": 1.0, "error": 0.1}}}
+    ends = {"reference": {"value": 0.0, "error": 0.1}, "model": {"value": 1.0, "error": 0.1}}
+    reached = {"bold": ends, "ink": ends}
     record = {"family": "weighted", "λ": {"bold": 1.0}, "reached": reached}
     digits_truth._save(digits.load_pipeline().unet, record, Curve([0], [1.0], [1.0], "flat", 0), target)
-    (target.parent.parent.parent / "small").mkdir()
 
     def trained() -> object:
         digits_truth._is_trained(target)
@@ -314,9 +315,10 @@ def builds(folder: Path) -> Iterator[Written]:
 def comparisons(folder: Path) -> Iterator[Written]:
     """Cases in closed form and on the digits, and models that several cases share."""
     case = Case("grid", "crossing", ("slope",), 1.0, 1.0, 0.5, 4, 8, 8)
-    comparison._store(folder, case)
-    file = comparison._file(folder, case)
-    yield Written("case in closed form", file, lambda: comparison._read(folder, case), "json", 20, file.parent)
+    (closed := folder / "closed").mkdir()
+    comparison._store(closed, case)
+    file = comparison._file(closed, case)
+    yield Written("case in closed form", file, lambda: comparison._read(closed, case), "json", 20, closed)
 
     trained, out = folder / "trained" / "weighted", folder / "out"
     trained.mkdir(parents=True)
@@ -386,7 +388,8 @@ def databases(folder: Path) -> Iterator[Written]:
             assert shown is not None
             opened.vote(key, shown.id, small_study.answers()).result()
     out = folder / "experiment"
-    laboratory: Any = SimpleNamespace(space=spaces.lam("strong"))
+    laboratory = object.__new__(Laboratory)
+    laboratory.space = spaces.lam("strong")
     with Store(out) as store:
         store.begin({"versions": {}, "plan": "small"})
         store.put_scores("features", "x", [(image, np.ones(3), None) for image in store.drawn().values()])
@@ -517,8 +520,10 @@ def damaged_picture(path: Path, random: random.Random) -> None:
     from PIL import PngImagePlugin
 
     info, text = PngImagePlugin.PngInfo(), random.choice(["[]", "", "{", "[" * 100_000, "x" * 3_000_000, "null"])
-    add = random.choice([info.add_text, info.add_itxt])
-    add("deradiff", text, zip=random.random() < 0.7)
+    if random.random() < 0.5:
+        info.add_text("deradiff", text, zip=random.random() < 0.7)
+    else:
+        info.add_itxt("deradiff", text, zip=random.random() < 0.7)
     image.save(path, format="PNG", pnginfo=info)
 
 
@@ -532,7 +537,7 @@ def damaged_cell(path: Path, random: random.Random) -> None:
         cells = [row[0] for row in db.execute(f"SELECT {column} FROM {table}")]
         cell = random.choice(cells)
         value: Any = random.choice([None, "", b"\xff\x00", 1, -1, 2**62, 1.5, "x", "[]", "[" * 5000, "{}", "null"])
-        if isinstance(cell, str) and cell[:1] in "[{" and random.random() < 0.7:
+        if isinstance(cell, str) and cell.startswith(("[", "{")) and random.random() < 0.7:
             value = _damaged_text(cell, "json", random).decode("utf-8", "surrogateescape")
         with suppress(sqlite3.Error, UnicodeError):  # what the tables themselves do not allow
             db.execute(f"UPDATE OR IGNORE {table} SET {column} = ? WHERE {column} IS ?", (value, cell))

@@ -1,14 +1,17 @@
-"""Who may see the pages of a server: anybody on this machine, or whoever has the link with its token."""
+"""Who may see the pages of a server: anybody on this machine, or whoever opened the link with its token."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import ipaddress
 import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -34,36 +37,108 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Admission:
-    """Lets a request in that comes from this machine's own pages, or has the token in its link or its cookie.
+    """Lets a request in that comes from this machine's own pages, or from a browser that opened the token's link.
 
-    `mark` tells one server's cookie from another's, whatever their ports; `what` is how the words call the server.
+    `mark` tells one server's cookie from another's, whatever their ports; `what` is how the words call the server;
+    `root` is the path under which a reverse proxy serves it, "" without one.
+
+    A browser sends a cookie to every port of a host, and to every path below its own; no attribute keeps it to one
+    port. So the cookie does not hold the token but a visitor's number, signed with `secret`, the server's own: whoever
+    serves another port there and keeps it can visit this one server as long as `secret` lasts, and learns no token.
+    Under a `root` other paths of the host are not sent it.
     """
 
     mark: str
     token: str | None
     what: str
+    root: str = ""
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     @property
     def cookie(self) -> str:
-        """The name of the cookie in which a browser keeps the token."""
+        """The name of the cookie by which a browser that had the token is known."""
         return f"access-{self.mark}"
+
+    @property
+    def cookie_path(self) -> str:
+        """Where a browser sends the server's cookies."""
+        return self.root or "/"
 
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], cookies: Mapping[str, str], query: Mapping[str, str]
     ) -> Refused | None:
-        """Why this request is not let in; None for one that is. Names of `headers` are in lower case."""
-        if method == "POST" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        """Why this request is not let in; None for one that is.
+
+        `path` is the one below `root`; names of `headers` are in lower case.
+        """
+        if self._sent_from_elsewhere(method, headers):
             return Refused(403, "This was sent by another web site, and was not counted.")
         if self.token is None:
             if not names_this_machine(headers.get("host", "")):
                 return Refused(403, f"This {self.what} is open to the machine alone that it runs on, as 127.0.0.1.")
-        elif not (same(cookies.get(self.cookie, ""), self.token) or self.in_link(path, query)):
+        elif self.visitor(cookies) is None and not self.in_link(path, query):
             return Refused(401)
         return None
 
     def in_link(self, path: str, query: Mapping[str, str]) -> bool:
-        """Whether this is the first page, opened by the link with the token: the browser is to keep it then."""
+        """Whether this is the first page, opened by the link with the token: the browser is to be known then."""
         return self.token is not None and path == "/" and same(query.get("token", ""), self.token)
+
+    def new_visitor(self) -> str:
+        """The cookie of a browser that has the token."""
+        number = secrets.token_hex(8)
+        return f"{number}.{self._signature(number)}"
+
+    def visitor(self, cookies: Mapping[str, str]) -> str | None:
+        """The number of the visitor whose cookie this server made; None for any other."""
+        number, _, signature = cookies.get(self.cookie, "").partition(".")
+        return number if same(signature, self._signature(number)) else None
+
+    def _signature(self, number: str) -> str:
+        return hmac.new(self.secret, number.encode(), hashlib.sha256).hexdigest()
+
+    def _sent_from_elsewhere(self, method: str, headers: Mapping[str, str]) -> bool:
+        """Whether a page of another server had the browser send this.
+
+        Only opening a page, as by a link, is allowed from elsewhere. Browsers say where a request comes from in
+        `Sec-Fetch-Site`, which they leave out over plain HTTP to other machines, and in `Origin` or `Referer`.
+        """
+        reads = method in ("GET", "HEAD")
+        site = headers.get("sec-fetch-site", "none")
+        if site not in ("same-origin", "none"):
+            return not (reads and headers.get("sec-fetch-mode") == "navigate")
+        if site == "same-origin" and self.root:
+            return False  # the proxy may have put its own words into `Host`
+        origin = headers.get("origin") or (None if reads else headers.get("referer"))
+        if origin is None:
+            return False
+        forwarded = headers.get("x-forwarded-host", "").partition(",")[0].strip() if self.root else ""
+        return not any(_is_of(origin, host) for host in (headers.get("host", ""), forwarded) if host)
+
+
+def keyed(secret: str, token: str | None) -> bytes:
+    """A secret that stays the same as long as both do."""
+    return hmac.new(secret.encode(), (token or "").encode(), hashlib.sha256).digest()
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether the page at `origin`, "scheme://name:port", was served by what a `Host` header names."""
+    try:
+        page = urlsplit(origin)
+        asked = urlsplit(f"{page.scheme}://{host}")
+        usual = {"http": 80, "https": 443}.get(page.scheme)
+        ports = page.port or usual, asked.port or usual
+    except ValueError:
+        return False
+    return usual is not None and bool(page.hostname) and page.hostname == asked.hostname and ports[0] == ports[1]
+
+
+def require_root(root: str) -> str:
+    """The path under which a proxy serves the pages, without its last slash. Raises `ValueError` for what is none."""
+    tidy = root.rstrip("/")
+    if tidy and (not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", tidy) or {".", ".."} & {*tidy.split("/")}):
+        raise ValueError(f"--root-path is where a proxy serves the pages, /study for instance; got {root!r}")
+    return tidy
 
 
 def is_local(host: str) -> bool:
@@ -125,12 +200,12 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def link(listening: socket.socket, host: str, token: str | None) -> str:
-    """The address that participants open."""
+def link(listening: socket.socket, host: str, token: str | None, root: str = "") -> str:
+    """The address that participants open, at this machine itself where a proxy serves the pages under `root`."""
     anywhere = host in ("0.0.0.0", "::")
     name = socket.gethostname() if anywhere else f"[{host}]" if ":" in host else host
     query = "" if token is None else f"?token={token}"
-    return f"http://{name}:{listening.getsockname()[1]}/{query}"
+    return f"http://{name}:{listening.getsockname()[1]}{root}/{query}"
 
 
 def _why(error: OSError, host: str, port: int) -> str:

@@ -1,7 +1,7 @@
-"""Schedulers that ask a dial at every step: a subclass of a scheduler's own class, given to that one instance.
+"""Schedulers and pipelines that ask a dial: a subclass of an object's own class, given to that one instance.
 
 It bears the name of the own class, which is saved in configurations, and makes no instances of itself: constructing,
-`from_config`, copies and pickles give schedulers of the own class, which know of no dial.
+`from_config`, copies and pickles give objects of the own class, which know of no dial.
 """
 
 from __future__ import annotations
@@ -10,28 +10,20 @@ import functools
 import inspect
 from typing import Any
 
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 DIAL = "_deradiff_dial"
-"""The attribute that names the dial, of a realigned denoiser and of an adopted scheduler's class."""
+"""The attribute that names the dial, of a realigned denoiser and of an adopted scheduler's or pipeline's class."""
 
 
-def scheduler_owner(scheduler: SchedulerMixin) -> Any:
-    """The dial that a scheduler asks at every step, None for one that nobody realigned."""
-    return getattr(type(scheduler), DIAL, None)
+def owner_of(adopted: SchedulerMixin | DiffusionPipeline) -> Any:
+    """The dial that a scheduler or a pipeline asks, None for one that nobody realigned."""
+    return getattr(type(adopted), DIAL, None)
 
 
 def adopt(scheduler: SchedulerMixin, dial: Any) -> None:
     """From now on `scheduler` tells `dial` when a run begins, and has it take every step."""
-    scheduler.__class__ = _adopted_class(type(scheduler), dial)
-
-
-def release(scheduler: SchedulerMixin) -> None:
-    """Undo `adopt`."""
-    scheduler.__class__ = type(scheduler).__mro__[1]
-
-
-def _adopted_class(own_class: Any, dial: Any) -> Any:
+    own_class: Any = type(scheduler)
     signature = inspect.signature(own_class.step)
 
     @functools.wraps(own_class.step)
@@ -43,14 +35,45 @@ def _adopted_class(own_class: Any, dial: Any) -> Any:
 
     @functools.wraps(own_class.set_timesteps)
     def set_timesteps(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        dial._begin(self)
-        return own_class.set_timesteps(self, *args, **kwargs)
+        with dial._begin(self):
+            return own_class.set_timesteps(self, *args, **kwargs)
 
-    def new(_: type, *args: Any, **kwargs: Any) -> SchedulerMixin:
+    def guarded(name: str) -> Any:
+        @functools.wraps(getattr(own_class, name))
+        def method(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
+            dial._require_present(self)
+            return getattr(own_class, name)(self, *args, **kwargs)
+
+        return method
+
+    # What else moves a scheduler's place in its timesteps.
+    others = {name: guarded(name) for name in ("scale_model_input", "set_begin_index") if hasattr(own_class, name)}
+    scheduler.__class__ = _subclass(own_class, dial, {"step": step, "set_timesteps": set_timesteps, **others})
+
+
+def adopt_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
+    """From now on `pipe` tells `dial` when a call of it begins and ends."""
+    own_class: Any = type(pipe)
+
+    @functools.wraps(own_class.__call__)
+    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        with dial._calling(self):
+            return own_class.__call__(self, *args, **kwargs)
+
+    pipe.__class__ = _subclass(own_class, dial, {"__call__": call})
+
+
+def release(adopted: SchedulerMixin | DiffusionPipeline) -> None:
+    """Undo `adopt` or `adopt_pipeline`."""
+    adopted.__class__ = type(adopted).__mro__[1]
+
+
+def _subclass(own_class: Any, dial: Any, members: dict[str, Any]) -> Any:
+    def new(_: type, *args: Any, **kwargs: Any) -> Any:
         return own_class(*args, **kwargs)
 
-    def reduce(self: SchedulerMixin, _: object) -> tuple[Any, ...]:
+    def reduce(self: Any, _: object) -> tuple[Any, ...]:
         return object.__new__, (own_class,), self.__dict__
 
-    members = {"step": step, "set_timesteps": set_timesteps, "__new__": new, "__reduce_ex__": reduce}
-    return type(own_class.__name__, (own_class,), members | {"__module__": own_class.__module__, DIAL: dial})
+    members |= {"__new__": new, "__reduce_ex__": reduce, "__module__": own_class.__module__, DIAL: dial}
+    return type(own_class.__name__, (own_class,), members)

@@ -76,7 +76,7 @@ class Denoisers:
             mirror.begin()
 
     def undo(self) -> None:
-        """Leave reference and anchors as they were found."""
+        """Leave reference and anchors as they were found, and let go of them."""
         for handle in self._handles:
             handle.remove()
         for mirror in self._mirrors.values():
@@ -85,6 +85,9 @@ class Denoisers:
             if anchor.device is not None and anchor.module is not None:
                 anchor.module.to(self.reference.device)
             anchor.unload(self.reference)
+        self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
+        self._mirrors, self._handles, self._configs, self._layers = {}, [], [], []
+        self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The argument of a call to the denoiser: "input", its first one, the noisy latents, or "timestep"."""

@@ -5,13 +5,15 @@ Where calls are intercepted, and why there:
 - The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
   `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
 - The scheduler by a subclass of its own class, given to that one instance (`adoption`); a scheduler that the pipeline
-  gets later is adopted at its first use.
+  gets later is adopted at its first use. The pipeline likewise, for nothing but to know when a call begins and ends.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -21,16 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff import refusals
-from deradiff.adoption import DIAL, adopt, release, scheduler_owner
+from deradiff.adoption import DIAL, adopt, adopt_pipeline, owner_of, release
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.clocks import first, impacts, index_of, log_snr_at, progress_at, strengths
 from deradiff.denoisers import Denoisers, NonFinitePrediction
 from deradiff.evaluation import Evaluation, wrong_count
-from deradiff.ledger import Ledger, RunWeights
+from deradiff.ledger import RunWeights
 from deradiff.mixing import Space, StepRecord, mixed_step, space_of, with_reference
 from deradiff.refusals import DialError
 from deradiff.reuse import Bridge, Reuse, Reused, require_affine
+from deradiff.runs import Run, Runs
 from deradiff.schedules import Lams, Schedule, parse_lam
 from deradiff.weights import Verdict, verdict
 
@@ -61,6 +64,9 @@ class Dial:
     context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
     While `watching` is set, models without weight are evaluated as well: images stay what they are, and `weights` then
     knows the path KL and the implicit reward of a single model too, at the price of the other models' evaluations.
+
+    Threads may draw at once with pipelines of their own around the denoiser, each attached and with its own scheduler.
+    Whatever is said of the present or last run is then of this thread's, or of any where this thread has drawn nothing.
     """
 
     def __init__(
@@ -74,21 +80,16 @@ class Dial:
         reuse: Reuse | None = None,
     ):
         self.method: Method = method
-        self.last: StepRecord | None = None
-        self.population: Callable[..., Tensor] | None = None
         self.watching = False
-        self._ledger = Ledger()
         self._lams, self._path = lams, path
-        self._weights: Any = None
         self._reference, self._denoisers = reference, denoisers
-        self._pending: Evaluation | None = None
-        self._bridge: Bridge | None = None
-        self._fresh = True
+        self._runs = Runs()
+        self._own = threading.local()
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
         self._schedulers: list[SchedulerMixin] = []
         self._removed = False
         denoisers.require_blendable(lams, method, reuse)
-        self._reuse = self._reusing = reuse
+        self._reuse = reuse
         self._intercept()
         self.attach(pipe)
 
@@ -110,9 +111,7 @@ class Dial:
         self._require_in_force()
         lams = parse_lam(lam, self.anchors)
         self._denoisers.require_blendable(lams, self.method, self._reuse)
-        self._lams, self._weights = lams, None
-        if self._bridge is not None:
-            self._bridge.renew(strengths(lams, self._scheduler))
+        self._lams = lams  # all that a thread in mid-image will see of this one
 
     @property
     def reuse(self) -> Reuse | None:
@@ -128,13 +127,28 @@ class Dial:
         reuse = Reuse.parse(reuse, None)
         self._denoisers.require_blendable(self._lams, self.method, reuse)
         if reuse is not None:
-            require_affine(self._current_scheduler(), self._path)
+            require_affine(self._scheduler, self._path)
         self._reuse = reuse
 
     @property
     def reused(self) -> Reused | None:
         """What reuse came to in the present or last run, its estimated error among it; None for exact runs."""
-        return None if self._bridge is None else self._bridge.result()
+        bridge = self._runs.shown.bridge
+        return None if bridge is None else bridge.result()
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The most recent step of the present or last run; None before the first."""
+        return self._runs.shown.last
+
+    @property
+    def population(self) -> Callable[..., Tensor] | None:
+        """What is handed every step of the runs in this thread, and may reorder its images (`particles`)."""
+        return getattr(self._own, "population", None)
+
+    @population.setter
+    def population(self, population: Callable[..., Tensor] | None) -> None:
+        self._own.population = population
 
     @property
     def blends_rows(self) -> bool:
@@ -173,7 +187,7 @@ class Dial:
         """
         if self.method == "weights":
             raise RuntimeError("interpolated weights are one model, whose error has no weight: use method='mixture'")
-        return self._ledger.result()
+        return self._runs.shown.ledger.result()
 
     def verdict(
         self,
@@ -189,12 +203,12 @@ class Dial:
     @property
     def path(self) -> Space:
         """Where the mixture is taken with the present scheduler: in mixed predictions or explicit posteriors."""
-        return space_of(self._current_scheduler(), self._path)[0]
+        return space_of(self._scheduler, self._path)[0]
 
     @property
     def why(self) -> str:
         """Why `path` is what it is, in words."""
-        return space_of(self._current_scheduler(), self._path)[1]
+        return space_of(self._scheduler, self._path)[1]
 
     def attach(self, pipe: DiffusionPipeline) -> None:
         """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own.
@@ -203,21 +217,29 @@ class Dial:
         """
         self._require_in_force()
         self._require_reference(pipe)
-        self._adopt(pipe.scheduler)
-        self._pipes.append(weakref.ref(pipe))
+        self._adopt(pipe.scheduler, own=False)
+        if owner_of(pipe) is None:
+            adopt_pipeline(pipe, self)
+            self._pipes.append(weakref.ref(pipe))
 
     def remove(self) -> None:
-        """Give the pipeline back as it was. Calling it again does nothing."""
+        """Give the pipeline back as it was, and let go of the anchors. Calling it again does nothing.
+
+        Raises `DialError` while another thread is in the middle of an image.
+        """
         if self._removed:
             return
-        self._removed = True
-        for name in (DIAL, *_INTERCEPTED):
-            self._reference.__dict__.pop(name, None)
-        if self._compiled_call is not None:
-            self._reference._compiled_call_impl = self._compiled_call
-        for scheduler in self._schedulers:
-            release(scheduler)
-        self._denoisers.undo()
+        with self._runs.lock:
+            self._runs.require_quiet()
+            self._removed = True
+            for name in (DIAL, *_INTERCEPTED):
+                self._reference.__dict__.pop(name, None)
+            if self._compiled_call is not None:
+                self._reference._compiled_call_impl = self._compiled_call
+            for adopted in (*self._schedulers, *self._living_pipes()):
+                release(adopted)
+            self._denoisers.undo()
+            self._runs.detach()
 
     def _require_in_force(self) -> None:
         if self._removed:
@@ -266,25 +288,27 @@ class Dial:
         timestep = self._denoisers.argument("timestep", args, kwargs)
         distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
         rows = len(self._denoisers.argument("input", args, kwargs))
-        evaluation = self._evaluation(timestep, rows, distilled)
-        try:
+        with self._runs.lock:
+            run = self._present_run()
+            evaluation = self._evaluation(run, timestep, rows, distilled)
             if self.method == "mixture" or len(evaluation.models) == 1:
-                self._pending = evaluation
-            share = evaluation.images if self._fresh else None  # all λ of one noise begin alike
-            return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
-        except NonFinitePrediction as error:
-            self._pending = None
-            raise FloatingPointError(
-                f"{error} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
-                "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
-            ) from None
+                run.pending = evaluation
+            share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
+            try:
+                return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+            except NonFinitePrediction as error:
+                run.pending, problem = None, str(error)
+        raise FloatingPointError(
+            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
+            "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+        )
 
     @torch.compiler.disable
-    def _evaluation(self, timestep: Any, rows: int, distilled: bool) -> Evaluation:
+    def _evaluation(self, run: Run, timestep: Any, rows: int, distilled: bool) -> Evaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
-        at = index_of(scheduler := self._current_scheduler(), timestep)
-        progress = progress_at(scheduler, at)
-        if (pending := self._pending) is not None:
+        at = index_of(run.scheduler, timestep)
+        progress = progress_at(run.scheduler, at)
+        if (pending := run.pending) is not None:
             if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
                 return pending.again(rows)
             if len(pending.models) > 1:
@@ -292,30 +316,35 @@ class Dial:
                     "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
                     "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
                 )
-        if self._weights is None or not self._lams.is_constant:
+        lams = self._lams
+        if run.lams is not lams:
+            run.lams, run.weights = lams, None
+            if run.bridge is not None:
+                run.bridge.renew(strengths(lams, run.scheduler))
+        if run.weights is None or not lams.is_constant:
             # How many images the batch holds, only `step` knows.
-            self._weights = with_reference(self._lams.at(progress, self._lams.images or 1))
-        weights = self._weights
+            run.weights = with_reference(lams.at(progress, lams.images or 1))
+        weights = run.weights
         models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
-        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], self._lams.images, rows, distilled)
+        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
         if len(models) == 1:
             return step
         if self.method == "weights":
             return step.blended()
-        if self._reusing is None:
+        if run.reuse is None:
             return step
-        return step.bridged(self._bridge_of(self._reusing, step))
+        return step.bridged(self._bridge_of(run, run.reuse, step))
 
-    def _bridge_of(self, reuse: Reuse, step: Evaluation) -> Bridge:
-        """What carries predictions over in the present run, made at the first step that mixes."""
-        if self._bridge is None:
-            scheduler = self._scheduler
-            require_affine(scheduler, self._path)
+    def _bridge_of(self, run: Run, reuse: Reuse, step: Evaluation) -> Bridge:
+        """What carries predictions over in a run, made at the first step that mixes."""
+        if run.bridge is None:
+            require_affine(run.scheduler, self._path)
             names = [self._denoisers.names[k] for k in step.models]
             carrier = reuse.resolved(names, step.weights, self.blends_rows)
-            along = strengths(self._lams, scheduler)
-            self._bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(scheduler), along)
-        return self._bridge
+            assert run.lams is not None
+            along = strengths(run.lams, run.scheduler)
+            run.bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
+        return run.bridge
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
@@ -332,43 +361,73 @@ class Dial:
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
 
-    def _current_scheduler(self) -> SchedulerMixin:
-        """The scheduler of the present run; one that a pipeline was given meanwhile is adopted first."""
-        for pipe in filter(None, (ref() for ref in self._pipes)):
-            if not self._removed:
+    @property
+    def _scheduler(self) -> SchedulerMixin:
+        """The scheduler of the present run."""
+        return self._present_run().scheduler if not self._removed else self._runs.shown.scheduler
+
+    def _present_run(self) -> Run:
+        """The run that this thread is in; a scheduler that a pipeline was given meanwhile is adopted first."""
+        for pipe in self._living_pipes():
+            if not self._runs.is_called() or self._runs.is_called(pipe):
                 self._adopt(pipe.scheduler)
-        return self._scheduler
+        return self._runs.present()
 
-    def _adopt(self, scheduler: SchedulerMixin) -> None:
-        if (owner := scheduler_owner(scheduler)) is not None:
-            if owner is not self:
-                raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
-            return
-        self._schedulers.append(scheduler)
-        adopt(scheduler, self)
-        self._restart(scheduler)  # its first run has set its timesteps already
+    def _living_pipes(self) -> list[DiffusionPipeline]:
+        return [pipe for ref in self._pipes if (pipe := ref()) is not None]
 
-    def _begin(self, scheduler: SchedulerMixin) -> None:
+    @contextmanager
+    def _calling(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """A call of `pipe`, however it ends."""
+        with self._runs.call(pipe):
+            self._adopt(pipe.scheduler)
+            yield
+
+    def _adopt(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+        with self._runs.lock:
+            if (owner := owner_of(scheduler)) is not None:
+                if owner is not self:
+                    raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
+                return
+            self._schedulers.append(scheduler)
+            adopt(scheduler, self)
+            self._start(scheduler, own=own)  # its first run has set its timesteps already
+
+    @contextmanager
+    def _begin(self, scheduler: SchedulerMixin) -> Iterator[None]:
         """A run begins (`set_timesteps`)."""
-        for pipe in filter(None, (ref() for ref in self._pipes)):
+        for pipe in self._living_pipes():
             if pipe.scheduler is scheduler:
                 self._require_reference(pipe)
-        self._restart(scheduler)
+        with self._runs.lock:
+            self._start(scheduler)
+            yield
 
-    def _restart(self, scheduler: SchedulerMixin) -> None:
+    def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
         """Whatever an earlier or interrupted run left behind is void."""
-        if self._bridge is not None:
-            self._bridge.tell()
-        self._scheduler, self._pending, self._bridge, self._fresh = scheduler, None, None, True
-        self._reusing = self._reuse
+        self._runs.begin(scheduler, self._reuse, own=own)
         self._denoisers.begin()
-        self._ledger.begin()
+
+    def _require_present(self, scheduler: SchedulerMixin) -> None:
+        self._runs.require_present(scheduler)
 
     def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
-        evaluation, self._pending, self._fresh = self._pending, None, False
-        if evaluation is None:  # another model's step through this scheduler, or interpolated weights
-            return own_step(**arguments)
+        with self._runs.lock:
+            run = self._runs.of(scheduler)
+            evaluation, run.pending, run.fresh = run.pending, None, False
+            if evaluation is None:  # another model's step through this scheduler, or interpolated weights
+                return own_step(**arguments)
+            output = self._mixed_step(run, evaluation, own_step, arguments)
+        run.ledger.leave(output[0])
+        if self.population is not None:
+            chosen = self.population(run.ledger, scheduler, output[0])
+            output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
+        return output
+
+    def _mixed_step(
+        self, run: Run, evaluation: Evaluation, own_step: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
         predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
         if predictions.shape[1] != len(sample):
@@ -383,33 +442,27 @@ class Dial:
             predictions = evaluation.bridge.complete(
                 evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
             )
-        self.last = StepRecord(
+        run.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
             predictions=predictions,
             weights=evaluation.weights,
             sample=sample,
             timestep=timestep,
             at=evaluation.at,
-            log_snr=log_snr_at(scheduler, evaluation.at, timestep),
+            log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
             progress=evaluation.progress,
         )
-        if self._bridge is not None:
-            self._bridge.tell(evaluation.at)
+        if run.bridge is not None:
+            run.bridge.tell(evaluation.at)
         settings: dict[str, Any] = {
             key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
         }
         guided = evaluation.distilled or evaluation.rows != len(sample)
-        self._ledger.arrive(scheduler, self.last, evaluation.lams, guided, settings, estimated=estimated)
+        run.ledger.arrive(run.scheduler, run.last, evaluation.lams, guided, settings, estimated=estimated)
         if len(evaluation.models) == 1:
-            output = own_step(**arguments)
-        else:
-            space, _ = space_of(scheduler, self._path)
-            output = mixed_step(scheduler, own_step, arguments, self.last, space)
-        self._ledger.leave(output[0])
-        if self.population is not None:
-            chosen = self.population(self._ledger, scheduler, output[0])
-            output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
-        return output
+            return own_step(**arguments)
+        space, _ = space_of(run.scheduler, self._path)
+        return mixed_step(run.scheduler, own_step, arguments, run.last, space)
 
 
 def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:

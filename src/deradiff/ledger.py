@@ -213,6 +213,14 @@ class Ledger:
         """Row b goes on as a copy of row `parents[b]`, with all that is written down about it."""
         self._sums = {name: total[parents] for name, total in self._sums.items()}
 
+    def detach(self) -> None:
+        """The run is over: keep what `result` needs, and no graph of a gradient."""
+        self._sums = {name: total.detach() for name, total in self._sums.items()}
+        self._densities = None
+        if self._evaluation is not None:
+            spread = self._evaluation.spread.detach()
+            self._evaluation = replace(self._evaluation, outputs=[], distances={}, spread=spread)
+
     @property
     def log_weights(self) -> Float[Tensor, " batch"]:
         """log W so far."""

@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.adoption import scheduler_owner
+from deradiff.adoption import owner_of
 from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
 from deradiff.denoisers import Denoisers
@@ -91,7 +91,7 @@ def realign(
     reference = unwrapped(denoiser)
     if (dial := dial_of(pipe)) is not None:
         raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
-    if scheduler_owner(pipe.scheduler) is not None:
+    if owner_of(pipe.scheduler) is not None:
         raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
@@ -127,8 +127,8 @@ def realign(
             anchors = [_placed(anchor, elsewhere) for anchor in anchors]
         return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
     except BaseException:
-        for loaded in anchors:
-            loaded.unload(reference)
+        while anchors:  # emptied, for whoever keeps the error keeps what is in reach of it
+            anchors.pop().unload(reference)
         raise
 
 

@@ -128,7 +128,7 @@ def draw(
         caption(settings, made["scheduler"], made["guidance_scale"]),
     )
     verdicts = [judged(settings, [(s, told[s]) for s in shots if s.column == column]) for column in range(len(lams))]
-    cut = [cut.record() for cut in cuts(pipe, [*settings.prompts, settings.negative_prompt])]
+    cut = [cut.record() for cut in cuts(pipe)]
     results = {"sheet": folder.sheet.name, "verdicts": verdicts, "cut_prompts": cut, "images": listed}
     folder.finish(sheet, made | further | results)
     return verdicts
@@ -273,13 +273,17 @@ def attempts(
             own["negative_prompt"] = [own["negative_prompt"]] * len(batch)
         if on_step and "callback_on_step_end" in accepted:
             own["callback_on_step_end"] = _reporter(on_step, done, len(batch), total)
-        drawn = pictures.draw(
-            pipe,
-            prompt=[shot.prompt for shot in batch],
-            generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
-            num_inference_steps=steps,
-            **own,
-        )
+        try:
+            drawn = pictures.draw(
+                pipe,
+                prompt=[shot.prompt for shot in batch],
+                generator=[torch.Generator("cpu").manual_seed(shot.seed) for shot in batch],
+                num_inference_steps=steps,
+                **own,
+            )
+        except FloatingPointError as error:  # of a model's prediction, which does not say for which image
+            which = "" if len(batch) == 1 else f"one of {len(batch)} images, of which the first is "
+            raise FloatingPointError(f"{which}{_name(batch[0], lams)}: {error}") from error
         done += len(batch) * steps
         if on_step:
             on_step(done, total)

@@ -7,13 +7,11 @@ of the pipeline, whichever it is; what is drawn does not change.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
-
-from transformers import PreTrainedTokenizerBase
 
 SHOWN = 80
 """Characters of a prompt, and of what it lost, that a message shows."""
@@ -55,8 +53,13 @@ _heard: WeakKeyDictionary[Any, dict[tuple[str, int, str], list[str]]] = WeakKeyD
 
 
 @contextmanager
-def watched(pipe: Any) -> Iterator[None]:
-    """While this lasts, hear which prompts the pipeline's tokenizers cut; each is warned of once (`PromptCut`)."""
+def watched(pipe: Any, tokenizers: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """While this lasts, hear which prompts a pipeline's tokenizers cut; each is warned of once (`PromptCut`).
+
+    Of anything but a pipeline, name its `tokenizers`.
+    """
+    from transformers import PreTrainedTokenizerBase
+
     known = _heard.setdefault(pipe, {})
     before = set(known)
 
@@ -69,7 +72,7 @@ def watched(pipe: Any) -> Iterator[None]:
         return heard
 
     with ExitStack() as stack:
-        for name, tokenizer in getattr(pipe, "components", {}).items():
+        for name, tokenizer in (tokenizers or getattr(pipe, "components", {})).items():
             if isinstance(tokenizer, PreTrainedTokenizerBase):
                 stack.enter_context(_observed(tokenizer, hear(name)))
         yield

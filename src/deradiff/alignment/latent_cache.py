@@ -13,33 +13,34 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from pydantic import PositiveInt
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.alignment.feeds import Counts, Cursor, Step, Unreadable, split_held_out
+from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
+from deradiff.alignment.latent_shards import (
+    ANEW,
+    DAMAGED,
+    EMBEDDING,
+    REWRITE,
+    CacheSettings,
+    Shard,
+    Totals,
+    opened,
+    require_alike,
+)
 from deradiff.alignment.pair_rows import Pair
-from deradiff.files import tensors as files_of_tensors
 from deradiff.files.folders import Claim, claim
-from deradiff.files.inventory import Inventory, inventory, require_whole
+from deradiff.files.inventory import inventory, require_whole
 from deradiff.files.locks import taken
-from deradiff.files.reading import Record, fit, read
+from deradiff.files.reading import fit, read
 from deradiff.files.writing import whole, write_json
 
 FORMAT = 1
-
-ANEW = "name another folder, or delete it and encode anew"
-REWRITE = "delete it, and write the cache again: it goes on where it was"
-DAMAGED = "delete it and those after it, and finished.json, and write the cache again; it goes on there"
-"""What to do about each of its files."""
-
-EMBEDDING = "prompt."
-"""Begins the names of a shard's prompt tensors."""
 
 EncodeImages = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch *latent"]]
 EncodePrompts = Callable[[list[str]], dict[str, Tensor]]
@@ -73,32 +74,6 @@ class CachedBatch:
     time_ids: Float[Tensor, "pair 2 6"]
     prompts: dict[str, Tensor]
     texts: list[str]
-
-
-class _CacheSettings(Record):
-    format: int
-    source: dict[str, Any]
-    base: str
-    resolution: int
-    limit: int | None
-
-
-class _State(Record):
-    """What the header of a shard says: where its source goes on, and the prompts that are new in it."""
-
-    cursor: Cursor
-    unreadable: Counts
-    left_out: Counts
-    texts: list[str]
-
-
-class _Finished(Record):
-    pairs: PositiveInt
-    prompts: PositiveInt
-    shards: PositiveInt
-    unreadable: Counts
-    left_out: Counts
-    files: Inventory | None = None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -194,7 +169,7 @@ class _Done:
 def _so_far(folder: Path) -> _Done:
     done = _Done()
     for path in _shard_files(folder):
-        shard = _opened(path, len(done.prompts))
+        shard = opened(path, len(done.prompts))
         done.prompts |= {text: number for number, text in enumerate(shard.state.texts, len(done.prompts))}
         done.pairs += shard.pairs
         done.shards += 1
@@ -314,19 +289,22 @@ class LatentCache:
             raise FileNotFoundError(f"{folder} is no cache of latents: it has no settings.json")
         settings = self.folder / "settings.json"
         self.settings: dict[str, Any] = read(Claim, settings, "settings of a cache", ANEW).settings
-        fit(_CacheSettings, self.settings, str(settings), "settings of a cache", ANEW)
+        fit(CacheSettings, self.settings, str(settings), "settings of a cache", ANEW)
         files = _shard_files(self.folder)
         if not (self.folder / "finished.json").is_file():
             raise ValueError(f"{folder} was not finished ({len(files)} shards): run what writes it again, it goes on")
-        finished = read(_Finished, self.folder / "finished.json", "totals of a cache", REWRITE)
+        finished = read(Totals, self.folder / "finished.json", "totals of a cache", REWRITE)
         self.totals: dict[str, Any] = finished.model_dump(exclude={"files"})
         require_whole(self.folder, finished.files or {}, "cache", DAMAGED)
         self._shards: list[Any] = []
+        first: Shard | None = None
         self.texts: list[str] = []
         # Where each shard begins, among the pairs and among the prompts.
         self._pairs, self._prompts = [0], [0]
         for path in files:
-            shard = _opened(path, len(self.texts))
+            shard = opened(path, len(self.texts))
+            first = first or shard
+            require_alike(shard, first, path)
             self._shards.append(shard.file)
             self.texts += shard.state.texts
             self._pairs.append(self._pairs[-1] + shard.pairs)
@@ -379,32 +357,3 @@ def _shard_files(folder: Path) -> list[Path]:
     """The shards in order, up to the first that is missing."""
     numbered = (folder / _shard_name(number) for number in itertools.count())
     return list(itertools.takewhile(Path.exists, numbered))
-
-
-class _Shard(NamedTuple):
-    file: Any
-    state: _State
-    pairs: int
-
-
-def _opened(path: Path, before: int) -> _Shard:
-    """A shard, behind others with so many prompts. Raises `ValueError` where it is damaged."""
-    what = "shard of a cache"
-    try:
-        file = files_of_tensors.handle(path, what, DAMAGED)
-        state = files_of_tensors.metadata(file, "state", _State, path, what, DAMAGED)
-    except OSError as error:
-        raise ValueError(f"{error}: {DAMAGED}") from None
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    rows = {name: shape[0] if shape else 0 for name, shape in shapes.items()}
-    pairs, texts = rows.get("prompt", 0), len(state.texts)
-    wrong = [name for name in ("latents", "time_ids") if rows.get(name) != pairs] if pairs else ["prompt"]
-    wrong += [name for name in rows if name.startswith(EMBEDDING) and rows[name] != texts]
-    if (
-        not wrong
-        and not 0 <= int(file.get_tensor("prompt").min()) <= int(file.get_tensor("prompt").max()) < before + texts
-    ):
-        wrong = ["prompt"]
-    if wrong:
-        raise ValueError(f"{path} is no whole {what}: {wrong[0]} does not fit the rest ({shapes}): {DAMAGED}")
-    return _Shard(file, state, pairs)

@@ -28,6 +28,7 @@ from deradiff.alignment.presets import Preset
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
+from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
 from deradiff.files.records import versions
 from deradiff.files.writing import whole_folder, write_json
@@ -110,7 +111,8 @@ def load_base(settings: Preset) -> Any:
     """
     dtype = DTYPES[settings.precision] if settings.lora_rank else torch.float32
     pipe: Any = pipelines.load_pipeline(settings.base, dtype=dtype)
-    pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
+    with reading_model(settings.vae or settings.base):
+        pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -23,6 +23,7 @@ from deradiff.anchors.errors import (
     PickledAnchor,
     PipelineWithoutDenoiser,
 )
+from deradiff.anchors.lora_files import is_adapter
 
 __all__ = [
     "Anchor",
@@ -120,10 +121,8 @@ def load_anchor(
     if files.pipeline is not None:
         _check_pipeline(files.pipeline, files.label, pipe)
     tensors = reading.read_tensors(files.weights)
-    if files.kind == "peft" or adapters.is_adapter(tensors):
-        adapter = adapters.load_adapter(
-            tensors, files.weights[0], files.config, files.label, pipe, component, reference, name
-        )
+    if files.kind == "peft" or is_adapter(tensors):
+        adapter = adapters.load_adapter(tensors, files, pipe, component, reference, name)
         adapters.warn_if_zero(reference, adapter, files.label)
         return Anchor(name, files.label, adapter=adapter)
     module = full_weights.load_denoiser(tensors, files.config, files.label, pipe, reference)

@@ -3,60 +3,52 @@
 The reference predicts bit for bit what it did before; the one copy of its weights serves both models.
 """
 
-import inspect
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
+from deradiff.anchors.checks import require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
-from deradiff.anchors.reading import read_json
+from deradiff.anchors.lora_files import PEFT_PREFIX, read_lora, require_places
+from deradiff.anchors.reading import read_json, read_lora_metadata
+from deradiff.anchors.sources import Files, some
 
-_MARK = re.compile(r"(?:^|[._])(?:lora|lokr|hada|dora)[._]")
-_PEFT_PREFIX = "base_model.model."
-_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-_KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 # Initialisations that subtract from the base weights; the file then holds less than the whole change.
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def is_adapter(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a LoRA (or LoKr, LoHa, DoRA) rather than a model."""
-    return any(_MARK.search(name) for name in names)
+_DROPOUTS = ("lora_dropout", "rank_dropout", "module_dropout")
 
 
 def load_adapter(
     tensors: Mapping[str, Tensor],
-    file: Path,
-    config_file: Path | None,
-    label: str,
+    files: Files,
     pipe: DiffusionPipeline,
     component: str,
     denoiser: ModelMixin,
     name: str,
 ) -> str:
-    """Load a LoRA into `denoiser` as an inactive adapter, in diffusers', kohya's or (with `config_file`) PEFT's form.
+    """Load a LoRA into `denoiser` as an inactive adapter: in PEFT's form (of `files.config`), or any of `read_lora`.
 
-    Returns the adapter's name there, made from `name`. Raises `AnchorError` for a form that diffusers or PEFT would
-    apply in part only, `IncompatibleAnchor` for tensors without a place; the denoiser is then as it was.
+    Returns the adapter's name there, made from `name`. Raises `AnchorError` for what would be applied in part only, for
+    tensors without a place or of other sizes; the denoiser is then as it was.
     """
+    label = files.label
     _require_ready(denoiser, label)
     adapter = _free_name(name, denoiser)
-    if config_file is not None:
-        config = _peft_config(config_file, label)
-        weights = {key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-        _require_modules(weights, label, component, denoiser)
-        with _unobtrusive(denoiser, adapter, label):
+    if files.kind == "peft" and files.config is not None:
+        config = _peft_config(files.config, label)
+        weights = _without_prefix(tensors, label)
+        require_numbers(weights, label)
+        require_places(weights, label, component, denoiser)
+        with _unobtrusive(denoiser, adapter, weights, label):
             inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
             set_peft_model_state_dict(denoiser, weights, adapter, low_cpu_mem_usage=True)
             if hasattr(type(denoiser), "_hf_peft_config_loaded"):
@@ -64,15 +56,19 @@ def load_adapter(
             _require_complete(weights, denoiser, adapter, label)
         return adapter
 
-    weights, options = _diffusers_form(tensors, file, label, pipe, component, denoiser)
-    _require_modules(weights, label, component, denoiser)
-    with _unobtrusive(denoiser, adapter, label):
+    metadata = _stated(files.weights, tensors, label, component)
+    weights = read_lora(tensors, label, pipe, component, denoiser)
+    if any(key.endswith(".lora_B.bias") for key in weights):  # PEFT then gives every layer one
+        for key in [key for key in weights if key.endswith(".lora_B.weight")]:
+            bias = key.removesuffix("weight") + "bias"
+            weights.setdefault(bias, weights[key].new_zeros(len(weights[key])))
+    with _unobtrusive(denoiser, adapter, weights, label):
         denoiser.load_lora_adapter(
             {f"{component}.{key}": tensor for key, tensor in weights.items()},
             prefix=component,
             adapter_name=adapter,
             low_cpu_mem_usage=True,
-            **options,
+            metadata=metadata,
         )
         _require_complete(weights, denoiser, adapter, label)
     return adapter
@@ -158,6 +154,21 @@ def _peft_config(path: Path, label: str) -> PeftConfig:
             f"{label} is a PEFT adapter of type {kind or 'unknown'!r}; LORA (with DoRA), LOHA and LOKR can be anchors. "
             "Merge it into its base model and save that as the anchor."
         )
+    _require_addition(stated, label, path.name)
+    try:
+        config = PeftConfig.from_pretrained(str(path.parent))
+    except Exception as error:  # PEFT raises whatever it stumbles over
+        settings = some(f"{key}={value!r:.40}" for key, value in stated.items())
+        raise CorruptAnchor(f"{path} is no configuration that the installed PEFT reads: {settings}") from error
+    config.inference_mode = True
+    for dropout in _DROPOUTS:
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    return config
+
+
+def _require_addition(stated: Mapping[str, Any], label: str, where: str) -> None:
+    """Raise `AnchorError` for an adapter that changes more of its base model than it adds to it."""
     initialised = str(stated.get("init_lora_weights", "")).lower()
     trouble = [
         *([f"bias={stated['bias']!r}"] if stated.get("bias", "none") != "none" else []),
@@ -166,116 +177,38 @@ def _peft_config(path: Path, label: str) -> PeftConfig:
     ]
     if trouble:
         raise AnchorError(
-            f"{label} changes more of its base model than it adds to it ({', '.join(trouble)} in {path.name}), so it "
+            f"{label} changes more of its base model than it adds to it ({', '.join(trouble)} in {where}), so it "
             "cannot share the reference's weights. Merge it into its base model and save that as the anchor."
         )
-    try:
-        config = PeftConfig.from_pretrained(str(path.parent))
-    except (TypeError, ValueError, KeyError) as error:
-        raise CorruptAnchor(f"{path} is no configuration that the installed PEFT reads: {error}") from error
-    config.inference_mode = True
-    for dropout in ("lora_dropout", "rank_dropout", "module_dropout"):
-        if hasattr(config, dropout):
-            setattr(config, dropout, 0.0)
-    return config
 
 
-def _diffusers_form(
-    tensors: Mapping[str, Tensor], file: Path, label: str, pipe: DiffusionPipeline, component: str, denoiser: ModelMixin
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The denoiser's tensors under PEFT's names, and the alphas and metadata that `load_lora_adapter` wants beside."""
-    _require_convertible(tensors, label)
-    # Some pipelines (T2I-Adapter's) load no LoRA themselves; their UNet is Stable Diffusion's all the same.
-    reader = type(pipe) if hasattr(pipe, "lora_state_dict") else StableDiffusionLoraLoaderMixin
-    if not hasattr(denoiser, "load_lora_adapter") or (reader is not type(pipe) and component != "unet"):
-        raise AnchorError(
-            f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
-            "form (adapter_config.json with adapter_model.safetensors)."
-        )
-    accepted = inspect.signature(reader.lora_state_dict).parameters
-    try:
-        state, *rest = reader.lora_state_dict(
-            str(file) if file.suffix == ".safetensors" else dict(tensors),
-            unet_config=denoiser.config,
-            use_safetensors=True,
-            return_lora_metadata=True,
-            **({"return_alphas": True} if "return_alphas" in accepted else {}),
-        )
-    except Exception as error:  # diffusers raises whatever the conversion stumbles over
-        raise IncompatibleAnchor(
-            f"{label} cannot be converted to a LoRA for {type(denoiser).__name__}: {type(error).__name__}: "
-            f"{str(error)[:300]}"
-        ) from error
-    alphas, metadata = (rest[0] if len(rest) == 2 else None), rest[-1]
-
-    parts = {key: _part(key) for key in state}
-    if set(parts.values()) == {None}:  # saved by the denoiser itself, without a prefix
-        state = {f"{component}.{key}": tensor for key, tensor in state.items()}
-        parts = dict.fromkeys(state, component)
-        metadata = {f"{component}.{key}": value for key, value in metadata.items()} if metadata else metadata
-    left_out = sorted({part for part in parts.values() if part and part != component})
-    ours = {key.removeprefix(f"{component}."): state[key] for key, part in parts.items() if part == component}
-    strange = [key for key, part in parts.items() if part is None]
-    if not ours or strange:
-        raise _no_place(strange or list(tensors), not ours, label, component, denoiser)
-    if left_out:
-        warnings.warn(
-            f"{label} also changes {', '.join(left_out)}, which is left out: a text encoder serves both models, only "
-            "denoisers are mixed. Load that part on the pipeline if both should have it.",
-            stacklevel=5,
-        )
-    if metadata:
-        metadata = {key: 0.0 if key.endswith("dropout") else value for key, value in metadata.items()}
-    weights = convert_unet_state_dict_to_peft(ours)
-    return weights, {"network_alphas": _alphas(alphas or {}, weights, component), "metadata": metadata or None}
-
-
-def _alphas(stated: Mapping[str, Any], weights: Mapping[str, Tensor], component: str) -> dict[str, float] | None:
-    """The alpha of every layer, under a name that fits this layer alone; None where the file states none.
-
-    diffusers names those of attention layers so that PEFT overlooks them wherever they vary, and gives a layer without
-    one the commonest of the others; kohya's own rule is then alpha = rank.
-    """
-    if not stated:
+def _stated(paths: Sequence[Path], tensors: Mapping[str, Tensor], label: str, component: str) -> dict[str, Any] | None:
+    """The settings that diffusers writes into a LoRA's file, for use and not for training; None without any."""
+    metadata = read_lora_metadata(paths)
+    if any(key.startswith(f"{component}.") for key in metadata):
+        metadata = {key.removeprefix(f"{component}."): v for key, v in metadata.items() if key.startswith(component)}
+    elif any("." in key for key in metadata):  # of a text encoder alone
+        metadata = {}
+    if not metadata:
         return None
-    renamed = convert_unet_state_dict_to_peft(
-        {key.removeprefix(f"{component}.").removesuffix(".alpha"): float(value) for key, value in stated.items()}
-    )
-    by_layer = {_MARK.split(key)[0]: value for key, value in renamed.items()}
-    ranks = {_MARK.split(key)[0]: tensor.shape[0] for key, tensor in weights.items() if "lora_A" in key}
-    return {f"{component}.^{layer}.alpha": float(by_layer.get(layer, rank)) for layer, rank in ranks.items()}
-
-
-def _part(key: str) -> str | None:
-    head = key.partition(".")[0]
-    return head if head in _PARTS else None
-
-
-def _require_convertible(tensors: Mapping[str, Tensor], label: str) -> None:
-    """Refuse what diffusers would drop, or stumble over, without a word that helps."""
-    if any("dora_scale" in key for key in tensors):
-        raise AnchorError(
-            f"{label} is a DoRA in kohya's form, of which diffusers drops the magnitudes (dora_scale), leaving another "
-            "model: save it in PEFT's form (adapter_config.json with adapter_model.safetensors)."
+    if alphas := [name for name in tensors if name.endswith(".alpha")]:
+        raise IncompatibleAnchor(
+            f"{label} states its scale twice, in its metadata (lora_alpha={metadata.get('lora_alpha')!r}) and in "
+            f"{some(alphas)}: remove one of them."
         )
-    if any(".hada_" in key for key in tensors):
-        raise AnchorError(
-            f"{label} is a LoHa in LyCORIS' form (hada_ keys), which diffusers does not read: save it in PEFT's form "
-            "(adapter_config.json with adapter_model.safetensors)."
-        )
-    if any(key.startswith(_PEFT_PREFIX) for key in tensors):
-        raise AnchorError(
-            f"{label} is a PEFT adapter without its adapter_config.json, which holds its scale: put that file beside "
-            "it, under PEFT's names (adapter_config.json, adapter_model.safetensors)."
-        )
+    _require_addition(metadata, label, "its metadata")
+    metadata = {key: 0.0 if key in _DROPOUTS else value for key, value in metadata.items()}
+    return {f"{component}.{key}": value for key, value in metadata.items()}
 
 
-def _require_modules(weights: Mapping[str, Tensor], label: str, component: str, denoiser: ModelMixin) -> None:
-    """Raise `IncompatibleAnchor` for tensors that belong to no module of the denoiser."""
-    modules = {path.replace(".base_layer", "") for path, _ in denoiser.named_modules()}
-    strange = [key for key in weights if _MARK.split(key)[0] not in modules]
-    if strange:
-        raise _no_place(strange, len(strange) == len(weights), label, component, denoiser)
+def _without_prefix(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter under the denoiser's own names, read from the file."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        if (key := name.removeprefix(PEFT_PREFIX)) in names:
+            raise IncompatibleAnchor(f"{label} holds one tensor twice: as {names[key]} and as {name}.")
+        names[key] = name
+    return {key: tensors[name].clone() for key, name in names.items()}
 
 
 def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapter: str, label: str) -> None:
@@ -286,7 +219,7 @@ def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapt
         raise IncompatibleAnchor(
             f"{label} would be loaded only in part: "
             + "; ".join(
-                f"{len(keys)} {what} ({', '.join(keys[:3])})"
+                f"{len(keys)} {what} ({some(keys)})"
                 for what, keys in (("tensors without a place", unused), ("layers without tensors", unset))
                 if keys
             )
@@ -294,20 +227,22 @@ def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapt
         )
 
 
-def _no_place(
-    strange: list[str], none_fits: bool, label: str, component: str, denoiser: ModelMixin
-) -> IncompatibleAnchor:
-    example = next((path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)), "")
-    own = f"{component}.{example.replace('.base_layer', '')}.lora_A.weight"
-    how_many = "none of its keys fits" if none_fits else f"{len(strange)} of its keys have no place in"
-    return IncompatibleAnchor(
-        f"{label}: {how_many} the reference's {type(denoiser).__name__}: {', '.join(strange[:3])}. "
-        f"Expected are that model's own layers, such as {own}: is this LoRA made for another model?"
-    )
+def _misfits(weights: Mapping[str, Tensor], denoiser: ModelMixin) -> list[str]:
+    """Which factors of a LoRA are not of the size of their layer, or of one another, in words."""
+    layers = {path.replace(".base_layer", ""): layer for path, layer in denoiser.named_modules()}
+    misfits = []
+    for key, down in weights.items():
+        layer, _, factor = key.partition(".lora_A")
+        own, up = getattr(layers.get(layer), "weight", None), weights.get(f"{layer}.lora_B{factor}")
+        if factor != ".weight" or own is None or up is None:
+            continue
+        if [*up.shape[:1], *down.shape[1:]] != [*own.shape] or up.shape[1:2] != down.shape[:1]:
+            misfits.append(f"{layer}: factors {list(down.shape)} and {list(up.shape)} for weights {list(own.shape)}")
+    return misfits
 
 
 @contextmanager
-def _unobtrusive(denoiser: ModelMixin, adapter: str, label: str) -> Iterator[None]:
+def _unobtrusive(denoiser: ModelMixin, adapter: str, weights: Mapping[str, Tensor], label: str) -> Iterator[None]:
     """Inject an adapter so that nothing else changes; if that fails, nothing at all.
 
     PEFT activates what it injects and freezes the base weights.
@@ -331,7 +266,8 @@ def _unobtrusive(denoiser: ModelMixin, adapter: str, label: str) -> Iterator[Non
         raise
     except Exception as error:
         raise IncompatibleAnchor(
-            f"{label} does not fit the reference: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            f"{label} does not fit the reference: {some(_misfits(weights, denoiser)) or 'PEFT does not accept it'}. "
+            "Its layers and settings must be those of an adapter of this model."
         ) from error
     finally:
         if not succeeded:

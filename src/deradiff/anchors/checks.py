@@ -10,9 +10,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from deradiff.anchors.errors import AnchorError, IncompatibleAnchor, PipelineWithoutDenoiser
+from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor, PipelineWithoutDenoiser
 from deradiff.anchors.reading import read_json, read_tensors
-from deradiff.anchors.sources import choose_checkpoint
+from deradiff.anchors.sources import choose_checkpoint, some
 
 # Settings that do not enter the function computed: a numerical safeguard, and one that acts in training only.
 _NEUTRAL = {"upcast_attention", "dropout"}
@@ -121,6 +121,23 @@ def require_same_shapes(
         raise IncompatibleAnchor(f"the weights of {label} do not fit the reference. {'. '.join(problems)}.")
 
 
+def require_numbers(tensors: Mapping[str, Tensor], label: str) -> None:
+    """Raise `CorruptAnchor` for tensors that are no weights: empty, not of floating point, or with NaN or infinity."""
+    trouble = [f"{name} {problem}" for name, tensor in tensors.items() if (problem := _no_numbers(tensor))]
+    if trouble:
+        raise CorruptAnchor(f"{label} holds what cannot be weights: {some(trouble)}.")
+
+
+def _no_numbers(tensor: Tensor) -> str | None:
+    if tensor.layout is not torch.strided or not tensor.is_floating_point():
+        return f"is of {tensor.dtype}" + ("" if tensor.layout is torch.strided else f", {tensor.layout}")
+    if not tensor.numel():
+        return f"is empty, {list(tensor.shape)}"
+    if not torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all():
+        return "has NaN or infinity in it"
+    return None
+
+
 def require_same_prediction(found: str, label: str, pipe: DiffusionPipeline) -> None:
     """Raise `IncompatibleAnchor` if an anchor predicts something else than the pipeline expects."""
     own = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
@@ -133,7 +150,7 @@ def require_same_prediction(found: str, label: str, pipe: DiffusionPipeline) -> 
 
 def prediction_type(scheduler: str, config: Mapping[str, Any]) -> str:
     """What a denoiser driven by a scheduler of this class and configuration predicts."""
-    stated = config.get("prediction_type", "epsilon")
+    stated = str(config.get("prediction_type", "epsilon"))
     return "flow" if "FlowMatch" in scheduler or stated == "flow_prediction" else stated
 
 
@@ -143,7 +160,7 @@ def scheduler_prediction(folder: Path) -> str | None:
     if not path.is_file():
         return None
     config = read_json(path)
-    return prediction_type(config.get("_class_name", ""), config)
+    return prediction_type(str(config.get("_class_name", "")), config)
 
 
 def differing_text_encoders(folder: Path, pipe: DiffusionPipeline) -> list[str]:

@@ -1,8 +1,10 @@
 """Anchors with weights of their own: a denoiser folder, a bare state dict, a checkpoint in the original layout."""
 
 import json
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,7 @@ from deradiff.adoption import DIAL
 from deradiff.anchors.checks import (
     base_tensors,
     require_class,
+    require_numbers,
     require_same_config,
     require_same_prediction,
     require_same_shapes,
@@ -23,9 +26,14 @@ from deradiff.anchors.checks import (
 )
 from deradiff.anchors.errors import AnchorError, IncompatibleAnchor
 from deradiff.anchors.reading import read_json
+from deradiff.anchors.sources import some
 
 # Where checkpoints in the layout of Stable Diffusion's own code keep the denoiser.
 _ORIGINAL_PREFIX = "model.diffusion_model."
+# What wraps a model in training, and what files call a denoiser.
+_WRAPPERS = {"module", "_orig_mod", "model", "diffusion_model", "unet", "transformer", "net"}
+# How the names of a pipeline's other parts begin.
+_OTHER_PARTS = ("text_encoder", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "image_encoder.")
 
 
 def adopt(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], None]]:
@@ -77,8 +85,9 @@ def load_denoiser(
     if config_file is not None:
         config = read_json(config_file)
         require_same_config(config, label, reference)
-    module = empty_copy(reference, config)
+    module = _empty_module(reference, config, label)
     own = _shapes(module)
+    tensors = _without_prefix(tensors, own, label)
     # A few names are the same in every layout.
     if config is None and 2 * len(own.keys() & tensors.keys()) < len(tensors):
         return _from_original_layout(tensors, label, pipe, reference)
@@ -89,10 +98,43 @@ def load_denoiser(
         {name: shape for name, shape in own.items() if name in stored},
         label,
     )
+    require_numbers({name: t for name, t in tensors.items() if name not in _integers(reference)}, label)
     dtypes = _dtypes(reference)
     weights = {name: t.to(_device(reference), dtypes.get(name, t.dtype), copy=True) for name, t in tensors.items()}
     module.load_state_dict(weights, assign=True)
     return _conform(module, reference)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], own: Collection[str], label: str) -> Mapping[str, Tensor]:
+    """The tensors under the names that the denoiser gives them, where all of these stand behind one prefix.
+
+    Wrappers put it there (`module.`, `_orig_mod.`), and files that hold more than a denoiser (`unet.`); what stands
+    behind another one is then left out if it is of another part of a pipeline, and unknown otherwise.
+    """
+    prefixes = Counter(
+        name[:start]
+        for name in tensors
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name)))
+        if name[start:] in own
+    )
+    whole = [prefix for prefix, count in prefixes.items() if 2 * count > len(own)]
+    if len(whole) > 1:
+        raise IncompatibleAnchor(
+            f"{label} holds several models of the reference's kind, behind {', '.join(map(repr, whole))}: save the one "
+            "that you mean by itself."
+        )
+    if not whole or not whole[0]:
+        return tensors
+    return {
+        name.removeprefix(whole[0]): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(whole[0]) or not name.startswith(_OTHER_PARTS)
+    }
+
+
+def _integers(reference: ModelMixin) -> set[str]:
+    """The tensors that are no weights, but counters and positions."""
+    return {name for name, tensor in base_tensors(reference) if not tensor.is_floating_point()}
 
 
 def warn_if_equal(module: nn.Module, label: str, reference: ModelMixin) -> None:
@@ -107,16 +149,14 @@ def _from_original_layout(
     """Convert a checkpoint in the original layout to the reference's configuration: diffusers' `from_single_file`."""
     cls = type(reference)
     if not hasattr(cls, "from_single_file"):
-        raise IncompatibleAnchor(
-            f"{label} is not in diffusers' layout for {cls.__name__} (it starts with {', '.join(list(tensors)[:3])}), "
-            "and diffusers knows no other layout for that class."
-        )
+        raise _unknown_form(tensors, label, reference)
     if "v_pred" in tensors:  # how SDXL checkpoints mark v-prediction
         require_same_prediction("v_prediction", label, pipe)
-    denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith(_ORIGINAL_PREFIX)} or dict(tensors)
+    denoiser = _original_names(tensors)
     first = denoiser.get(f"{_ORIGINAL_PREFIX}input_blocks.0.0.weight")
-    if first is not None:
+    if first is not None and first.ndim == 4:
         require_same_config({**reference.config, "in_channels": first.shape[1]}, label, reference)
+    require_numbers(denoiser, label)
     with TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(_config(reference), default=str), encoding="utf-8")
         try:
@@ -124,10 +164,7 @@ def _from_original_layout(
                 dict(denoiser), config=folder, torch_dtype=reference.dtype, local_files_only=True
             )
         except Exception as error:  # diffusers raises whatever the conversion stumbles over
-            raise IncompatibleAnchor(
-                f"{label} cannot be read as a {cls.__name__} of the reference's configuration: "
-                f"{type(error).__name__}: {str(error)[:300]}"
-            ) from error
+            raise _unknown_form(tensors, label, reference) from error
     unset = [name for name, tensor in base_tensors(module) if tensor.is_meta]
     # The conversion drops what it does not know; it only splits and renames the rest.
     left_over = sum(t.numel() for t in denoiser.values()) - sum(t.numel() for t in module.state_dict().values())
@@ -138,6 +175,38 @@ def _from_original_layout(
             + "."
         )
     return _conform(module, reference)
+
+
+def _original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's tensors of an original checkpoint, behind the prefix that they have in a whole one."""
+    denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith(_ORIGINAL_PREFIX)}
+    if denoiser:
+        return denoiser
+    names = {name: name for name in tensors}
+    while len(heads := {name.partition(".")[0] for name in names.values()}) == 1 and heads <= _WRAPPERS:
+        names = {name: rest.partition(".")[2] for name, rest in names.items()}
+    return {f"{_ORIGINAL_PREFIX}{rest}": tensors[name] for name, rest in names.items()}
+
+
+def _unknown_form(tensors: Mapping[str, Tensor], label: str, reference: ModelMixin) -> IncompatibleAnchor:
+    kind = type(reference).__name__
+    original = ", or those of the original checkpoints" if hasattr(type(reference), "from_single_file") else ""
+    own = next((name for name, _ in base_tensors(reference)), "")
+    return IncompatibleAnchor(
+        f"{label} is no {kind} of the reference's configuration in a form that is known: its {len(tensors)} tensors "
+        f"are called {some(tensors)}. Known are diffusers' own names for a {kind} ({own}), also behind a prefix"
+        f"{original}, and LoRA (see anchors.load_anchor). Is it a model of another architecture, or of another part?"
+    )
+
+
+def _empty_module(reference: ModelMixin, config: Mapping[str, Any] | None, label: str) -> ModelMixin:
+    try:
+        return empty_copy(reference, config)
+    except Exception as error:  # diffusers raises whatever it stumbles over in a configuration
+        raise IncompatibleAnchor(
+            f"the configuration of {label} makes no {type(reference).__name__}, though no setting differs from the "
+            "reference's: save it once more with save_config()."
+        ) from error
 
 
 def empty_copy(reference: ModelMixin, config: Mapping[str, Any] | None = None) -> ModelMixin:

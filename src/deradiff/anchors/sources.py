@@ -104,7 +104,7 @@ def _on_this_machine(path: Path, subfolder: str | None) -> Repository:
         raise AnchorError(f"{path} is neither a file nor a folder, but a device, a pipe or a socket.")
     folder = path / subfolder if subfolder else path
     if not folder.is_dir():
-        raise AnchorNotFound(f"{path} has no folder {subfolder!r}; it holds {_some(p.name for p in path.iterdir())}.")
+        raise AnchorNotFound(f"{path} has no folder {subfolder!r}; it holds {some(p.name for p in path.iterdir())}.")
     found = sorted(p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_file())
     return Repository(str(folder), tuple(p.relative_to(folder).as_posix() for p in found), lambda names: folder)
 
@@ -122,7 +122,7 @@ def _on_the_hub(
         everything = _hub_names(repo, revision, local_files_only)
     names = tuple(name.removeprefix(prefix) for name in everything if name.startswith(prefix))
     if not names or (chosen and chosen not in names):
-        raise AnchorNotFound(f"{repo} has no {file or subfolder!r}; it holds {_some(everything)}.")
+        raise AnchorNotFound(f"{repo} has no {file or subfolder!r}; it holds {some(everything)}.")
 
     def fetch(wanted: Iterable[str]) -> Path:
         files = [prefix + name for name in wanted]
@@ -135,7 +135,7 @@ def _on_the_hub(
             )
         absent = [name for name in files if not Path(root, name).is_file()]
         if absent:
-            raise AnchorNotFound(f"{_some(absent)} of {label} could not be downloaded and is not in the cache.")
+            raise AnchorNotFound(f"{some(absent)} of {label} could not be downloaded and is not in the cache.")
         return Path(root, parent)
 
     return Repository(label, names, fetch, chosen=chosen or None)
@@ -212,7 +212,7 @@ def select(repository: Repository, component: str, dtype: torch.dtype, allow_pic
         if not any(name.endswith(SAFE + PICKLES) for name in inside):
             raise AnchorNotFound(
                 f"no weights (.safetensors) {f'in {folder} of' if folder else 'directly in'} {label}; it holds "
-                f"{_some(names) or 'no files'}. If they are further down, name the folder with subfolder=."
+                f"{some(names) or 'no files'}. If they are further down, name the folder with subfolder=."
             )
         wanted = choose_checkpoint(inside, preferred, dtype, allow_pickle, label)
 
@@ -238,7 +238,7 @@ def _classify(
         folders = sorted({name.partition("/")[0] for name in names if "/" in name})
         raise IncompatibleAnchor(
             f"{label} is a pipeline without a {component!r}, which is what the reference denoises with; "
-            f"it has {_some(folders)}."
+            f"it has {some(folders)}."
         )
     if "config.json" in names and any(name.startswith("diffusion_pytorch_model") for name in names):
         return "denoiser", "", ("diffusion_pytorch_model",)
@@ -270,7 +270,7 @@ def choose_checkpoint(
         if variant in variants:
             return _whole(variants[variant], label)
     raise AnchorError(
-        f"several weights in {label}: {_some(n for files in checkpoints.values() for n in files)}. "
+        f"several weights in {label}: {some(n for files in checkpoints.values() for n in files)}. "
         "Name one: the file's path, or 'owner/name/file.safetensors' on the hub; or a folder of it with subfolder=."
     )
 
@@ -294,7 +294,7 @@ def _whole(files: list[str], label: str) -> list[str]:
     absent = sorted(set(range(1, total + 1)) - {int(found[1]) for found in shards.values()})
     if absent:
         raise AnchorNotFound(
-            f"{label} is incomplete: of {total} shards, {absent} are missing; {_some(shards)} is there."
+            f"{label} is incomplete: of {total} shards, {absent} are missing; {some(shards)} is there."
         )
     return sorted(shards)
 
@@ -303,12 +303,12 @@ def _refuse_pickles(names: Sequence[str], label: str, allow_pickle: bool) -> Non
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles and not allow_pickle:
         raise PickledAnchor(
-            f"{label} holds its weights only as pickle ({_some(pickles)}), a format that can run code when opened. "
+            f"{label} holds its weights only as pickle ({some(pickles)}), a format that can run code when opened. "
             "Use a .safetensors version, or pass allow_pickle=True if you trust its author."
         )
 
 
-def _some(names: Iterable[str], limit: int = 8) -> str:
+def some(names: Iterable[str], limit: int = 8) -> str:
     """The first few names, for a message."""
     listed = list(names)
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

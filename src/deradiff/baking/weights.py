@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from deradiff.anchors import Anchor, AnchorError, Source, denoiser_of, load_anchor
-from deradiff.anchors.adapters import adapter_layers, adapters_of, is_adapter
+from deradiff.anchors.adapters import adapter_layers, adapters_of
 from deradiff.anchors.checks import (
     base_tensors,
     differing_text_encoders,
@@ -31,6 +31,7 @@ from deradiff.anchors.checks import (
     unwrapped,
 )
 from deradiff.anchors.full_weights import empty_copy
+from deradiff.anchors.lora_files import is_adapter
 from deradiff.anchors.reading import read_json, read_tensors
 from deradiff.anchors.sources import Files, locate, select
 

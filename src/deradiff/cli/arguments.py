@@ -4,10 +4,16 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from deradiff.notation import decimal, numbers
+
+if TYPE_CHECKING:
+    from typer import Context
+else:
+    Context = typer.Context.__base__  # Click's, which commands are given, be it that which newer Typers bring along
 
 
 class Dtype(StrEnum):
@@ -22,7 +28,7 @@ class Dtype(StrEnum):
 DTYPES = "auto is float32 on a CPU and float16 elsewhere."
 
 
-def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+def refuse(context: Context, names: Sequence[str], why: str) -> None:
     """Raise `ValueError` where one of these parameters was given in the command line, which has no use for it."""
     given = [
         max(parameter.opts, key=len)
@@ -33,7 +39,7 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
         raise ValueError(f"{', '.join(given)}: {why}")
 
 
-def _source(context: typer.Context, name: str) -> str:
+def _source(context: Context, name: str) -> str:
     source = context.get_parameter_source(name)
     return "DEFAULT" if source is None else source.name
 

@@ -27,7 +27,7 @@ class Method(StrEnum):
 
 
 def bake(
-    context: typer.Context,
+    context: arguments.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],

@@ -9,7 +9,7 @@ from deradiff.cli import arguments, talking
 
 
 def cost(
-    context: typer.Context,
+    context: arguments.Context,
     model: Annotated[
         str | None,
         typer.Argument(

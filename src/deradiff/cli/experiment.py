@@ -58,7 +58,7 @@ def plan(
 
 @app.command()
 def run(
-    context: typer.Context,
+    context: arguments.Context,
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The experiment's folder. One that was begun there goes on.")
@@ -212,6 +212,13 @@ class _opened:
         from deradiff.experiments.store import Store
 
         self._store = Store(self._folder, write=False)
+        if lost := self._store.altered():
+            talking.messages.print(
+                f"{len(lost)} images in {self._folder} are gone or were altered since they were drawn: "
+                "`deradiff experiment run` draws them again.",
+                style="yellow",
+                markup=False,
+            )
         return parse_plan(self._store.fact("plan"), f"the plan in {self._store.file}"), self._store
 
     def __exit__(self, *raised: Any) -> None:

@@ -36,7 +36,7 @@ MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Mac
 
 
 def generate(
-    context: typer.Context,
+    context: arguments.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],

@@ -15,7 +15,7 @@ MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched
 
 
 def search(
-    context: typer.Context,
+    context: arguments.Context,
     reference: Annotated[
         str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
     ],

@@ -63,6 +63,12 @@ def studio(
             envvar="DERADIFF_STUDIO_TOKEN", rich_help_panel=PAGES, help="Only who has the link with this token gets in."
         ),
     ] = None,
+    root_path: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=PAGES, help="The path under which a reverse proxy serves the page, /studio for instance."
+        ),
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
     dtype: Annotated[
         arguments.Dtype, typer.Option(help=arguments.DTYPES, rich_help_panel=MACHINE)
@@ -77,6 +83,7 @@ def studio(
         from deradiff import access
 
         access.require_token(host, token)
+        root = access.require_root(root_path)
         sources_of = arguments.anchors(anchor or (["digits:100"] if reference == "digits" else []))
         talking.require_folder("--library", library)
         with access.bound(host, port) as listening, ExitStack() as closing:
@@ -100,10 +107,10 @@ def studio(
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
                 desk = server.desk_of(sources, machine, tuple(reward or ()))
                 closing.callback(desk.close)
-                application = server.app(desk, start, library.resolve(), token)
+                application = server.app(desk, start, library.resolve(), token, root)
             desk.warm_up(start)
             console.print("The studio is open; Ctrl-C closes it.")
-            talking.echo(access.link(listening, host, token))
+            talking.echo(access.link(listening, host, token, root))
             server.serve(application, listening)
 
 

@@ -51,6 +51,9 @@ def serve(
         str | None,
         typer.Option(envvar="DERADIFF_STUDY_TOKEN", help="Only who has the link with this token may take part."),
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="The path under which a reverse proxy serves the pages, /study for instance.")
+    ] = "",
 ) -> None:
     """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
     console = talking.LiteralConsole(stderr=True)
@@ -58,6 +61,7 @@ def serve(
         from deradiff import access
 
         access.require_token(host, token)
+        root = access.require_root(root_path)
         from deradiff.study import server, tiles
         from deradiff.study.plan import read_plan
 
@@ -67,8 +71,8 @@ def serve(
                 votes = tiles.ready(out, planned, file.parent, lambda done, total: report("images", done, total, ""))
             with votes, suppress(KeyboardInterrupt):
                 console.print("The study is open; Ctrl-C closes it, and the same command opens it again.")
-                talking.echo(access.link(listening, host, token))
-                server.serve(server.app(votes, token), listening)
+                talking.echo(access.link(listening, host, token, root))
+                server.serve(server.app(votes, token, root), listening)
 
 
 @app.command()

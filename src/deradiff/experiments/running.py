@@ -260,8 +260,8 @@ def _draw(
 
 
 def _warn(result: Done) -> None:
-    for line in result.warned:
-        warnings.warn(line, stacklevel=2)
+    for line, category in result.warned:
+        warnings.warn(line, category, stacklevel=2)
 
 
 def _itself(task: Draw) -> Draw:

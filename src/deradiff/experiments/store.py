@@ -280,8 +280,8 @@ class Store:
         known = {item: json.loads(told) for item, told in rows}
         return {item: told for item, told in known.items() if told.get("blacked_out") or told.get("failed")}
 
-    def check(self, thoroughly: bool = False) -> list[str]:
-        """Find images that are gone or were altered, and forget them, so that they are drawn again.
+    def altered(self, thoroughly: bool = False) -> list[str]:
+        """The images that are gone or are not what was drawn.
 
         A file with the size and time that it was written with is taken for whole, unless `thoroughly` reads them all.
         """
@@ -296,6 +296,11 @@ class Store:
                     image.read()
             except (OSError, Missing):
                 lost.append(item)
+        return lost
+
+    def check(self, thoroughly: bool = False) -> list[str]:
+        """Forget the images that are `altered`, so that they are drawn again."""
+        lost = self.altered(thoroughly)
         self.forget(lost)
         return lost
 
@@ -343,9 +348,9 @@ class Store:
         """The feature vector of every image that is there and has one."""
         query = "SELECT id, vector FROM items JOIN features s ON item = id AND s.sha256 = items.sha256 WHERE name = ?"
         rows = {item: blob for item, blob in self._rows(query, name) if blob is not None}
-        length = len(next(iter(rows.values()), b""))
+        lengths = {len(blob) if isinstance(blob, bytes) else 0 for blob in rows.values()}
         for item, blob in rows.items():
-            if not isinstance(blob, bytes) or not blob or len(blob) != length or length % 4:
+            if not isinstance(blob, bytes) or not blob or len(lengths) > 1 or len(blob) % 4:
                 raise StoreError(f"the features {name} of image {item!r} in {self.file} are no such vector: {DAMAGED}")
         return {item: np.frombuffer(blob, dtype="<f4") for item, blob in rows.items()}
 

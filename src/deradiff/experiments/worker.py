@@ -6,7 +6,6 @@ import io
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ from deradiff.files.images import read_rgb
 from deradiff.files.records import CHUNK
 from deradiff.jobs import reproducible
 from deradiff.libraries import relay
+from deradiff.pictures import NotFinite
 from deradiff.prompt_embeddings import Remembering
-from deradiff.truncation import PromptCut, cuts
+from deradiff.truncation import cuts
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Done:
     results: list[Any]
     seconds: float
     """In the models and scorers alone."""
-    warned: tuple[str, ...] = ()
-    """What was warned of in a process of its own, each line once."""
+    warned: tuple[tuple[str, type[Warning]], ...] = ()
+    """What was warned of in a process of its own, each line once, and its category."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Worker:
     threads: int = 1
     alone: bool = False
     """Whether it has its process to itself: what the libraries warn of there is part of its results."""
-    _warned: list[str] = field(default_factory=list, repr=False)
+    _warned: list[tuple[str, type[Warning]]] = field(default_factory=list, repr=False)
     _held: ExitStack = field(default_factory=ExitStack, repr=False)
     _now: Any = None
     _pipes: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False)
@@ -97,7 +97,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         if self.alone:
-            relay(lambda line, _: self._warned.append(line))
+            relay(lambda line, category: self._warned.append((line, category or UserWarning)))
 
     def do(self, task: Task) -> Done:
         """Do a task. Raises what the models raise; a scorer's failures are part of its result."""
@@ -129,9 +129,7 @@ class Worker:
     # -- drawing ------------------------------------------------------------------------------------------------------
 
     def _draw(self, task: Draw) -> list[tuple[bytes | None, dict[str, Any]]]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PromptCut)  # it is told with each image, whichever process drew it
-            attempts = self._attempts(task.drawings)
+        attempts = self._attempts(task.drawings)
         return [_result(*attempts[place], task.drawings[place]) for place in task.wanted]
 
     def _attempts(self, drawings: Sequence[Drawing]) -> list[Attempt]:
@@ -140,7 +138,7 @@ class Worker:
             return self._by_noise(drawings) if drawings[0].kind == "noise" else self._realigned(drawings)
         except FloatingPointError as error:
             if len(drawings) == 1:
-                return [(error, {})]
+                return [(_named(error, drawings[0]), {})]
         return [attempt for drawing in drawings for attempt in self._attempts([drawing])]
 
     def _realigned(self, drawings: Sequence[Drawing]) -> list[Attempt]:
@@ -192,9 +190,10 @@ class Worker:
             seed=first.seed, noise=started, per_pass=len(drawings),
         )  # fmt: skip
         told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
-        told |= _cut(base.pipe, [drawing.prompt for drawing in drawings])
+        cut = [_cut(base.pipe, [drawing.prompt]) for drawing in drawings]
         return [
-            (image, told | {"plain": float(found.scores[0, row])}) for row, image in enumerate(_pictures(found.images))
+            (image, told | cut[row] | {"plain": float(found.scores[0, row])})
+            for row, image in enumerate(_pictures(found.images))
         ]
 
     def _pipe(self, drawing: Drawing) -> Any:
@@ -316,6 +315,14 @@ def _cut(pipe: Any, prompts: Sequence[str | None]) -> dict[str, Any]:
     """What these prompts lost to the pipeline's tokenizers, if anything."""
     lost = [cut.record() for cut in cuts(pipe, prompts)]
     return {"cut_prompts": lost} if lost else {}
+
+
+def _named(error: FloatingPointError, drawing: Drawing) -> FloatingPointError:
+    """The same error, with the image that it is about."""
+    if repr(drawing.prompt) in str(error):
+        return error
+    name = f"the image of {drawing.prompt!r} with seed {drawing.seed}"
+    return error.of(name) if isinstance(error, NotFinite) else FloatingPointError(f"{name}: {error}")
 
 
 def _result(

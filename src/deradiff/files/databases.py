@@ -110,12 +110,12 @@ def explained(file: Path, kind: type[Exception], needed: int = 0) -> Iterator[No
     try:
         with disks.explained(file.parent, kind, needed):
             yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:  # of a damaged file, the words of an error may be no text either
         raise kind(_of_sqlite(file, error)) from error
 
 
-def _of_sqlite(file: Path, error: sqlite3.Error) -> str:
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+def _of_sqlite(file: Path, error: Exception) -> str:
+    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeError) else 0) & 0xFF:
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             return (
                 f"{file} is damaged: {_damage(file, error)}. Restore it from a copy, or see what is left of it with "
@@ -138,7 +138,7 @@ def _may(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
-def _damage(file: Path, error: sqlite3.Error) -> str:
+def _damage(file: Path, error: Exception) -> str:
     """What SQLite finds wrong with a file."""
     with suppress(sqlite3.Error), closing(reading(file)) as db:
         for (words,) in db.execute("PRAGMA quick_check(1)"):

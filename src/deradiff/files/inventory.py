@@ -85,8 +85,8 @@ def _require_weights(folder: Path, what: str, cure: str) -> None:
     listed = [index.parent / name for index in sorted(folder.rglob(f"*{INDEX}")) for name in _listed(index, cure)]
     missing = [str(path) for path in listed if path not in weights]
     if missing or not weights:
-        lacking = missing[0] if missing else "a .safetensors file"
-        raise ValueError(f"{folder} is no whole {what}: there is no {lacking}: {cure}")
+        lacking = missing[0] if missing else ".safetensors file"
+        raise ValueError(f"{folder} is no whole {what}: there is no {lacking} in it: {cure}")
     for path in weights:
         tensors.require_whole(path, "file of tensors", cure)
 

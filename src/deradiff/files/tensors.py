@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from deradiff.files.reading import parse, require_file
+from deradiff.files.reading import Schema, parse, require_file
 
 Kind = TypeVar("Kind")
 
@@ -42,7 +42,7 @@ def require_whole(path: Path, what: str, cure: str) -> None:
         pass
 
 
-def metadata(file: Any, name: str, kind: type[Kind], path: Path, what: str, cure: str) -> Kind:
+def metadata(file: Any, name: str, kind: Schema[Kind], path: Path, what: str, cure: str) -> Kind:
     """What the header of an opened file holds under `name`, JSON, as `kind`. Raises `ValueError`."""
     return parse(kind, (file.metadata() or {}).get(name), f"{name!r} in {path}", what, cure)
 

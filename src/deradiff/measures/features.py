@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.files.models import reading_model
 from deradiff.measures import inception
 from deradiff.notation import model_of
 from deradiff.rewards.clip import folder_of, require_weights
@@ -163,7 +164,8 @@ def require_kind(folder: Path, family: str, kinds: tuple[str, ...]) -> str:
     """The type of the model in `folder`. Raises `ValueError` unless it is one of `kinds`."""
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    with reading_model(folder):
+        kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     if kind not in kinds:
         raise ValueError(f"{folder} holds a model of the type {kind!r}, and not a {family}")
     return kind
@@ -180,9 +182,10 @@ def folder_with_weights(model: str | Path) -> Path:
 
 def whole(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A transformers model of that class. Raises `ValueError` where the folder lacks tensors of it."""
-    network, found = kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    with reading_model(folder):
+        network, found = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     absent = sorted(found["missing_keys"])
     if absent:
         raise ValueError(f"{folder} lacks {len(absent)} tensors of {kind.__name__}, {absent[0]} for one")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from deradiff.files.models import reading_model
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, clip_pixels, require_pairs
+from deradiff.truncation import watched
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """OpenCLIP ViT-H/14 of LAION-2B: weights, and the tokenizer that its descendants share."""
@@ -53,12 +54,13 @@ class ClipReward:
         return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "batch embedding"]:
-        """Unit vectors of the prompts, cut at the model's context length."""
+        """Unit vectors of the prompts, cut at the model's context length, with a warning (`truncation.PromptCut`)."""
         # Attention is causal and padding is on the right: what pads, and how far, does not reach the end of the text.
-        tokens = self.tokenizer(
-            list(prompts), padding=True, padding_side="right", truncation=True, return_tensors="pt",
-            max_length=self.model.config.text_config.max_position_embeddings,
-        )  # fmt: skip
+        with watched(self, {f"the reward {self.name}": self.tokenizer}):
+            tokens = self.tokenizer(
+                list(prompts), padding=True, padding_side="right", truncation=True, return_tensors="pt",
+                max_length=self.model.config.text_config.max_position_embeddings,
+            )  # fmt: skip
         return unit(self.model.get_text_features(input_ids=tokens.input_ids.to(self.model.device)).pooler_output)
 
 

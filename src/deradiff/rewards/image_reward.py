@@ -21,6 +21,7 @@ from deradiff.rewards.aesthetic import LINEAR, rating_layers
 from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
 from deradiff.rewards.clip import folder_of
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, batches, clip_pixels, require_pairs, resized_shape
+from deradiff.truncation import watched
 
 IMAGE_REWARD = "THUDM/ImageReward"
 """The name that the authors' code asks for; the organisation now calls itself zai-org."""
@@ -106,9 +107,11 @@ class ImageReward:
         require_pairs(images, prompts)
         side = self.vision.config.image_size
         pixels = torchvision_pixels(images, side, CLIP_MEAN, CLIP_STD, self.vision.device, self.vision.dtype)
-        tokens = self.tokenizer(
-            list(prompts), padding=True, padding_side="right", truncation=True, max_length=LONGEST, return_tensors="pt"
-        ).to(self.text.device)
+        with watched(self, {f"the reward {self.name}": self.tokenizer}):
+            tokens = self.tokenizer(
+                list(prompts), padding=True, padding_side="right", truncation=True, max_length=LONGEST,
+                return_tensors="pt",
+            ).to(self.text.device)  # fmt: skip
         states = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,

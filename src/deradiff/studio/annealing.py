@@ -27,17 +27,17 @@ class Annealing:
 
     def restep(self, curve: Any, steps: float) -> Any:
         """The number of steps changed, and with it where the curve is read."""
-        return {"schedule": record_of(curve), "steps": int(steps)}
+        return _shown(_read(curve), {"steps": steps})
 
     def drawn(self, curve: Any) -> Changed:
         """The curve was changed by hand: what stands beside it follows."""
-        return self._beside(curves.read(record_of(curve)))
+        return self._beside(_read(curve))
 
     def family(self, name: str, curve: Any) -> Changed:
         """Start from a family, at its usual parameter; "spline" makes points of what is there."""
         try:
             if name == "spline":
-                present = curves.read(record_of(curve))
+                present = _read(curve)
                 points = [(0.0, 0.0), (1.0, 1.0)] if present is None else curves.points_of(present)
                 return self._changed(curves.through(points), curve)
             usual = curves.FAMILIES[name][1] if name in curves.FAMILIES else 0.0
@@ -58,15 +58,14 @@ class Annealing:
         """Take a curve that was kept."""
         try:
             kept = curves.read(self.kept.load(name))
-            record = None if kept is None else kept.to_dict()
-            return {"schedule": record, "steps": curve["steps"]}, *self._beside(kept)
+            return _shown(kept, curve), *self._beside(kept)
         except (ValueError, TypeError) as error:
             raise refusal(error) from None
 
     def keep(self, name: str, curve: Any) -> tuple[Any, ...]:
         """Keep the curve by name."""
         try:
-            schedule = curves.read(record_of(curve))
+            schedule = _read(curve)
             if schedule is None:
                 raise ValueError("λ stays the same: there is no curve to keep")
             kept = self.kept.save(name or "", schedule.to_dict())
@@ -83,11 +82,10 @@ class Annealing:
         return gr.update(choices=self.kept.names(), value=None), gr.skip(), words.status(f"Deleted the curve {name}")
 
     def _changed(self, schedule: Schedule | None, curve: Any) -> Changed:
-        present = curves.read(record_of(curve))
+        present = _read(curve)
         if schedule is not None and present is not None:
             schedule = replace(schedule, over=present.over)
-        record = None if schedule is None else schedule.to_dict()
-        return {"schedule": record, "steps": curve["steps"]}, *self._beside(schedule)
+        return _shown(schedule, curve), *self._beside(schedule)
 
     def _beside(self, schedule: Schedule | None) -> Changed:
         """The family, its parameter, and the curve in Python."""
@@ -102,3 +100,19 @@ class Annealing:
 def exported(schedule: Schedule | None) -> str:
     """The curve as it is written in Python."""
     return NONE if schedule is None else f"schedules.{schedule!r}"
+
+
+def _read(curve: Any) -> Schedule | None:
+    """The curve that a page sent; raises `gr.Error` for what is none."""
+    try:
+        return curves.read(record_of(curve))
+    except (ValueError, TypeError) as error:
+        raise refusal(error) from None
+
+
+def _shown(schedule: Schedule | None, curve: Any) -> dict[str, Any]:
+    """A curve for the page, with the sampling steps that stand in `curve`."""
+    steps = curve.get("steps") if isinstance(curve, dict) else None
+    if not isinstance(steps, int | float) or not 1 <= steps <= curves.MOST_STEPS:
+        raise refusal(f"steps go from 1 to {curves.MOST_STEPS}")
+    return {"schedule": None if schedule is None else schedule.to_dict(), "steps": int(steps)}

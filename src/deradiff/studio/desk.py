@@ -20,6 +20,7 @@ from PIL import Image
 from deradiff import rewards
 from deradiff.dial import Dial
 from deradiff.files.records import write_png
+from deradiff.serving import without_values
 from deradiff.settings import Settings
 from deradiff.studio import drawing
 from deradiff.studio.drawing import Drawn, Step
@@ -183,7 +184,7 @@ class Desk:
             self.models.let_go(but=images[0].settings.reference)
             words = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
         except Exception as error:
-            log.exception("an image could not be scored")
+            log.error("an image could not be scored: %s", without_values(error))
             words = f"none: {' '.join(str(error).split()) or type(error).__name__}"
         return [replace(drawn, scores={"scores": words}) for drawn in images]
 

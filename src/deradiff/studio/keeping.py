@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,6 +19,8 @@ from deradiff.studio.library import Kept
 from deradiff.studio.session import Session, Updates, page_of, refusal
 
 CANCELLED = "cancelled"
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Keeping:
@@ -83,7 +86,7 @@ class Keeping:
         if file is None:
             yield {self.session.controls.share_status: gr.skip()}  # what yields nothing would empty the page
             return
-        yield from self._taken(lambda: scenes.of_record(records.read_png(file)), data, request)
+        yield from self._taken(lambda: scenes.of_record(_in_png(Path(file))), data, request)
 
     def use_preset(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take a preset."""
@@ -209,3 +212,16 @@ class Keeping:
 
     def _preset_names(self) -> list[str]:
         return [*self.shipped, *self.presets.names()]
+
+
+def _in_png(file: Path) -> dict[str, Any]:
+    """What deradiff wrote into an image that somebody sent. Raises `ValueError`."""
+    try:
+        with file.open("rb") as opened:
+            is_png = opened.read(len(PNG)) == PNG
+        record = records.read_png(file) if is_png else None
+    except Exception:  # Pillow raises of all kinds for a broken file, and they name where it lies
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file.name} is no PNG that deradiff wrote, or it was saved anew since")
+    return record

@@ -7,6 +7,7 @@ same image elsewhere.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
@@ -47,16 +48,19 @@ def scene(
     """The settings of a page's image. Raises `ValueError` in words for the page where one of them is out of range."""
     if not 1 <= len(anchors) <= MOST_ANCHORS or len(set(anchors)) < len(anchors):
         raise ValueError(f"choose 1 to {MOST_ANCHORS} different anchors, got {len(anchors)}")
+    for source in (reference, *anchors):
+        if source != on_one_line(source, "name of the model"):
+            raise ValueError(f"the name of the model {source[:80]!r} has line breaks: choose one from the list")
+    prompt = on_one_line(prompt, "prompt")
+    negative_prompt = on_one_line(negative_prompt or "", "negative prompt")
     if not prompt.strip():
         raise ValueError("write a prompt first")
-    for what, text in (("prompt", prompt), ("negative prompt", negative_prompt or "")):
+    for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
         if len(text) > LONGEST_PROMPT:
             raise ValueError(
                 f"the {what} has {len(text):,} characters, and no text encoder reads so many: shorten it to "
                 f"{LONGEST_PROMPT:,} at most"
             )
-        if "\x00" in text:
-            raise ValueError(f"the {what} holds a NUL character: delete it")
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"there is no scheduler {scheduler[:40]!r}; choose one of {', '.join(SCHEDULERS)}")
     if bool(width) != bool(height):
@@ -95,6 +99,23 @@ def anchor_names(anchors: Sequence[str]) -> list[str]:
             name += "-2"
         names.append(name)
     return names
+
+
+def on_one_line(text: str, what: str) -> str:
+    """`text` with spaces for line breaks and tabs, as it can be copied into a shell.
+
+    Raises `ValueError` for other characters that nobody sees and a terminal obeys: controls, such as ESC, those that
+    turn the direction of writing, and halves of characters.
+    """
+    text = re.sub(r"[\t\n\v\f\r\x85\u2028\u2029]", " ", text)
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in TURNING:
+            raise ValueError(f"the {what} holds the character U+{ord(character):04X}, which nobody sees: delete it")
+    return text
+
+
+TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+"""Characters that have what follows written from the other side."""
 
 
 def values_of(lam: float | dict[str, float]) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from deradiff.pipelines import known_beta
+from deradiff.serving import without_values
 from deradiff.settings import Settings
 from deradiff.studio import scenes, words
 from deradiff.studio.desk import Desk, Loading, Waiting
@@ -82,7 +83,7 @@ class Session:
         """An error in words for the page; one that nobody expected is told in full in the terminal."""
         if isinstance(error, EXPECTED) or type(error).__module__.startswith("deradiff."):
             return words.wrong(error)
-        log.exception("an image could not be drawn")
+        log.error("an image could not be drawn: %s", without_values(error))
         return words.wrong(f"something went wrong ({type(error).__name__}); the terminal says more")
 
 

@@ -110,11 +110,13 @@ class Turning:
             view.shown: {"file": file, "caption": words.label(drawn.settings)},
             view.python: snippets.program(drawn.settings, device, dtype),
             view.shell: snippets.command(drawn.settings, machine.device, machine.dtype),
-            view.link: f"{_address(request)}/?{scenes.written(drawn.settings)}",
+            view.link: f"{_address(request)}?{scenes.written(drawn.settings)}",
         }
 
 
 def _address(request: gr.Request) -> str:
-    """What the page's address begins with, as its browser knows it."""
+    """The page's address, as its browser knows it."""
     asked = request.request
-    return "" if asked is None else f"{asked.url.scheme}://{asked.headers.get('host', '')}"
+    if asked is None:
+        return "/"
+    return f"{asked.url.scheme}://{asked.headers.get('host', '')}{asked.scope.get('root_path', '')}/"

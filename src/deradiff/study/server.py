@@ -13,31 +13,33 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from deradiff import access
+from deradiff.access import HEADERS as EVERYWHERE
+from deradiff.access import Admission, keyed
 from deradiff.study.plan import ANSWERS, PAIR
 from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, Votes
 
 try:
     import jinja2
-    import uvicorn
-    from fastapi import Depends, FastAPI, HTTPException, Request, Response
+    from fastapi import FastAPI, HTTPException, Request, Response
     from fastapi.responses import HTMLResponse, RedirectResponse
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException as Refusal
+
+    from deradiff.connections import serve
+    from deradiff.serving import Gate, keep
 except ImportError as error:
     raise ImportError(
         f"serving a study needs {error.name}, a part of the study extra: pip install 'deradiff[study]'"
     ) from None
+
+__all__ = ["app", "serve"]
 
 PAGES = Path(__file__).parent / "pages"
 
 LONGEST_FORM = 16_384
 """Bytes of a form; a vote has some hundred."""
 
-CONNECTIONS = 600
-"""At once; more are answered with status 503. A browser opens about six."""
-
-HEADERS = access.HEADERS | {
+HEADERS = EVERYWHERE | {
     "Content-Security-Policy": (
         "default-src 'none'; img-src 'self' data:; style-src 'self'; form-action 'self'; base-uri 'none'; "
         "frame-ancestors 'none'"
@@ -54,10 +56,13 @@ REFUSED: dict[int, tuple[str, str]] = {
     405: ("There is no such page", _BEGIN),
     409: ("This pair is answered already", "The first answer stays."),
     413: ("This was not understood", "Go back, and send the form of the page."),
+    431: ("This was not understood", _BEGIN),
     500: ("Something went wrong here", "What you sent before is kept. Go back, and send this again in a moment."),
     503: ("Too many people are voting", "What you sent before is kept. Go back, and send this again in a moment."),
 }  # fmt: skip
 """The heading of what is refused, and the words where nothing more is known."""
+
+FULL = "The study has all the participants that it needs, and what you sent before is kept. Thank you."
 
 NO_COOKIE = (
     "Your browser did not send the cookie by which your answers are kept together. Allow cookies for this site, then "
@@ -70,36 +75,40 @@ _templates = jinja2.Environment(
 )  # fmt: skip
 
 
-def app(votes: Votes, token: str | None = None) -> FastAPI:
-    """The study of `votes` as an application; with a `token`, for those alone who have it."""
-    door = _Door(votes.mark, token)
-    served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(door.admit)])
-    served.add_exception_handler(Refusal, _refused)
-    served.add_exception_handler(Busy, _busy)
-    served.add_exception_handler(Exception, _broken)
+def app(votes: Votes, token: str | None = None, root: str = "") -> FastAPI:
+    """The study of `votes` as an application; with a `token`, for those alone who have it.
+
+    `root` is the path under which a reverse proxy serves it.
+    """
+    admission = Admission(votes.mark, token, "study", root, keyed(votes.secret, token))
+    pages = _Pages(votes, root)
+    served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    served.add_middleware(
+        Gate, admission=admission, longest=lambda path: LONGEST_FORM, refused=pages.refusal, headers=HEADERS,
+        open_paths=frozenset({"/style.css"}),  # the pages that refuse wear it too
+    )  # fmt: skip
+    served.add_exception_handler(Refusal, pages.refused)
+    served.add_exception_handler(Busy, pages.busy)
     cookie = f"participant-{votes.mark}"
-    plan = votes.plan
 
     @served.get("/")
     async def first(request: Request) -> Response:
-        response = _page("first.html", plan=plan, known=votes.knows(request.cookies.get(cookie, "")))
-        door.remember(request, response)
-        return response
+        return pages.page("first.html", known=votes.knows(request.cookies.get(cookie, "")))
 
     @served.post("/begin")
     async def begin(request: Request) -> Response:
-        response = RedirectResponse("/pair", 303, HEADERS)
+        response = RedirectResponse(f"{root}/pair", 303)
         if not votes.knows(request.cookies.get(cookie, "")):
             try:
                 key = await asyncio.wrap_future(votes.begin())
             except Full:
-                raise HTTPException(403, "The study has all the participants that it needs. Thank you.") from None
-            _set_cookie(request, response, cookie, key)
+                raise HTTPException(403, FULL) from None
+            keep(response, request, cookie, key, admission.cookie_path, "strict")
         return response
 
     @served.get("/pair")
     async def pair(request: Request) -> Response:
-        return _pair(votes, _participant(request, votes, cookie))
+        return pages.pair(_participant(request, votes, cookie))
 
     @served.post("/vote")
     async def vote(request: Request) -> Response:
@@ -112,9 +121,11 @@ def app(votes: Votes, token: str | None = None) -> FastAPI:
             raise HTTPException(403, "The vote is for a pair that you were not shown, and was not counted.") from None
         except AlreadyAnswered:
             raise HTTPException(409, "You have answered this pair before, and that answer stays.") from None
+        except Full:
+            raise HTTPException(403, FULL) from None
         except ValueError:
-            return _pair(votes, key, chosen=answers, status=422)
-        return RedirectResponse("/pair", 303, HEADERS)
+            return pages.pair(key, chosen=answers, status=422)
+        return RedirectResponse(f"{root}/pair", 303)
 
     @served.get("/image/{name}")
     async def image(name: str) -> Response:
@@ -123,48 +134,17 @@ def app(votes: Votes, token: str | None = None) -> FastAPI:
             raise HTTPException(404)
         kind = "image/png" if path.suffix == ".png" else "image/jpeg"
         kept = {"Cache-Control": "private, max-age=86400, immutable"}
-        return Response(await run_in_threadpool(path.read_bytes), media_type=kind, headers=HEADERS | kept)
+        return Response(await run_in_threadpool(path.read_bytes), media_type=kind, headers=kept)
 
     @served.get("/style.css")
     async def style() -> Response:
         kept = {"Cache-Control": "max-age=3600"}
-        return Response((PAGES / "style.css").read_bytes(), media_type="text/css", headers=HEADERS | kept)
+        return Response((PAGES / "style.css").read_bytes(), media_type="text/css", headers=kept)
 
     return served
 
 
-def serve(application: FastAPI, listening: Any) -> None:
-    """Serve until the process is told to stop; requests that were begun are finished. No address is written down."""
-    config = uvicorn.Config(
-        application, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, server_header=False,
-        timeout_graceful_shutdown=5, lifespan="off",
-    )  # fmt: skip
-    uvicorn.Server(config).run(sockets=[listening])
-
-
 # -- who asks ---------------------------------------------------------------------------------------------------------
-
-
-class _Door:
-    """Asks `access.Admission` about every request of the study."""
-
-    def __init__(self, mark: str, token: str | None) -> None:
-        self._admission = access.Admission(mark, token, "study")
-
-    async def admit(self, request: Request) -> None:
-        """Raise `HTTPException` for a request that is not let in."""
-        path = request.url.path
-        if path == "/style.css":  # the pages that refuse wear it too
-            return
-        refused = self._admission.refusal(request.method, path, request.headers, request.cookies, request.query_params)
-        if refused is not None:
-            raise HTTPException(*refused)
-
-    def remember(self, request: Request, response: Response) -> None:
-        """Have the browser keep a token that came in the link."""
-        token = self._admission.token
-        if token is not None and self._admission.in_link(request.url.path, request.query_params):
-            _set_cookie(request, response, self._admission.cookie, token)
 
 
 def _participant(request: Request, votes: Votes, cookie: str) -> str:
@@ -175,26 +155,10 @@ def _participant(request: Request, votes: Votes, cookie: str) -> str:
     return key
 
 
-def _set_cookie(request: Request, response: Response, name: str, value: str) -> None:
-    response.set_cookie(
-        name,
-        value,
-        max_age=access.DAYS * 86_400,
-        httponly=True,
-        samesite="strict",
-        secure=request.url.scheme == "https",
-    )
-
-
 async def _form(request: Request) -> dict[str, str]:
-    """The fields of a form, each once. Raises `HTTPException` for one that is too long or no form."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LONGEST_FORM:
-            raise HTTPException(413, "The form is longer than any of this study's.")
+    """The fields of a form, each once. Raises `HTTPException` for one that is no form."""
     try:
-        fields = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=200)
+        fields = parse_qsl((await request.body()).decode(), keep_blank_values=True, max_num_fields=200)
     except ValueError:
         raise HTTPException(400, "This is no form of this study's.") from None
     if len({name for name, _ in fields}) < len(fields):
@@ -202,45 +166,37 @@ async def _form(request: Request) -> dict[str, str]:
     return dict(fields)
 
 
-# -- pages ------------------------------------------------------------------------------------------------------------
+class _Pages:
+    """What a study's participants see, in words that are the same below any `root`."""
 
+    def __init__(self, votes: Votes, root: str) -> None:
+        self.votes, self.root = votes, root
 
-def _pair(votes: Votes, key: str, *, chosen: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    """The pair that waits for this participant, or thanks."""
-    shown = votes.current(key)
-    if shown is None:
-        return _page("thanks.html", plan=votes.plan)
-    return _page(
-        "pair.html",
-        status,
-        plan=votes.plan,
-        pair=shown,
-        answers=ANSWERS,
-        chosen=chosen or {},
-        incomplete=chosen is not None,
-    )
+    def page(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A page that no browser keeps."""
+        content = _templates.get_template(name).render(plan=self.votes.plan, root=self.root, **values)
+        return HTMLResponse(content, status, {"Cache-Control": "no-store"})
 
+    def pair(self, key: str, *, chosen: Mapping[str, str] | None = None, status: int = 200) -> Response:
+        """The pair that waits for this participant, or thanks."""
+        shown = self.votes.current(key)
+        if shown is None:
+            return self.page("thanks.html")
+        incomplete = chosen is not None
+        return self.page("pair.html", status, pair=shown, answers=ANSWERS, chosen=chosen or {}, incomplete=incomplete)
 
-def _page(name: str, status: int = 200, **values: Any) -> HTMLResponse:
-    content = _templates.get_template(name).render(**values)
-    return HTMLResponse(content, status, HEADERS | {"Cache-Control": "no-store"})
+    def refusal(self, status: int, words: str | None = None) -> Response:
+        """Why something was not done."""
+        heading, usual = REFUSED.get(status, REFUSED[400])
+        links = {"back": status != 401, "onward": status == 409}
+        return self.page("refused.html", status, heading=heading, words=words or usual, **links)
 
+    async def refused(self, request: Request, error: Exception) -> Response:
+        """The page of an `HTTPException`."""
+        assert isinstance(error, Refusal)
+        unexplained = error.detail == HTTPStatus(error.status_code).phrase
+        return self.refusal(error.status_code, None if unexplained else error.detail)
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    unexplained = error.detail == HTTPStatus(error.status_code).phrase
-    return _refusal(error.status_code, None if unexplained else error.detail)
-
-
-async def _busy(request: Request, error: Exception) -> Response:
-    return _refusal(503)
-
-
-async def _broken(request: Request, error: Exception) -> Response:
-    return _refusal(500)
-
-
-def _refusal(status: int, words: str | None = None) -> Response:
-    heading, usual = REFUSED.get(status, REFUSED[400])
-    links = {"back": status != 401, "onward": status == 409}
-    return _page("refused.html", status, heading=heading, words=words or usual, **links)
+    async def busy(self, request: Request, error: Exception) -> Response:
+        """Too much waits to be written."""
+        return self.refusal(503)

@@ -1,6 +1,6 @@
 """A study's database: its plan, its images, its participants, every pair that was shown, and every vote.
 
-A vote is on the disk when its `Future` has a result. Rows are only ever added, so a killed server leaves nothing to
+A vote is on the disk when its `Future` has a result. Votes are only ever added, so a killed server leaves nothing to
 repair, and a database can be read while the study runs.
 """
 
@@ -11,6 +11,7 @@ import json
 import random
 import secrets
 import sqlite3
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
@@ -47,6 +48,18 @@ CREATE TABLE votes (
     answer TEXT NOT NULL CHECK (answer IN ('left', 'equal', 'right')), PRIMARY KEY (pair, question)
 ) WITHOUT ROWID;
 """
+
+_LATER = """
+CREATE INDEX IF NOT EXISTS positions ON pairs (position);
+INSERT OR IGNORE INTO facts VALUES ('secret', hex(randomblob(32)));
+"""
+"""What studies of version 1 may lack, and gain without harm."""
+
+PLACE_SECONDS = 3600.0
+"""For so long after a vote its participant holds a place; whoever has answered every pair holds it for good."""
+
+MOST_SILENT = 10_000
+"""Participants who began and have not voted; beyond these the first ones are forgotten."""
 
 _chance = random.SystemRandom()
 
@@ -107,6 +120,9 @@ class Votes:
                 "two plans are not counted together"
             )
         self._writing, self._writer = writing, Writer(writing)
+        # When those who have answered some pairs voted last. It stands nowhere: no time is written into the database.
+        unfinished = writing.execute(_UNFINISHED, (plan.shown - 1,))
+        self._voted = dict.fromkeys((row[0] for row in unfinished), time.monotonic())
 
     def __enter__(self) -> Votes:
         return self
@@ -120,6 +136,11 @@ class Votes:
     def mark(self) -> str:
         """A few letters that tell this study's cookie from another's on the same machine."""
         return str(self._one("SELECT value FROM facts WHERE name = 'mark'")[0])
+
+    @property
+    def secret(self) -> str:
+        """What the study's cookies are signed with."""
+        return str(self._one("SELECT value FROM facts WHERE name = 'secret'")[0])
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -144,13 +165,13 @@ class Votes:
     def begin(self) -> Future[str]:
         """A new participant, whose first pair is chosen; gives the key that they are known by. Raises `Full`, `Busy`.
 
-        The key itself is kept nowhere but with the participant.
+        The key itself is kept nowhere but with the participant, who has no place before the first vote.
         """
         key = secrets.token_urlsafe(24)
 
         def work(db: sqlite3.Connection) -> str:
-            if db.execute("SELECT COUNT(*) FROM participants").fetchone()[0] >= self.plan.most_participants:
-                raise Full(f"the study has its {self.plan.most_participants} participants")
+            self._require_place(db)
+            _forget_silent(db)
             checks = json.dumps(check_positions(self.plan))
             row = db.execute("INSERT INTO participants (key, checks) VALUES (?, ?)", (_hashed(key), checks))
             self._issue(db, row.lastrowid)
@@ -189,6 +210,7 @@ class Votes:
         The same answers again change nothing and are acknowledged. Raises, from the result:
             NotShown: the pair was not shown to this participant.
             AlreadyAnswered: it was answered otherwise.
+            Full: the participant has no place, and there is none.
             ValueError: an answer is missing, or there is no such question or answer.
         """
         given = dict(answers)
@@ -205,10 +227,23 @@ class Votes:
                 raise AlreadyAnswered("this pair was answered otherwise before")
             if not known:
                 require_answers(self.plan, given)
+                if row[0] not in self._voted or self._lapsed(row[0]):
+                    self._require_place(db)
                 db.executemany("INSERT INTO votes VALUES (?, ?, ?)", [(pair, *one) for one in given.items()])
+                self._voted[row[0]] = time.monotonic()
                 self._issue(db, row[0])
 
         return self._writer.do(work)
+
+    def _require_place(self, db: sqlite3.Connection) -> None:
+        """Raise `Full` where all places are taken: by who has answered every pair, and who voted lately."""
+        self._voted = {number: voted for number, voted in self._voted.items() if not self._lapsed(number)}
+        finished = {row[0] for row in db.execute(_FINISHED, (self.plan.shown - 1,))}
+        if len(finished | self._voted.keys()) >= self.plan.most_participants:
+            raise Full(f"the study has its {self.plan.most_participants} participants")
+
+    def _lapsed(self, participant: int) -> bool:
+        return time.monotonic() - self._voted[participant] > PLACE_SECONDS
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -251,6 +286,22 @@ class Votes:
         seeds = json.dumps(_chance.sample(configuration.seeds, TILES))
         row = (secrets.token_urlsafe(24), participant, position, cell, prompt, *sides, seeds)
         db.execute("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+_FINISHED = "SELECT participant FROM pairs WHERE position = ? AND EXISTS (SELECT 1 FROM votes WHERE pair = id)"
+
+_UNFINISHED = f"SELECT DISTINCT participant FROM votes JOIN pairs ON id = pair EXCEPT {_FINISHED}"
+
+
+def _forget_silent(db: sqlite3.Connection) -> None:
+    """Delete who began first of those who have not voted, where they are too many: they fill the disk for nothing."""
+    silent = "position = 0 AND NOT EXISTS (SELECT 1 FROM votes WHERE pair = id)"
+    count = db.execute(f"SELECT COUNT(*) FROM pairs WHERE {silent}").fetchone()[0]
+    if count >= MOST_SILENT:
+        query = f"SELECT participant FROM pairs WHERE {silent} ORDER BY participant LIMIT ?"
+        gone = db.execute(query, (count - MOST_SILENT + 1,)).fetchall()
+        db.executemany("DELETE FROM pairs WHERE participant = ?", gone)
+        db.executemany("DELETE FROM participants WHERE number = ?", gone)
 
 
 def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
@@ -322,6 +373,8 @@ def _make_tables(db: sqlite3.Connection, file: Path, plan: Plan) -> None:
             facts = {"plan": plan.model_dump_json(), "mark": secrets.token_hex(4)}
             db.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             db.execute(f"PRAGMA user_version = {SCHEMA}")
+        for statement in filter(str.strip, _LATER.split(";")):
+            db.execute(statement)
         db.execute("COMMIT")
 
 

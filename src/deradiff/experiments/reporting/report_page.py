@@ -76,11 +76,11 @@ def _problems(every: Sequence[Results], store: Store, failed: Sequence[tuple[str
         yield _note(f"{counted(len(undrawn), 'image')} could not be drawn: they are listed at the end of the page.")
     if hidden := every[0].blacked_out:
         yield _note(
-            f"{counted(len(hidden), 'image')} were blacked out by the pipeline's safety checker: they are no pictures, "
-            "and have no scores."
+            f"Blacked out by the pipeline's safety checker: {counted(len(hidden), 'image')}. What it blacks out is no "
+            "picture, and has no scores."
         )
     if cut := every[0].cut:
-        yield _note(f"{counted(len(cut), 'prompt')} were cut by tokenizers: see the end of the page.")
+        yield _note(f"Cut by tokenizers: {counted(len(cut), 'prompt')}, listed at the end of the page.")
     if broken := [failure for failure in _not_scored(every[0]) if failure[0] != IMAGE]:
         yield _note(f"{counted(len(broken), 'score')} could not be computed: they are listed at the end of the page.")
     for name, wanted in every[0].plan.prompts.items():
@@ -204,7 +204,7 @@ def _failures(results: Results) -> Iterator[str]:
         yield "<h3>What could not be drawn or scored</h3>"
         rows = [
             (name, len(items), error, ", ".join(items[:EXAMPLES]) + (", …" if len(items) > EXAMPLES else ""))
-            for (name, error), items in groups.items()
+            for (name, error), items in list(groups.items())[:LONGEST]
         ]
         yield _rows(("score", "images", "error", "which"), rows)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
+from deradiff.files.models import reading_model
 from deradiff.files.writing import write_json
 from deradiff.jobs import Job, Report, run_jobs
 from deradiff.ledger import RunWeights, joined
@@ -286,7 +287,8 @@ def _pipeline(trained: Path, name: str) -> StableDiffusionPipeline:
 
 def _unet(folder: Path) -> UNet2DConditionModel:
     """A trained model, its weights laid out as convolutions on a CPU read them fastest."""
-    return UNet2DConditionModel.from_pretrained(folder).to(memory_format=torch.channels_last)
+    with reading_model(folder):
+        return UNet2DConditionModel.from_pretrained(folder).to(memory_format=torch.channels_last)
 
 
 def _batches(texts: list[str], each: int, plan: Plan) -> Iterator[tuple[int, list[str]]]:

@@ -56,11 +56,18 @@ class _Reached(Record):
     model: Measured
 
 
+class _Tilted(Record):
+    reference: Measured
+    tilted: Measured
+
+
 class TrainedRecord(Record):
     """The `truth.json` of a trained model."""
 
     family: str
+    λ: dict[str, float]
     reached: dict[str, _Reached]
+    mean_rewards: dict[str, _Tilted] | None = None
 
 
 def model(file: Path, rewards: set[str], prompts: int) -> dict[str, Any]:
@@ -83,10 +90,11 @@ def case(file: Path, arms: set[str], targets: set[str]) -> dict[str, Any]:
     return content
 
 
-def trained(file: Path) -> dict[str, Any]:
+def trained(file: Path, rewards: set[str]) -> dict[str, Any]:
     """What a trained model was to reach and reached. Raises `ValueError` unless it is whole."""
-    content = read(dict[str, Any], file, "record of a trained model", "delete its folder, and it is trained again")
-    fit(TrainedRecord, content, str(file), "record of a trained model")
-    if not isinstance(content.get("λ"), dict):
-        raise ValueError(f"{file} is no record of a trained model: λ is missing")
+    what, cure = "record of a trained model", "delete its folder, and it is trained again"
+    content = read(dict[str, Any], file, what, cure)
+    found = fit(TrainedRecord, content, str(file), what, cure)
+    if lacking := (rewards | found.λ.keys()) - found.reached.keys():
+        raise ValueError(f"{file} is no whole {what}: it lacks what {', '.join(sorted(lacking))} reached: {cure}")
     return content

@@ -17,7 +17,7 @@ from deradiff.worlds.comparison_figures import ARMS, LOOK, Style
 from deradiff.worlds.comparison_tables import TRUSTING
 from deradiff.worlds.digits import truth_files
 from deradiff.worlds.digits.data import INKS
-from deradiff.worlds.digits.truth import Record
+from deradiff.worlds.digits.truth import REWARDS, Record
 
 SHOWN = {
     "algorithm 1": ARMS["plain"],
@@ -135,7 +135,7 @@ def anchors_table(records: Sequence[Record]) -> str:
 def training(models: Path) -> Record:
     """What every trained model was to reach and reached, with its curve, by `family/target`."""
     files = sorted(models.glob("*/*/truth.json"))
-    return {f"{file.parent.parent.name}/{file.parent.name}": truth_files.trained(file) for file in files}
+    return {f"{file.parent.parent.name}/{file.parent.name}": truth_files.trained(file, set(REWARDS)) for file in files}
 
 
 def table(records: Sequence[Record]) -> str:

@@ -1,0 +1,117 @@
+"""A folder that says it is finished is believed when its files are there and whole."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import small_study
+import written_files
+from deradiff.alignment import runs
+from deradiff.cli import app
+from deradiff.files import reading
+from deradiff.files.inventory import Inventory, inventory, require_whole
+from written_files import is_sentence
+
+pytestmark = pytest.mark.attack("finished means whole")
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    save_file({"a": torch.arange(400_000.0)}, folder / "large.safetensors")
+    (folder / "small.json").write_text('{"a": 1}')
+    (folder / "README.md").write_text("a card")
+    return inventory(folder)
+
+
+def checked(folder: Path, files: Any) -> None:
+    require_whole(folder, reading.fit(Inventory, files, "the record", "inventory"), "model", "make it again")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: min(100, path.stat().st_size // 2)])
+
+
+def no_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("name", ["large.safetensors", "small.json"])
+@pytest.mark.parametrize("change", [Path.unlink, cut, no_header])
+def test_a_file_that_is_not_what_was_written_is_found(tmp_path: Path, name: str, change: Any) -> None:
+    files = finished(tmp_path)
+    checked(tmp_path, files)
+    (tmp_path / "README.md").write_text("a person's own words")
+    checked(tmp_path, files)
+    change(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*no whole.*make it again") as caught:
+        checked(tmp_path, files)
+    assert name in str(caught.value)
+
+
+def test_what_an_earlier_version_finished_is_opened(tmp_path: Path) -> None:
+    finished(tmp_path)
+    require_whole(tmp_path, None, "model", "make it again")
+    cut(tmp_path / "large.safetensors")
+    with pytest.raises(ValueError, match=r"large\.safetensors.*make it again"):
+        require_whole(tmp_path, None, "model", "make it again")
+    (tmp_path / "large.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        require_whole(tmp_path, None, "model", "make it again")
+
+
+HELD = (written_files.alignments, written_files.samples, written_files.builds, written_files.models)
+
+
+@pytest.mark.parametrize("make", HELD, ids=lambda make: make.__name__)
+def test_tensors_and_pictures_that_were_cut_are_not_used(tmp_path: Path, make: Any) -> None:
+    files = [file for file in written_files.written(tmp_path, (make,)) if file.form in ("tensors", "picture")]
+    assert files
+    for file in files:
+        for left in (file.content[:100], file.content[:-1], b""):
+            file.path.write_bytes(left)
+            with pytest.raises((ValueError, OSError)) as caught, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                file.read()
+            assert is_sentence(caught.value), (file.kind, caught.value)
+            assert any(str(name) in str(caught.value) for name in (file.path.name, *file.path.parents[:2])), file.kind
+            file.restore()
+
+
+def test_align_prints_no_path_of_a_model_that_is_not_whole(tmp_path: Path) -> None:
+    out = tmp_path / "aligned"
+    runs.align_all(written_files.small_preset(), [100.0], out, lambda *_: None, count=6, cpu=True)
+    anchor = out / "beta-100"
+    weights, record = next(anchor.glob("*.safetensors")), anchor / "alignment.json"
+
+    def again() -> list[Path]:
+        return runs.align_all(written_files.small_preset(), [100.0], out, lambda *_: None, count=6, cpu=True)
+
+    assert again() == [anchor]
+    content = weights.read_bytes()
+    for earlier in (False, True):  # version 0.1 wrote no list of files
+        if earlier:
+            record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "files"}))
+            assert again() == [anchor]
+        for left in (content[:100], b"", None):
+            weights.unlink()
+            if left is not None:
+                weights.write_bytes(left)
+            with pytest.raises(ValueError, match=rf"{anchor}.*aligned anew"):
+                again()
+            weights.write_bytes(content)
+
+
+def test_an_experiment_tells_of_images_that_are_gone(tmp_path: Path) -> None:
+    out = small_study.experiment(tmp_path / "experiment")
+    pictures = sorted((out / "images").rglob("*.png"))
+    said = CliRunner().invoke(app, ["experiment", "status", str(out)], env={"COLUMNS": "200"})
+    assert said.exit_code == 0 and "gone" not in said.output
+    pictures[0].unlink()
+    pictures[1].write_bytes(b"")
+    said = CliRunner().invoke(app, ["experiment", "status", str(out)], env={"COLUMNS": "200"})
+    assert said.exit_code == 0 and f"2 images in {out} are gone or were altered" in " ".join(said.output.split())
