@@ -283,7 +283,7 @@ def test_other_folders_and_plans_are_refused(drawn: Path, tmp_path: Path) -> Non
         votes.plan_of(tmp_path / "none")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "study.sqlite").write_bytes(b"no database" * 100)
-    with pytest.raises(StudyError, match="study.sqlite is damaged"):
+    with pytest.raises(StudyError, match=r"study\.sqlite is damaged"):
         Votes(tmp_path / "broken", planned())
     with sqlite3.connect(tmp_path / "study" / "study.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
