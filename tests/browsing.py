@@ -18,7 +18,7 @@ ARTIFACTS = Path(os.environ.get("DERADIFF_ARTIFACTS", Path(__file__).parent.pare
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-PATIENCE = 60_000
+PATIENCE = 120_000
 """Milliseconds that a page may take on a busy machine."""
 
 
@@ -93,7 +93,7 @@ def shot(opened: Any, name: str, full_page: bool = True) -> None:
     opened.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full_page)
 
 
-def settled(opened: Any, look: Any, seconds: float = 30) -> Any:
+def settled(opened: Any, look: Any, seconds: float = 120) -> Any:
     """Wait until `look()` is true, and return what it is."""
     until = time.monotonic() + seconds
     while not (found := look()):

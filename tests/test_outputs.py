@@ -17,7 +17,7 @@ from deradiff.files import outputs
 from deradiff.files.outputs import new_file, replaced
 from deradiff.profiles import Profile
 from deradiff.reuse import Reuse
-from small_study import answers, begun
+from small_study import begun, voted
 
 attack = pytest.mark.attack("a person's file replaced")
 
@@ -196,6 +196,7 @@ def test_a_full_disk_says_where_and_leaves_what_was_there(tmp_path: Path, monkey
 
 def run(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -204,9 +205,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an experiment, a study of it with votes, and the study's plan."""
     folder = tmp_path_factory.mktemp("outputs")
     with begun(folder) as votes:
-        key = votes.begin().result()
-        while (shown := votes.current(key)) is not None:
-            votes.vote(key, shown.id, answers("left")).result()
+        voted(votes)
     return folder
 
 

@@ -23,7 +23,7 @@ from deradiff.files import databases, waiting
 from deradiff.files.waiting import WaitedTooLong
 from deradiff.study.votes import StudyError, connected, file_of
 from small_experiment import SMALL, Fake, silent, small
-from small_study import answers, begun
+from small_study import begun, voted
 
 NOBODY = 65534
 
@@ -59,9 +59,7 @@ def shelf() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="deradiff-tests-"))
     folder.chmod(0o755)
     with begun(folder) as votes:
-        key = votes.begin().result()
-        while (shown := votes.current(key)) is not None:
-            votes.vote(key, shown.id, answers("left")).result()
+        voted(votes)
     for command in ("report", "study analyse"):  # what they import may lie where nobody may go
         run(*(word.format(shelf=folder, own=folder / "warm") for word in COMMANDS[command]))
     shutil.rmtree(folder / "warm")
@@ -89,6 +87,7 @@ def own() -> Iterator[Path]:
 
 def run(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join(result.output.split())
 
 
@@ -198,7 +197,7 @@ def test_errors_of_the_disk(number: int, word: str, tmp_path: Path, monkeypatch:
         running.run(small(), tmp_path / "x", Fake, silent)
     assert "damaged" not in str(caught.value)
     if word == "full":
-        assert "MB needed" in str(caught.value) and " free" in str(caught.value)
+        assert " needed)" in str(caught.value) and " free" in str(caught.value)
 
 
 @called_damaged

@@ -52,6 +52,14 @@ def test_rest_waits_and_ends_at_once_when_stopped() -> None:
     assert time.perf_counter() - begun < 5
 
 
+def in_line(turns: Turns, count: int) -> None:
+    """Wait until so many have asked for their turn, however busy the machine is."""
+    until = time.monotonic() + 60
+    while len(turns._line) < count:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
 def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
     turns, order, inside = Turns(), [], []
 
@@ -69,7 +77,7 @@ def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
         for name in range(6):
             threads.append(threading.Thread(target=work, args=(name,)))
             threads[-1].start()
-            time.sleep(0.03)
+            in_line(turns, 2 + name)
     for thread in threads:
         thread.join(10)
     assert order == list(range(6))
@@ -77,10 +85,13 @@ def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
 
 def test_who_waits_is_told_how_many_come_first_and_may_give_up() -> None:
     turns, told, job = Turns(), list[int](), Job()
-    with turns.taken(Job()):
-        threading.Timer(0.1, job.stop, ["cancelled"]).start()
-        with pytest.raises(Cancelled), turns.taken(job, told.append):
-            pytest.fail("it was another's turn")
+
+    def tell(ahead: int) -> None:
+        told.append(ahead)
+        threading.Timer(0.05, job.stop, ["cancelled"]).start()
+
+    with turns.taken(Job()), pytest.raises(Cancelled), turns.taken(job, tell):
+        pytest.fail("it was another's turn")
     assert told == [1]
     with turns.taken(Job()):
         pass
@@ -92,7 +103,7 @@ def test_the_line_is_bounded() -> None:
     with turns.taken(Job()):
         thread = threading.Thread(target=_ignore, args=(turns, waiting))
         thread.start()
-        time.sleep(0.05)
+        in_line(turns, 2)
         with pytest.raises(Full, match="2 images wait already"), turns.taken(Job()):
             pass
         waiting.stop("left")

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from deradiff import jobs
+from deradiff.alignment import processes
 from deradiff.cli import app
 from deradiff.experiments import crews
 from deradiff.experiments.crews import Todo, work
@@ -155,3 +159,51 @@ def test_actors_that_no_room_is_found_for_are_given_up(cluster: Any, impatient: 
     finally:
         crew.close()
     assert cluster.is_initialized()  # it is not ours to end
+
+
+# -- processes that train together -------------------------------------------------------------------------------------
+
+TOGETHER = """
+from torch import distributed
+from deradiff.alignment import processes
+meeting = processes.meet()
+distributed.init_process_group("gloo")
+distributed.barrier()
+print("together", distributed.get_world_size())
+"""
+
+
+def rank(number: int, port: int) -> dict[str, str]:
+    """What the environment of a process of two holds."""
+    return {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@attack
+@pytest.mark.parametrize("number", [0, 1])
+def test_processes_that_never_begin_are_given_up(number: int, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    for name, value in rank(number, port).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(WaitedTooLong, match=f"all 2 processes.*127.0.0.1:{port}.*number {number}"):
+        processes.meet()
+
+
+def test_processes_that_begin_work_together() -> None:
+    port = free_port()
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER], env=os.environ | rank(number, port), stdout=subprocess.PIPE, text=True
+        )
+        for number in (0, 1)
+    ]
+    assert [process.communicate(timeout=280)[0].strip() for process in begun] == ["together 2"] * 2
+
+
+def test_a_process_alone_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.meet() is None

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from deradiff.files.inventory import Inventory, require_whole
 from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
+from deradiff.files.waiting import from_the_hub
 
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -58,7 +59,7 @@ def load_pipeline(
     else:
         if Path(source).is_dir():
             _require_whole(Path(source))
-        with reading_model(source):
+        with reading_model(source), from_the_hub(source):
             pipe = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
             )

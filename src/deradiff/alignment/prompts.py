@@ -9,6 +9,7 @@ import torch
 from deradiff.alignment.feeds import seeded
 from deradiff.files.prompts import Entry, read_prompts
 from deradiff.files.tables import INSTALL
+from deradiff.files.waiting import from_the_hub
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The four lists of the HPDv2 benchmark, of 800 prompts each."""
@@ -116,7 +117,8 @@ def _download(repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset"))
+        with from_the_hub(f"{file} of {repo}"):
+            return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except OSError as error:
         raise OSError(
             f"{file} of {repo} cannot be fetched from the hub ({error}): check the connection, or download it "

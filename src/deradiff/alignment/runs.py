@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate.utils import disable_fsdp_ram_efficient_loading
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from deradiff import pipelines
-from deradiff.alignment import sharding
+from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.checkpoints import CurveRecord
@@ -72,11 +71,12 @@ def align_all(
         raise ModuleNotFoundError(f"--track {track} needs a package that is not installed: pip install {track}")
     # One process may align again with another precision, which Accelerate otherwise remembers from the first time.
     AcceleratorState._reset_state()
-    # The others wait while the first process prepares the data, which can take hours.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
+    meeting = processes.meet()
+    patient = InitProcessGroupKwargs(timeout=processes.LONGEST)
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=settings.precision, log_with=track, project_dir=str(out), kwargs_handlers=[patient]
     )
+    del meeting
     # It would leave text encoders and rewards without weights in all processes but the first.
     disable_fsdp_ram_efficient_loading()
     sharding.require_supported(accelerator, settings.plan.optimizer)

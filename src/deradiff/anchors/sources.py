@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from deradiff.anchors.errors import AnchorError, AnchorNotFound, IncompatibleAnchor, PickledAnchor
+from deradiff.files.waiting import from_the_hub
 
 SAFE = (".safetensors",)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -126,7 +127,7 @@ def _on_the_hub(
 
     def fetch(wanted: Iterable[str]) -> Path:
         files = [prefix + name for name in wanted]
-        with _hub_errors(repo, revision):
+        with _hub_errors(repo, revision), from_the_hub(label):
             root = snapshot_download(
                 repo,
                 revision=revision,

@@ -115,12 +115,12 @@ class Store:
                 raise StoreError(f"{folder} holds other files and no experiment: name another folder")
             if write:
                 opened.enter_context(taken(folder, "an experiment"))
-                self.images.mkdir(exist_ok=True)
             self._db = opened.enter_context(
                 closing(databases.writing(self.file) if write else databases.reading(self.file))
             )
             self._require_tables(write)
-            if write:
+            if write:  # now that the folder is known by its database, should this be cut short
+                self.images.mkdir(exist_ok=True)
                 for left in self.images.glob("*/.*.partial"):
                     left.unlink(missing_ok=True)
             self._opened = opened.pop_all()

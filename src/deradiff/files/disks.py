@@ -87,4 +87,7 @@ def gone(path: Path) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+    for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:,.4g} {name}"
+    return f"{count} bytes"

@@ -14,6 +14,9 @@ from typing import Any
 PRIVATE = ".deradiff"
 """The folder in an output folder that is ours alone: the lock, and what is not finished. It goes when work is done."""
 
+LOCK, HOLDER = "lock", "holder.json"
+"""In it: what is locked, and who by."""
+
 _held: set[tuple[Path, int]] = set()
 """The folders that this process holds, and the threads that do."""
 
@@ -66,10 +69,10 @@ def _locked(folder: Path, private: Path, what: str) -> Any:
         raise FileExistsError(f"{folder} is a file: name a folder")
     if private.is_symlink() or (private.exists() and not private.is_dir()):
         raise FileExistsError(f"{private} is in the way: deradiff keeps there what it has not finished. Move it away")
-    lock = FileLock(private / "lock", timeout=0.5)
+    lock = FileLock(private / LOCK, timeout=0.5)
     try:
         _acquire(lock, private)
-        (private / "holder.json").write_text(json.dumps(_holder(what)), encoding="utf-8")
+        (private / HOLDER).write_text(json.dumps(_holder(what)), encoding="utf-8")
     except Timeout:
         raise FolderInUse(
             f"{folder} is in use: {_told(private)}. Wait for it, stop it, or name another folder"
@@ -110,7 +113,7 @@ def _holder(what: str) -> dict[str, Any]:
 def _told(private: Path) -> str:
     """Who holds the folder, as far as they have said so by now."""
     try:
-        about = json.loads((private / "holder.json").read_text(encoding="utf-8"))
+        about = json.loads((private / HOLDER).read_text(encoding="utf-8"))
         who = f"process {about['process']} on {about['host']}"
         return f"{who} has been making {about['what']} there since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -120,9 +123,9 @@ def _told(private: Path) -> str:
 def _tidy(private: Path) -> None:
     """Remove what the lock needed, if nothing unfinished is left: while it is held, so that nobody else has it."""
     with suppress(OSError):
-        (private / "holder.json").unlink()
-        if [path.name for path in private.iterdir()] == ["lock"]:
-            (private / "lock").unlink()
+        (private / HOLDER).unlink()
+        if [path.name for path in private.iterdir()] == [LOCK]:
+            (private / LOCK).unlink()
 
 
 def discard(path: Path) -> None:

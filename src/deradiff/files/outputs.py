@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from deradiff.files import disks
-from deradiff.files.locks import discard, taken
+from deradiff.files.locks import HOLDER, LOCK, discard, taken
 from deradiff.files.reading import Record, read
 from deradiff.files.writing import write_json
 
@@ -53,8 +53,10 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
     try:
         with disks.explained(folder), taken(held, f"the {kind} of {folder}") as private:
             _require_ours(folder, _known(record), first)
+            for path in private.iterdir():
+                if path.name not in (LOCK, HOLDER):  # left by one that was killed
+                    discard(path)
             unfinished = private / "unfinished"
-            discard(unfinished)
             unfinished.mkdir()
             try:
                 yield unfinished

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 AFTER = 10.0
 """Seconds after which whoever waits says so."""
@@ -75,6 +75,14 @@ def announced(what: str, lacking: Callable[[], str] = str, *, after: float | Non
         yield
     finally:
         timer.cancel()
+
+
+def from_the_hub(source: str) -> AbstractContextManager[None]:
+    """Say that a model is loaded if that takes long: whose files are not here come from the hub, without a bar.
+
+    Hugging Face's own bound on a connection that gives nothing is `HF_HUB_DOWNLOAD_TIMEOUT`.
+    """
+    return announced(f"{source} to be loaded", lambda: "what is not on this disk is fetched from the hub")
 
 
 def bound() -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deradiff.files.models import reading_model
+from deradiff.files.waiting import from_the_hub
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, clip_pixels, require_pairs
 from deradiff.truncation import watched
 
@@ -90,7 +91,8 @@ def folder_of(model: str | Path, files: Sequence[str]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(files)))
+        with from_the_hub(str(model)):
+            return Path(snapshot_download(str(model), allow_patterns=list(files)))
     except Exception as error:  # the hub's own errors, and those of the library that it is reached by
         raise ValueError(
             f"{str(model)!r} is neither a folder here ({folder.absolute()}) nor a model that the hub gave "
