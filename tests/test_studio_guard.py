@@ -263,7 +263,9 @@ def test_odd_requests_are_refused_in_a_sentence(
 ) -> None:
     port, _, blocks = shared
     bodies: list[Any] = [{"fn_index": index, "data": [], "session_hash": "a"} for index in ODD]
-    for number, reaction in blocks.fns.items():
+    different = {reaction.name: number for number, reaction in blocks.fns.items()}
+    for number in different.values():
+        reaction = blocks.fns[number]
         size = len(reaction.inputs)
         event = {"fn_index": number, "session_hash": "a"}
         bodies += [event | {"data": [None] * wrong} for wrong in {0, size - 1, size + 1, 500} - {size, -1}]
@@ -344,7 +346,7 @@ def form(*files: bytes) -> tuple[bytes, dict[str, str]]:
 @BODIES
 def test_what_a_visitor_uploads_is_bounded_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(guard.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(guard, "monotonic", lambda: now[0])
     with studio(tmp_path) as (port, desk, _):
         statuses = []
         for number in range(6):

@@ -177,7 +177,7 @@ def test_a_place_is_given_back_and_one_that_was_earned_is_not(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr(votes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(votes, "monotonic", lambda: now[0])
     with study(drawn, tmp_path, most_participants=2) as found:
         left, late = found.begin().result(), found.begin().result()
         vote(found, left)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import gradio as gr
@@ -272,7 +272,7 @@ class Guard:
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.body" and message.get("body", b"").startswith(b"["):
                 for path in json.loads(message["body"]):
-                    self._stored[path] = time.monotonic()
+                    self._stored[path] = monotonic()
                     self._stored.move_to_end(path)
             await send(message)
 
@@ -280,7 +280,7 @@ class Guard:
         await self.app({**_with_body(scope, body, kind), "query_string": b""}, replayed(body, receive), noted)
 
     def _forget_uploads(self) -> None:
-        while self._stored and next(iter(self._stored.values())) < time.monotonic() - UPLOADS_KEPT:
+        while self._stored and next(iter(self._stored.values())) < monotonic() - UPLOADS_KEPT:
             Path(self._stored.popitem(last=False)[0]).unlink(missing_ok=True)
 
 
@@ -293,11 +293,11 @@ class Lately:
 
     def add(self, visitor: str, amount: int) -> bool:
         """Whether the visitor may do so much more; it is counted then."""
-        self._done = [each for each in self._done if each[0] > time.monotonic() - UPLOADS_KEPT]
+        self._done = [each for each in self._done if each[0] > monotonic() - UPLOADS_KEPT]
         own = sum(done for _, who, done in self._done if who == visitor)
         if own + amount > self.most or sum(done for _, _, done in self._done) + amount > self.most_of_all:
             return False
-        self._done.append((time.monotonic(), visitor, amount))
+        self._done.append((monotonic(), visitor, amount))
         return True
 
 

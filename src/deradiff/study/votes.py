@@ -11,12 +11,12 @@ import json
 import random
 import secrets
 import sqlite3
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from deradiff.files import databases
@@ -123,7 +123,7 @@ class Votes:
         self._writing, self._writer = writing, Writer(writing)
         # When those who have answered some pairs voted last. It stands nowhere: no time is written into the database.
         unfinished = writing.execute(_UNFINISHED, (plan.shown - 1,))
-        self._voted = dict.fromkeys((row[0] for row in unfinished), time.monotonic())
+        self._voted = dict.fromkeys((row[0] for row in unfinished), monotonic())
 
     def __enter__(self) -> Votes:
         return self
@@ -231,7 +231,7 @@ class Votes:
                 if row[0] not in self._voted or self._lapsed(row[0]):
                     self._require_place(db)
                 db.executemany("INSERT INTO votes VALUES (?, ?, ?)", [(pair, *one) for one in given.items()])
-                self._voted[row[0]] = time.monotonic()
+                self._voted[row[0]] = monotonic()
                 self._issue(db, row[0])
 
         return self._writer.do(work)
@@ -244,7 +244,7 @@ class Votes:
             raise Full(f"the study has its {self.plan.most_participants} participants")
 
     def _lapsed(self, participant: int) -> bool:
-        return time.monotonic() - self._voted[participant] > PLACE_SECONDS
+        return monotonic() - self._voted[participant] > PLACE_SECONDS
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
