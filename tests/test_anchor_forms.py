@@ -57,7 +57,7 @@ NESTS: dict[str, Callable[[Any], Any]] = {
     "model": lambda state: {"model": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}, "epoch": 3},
     "state_dict": lambda state: {"state_dict": state, "lr_schedulers": []},
     "twice": lambda state: {"model": {"state_dict": state}},
-    "ema": lambda state: {"ema": state, "step": torch.tensor(3)} if False else {"ema": state, "step": 3},
+    "ema": lambda state: {"ema": state, "step": 3},
     "module": lambda state: {"module": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
 }
 
@@ -191,7 +191,7 @@ def mutated(state: dict[str, Tensor], chance: random.Random) -> dict[str, Tensor
                 for new in (
                     tensor.to(chance.choice([torch.int64, torch.bool, torch.float8_e4m3fn, torch.float16])),
                     tensor.flatten(),
-                    tensor[..., :0],
+                    tensor[..., :0] if tensor.ndim else tensor,
                     torch.tensor(1.5),
                     torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor,
                     tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor,
@@ -215,9 +215,8 @@ def test_files_with_something_wrong_in_them(kind, tmp_path):
     bases = [kohya(weights, lambda _: 2.0), weights, {f"lora.{name}": tensor for name, tensor in weights.items()}]
     bases += [aligned.state_dict(), *([original_layout(aligned)] if kind.startswith("sd") and kind != "sd3" else [])]
     chance = random.Random(kind)
-    for k in range(60):
-        state = {name: tensor for name, tensor in mutated(chance.choice(bases), chance).items()}
-        attempt(written(state, tmp_path / f"{k}.safetensors"), pipe)
+    for k in range(40):
+        attempt(written(mutated(chance.choice(bases), chance), tmp_path / f"{k}.safetensors"), pipe)
 
 
 @fuzzed
@@ -241,7 +240,7 @@ def test_bytes_that_are_no_file_of_weights(tmp_path):
             attempt(tmp_path / f"{k}.{suffix}", pipe)
 
 
-VALUES = [None, [], {}, 3, "x", [[]], {"a": {}}, 10**400, True, -1.5, "[" * 1000]
+VALUES: list[Any] = [None, [], {}, 3, "x", [[]], {"a": {}}, 10**400, True, -1.5, "[" * 1000]
 
 
 @fuzzed
@@ -266,7 +265,10 @@ def test_settings_with_something_wrong_in_them(form, tmp_path):
     chance = random.Random(form)
     texts = ["", "[]", "{}", "null", "[" * 100_000, '{"a":' * 50_000, "\udc80", str(sound)[:50]]
     names = [name for name in sound if not name.startswith("_diffusers")]
-    texts += [json.dumps(sound | {chance.choice(names): chance.choice(VALUES)}) for _ in range(40)]
+    texts += [
+        json.dumps(sound | {chance.choice(names): chance.choice(VALUES)})
+        for _ in range(6 if form == "pipeline" else 25)
+    ]
     texts += [json.dumps({k: v for k, v in sound.items() if chance.random() < 0.7}) for _ in range(5)]
     for text in texts:
         raw = text.encode("utf-8", "surrogateescape")

@@ -22,6 +22,11 @@ def alive(references: list[Any]) -> int:
     return sum(reference() is not None for reference in references)
 
 
+def made_any() -> Any:
+    """`make` for a type checker that knows no modules."""
+    return make("sd")
+
+
 def weights_of(module: Any) -> list[Any]:
     return [weakref.ref(parameter) for parameter in module.parameters()] + [weakref.ref(module)]
 
@@ -29,7 +34,7 @@ def weights_of(module: Any) -> list[Any]:
 @attack
 @pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"reuse": 2, "lam": 0.7}, {"method": "weights"}, {"lam": 1.0}])
 def test_a_whole_model_is_let_go(options):
-    pipe, anchor, call = make("sd")
+    pipe, anchor, call = made_any()
     dial = realign(pipe, anchor, **{"lam": 0.5, **options})
     held = weights_of(anchor)
     image = sample(pipe, call)
@@ -44,7 +49,7 @@ def test_a_whole_model_is_let_go(options):
 
 @attack
 def test_several_anchors_and_a_lora_among_them_are_let_go(tmp_path):
-    pipe, anchor, call = make("sd")
+    pipe, anchor, call = made_any()
     lora(pipe.unet).save_pretrained(tmp_path)
     before = {name: id(layer) for name, layer in pipe.unet.named_modules()}
     dial = realign(pipe, {"whole": anchor, "lora": tmp_path}, {"whole": 0.3, "lora": 0.4})
@@ -61,7 +66,7 @@ def test_several_anchors_and_a_lora_among_them_are_let_go(tmp_path):
 
 @attack
 def test_particles_and_gradients_let_go(tmp_path):
-    pipe, anchor, call = make("sd")
+    pipe, anchor, call = made_any()
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     dial, held = realign(pipe, anchor, 0.5), weights_of(anchor)
     call = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16, "guidance_scale": 1.0}
@@ -81,7 +86,7 @@ def test_particles_and_gradients_let_go(tmp_path):
 
 @attack
 def test_an_error_that_is_kept_does_not_keep_the_anchor(tmp_path):
-    pipe, anchor, call = make("sd")
+    pipe, anchor, call = made_any()
     anchor.conv_in.bias.data.fill_(torch.nan)
     dial, held = realign(pipe, anchor, 0.5), weights_of(anchor)
     with pytest.raises(FloatingPointError) as kept:
@@ -93,7 +98,7 @@ def test_an_error_that_is_kept_does_not_keep_the_anchor(tmp_path):
 
 @attack
 def test_a_realign_that_fails_keeps_nothing(tmp_path):
-    pipe, anchor, _ = make("sd")
+    pipe, anchor, _ = made_any()
     folder = Path(tmp_path / "anchor")
     anchor.save_pretrained(folder)
     loaded: list[Any] = []
@@ -103,10 +108,10 @@ def test_a_realign_that_fails_keeps_nothing(tmp_path):
         loaded.append(weakref.ref(self))
         return original(self)
 
-    type(pipe.unet).eval = watched  # type: ignore[method-assign]
+    type(pipe.unet).eval = watched
     try:
         with pytest.raises(ValueError) as kept:
             realign(pipe, {"good": folder, "bad": tmp_path / "missing"}, {"good": 0.5, "bad": 0.5})
     finally:
-        type(pipe.unet).eval = original  # type: ignore[method-assign]
+        type(pipe.unet).eval = original
     assert loaded and alive(loaded) == 0 and "missing" in str(kept.value)

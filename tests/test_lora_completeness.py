@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,8 +43,9 @@ def changes(pipe: Any, anchor: Anchor) -> Changes:
     """What the anchor adds to the weights and biases of every layer."""
     assert anchor.adapter is not None
     added: Changes = {}
-    for path, layer in denoiser(pipe).named_modules():
-        if isinstance(layer, BaseTunerLayer) and anchor.adapter in layer.lora_A:
+    layers: dict[str, Any] = dict(denoiser(pipe).named_modules())
+    for path, layer in layers.items():
+        if anchor.adapter in getattr(layer, "lora_A", ()):
             bias = layer.lora_B[anchor.adapter].bias
             added[path] = (layer.get_delta_weight(anchor.adapter), None if bias is None else bias.data)
     return added
@@ -74,7 +74,8 @@ def pair(out: int, inside: int, rank: int = 4, seed: int = 0) -> tuple[Tensor, T
 def flux_layers(pipe: Any) -> tuple[dict[str, Tensor], Changes]:
     """A Flux LoRA in the names of the original checkpoints (ComfyUI, kohya), and what it adds."""
     d, double, single = pipe.transformer.inner_dim, "transformer_blocks.0", "single_transformer_blocks.0"
-    file, added = {}, {}
+    file: dict[str, Tensor] = {}
+    added: Changes = {}
     for k, (name, paths) in enumerate(
         {
             "double_blocks.0.img_attn.qkv": [f"{double}.attn.to_{x}" for x in "qkv"],
@@ -115,7 +116,8 @@ def test_flux_in_the_original_names(form, tmp_path):
 def test_flux_as_xlabs_writes_it(tmp_path):
     pipe = pipeline("flux")
     d, block = pipe.transformer.inner_dim, "transformer_blocks.0.attn"
-    file, added = {}, {}
+    file: dict[str, Tensor] = {}
+    added: Changes = {}
     for k, (name, paths) in enumerate(
         {
             "qkv_lora1": ["to_q", "to_k", "to_v"],
@@ -146,7 +148,8 @@ WAN = {
 
 
 def wan_layers(pipe: Any, biases: bool) -> tuple[dict[str, Tensor], Changes]:
-    file, added = {}, {}
+    file: dict[str, Tensor] = {}
+    added: Changes = {}
     for k, (name, path) in enumerate(WAN.items()):
         out, inside = pipe.transformer.get_submodule(path).weight.shape
         down, up = pair(out, inside, seed=k)

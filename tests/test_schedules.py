@@ -282,7 +282,7 @@ def test_schedules_are_cheap_to_import():
         torch.tensor([[0.5]]),
         np.array([np.nan]),
         np.array(["0.5"]),
-        np.ma.array([0.5, 0.6], mask=[0, 1]),
+        np.ma.array([0.5, 0.6], mask=[False, True]),
         10**400,
     ],
     ids=repr,

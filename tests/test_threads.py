@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ attack = pytest.mark.attack("two threads, one dial")
 
 def together(*works: Callable[[], Any]) -> list[Any]:
     """What these return, or raise, when each is done in a thread of its own, begun at once."""
-    barrier, results = threading.Barrier(len(works)), [None] * len(works)
+    barrier, results = threading.Barrier(len(works)), [cast(Any, None)] * len(works)
 
     def run(k: int, work: Callable[[], Any]) -> None:
         barrier.wait(30)
@@ -41,7 +42,7 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
     return together(work)[0]
 
 
-def another(pipe: Any, scheduler: type = DDIMScheduler) -> Any:
+def another(pipe: Any, scheduler: Any = DDIMScheduler) -> Any:
     """A second pipeline of the same parts, with a scheduler of its own."""
     other = StableDiffusionPipeline(**pipe.components)
     other.scheduler = scheduler.from_config(pipe.scheduler.config)
@@ -171,8 +172,12 @@ def test_loops_written_by_hand_in_two_threads():
         begun, over = threading.Event(), threading.Event()
         results: list[Any] = []
 
+        def wait() -> None:
+            begun.set()
+            over.wait(60)
+
         def first() -> torch.Tensor:
-            return loop(pipe.scheduler, lambda: (begun.set(), over.wait(60)))
+            return loop(pipe.scheduler, wait)
 
         def second() -> torch.Tensor:
             begun.wait(60)
@@ -192,11 +197,12 @@ def test_timesteps_set_in_one_thread_and_steps_taken_in_another():
     text, noise = torch.zeros(1, 5, 16), torch.ones(1, 4, 8, 8)
     with realign(pipe, anchor, 0.5), torch.no_grad():
         finals = []
-        for call in (lambda work: work(), in_a_thread):
+        calls: list[Callable[[Callable[[], Any]], Any]] = [no_grad, lambda work: in_a_thread(partial(no_grad, work))]
+        for call in calls:
             pipe.scheduler.set_timesteps(3)
             latents = noise
             for t in pipe.scheduler.timesteps:
-                output = call(lambda t=t, x=latents: no_grad(lambda: pipe.unet(x, t, text).sample))
+                output = call(partial(pipe.unet, latents, t, text)).sample
                 latents = pipe.scheduler.step(output, t, latents).prev_sample
             finals.append(latents)
     assert torch.equal(*finals)

@@ -61,7 +61,7 @@ def load_adapter(
     if any(key.endswith(".lora_B.bias") for key in weights):  # PEFT then gives every layer one
         for key in [key for key in weights if key.endswith(".lora_B.weight")]:
             bias = key.removesuffix("weight") + "bias"
-            weights.setdefault(bias, weights[key].new_zeros(len(weights[key])))
+            weights.setdefault(bias, weights[key].new_zeros(weights[key].shape[:1]))
     with _unobtrusive(denoiser, adapter, weights, label):
         denoiser.load_lora_adapter(
             {f"{component}.{key}": tensor for key, tensor in weights.items()},

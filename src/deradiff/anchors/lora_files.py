@@ -177,7 +177,7 @@ def _scaled(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         layer = name.removesuffix(".alpha")
         down = next((layer + end for end in _DOWN if layer + end in tensors), None)
         up = next((layer + end for end in _UP if layer + end in tensors), None)
-        if down is None or up is None:  # of a LoKr, which knows by which rank to divide
+        if down is None or up is None or not tensors[down].ndim:  # of a LoKr, which knows its rank; or no factor at all
             continue
         alpha = tensors[name]
         if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
