@@ -37,12 +37,13 @@ Kind = TypeVar("Kind", bound=Part)
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
     """The plan in a YAML file; `what` it is and the `command` that writes one stand in the messages.
 
-    A warning tells of a prompt whose end is taken for a comment. Raises `FileNotFoundError`, and `ValueError` for what
-    is no plan: the message names the places that are wrong.
+    A warning tells of a prompt whose end is taken for a comment. Raises `OSError` for a file that cannot be read, and
+    `ValueError` for what is no plan: the message names the first places that are wrong.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`")
-    text = reading.text_of(path, what)
+    try:
+        text = reading.text_of(path, what, reading.LARGEST_YAML)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`") from None
     content = reading.parse_yaml(text, str(path))
     comments.warn_of_cut_texts(text, str(path), lists=("prompts",), texts=TEXTS)
     return parse(kind, content, str(path), what)

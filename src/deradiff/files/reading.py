@@ -11,7 +11,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +39,9 @@ SHOWN = 4
 
 Kind = TypeVar("Kind")
 
+Schema = Callable[..., Kind]
+"""A model of pydantic's, or a type of plain data such as `dict[str, Any]`."""
+
 
 class Record(BaseModel):
     """What a file of ours must hold. Other keys are passed over, values are not converted: "1" is no number."""
@@ -46,8 +49,8 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-def read(kind: type[Kind], path: Path, what: str, cure: str) -> Kind:
-    """The content of a JSON file as `kind`, a schema or a type such as `dict[str, Any]`.
+def read(kind: Schema[Kind], path: Path, what: str, cure: str) -> Kind:
+    """The content of a JSON file as `kind`.
 
     `what` the file is and the `cure` for one that is wrong stand in the messages.
 
@@ -57,7 +60,7 @@ def read(kind: type[Kind], path: Path, what: str, cure: str) -> Kind:
     return parse(kind, text_of(path, what), str(path), what, cure)
 
 
-def parse(kind: type[Kind], text: object, where: str, what: str, cure: str) -> Kind:
+def parse(kind: Schema[Kind], text: object, where: str, what: str, cure: str) -> Kind:
     """`read` for JSON that stands elsewhere than in a file: `where` says so. Raises `ValueError`."""
     if not isinstance(text, str):
         raise ValueError(f"{where} is no {what}: it holds {_shown(text)} in place of a text{_then(cure)}")
@@ -67,7 +70,7 @@ def parse(kind: type[Kind], text: object, where: str, what: str, cure: str) -> K
     except RecursionError:
         raise ValueError(f"{where} is no {what}: {_too_deep()}{_then(cure)}") from None
     except ValueError as error:
-        raise ValueError(f"{where} is no {what}: it is not JSON ({error}){_then(cure)}") from None
+        raise ValueError(f"{where} is no {what}: not JSON that can be read ({error}){_then(cure)}") from None
     return fit(kind, content, where, what, cure)
 
 
@@ -87,7 +90,7 @@ def parse_yaml(text: str, where: str) -> Any:
     return content
 
 
-def fit(kind: type[Kind], content: Any, where: str, what: str, cure: str = "") -> Kind:
+def fit(kind: Schema[Kind], content: Any, where: str, what: str, cure: str = "") -> Kind:
     """Plain data as `kind`. Raises `ValueError` that names the first places that are wrong."""
     try:
         return _adapter(kind).validate_python(content, strict=None if _is_model(kind) else True)
@@ -261,9 +264,7 @@ for _tag, _pattern in NUMBERS:
 # -- schemas and words -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=256)
-def _adapter(kind: Any) -> Any:
-    return TypeAdapter(kind)
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=256)(TypeAdapter)
 
 
 def _is_model(kind: Any) -> bool:
