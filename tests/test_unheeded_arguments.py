@@ -155,7 +155,8 @@ def test_labels_that_are_numbers_of_any_kind_are_read() -> None:
 
 
 def test_text_labels_in_a_file_end_in_a_sentence(tmp_path: Path, write: Write) -> None:
-    columns: dict[str, list[Any]] = {"caption": ["x"], "jpg_0": [WINNER], "jpg_1": [LOSER], "label_0": ["1"], "label_1": ["0"]}
+    images = {"jpg_0": [WINNER], "jpg_1": [LOSER]}
+    columns: dict[str, list[Any]] = {"caption": ["x"], **images, "label_0": ["1"], "label_1": ["0"]}
     with pytest.raises(ValueError, match=r"a.parquet.*row 0: label_0 is '1'"):
         Feed(open_pairs(write(tmp_path / "a.parquet", columns))).take(1)
 
