@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deradiff.alignment.pairs import open_pairs
+from deradiff.alignment.pairs import PairFolder, open_pairs
 from deradiff.alignment.prompts import load_prompts
 from deradiff.cli import arguments
 from deradiff.cli.search import _prompts as searched
@@ -118,7 +118,7 @@ def test_lists_of_pairs_are_read_by_the_same_reader(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(WINNER)
     rows = ["prompt,winner,loser", f'"{ODD}",a.png,a.png']
     list_of_pairs = written(tmp_path, "pairs.csv", "\n".join(rows))
-    assert open_pairs(tmp_path).open(0).prompt == ODD
+    assert PairFolder(tmp_path).open(0).prompt == ODD
     list_of_pairs.write_text("winner,loser,prompt\na.png,a.png,a cat, in the rain\n")
     with pytest.raises(ValueError, match="line 2 has 4 cells"):
         open_pairs(tmp_path)

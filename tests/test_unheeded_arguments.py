@@ -49,7 +49,8 @@ def pairs_of(*captions: str) -> Mapping[str, list[Any]]:
 
 
 def captions(folder: Path, split: str | None = None) -> list[str]:
-    return [step.row.prompt for step in open_pairs(folder, split=split).in_order(None)]
+    source: Any = open_pairs(folder, split=split)
+    return [step.row.prompt for step in source.in_order(None)]
 
 
 def test_a_split_of_local_parquet_is_that_split(tmp_path: Path, write: Write) -> None:
@@ -154,7 +155,8 @@ def test_labels_that_are_numbers_of_any_kind_are_read() -> None:
 
 
 def test_text_labels_in_a_file_end_in_a_sentence(tmp_path: Path, write: Write) -> None:
-    columns = {"caption": ["x"], "jpg_0": [WINNER], "jpg_1": [LOSER], "label_0": ["1"], "label_1": ["0"]}
+    images = {"jpg_0": [WINNER], "jpg_1": [LOSER]}
+    columns: dict[str, list[Any]] = {"caption": ["x"], **images, "label_0": ["1"], "label_1": ["0"]}
     with pytest.raises(ValueError, match=r"a.parquet.*row 0: label_0 is '1'"):
         Feed(open_pairs(write(tmp_path / "a.parquet", columns))).take(1)
 
@@ -303,7 +305,7 @@ def test_interpolated_weights_take_what_they_can_use(tmp_path: Path) -> None:
         deradiff.realign(pipe, anchor, 0.5, method="weights", path="posterior")
     for given, said in (({"distillation": Distillation(steps=3)}, "not trained"), ({"prompts": ["a"]}, "0 images")):
         with pytest.raises(ValueError, match=said):
-            baking.bake(pipe, anchor, 0.5, tmp_path / "out", images=0, **given)  # type: ignore[arg-type]
+            baking.bake(pipe, anchor, 0.5, tmp_path / "out", images=0, **given)
 
 
 def test_a_negative_prompt_that_is_not_read() -> None:

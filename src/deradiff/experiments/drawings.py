@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deradiff import notation
-from deradiff.experiments.plan import Arm, NoiseOptimization, Plan, Sampling
+from deradiff.experiments.arms import Arm, NoiseOptimization
+from deradiff.experiments.plan import Plan, Sampling
 from deradiff.schedules import Schedule
 
 
