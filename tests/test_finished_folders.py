@@ -83,27 +83,24 @@ def test_tensors_and_pictures_that_were_cut_are_not_used(tmp_path: Path, make: A
 
 
 def test_align_prints_no_path_of_a_model_that_is_not_whole(tmp_path: Path) -> None:
-    out = tmp_path / "aligned"
-    runs.align_all(written_files.small_preset(), [100.0], out, lambda *_: None, count=6, cpu=True)
-    anchor = out / "beta-100"
+    settings = written_files.small_preset()
+    [anchor] = runs.align_all(settings, [100.0], tmp_path, lambda *_: None, count=6, cpu=True)
     weights, record = next(anchor.glob("*.safetensors")), anchor / "alignment.json"
-
-    def again() -> list[Path]:
-        return runs.align_all(written_files.small_preset(), [100.0], out, lambda *_: None, count=6, cpu=True)
-
-    assert again() == [anchor]
-    content = weights.read_bytes()
+    content, made_of = weights.read_bytes(), json.loads(record.read_text())["made_of"]
     for earlier in (False, True):  # version 0.1 wrote no list of files
         if earlier:
             record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "files"}))
-            assert again() == [anchor]
+        runs.require_finished(anchor, made_of)
         for left in (content[:100], b"", None):
             weights.unlink()
             if left is not None:
                 weights.write_bytes(left)
             with pytest.raises(ValueError, match=rf"{anchor}.*aligned anew"):
-                again()
+                runs.require_finished(anchor, made_of)
             weights.write_bytes(content)
+    weights.unlink()
+    with pytest.raises(ValueError, match=rf"{anchor}.*aligned anew"):
+        runs.align_all(settings, [100.0], tmp_path, lambda *_: None, count=6, cpu=True)
 
 
 def test_an_experiment_tells_of_images_that_are_gone(tmp_path: Path) -> None:

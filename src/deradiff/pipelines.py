@@ -57,8 +57,7 @@ def load_pipeline(
 
         pipe: DiffusionPipeline = digits.load_pipeline(torch_dtype=dtype)
     else:
-        if Path(source).is_dir():
-            _require_whole(Path(source))
+        _require_baked_whole(Path(source))
         with reading_model(source), from_the_hub(source):
             pipe = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
@@ -72,16 +71,11 @@ class _Baked(Record):
     files: Inventory | None = None
 
 
-def _require_whole(folder: Path) -> None:
-    """Raise `ValueError` for a pipeline's folder whose own files are damaged, or that was baked and is not whole."""
-    for file in [folder / "model_index.json", *sorted(folder.glob("*/*config.json"))]:
-        if file.exists():
-            read(dict[str, Any], file, "configuration of a model", "copy or download it again")
-    if (record := folder / "baking.json").exists():
-        cure = "bake it again"
-        baked = read(_Baked, record, "record of a baked model", cure)
-        if baked.files is not None:
-            require_whole(folder, baked.files, "baked model", cure)
+def _require_baked_whole(folder: Path) -> None:
+    """Raise `ValueError` for a folder that `deradiff bake` filled, and that is not whole."""
+    record, cure = folder / "baking.json", "bake it again"
+    if record.is_file() and (baked := read(_Baked, record, "record of a baked model", cure)).files is not None:
+        require_whole(folder, baked.files, "baked model", cure)
 
 
 def require_on_hub(source: str, revision: str | None) -> None:

@@ -111,8 +111,11 @@ def load_base(settings: Preset) -> Any:
     """
     dtype = DTYPES[settings.precision] if settings.lora_rank else torch.float32
     pipe: Any = pipelines.load_pipeline(settings.base, dtype=dtype)
-    with reading_model(settings.vae or settings.base):
-        pipe.vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else pipe.vae.float()
+    if settings.vae is None:
+        pipe.vae = pipe.vae.float()
+    else:
+        with reading_model(settings.vae):
+            pipe.vae = AutoencoderKL.from_pretrained(settings.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from deradiff.files.reading import read
 
 
 @contextmanager
 def reading_model(source: str | Path) -> Iterator[None]:
     """Say of which model it is that another library could not read a configuration or weights.
 
-    Configurations of a folder are read beforehand as plain JSON: these libraries have no bound for its depth. Raises
-    `ValueError` in the place of the many errors that they make of a wrong value, and leaves `OSError`, `ValueError` and
-    what is not of the kind, such as too little memory, as it is.
+    Raises `ValueError` in the place of the many errors that such a library makes of a wrong value or of JSON that is
+    too deep, and leaves its `OSError`, its `ValueError` and what is not of the kind, such as too little memory, alone.
     """
-    if (config := Path(source) / "config.json").is_file():
-        read(dict[str, Any], config, "configuration of a model", "copy or download it again")
     try:
         yield
-    except (ValueError, OSError, ImportError, MemoryError):
-        raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not to be imported for this
+        said = isinstance(error, ValueError | OSError | ImportError | MemoryError)
+        # torch's own of that name is not to be imported for this
+        said = said or type(error).__name__ == "OutOfMemoryError"
+        if said and not isinstance(error, UnicodeError | json.JSONDecodeError):
             raise
         raise ValueError(
             f"the model {source} cannot be loaded: its configuration or its weights are not what its library expects "
