@@ -216,12 +216,13 @@ class Keeping:
 
 def _in_png(file: Path) -> dict[str, Any]:
     """What deradiff wrote into an image that somebody sent. Raises `ValueError`."""
+    with file.open("rb") as opened:
+        if opened.read(len(PNG)) != PNG:
+            raise ValueError(f"cannot identify image file {file.name!r} as a PNG: send one that deradiff wrote")
     try:
-        with file.open("rb") as opened:
-            is_png = opened.read(len(PNG)) == PNG
-        record = records.read_png(file) if is_png else None
+        record = records.read_png(file)
     except Exception:  # Pillow raises of all kinds for a broken file, and they name where it lies
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{file.name} is no PNG that deradiff wrote, or it was saved anew since")
+        raise ValueError(f"{file.name} carries no deradiff settings: another program wrote it, or saved it anew")
     return record
