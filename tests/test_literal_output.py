@@ -41,6 +41,7 @@ DIGITS = ("generate", "digits", "--anchor", "digits:100")
         (("generate", "digits", "--steps", "[red]:smile:\x1b[31m"), "--steps"),
         (("\x1b[31m:smile:[red]",), r"\x1b[31m:smile:[red]"),
         (("digits", "quality", f"--{ODD}\x1b"), r"\x1b"),
+        ((f"--{ODD}\x1b",), r"\x1b"),
     ],
 )
 def test_refusals_show_what_was_written(words: tuple[str, ...], shown: str) -> None:

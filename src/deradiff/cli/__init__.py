@@ -1,5 +1,7 @@
 """The command line. Commands are thin: they parse, call the library, and print; torch is imported by the call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -12,14 +14,25 @@ from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, 
 class Commands(TyperGroup):
     """The commands, whose refusals of options show what was given without its control characters."""
 
+    def make_context(self, *words: Any, **how: Any) -> Any:
+        """As Typer's."""
+        with _printable_refusals():
+            return super().make_context(*words, **how)
+
     def invoke(self, ctx: Any) -> Any:
         """As Typer's."""
-        try:
+        with _printable_refusals():
             return super().invoke(ctx)
-        except Exception as error:
-            if hasattr(error, "format_message"):  # one of Click's, which newer versions of Typer bring along
-                error.message = talking.printable(error.message)  # type: ignore[attr-defined]
-            raise
+
+
+@contextmanager
+def _printable_refusals() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):  # one of Click's, which newer versions of Typer bring along
+            error.message = talking.printable(error.message)  # type: ignore[attr-defined]
+        raise
 
 
 app = typer.Typer(

@@ -7,7 +7,7 @@ behind it. Both are errors here, since what they would drop is a piece of somebo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ def _comma_separated(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
         began = line
 
 
-def _fitted(records: Iterator[tuple[int, list[str]]] | Any, where: str) -> Iterator[Row]:
+def _fitted(records: Iterable[tuple[int, list[str]]], where: str) -> Iterator[Row]:
     """The rows below the header, each with a cell for every name in it."""
     filled = ((line, cells) for line, cells in records if cells != [""])
     line, header = next(filled, (1, []))
