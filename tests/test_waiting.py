@@ -154,7 +154,7 @@ def test_actors_that_no_room_is_found_for_are_given_up(cluster: Any, impatient: 
     crew = crews.OnRay(plan, "cpu", 2, 1, 0.0, None)
     task = Draw(0, (drawing_of(plan, plan.arms()[0], "the digit one", 0),), (0,))
     try:
-        with pytest.raises(WaitedTooLong, match=r"needs 2 CPU.*has 1 CPU \(1 free\)"):
+        with pytest.raises(WaitedTooLong, match=r"needs 2 CPU.*has 1 CPU \(1 free\).*too little"):
             list(work([Todo("a", lambda: task)], crew))
     finally:
         crew.close()

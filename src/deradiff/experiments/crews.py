@@ -301,7 +301,11 @@ class OnRay:
             has, free = self._ray.cluster_resources(), self._ray.available_resources()
         each = " and ".join(f"{count:g} {name}" for name, count in self._needs.items() if count)
         cluster = ", ".join(f"{has.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in self._needs)
-        return f"each of the {self.size} needs {each}; the cluster has {cluster}. Take fewer --workers, or give it more"
+        enough = all(has.get(name, 0) >= self.size * count for name, count in self._needs.items())
+        why = (
+            f"they may still be starting ({load()})" if enough else "too little: take fewer --workers, or give it more"
+        )
+        return f"each of the {self.size} needs {each}; the cluster has {cluster}, {why}"
 
     def result(self, ticket: Any) -> Done:
         """What became of it."""

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from deradiff.files.disks import FULL, DiskFull, full
+
 PRIVATE = ".deradiff"
 """The folder in an output folder that is ours alone: the lock, and what is not finished. It goes when work is done."""
 
@@ -90,6 +92,8 @@ def _saying_what_to_do(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.strerror is None:  # words of ours
             raise
+        if error.errno in FULL:
+            raise DiskFull(full(folder)) from None
         raise type(error)(f"{folder} cannot be written to ({error.strerror}): name another folder") from None
 
 
