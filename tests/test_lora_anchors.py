@@ -269,7 +269,7 @@ def test_a_lora_for_another_model(tmp_path):
     weights = lora_weights(lora(pipe.unet))
     weights["up_blocks.7.conv.lora_A.weight"] = torch.ones(4, 8)
     save_file({f"unet.{key}": tensor for key, tensor in weights.items()}, tmp_path / "partly.safetensors")
-    refused(tmp_path / "partly.safetensors", pipe, IncompatibleAnchor, r"1 of its keys have no place in .*up_blocks\.7")
+    refused(tmp_path / "partly.safetensors", pipe, IncompatibleAnchor, r"1 of its tensors have no place .*up_blocks\.7")
 
 
 @pytest.mark.parametrize("styled", [False, True])
@@ -289,7 +289,7 @@ def test_a_lora_of_other_widths_is_taken_out_again(styled, tmp_path):
         r"does not fit the reference: .*attn2\.to_k: .*\[4, 99\]",
     )
     save_file({f"unet.{key}": t for key, t in weights.items() if key != layer}, tmp_path / "half.safetensors")
-    refused(tmp_path / "half.safetensors", pipe, IncompatibleAnchor, "loaded only in part: 1 layers without tensors")
+    refused(tmp_path / "half.safetensors", pipe, IncompatibleAnchor, "loaded only in part: 1 of its tensors")
     aligned.save_pretrained(tmp_path)
     save_file(wider, tmp_path / "adapter_model.safetensors")
     refused(tmp_path, pipe, IncompatibleAnchor, "does not fit the reference")

@@ -213,8 +213,8 @@ def test_a_sweep_ends_at_the_first_that_is_none_and_names_it(tmp_path: Path) -> 
         tried = list(attempts(pipe, dial, SHOTS, [0.5], steps=2, batch_size=4))
         bad = [shot.seed for shot, image, _ in tried if isinstance(image, NotFinite)]
         assert 0 < len(bad) < 6
-        with pytest.raises(NotFinite) as error:
-            draw(settings, pipe, dial, RunFolder(tmp_path / "out"))
+        with pytest.raises(NotFinite) as error, RunFolder(tmp_path / "out") as folder:
+            draw(settings, pipe, dial, folder)
         with pytest.raises(NotFinite):
             list(sample(pipe, dial, SHOTS, [0.5], steps=2, batch_size=4))
     assert all(word in str(error.value) for word in ("a red fox", f"seed {bad[0]}", "0.5", "AutoencoderKL"))

@@ -105,7 +105,7 @@ def test_every_exhibit_is_on_the_page_and_in_files(write: Write, tmp_path: Path)
     names = ["report.html", "drawn.png", "drawn.svg", "drawn.csv", "sheet.png", "sheet.csv", "table.csv"]
     out = tmp_path / "report"
     assert [file.name for file in files] == names == sorted(names, key=names.index)
-    assert sorted(file.name for file in out.iterdir()) == sorted(names)
+    assert sorted(file.name for file in out.iterdir()) == sorted([".deradiff-report.json", *names])
     with Image.open(out / "drawn.png") as png, Image.open(out / "sheet.png") as red:
         assert png.size == (600, 400) and red.getpixel((3, 3)) == (255, 0, 0)
     assert ElementTree.parse(out / "drawn.svg").getroot().tag.endswith("svg")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from deradiff.alignment.prompts import load_prompts
 from deradiff.experiments.plan import DIGITS, Plan, Prompts
 from deradiff.files.reading import Record, text_of
@@ -20,7 +22,7 @@ class Fingerprint(Record):
     """What the store remembers of a source: see `fingerprint`."""
 
     sha256: str
-    files: dict[str, list[int]]
+    files: dict[str, list[int]] = Field(default_factory=dict)
 
 
 def resolve(wanted: Prompts) -> tuple[str, ...]:
