@@ -132,10 +132,16 @@ def records(folder: Path) -> Iterator[Written]:
     yield Written("settings.json", claimed / "settings.json", read, "json", 20, claimed)
 
     out, about = folder / "run", SETTINGS.model_dump(mode="json")
-    run, image = RunFolder(out), Image.new("RGB", (8, 8), (200, 10, 10))
-    listed = [run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})]
-    run.finish(image, {"settings": about, "versions": versions(), "images": listed})
-    yield Written("record.json", out / "record.json", lambda: RunFolder(out, force=True), "json", 20, out)
+    image = Image.new("RGB", (8, 8), (200, 10, 10))
+    with RunFolder(out) as run:
+        listed = [run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})]
+        run.finish(image, {"settings": about, "versions": versions(), "images": listed})
+
+    def again() -> None:
+        with RunFolder(out, force=True):
+            pass
+
+    yield Written("record.json", out / "record.json", again, "json", 20, out)
     picture = out / "images" / "one.png"
     for form in ("picture", "chunk"):
         yield Written(f"image ({form})", picture, lambda: scenes.of_record(read_png(picture)), form, 20, out)
