@@ -134,7 +134,8 @@ def records(folder: Path) -> Iterator[Written]:
     out, about = folder / "run", SETTINGS.model_dump(mode="json")
     image = Image.new("RGB", (8, 8), (200, 10, 10))
     with RunFolder(out) as run:
-        listed = [run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})]
+        file = run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})
+        listed = [{"file": file}]
         run.finish(image, {"settings": about, "versions": versions(), "images": listed})
 
     def again() -> None:
