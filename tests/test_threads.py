@@ -327,3 +327,23 @@ def test_a_pipelines_class_is_its_own_for_all_who_ask(tmp_path):
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(sample(again, call), plain)
+
+
+@attack
+def test_the_dial_may_be_read_and_set_while_another_thread_draws():
+    pipe, anchor, call = make("sd")
+    with realign(pipe, anchor, 0.5) as dial:
+        alone, answers = sample(pipe, call, 1), []
+
+        def ask() -> Any:
+            dial.reuse = dial.reuse
+            dial.watching = False
+            return dial.path, dial.why, dial.anchors, repr(dial), dial.reused, dial.last
+
+        def at_a_step(_: Any, step: int, __: Any, kwargs: Any) -> Any:
+            answers.append(in_a_thread(ask))
+            return kwargs
+
+        assert torch.equal(sampled(pipe, call, 1, callback_on_step_end=at_a_step), alone)
+        assert all(isinstance(answer, tuple) and answer[0] == "prediction" for answer in answers)
+        assert [answer[-1].at for answer in answers] == list(range(len(answers)))

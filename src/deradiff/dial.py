@@ -289,7 +289,8 @@ class Dial:
         distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
         rows = len(self._denoisers.argument("input", args, kwargs))
         with self._runs.lock:
-            run = self._present_run()
+            self._adopt_new()
+            run = self._runs.present()
             evaluation = self._evaluation(run, timestep, rows, distilled)
             if self.method == "mixture" or len(evaluation.models) == 1:
                 run.pending = evaluation
@@ -363,15 +364,15 @@ class Dial:
 
     @property
     def _scheduler(self) -> SchedulerMixin:
-        """The scheduler of the present run."""
-        return self._present_run().scheduler if not self._removed else self._runs.shown.scheduler
+        """The scheduler of the present or last run."""
+        self._adopt_new()
+        return self._runs.shown.scheduler
 
-    def _present_run(self) -> Run:
-        """The run that this thread is in; a scheduler that a pipeline was given meanwhile is adopted first."""
-        for pipe in self._living_pipes():
+    def _adopt_new(self) -> None:
+        """Adopt a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
+        for pipe in [] if self._removed else self._living_pipes():
             if not self._runs.is_called() or self._runs.is_called(pipe):
                 self._adopt(pipe.scheduler)
-        return self._runs.present()
 
     def _living_pipes(self) -> list[DiffusionPipeline]:
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]

@@ -71,6 +71,7 @@ def read_lora(
     for text encoders are left out with a warning. Raises `AnchorError` naming the tensors without a place.
     """
     _require_readable(tensors, label, denoiser)
+    tensors = {name: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for name, t in tensors.items()}
     shared = {name: match[0] for name in tensors if (match := _SHARED.match(name))}
     idle = [name for name in tensors if name.endswith((".diff", ".diff_b")) and not tensors[name].any()]
     own = {name: tensor for name, tensor in tensors.items() if name not in shared and name not in idle}
@@ -92,7 +93,10 @@ def read_lora(
         {key.removeprefix(f"{component}."): tensor for key, tensor in state.items()}
     )
     require_places(weights, label, component, denoiser)
-    placed = shared.keys() | {name for key in _usable(weights) for name in _sources(weights[key], key)}
+    arrived = Counter[str]()  # numbers, for half a tensor could get lost, too
+    for key in _usable(weights):
+        arrived.update(dict.fromkeys(_sources(weights[key], key), int(weights[key].count_nonzero())))
+    placed = shared.keys() | {name for name in arrived if arrived[name] >= int(followed[name].count_nonzero())}
     scaled = {f"{_layer(name)}.alpha" for name in placed}
     if lost := [name for name in own if name not in placed and name not in scaled]:
         raise in_part(lost, label, denoiser)
