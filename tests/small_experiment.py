@@ -12,6 +12,9 @@ from PIL import Image
 
 from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan, parse_plan
+from deradiff.experiments.reporting.report_page import page
+from deradiff.experiments.results import Results
+from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw, Score, Task
 
 SMALL: dict[str, Any] = {
@@ -90,3 +93,9 @@ def files(folder: Path) -> dict[str, str]:
         for path in sorted((folder / "images").rglob("*"))
         if path.is_file()
     }
+
+
+def reported(folder: Path) -> str:
+    """The report's page of an experiment, without its exhibits."""
+    with Store(folder, write=False) as store:
+        return page([Results(parse_plan(store.fact("plan"), "the plan"), store)], store, [], [])

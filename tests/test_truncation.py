@@ -28,7 +28,7 @@ from deradiff.studio import drawing
 from deradiff.studio.jobs import Job
 from deradiff.sweeps import realigned
 from deradiff.truncation import PromptCut, cuts, watched
-from small_experiment import SMALL, silent
+from small_experiment import SMALL, reported, silent
 
 cut_prompts = pytest.mark.attack("a prompt cut in silence")
 muted = pytest.mark.attack("muted libraries")
@@ -162,8 +162,7 @@ def test_an_experiment_tells_in_run_status_report_and_table(tmp_path: Path) -> N
     assert result.stderr.count("was cut") == 1
     assert CliRunner().invoke(app, run).stderr.count("was cut") == 1  # also where nothing is left to draw
     assert "was cut" in CliRunner().invoke(app, ["experiment", "status", str(tmp_path / "run")]).stderr
-    CliRunner().invoke(app, ["experiment", "report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
-    assert "Prompts that were cut" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Prompts that were cut" in reported(tmp_path / "run")
     CliRunner().invoke(app, ["experiment", "export", str(tmp_path / "run"), "--out", str(tmp_path / "table")])
     rows = list(csv.DictReader((tmp_path / "table" / "images.csv").open(encoding="utf-8")))
     assert all(bool(row["cut_prompts"]) == (row["prompt"].strip() != "the digit one") for row in rows)
