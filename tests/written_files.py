@@ -134,8 +134,8 @@ def records(folder: Path) -> Iterator[Written]:
     out, about = folder / "run", SETTINGS.model_dump(mode="json")
     image = Image.new("RGB", (8, 8), (200, 10, 10))
     with RunFolder(out) as run:
-        file = run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})
-        listed = [{"file": file}]
+        drawn = run.add("one.png", image, {"settings": about, "prompt": "a seven", "seed": 3, "lam": 0.5})
+        listed = [{"file": drawn}]
         run.finish(image, {"settings": about, "versions": versions(), "images": listed})
 
     def again() -> None:
