@@ -32,14 +32,13 @@ def written(tensors: dict[str, Tensor], path: Path) -> Path:
 
 @forms
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
-@pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "unet.", "model.", "transformer.", "x.y."]
-)
-def test_names_behind_a_prefix(kind, prefix, tmp_path):
+def test_names_behind_a_prefix(kind, tmp_path):
     pipe, aligned = made(kind)
-    file = written({f"{prefix}{name}": t for name, t in aligned.state_dict().items()}, tmp_path / "model.safetensors")
-    anchor = load_anchor(file, pipe)
-    assert torch.equal(predict(pipe, module_of(anchor)), predict(pipe, aligned))
+    expected = predict(pipe, aligned)
+    for k, prefix in enumerate(("module.", "_orig_mod.", "module._orig_mod.", "unet.", "model.", "x.y.")):
+        state = {f"{prefix}{name}": tensor for name, tensor in aligned.state_dict().items()}
+        anchor = load_anchor(written(state, tmp_path / f"{k}.safetensors"), pipe)
+        assert torch.equal(predict(pipe, module_of(anchor)), expected)
 
 
 @forms
@@ -48,9 +47,9 @@ def test_the_original_layout_with_and_without_its_prefix(kind, tmp_path):
     pipe, aligned = made(kind)
     state = original_sd3_layout(aligned) if kind == "sd3" else original_layout(aligned)
     expected = predict(pipe, aligned)
-    for prefix in ("", "model.diffusion_model.", "diffusion_model.", "module.", "unet."):
+    for k, prefix in enumerate(("", "model.diffusion_model.", "diffusion_model.", "module.", "unet.")):
         renamed = {prefix + name.removeprefix("model.diffusion_model."): tensor for name, tensor in state.items()}
-        anchor = load_anchor(written(renamed, tmp_path / f"{prefix}safetensors"), pipe)
+        anchor = load_anchor(written(renamed, tmp_path / f"{k}.safetensors"), pipe)
         torch.testing.assert_close(predict(pipe, module_of(anchor)), expected, rtol=1e-5, atol=1e-6)
 
 
