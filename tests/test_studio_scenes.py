@@ -29,7 +29,7 @@ SCENES: dict[str, Settings] = {
     ),
     "several": scenes.scene(
         "digits", ["digits:1000", "digits:lora"], "the digit two", [0.3, 0.25], schedule=Power(1.5).to_dict(),
-        guidance_scale=1.0, negative_prompt="green", steps=6, scheduler="ddpm",
+        guidance_scale=2.0, negative_prompt="green", steps=6, scheduler="ddpm",
     ),
     "family over time": scenes.scene(
         "digits", ["digits:30"], "a blue eight", [1.0], schedule=Sigmoid(8, over="time").to_dict(), steps=5
