@@ -30,6 +30,8 @@ NOBODY = 65534
 read_only = pytest.mark.attack("a read-only experiment")
 called_damaged = pytest.mark.attack("called damaged")
 
+"".encode("utf-8-sig")  # user nobody may not be able to load what Python loads when it is first asked for
+
 
 @contextmanager
 def nobody(folder: Path) -> Iterator[None]:

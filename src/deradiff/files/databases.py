@@ -57,7 +57,7 @@ def reading(file: Path) -> sqlite3.Connection:
     try:
         return _reading(file, "mode=rw")  # which makes no file; SQLite reads where it may not write
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in _UNSHARED or not _may(file, os.R_OK):
+        if _code(error) not in _UNSHARED or not _may(file, os.R_OK):
             raise
     log = file.with_name(f"{file.name}-wal")
     if not log.exists() or log.stat().st_size == 0:
@@ -93,7 +93,7 @@ def patient(file: Path, attempt: Callable[[], Value]) -> Value:
         try:
             return attempt()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise
             patience.check()
 
@@ -115,7 +115,7 @@ def explained(file: Path, kind: type[Exception], needed: int = 0) -> Iterator[No
 
 
 def _of_sqlite(file: Path, error: Exception) -> str:
-    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeError) else 0) & 0xFF:
+    match _code(error):
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             return (
                 f"{file} is damaged: {_damage(file, error)}. Restore it from a copy, or see what is left of it with "
@@ -134,13 +134,18 @@ def _of_sqlite(file: Path, error: Exception) -> str:
     return f"{file} cannot be used: {error}"
 
 
+def _code(error: Exception) -> int:
+    """SQLite's own number for an error; Python's own, of a text that is none, has the one of a damaged file."""
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)) & 0xFF
+
+
 def _may(path: Path, mode: int) -> bool:
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _damage(file: Path, error: Exception) -> str:
     """What SQLite finds wrong with a file."""
-    with suppress(sqlite3.Error), closing(reading(file)) as db:
+    with suppress(sqlite3.Error, UnicodeError), closing(reading(file)) as db:
         for (words,) in db.execute("PRAGMA quick_check(1)"):
             if words != "ok":
                 return " ".join(words.removeprefix("*** in database main ***").split())
