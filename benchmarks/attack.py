@@ -65,7 +65,16 @@ def servers(folder: Path) -> dict[str, Any]:
 def files(folder: Path) -> dict[str, Any]:
     """10,000 changed files over all kinds, and the tracebacks that they gave."""
     began, tallies = time.monotonic(), attack_files.fuzz(10_000)
-    return {"kinds": {kind: vars(tally) for kind, tally in tallies.items()}, "seconds": time.monotonic() - began}
+    rows = {
+        # The errors by their last lines: the others name the folders of this machine.
+        kind: vars(tally) | {"tracebacks": [text.strip().rpartition("\n")[2] for text in tally.tracebacks]}
+        for kind, tally in tallies.items()
+    }
+    total = {
+        "files": sum(tally.files for tally in tallies.values()),
+        "tracebacks": sum(len(tally.tracebacks) for tally in tallies.values()),
+    }
+    return total | {"kinds": rows, "seconds": time.monotonic() - began}
 
 
 def kills(folder: Path) -> dict[str, Any]:
