@@ -19,6 +19,7 @@ import tiny
 from deradiff import sweeps
 from deradiff.baking import bake, outputs
 from deradiff.cli import app
+from deradiff.files import folders
 from deradiff.files.folders import RunFolder, assembled, claim, file_names, finish_moving, named_files
 from deradiff.files.locks import PRIVATE, FolderInUse, taken
 from deradiff.files.records import read_png
@@ -354,11 +355,32 @@ def test_a_model_that_a_kill_cut_short_is_completed(
 
 
 @KILLED
+def test_a_model_whose_files_have_all_moved_is_not_taken_for_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last renaming, before what is left of the result's folders goes."""
+    real = folders.discard
+
+    def discard(path: Path) -> None:
+        if path.is_dir() and not file_names(path) and (tmp_path / "made.json").exists():
+            raise Kill
+        real(path)
+
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        patched.setattr(folders, "discard", discard)
+        filled(tmp_path, "new")
+    with taken(tmp_path, "a test") as private:
+        finish_moving(tmp_path, private, "made.json")
+    assert file_names(tmp_path) == ["a/new", "a/one", "a/two", "made.json", "three"]
+
+
+@KILLED
 def test_a_run_that_was_killed_is_replaced_by_force_alone(tmp_path: Path) -> None:
     out, image = tmp_path / "out", Image.new("RGB", (4, 4))
     code = f"""
 import os, signal
 from PIL import Image
+from deradiff.files import folders
 from deradiff.files.folders import RunFolder
 with RunFolder({str(out)!r}) as folder:
     for name in "abc":

@@ -131,7 +131,8 @@ def assembled(folder: Path, private: Path, record: str) -> Iterator[Path]:
 def finish_moving(folder: Path, private: Path, record: str) -> None:
     """Move a complete result into `folder`, or what a killed process had not moved yet; nothing where there is none."""
     complete = private / _COMPLETE
-    if not complete.is_dir():
+    if not (complete / record).is_file():  # it moves last: the record in `folder` is that of the result itself
+        discard(complete)
         return
     remove_named(folder, record)
     for file in sorted(_files(complete), key=lambda path: (path.name == record, -len(path.parts), path)):
