@@ -15,6 +15,13 @@ install_import_hook("deradiff", "typechecker.check")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub; the hub's own tests run a local server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have every test that is marked `attack(kind)` tell its kind: `benchmarks/attack.py` counts by it."""
+    for item in items:
+        if mark := item.get_closest_marker("attack"):
+            item.user_properties.append(("attack", mark.args[0]))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

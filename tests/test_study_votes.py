@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -138,6 +139,30 @@ def test_many_at_once_lose_and_double_nothing(drawn: Path, tmp_path: Path) -> No
             list(pool.map(everything, keys))
         counts = Counter((one.participant, one.position) for one in ballots.read(found.folder, found.plan))
     assert len(counts) == 12 * 4 and set(counts.values()) == {3}
+
+
+def test_who_has_voted_sees_the_next_pair_whoever_else_reads(drawn: Path, tmp_path: Path) -> None:
+    """Reads that overlap on one connection would all see what the first of them saw."""
+    with study(drawn, tmp_path) as found, ThreadPoolExecutor(4) as pool:
+        bystander, ended = found.begin().result(), Event()
+
+        def read() -> None:
+            while not ended.is_set():
+                found.current(bystander)
+
+        readers = [pool.submit(read) for _ in range(4)]
+        try:
+            for _ in range(10):
+                key, answered = found.begin().result(), set()
+                while (shown := found.current(key)) is not None:
+                    assert shown.id not in answered
+                    found.vote(key, shown.id, answers()).result()
+                    answered.add(shown.id)
+                assert len(answered) == found.plan.shown
+        finally:
+            ended.set()
+        for reader in readers:
+            reader.result()
 
 
 def test_no_one_beyond_the_last(drawn: Path, tmp_path: Path) -> None:

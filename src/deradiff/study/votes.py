@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Any
 
@@ -109,6 +110,7 @@ class Votes:
             _require_room(folder)
             folder.mkdir(parents=True, exist_ok=True)
         self._reading, writing = connected(self._file), connected(self._file)
+        self._one_reads = Lock()
         # WAL alone would leave the last votes to a power cut; this waits for the disk at every commit.
         writing.execute("PRAGMA synchronous = FULL")
         _make_tables(writing, self._file, plan)
@@ -147,8 +149,7 @@ class Votes:
 
     def entered(self) -> dict[Place, str]:
         """The file of every image that was entered, by its place."""
-        with databases.explained(self._file, StudyError):
-            rows = self._reading.execute("SELECT configuration, method, prompt, seed, file FROM images").fetchall()
+        rows = self._all("SELECT configuration, method, prompt, seed, file FROM images")
         return {Place(*place): str(file) for *place, file in rows}
 
     def enter(self, files: Mapping[Place, str]) -> None:
@@ -248,9 +249,14 @@ class Votes:
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        # One at a time, each to its end: reads that overlap on one connection see what the first of them saw, so a
+        # participant's next pair would be the one that was just answered.
+        with databases.explained(self._file, StudyError), self._one_reads:
+            return self._reading.execute(query, values).fetchall()
+
     def _one(self, query: str, *values: Any) -> Any:
-        with databases.explained(self._file, StudyError):
-            return self._reading.execute(query, values).fetchone()
+        return next(iter(self._all(query, *values)), None)
 
     def _files(self, configuration: int, method: str, prompt: int, seeds: list[int]) -> tuple[str, ...]:
         places = [Place(configuration, method, prompt, seed) if method else NOISE for seed in seeds]
