@@ -29,10 +29,12 @@ demo: $(STAMP) ## turn the dial on the digits model that ships with the package;
 
 test: lint types docs tests ## everything that has to hold: format, lint, types, documentation, tests
 
-lint: $(STAMP) ## ruff: rules and formatting
+lint: $(STAMP) ## ruff (rules and formatting), and import-linter (which room may import which)
 	@echo "==> ruff"
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
+	@echo "==> import-linter"
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(STAMP) ## mypy
 	@echo "==> mypy"

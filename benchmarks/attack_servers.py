@@ -18,7 +18,6 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import study
-
 from deradiff.study.plan import write_plan
 
 KINDS = ("studio", "study")

@@ -23,10 +23,10 @@ from rich.table import Table
 import deradiff
 from deradiff.baking import Sampler, split_prompts
 from deradiff.baking.distillation import DIGITS
-from deradiff.cli import talking
+from deradiff.cli import terminal
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
-from deradiff.jobs import reproducible
+from deradiff.sweep.jobs import reproducible
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, quality
 
@@ -101,8 +101,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="keep the baked models in this folder, and go on where it was")
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
-    talking.pass_on_warnings()
-    with TemporaryDirectory() as temporary, reproducible(1), talking.stages(console) as report:
+    terminal.pass_on_warnings()
+    with TemporaryDirectory() as temporary, reproducible(1), terminal.stages(console) as report:
         out = chosen.out or Path(temporary)
         rows = [baked(method, out / method, report) for method in ("weights", "distill")]
     weights, student = rows

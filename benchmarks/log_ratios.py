@@ -1,8 +1,8 @@
 """Is an anchor the reference tilted by its reward? python benchmarks/log_ratios.py --models OUT/models
 
-of `deradiff digits truth --out OUT`. If it is, the log ratio of the two models' paths is r/β and a constant, whatever
-path noise took to the picture (docs/limits.md). Here pictures of the reference are noised along several paths each,
-step by step, and the log ratio of the reverse steps is added up along every one. Of its variance among the pictures of
+of `python -m studies.digits truth --out OUT`. If it is, the log ratio of the two models' paths is r/β and a constant,
+whatever path noise took to the picture (docs/limits.md). Here pictures of the reference are noised along several paths
+each, step by step, and the log ratio of the reverse steps is added up along every one. Of its variance among the pictures of
 one caption it is told how much is the path's and not the picture's, and by how many nats it rises per point of the
 reward. Beside that stands the tilt that the anchor's own samples show: so many nats per point, on the reference's
 samples, give their mean reward. For an exact tilt both are 1/β. Weights of realigned samples come from the same
@@ -25,14 +25,14 @@ from scipy.optimize import brentq
 from scipy.stats import linregress
 from torch import Tensor
 
-from deradiff import posteriors
+from deradiff.algorithm import posteriors
+from deradiff.algorithm.estimates import Estimate
 from deradiff.alignment.base import Base
-from deradiff.alignment.digits_truth import Pool, TruthSettings, load_pool
-from deradiff.cli import talking
+from deradiff.cli import terminal
 from deradiff.files.writing import write_json
-from deradiff.jobs import reproducible
-from deradiff.weights import Estimate
+from deradiff.sweep.jobs import reproducible
 from deradiff.worlds import digits
+from studies.digits.truth_models import Pool, TruthSettings, load_pool
 
 CAPTIONS, PICTURES, PATHS, STEPS = 48, 8, 3, 50
 
@@ -119,10 +119,10 @@ def measured(models: Path, name: str, pool: Pool) -> dict[str, Any]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--models", type=Path, required=True, help="OUT/models of deradiff digits truth --out OUT")
+    options.add_argument("--models", type=Path, required=True, help="OUT/models of `studies.digits truth`")
     options.add_argument("--json", type=Path, default=Path(__file__).parents[1] / "docs/data/digits-log-ratios.json")
     given = options.parse_args()
-    talking.pass_on_warnings()
+    terminal.pass_on_warnings()
     pool, rows = load_pool(given.models, TruthSettings()), {}
     table = Table("anchor", "deviation by picture, nats", "by path", "path's share", "nats per point", "of its samples")
     with reproducible(1):

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 import deradiff
+from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.alignment.presets import usual
 from deradiff.alignment.runs import align_all
-from deradiff.cli import talking
+from deradiff.cli import terminal
 from deradiff.files.writing import write_json
-from deradiff.jobs import reproducible
-from deradiff.rewards.digits import DigitsReward
-from deradiff.weights import Estimate, mean
+from deradiff.sweep.jobs import reproducible
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, quality
-from deradiff.worlds.digits.truth import Plan, prompts
+from deradiff.worlds.digits.rewards import DigitsReward
+from studies.digits.truth import Plan, prompts
 
 STRENGTHS: dict[str, list[float]] = {
     "dpo": [250.0],
@@ -66,13 +66,13 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("methods"), help="folder of the anchors")
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
-    talking.pass_on_warnings()
+    terminal.pass_on_warnings()
     rows: dict[str, dict[str, Any]] = {}
     with reproducible(1):
         rows["reference"] = measured(None)
         for method, strengths in STRENGTHS.items():
             for strength in strengths:
-                with talking.stages(console) as report:
+                with terminal.stages(console) as report:
                     made = align_all(usual(True, method), [strength], chosen.out / method, report, cpu=True)
                 (anchor,) = made
                 record = json.loads((anchor / "alignment.json").read_text())

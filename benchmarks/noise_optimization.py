@@ -27,15 +27,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import deradiff
+from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.alignment.base import Base
 from deradiff.alignment.noise_optimization import Cost, counted, initial_noise, optimize_noise
 from deradiff.alignment.sampling import Sampling, conditions
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
-from deradiff.rewards.digits import DigitsReward
-from deradiff.weights import Estimate, mean
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, quality
+from deradiff.worlds.digits.rewards import DigitsReward
 
 STEPS, GUIDANCE, SEED = 25, 1.0, 0
 PER_PASS = 25

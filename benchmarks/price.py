@@ -40,11 +40,11 @@ from rich.table import Table
 
 import deradiff
 from deradiff import rewards
-from deradiff.dial import Dial
-from deradiff.pipelines import scheduler_like
-from deradiff.profiles import errors as errors_of
-from deradiff.reuse import Reuse
-from deradiff.weights import mean
+from deradiff.algorithm.estimates import mean
+from deradiff.sampling.dial import Dial
+from deradiff.sampling.full_steps import errors as errors_of
+from deradiff.sampling.reuse import Reuse
+from deradiff.sweep.pipelines import scheduler_like
 from deradiff.worlds import digits
 from deradiff.worlds.digits.captions import sample_prompts
 

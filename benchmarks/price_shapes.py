@@ -20,8 +20,8 @@ from peft import LoraConfig
 from realignment import LORA_RANK, SD15_UNET, weights_in_memory
 
 import deradiff
-from deradiff.profiles import errors as errors_of
-from deradiff.reuse import Reuse
+from deradiff.sampling.full_steps import errors as errors_of
+from deradiff.sampling.reuse import Reuse
 
 SDXL_UNET: Mapping[str, Any] = {
     "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),

@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import nn
 
 import deradiff
-from deradiff.dial import dial_of
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
+from deradiff.sampling.dial import dial_of
 from deradiff.worlds import digits
 
 BATCH, STEPS = 16, 25

@@ -32,19 +32,20 @@ from rich.console import Console
 from rich.table import Table
 from search_problems import PROMPTS, SEEDS, STEPS, Batch, Kind, Problem, problems, shares
 
-from deradiff.cli import talking
-from deradiff.experiments import crews
+from deradiff.cli import terminal
+from deradiff.experiments import executors
 from deradiff.experiments.plan import Plan
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
-from deradiff.jobs import cores, reproducible
-from deradiff.search import Goal, algorithm_2, maximise, spaces
+from deradiff.search import Goal, maximise, spaces
 from deradiff.search import running as searching
 from deradiff.search.answers import Best
 from deradiff.search.evaluation import Laboratory
 from deradiff.search.loop import FRACTION, State
 from deradiff.search.proposals import Models, propose
 from deradiff.search.surrogate import Observed, Surrogate
+from deradiff.sweep.jobs import cores, reproducible
+from studies.search_baseline import algorithm_2
 
 PROBLEMS, BUDGET = 200, 8
 REGRET, SHARE, COVERAGE = 0.01, 0.5, (0.85, 0.95)
@@ -212,9 +213,9 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
     goal = Goal.read([GOAL_OF_DIGITS])
 
     def crew() -> Any:
-        return crews.Here(plan, "cpu", 1) if workers == 1 else crews.Processes(plan, "cpu", 1, workers)
+        return executors.Here(plan, "cpu", 1) if workers == 1 else executors.Processes(plan, "cpu", 1, workers)
 
-    with talking.stages(Console(stderr=True)) as report:
+    with terminal.stages(Console(stderr=True)) as report:
         # It goes on in the same folder: first until it stops by itself, then until the budget is used.
         found = [searching.run(plan, SPACE, goal, folder, crew, report, budget=10, fraction=f) for f in (FRACTION, 0.0)]
         with Laboratory(plan, SPACE, folder, crew, report, goal.names) as laboratory:
@@ -285,7 +286,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    talking.pass_on_warnings()
+    terminal.pass_on_warnings()
     found = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
     with reproducible(1):
         if chosen.part == "closed":

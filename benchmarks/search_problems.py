@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
 import deradiff
-from deradiff import posteriors
+from deradiff.algorithm import posteriors
 from deradiff.search import Tables
 from deradiff.worlds.gaussian_mixture import SCHEDULE, World, linear_reward, mixture
 

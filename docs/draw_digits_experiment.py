@@ -9,10 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from deradiff.algorithm.estimates import mean
 from deradiff.experiments.plan import parse_plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
-from deradiff.weights import mean
 
 HERE = Path(__file__).parent
 FIGURES = (

@@ -1,10 +1,10 @@
-"""Draws docs/images/digits-truth-*.png from docs/data/digits-truth.json, which `deradiff digits truth` wrote."""
+"""Draws docs/images/digits-truth-*.png from docs/data/digits-truth.json (`python -m studies.digits truth`)."""
 
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deradiff.worlds.digits import truth_report
+from studies.digits import truth_report
 
 HERE = Path(__file__).parent
 

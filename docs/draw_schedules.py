@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 
-from deradiff.schedules import Power, Schedule, Sigmoid, Spline, Step
+from deradiff.algorithm.schedules import Power, Schedule, Sigmoid, Spline, Step
 
 FAMILIES: dict[str, list[Schedule]] = {
     "power": [Power(1), Power(2), Power(4)],

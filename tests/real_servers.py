@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from deradiff import access, connections
+from deradiff.servers import access, connections
 from deradiff.studio import scenes, server
-from deradiff.studio.desk import Desk
+from deradiff.studio.image_requests import Desk
 from deradiff.studio.models import Machine, Models
 from deradiff.studio.sources import Sources
 

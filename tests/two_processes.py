@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent / "alignment")!r}]
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 import small_study
 from deradiff import bake
-from deradiff.alignment import digits_anchors, digits_export, digits_truth, folders, own_samples, runs, sharding
+from deradiff.alignment import folders, own_samples, runs, sharding
 from deradiff.alignment.base import Base
 from deradiff.alignment.checkpoints import read_state
-from deradiff.alignment.digits_settings import Settings as BuildSettings
 from deradiff.alignment.feeds import Feed, permuted
 from deradiff.alignment.loop import Curve, Part, Plan, train
 from deradiff.alignment.methods import prepare_pairs
@@ -38,30 +37,33 @@ from deradiff.alignment.sampling import Sampling
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
-from deradiff.dial import Dial
-from deradiff.experiments import export, plan, results
+from deradiff.experiments import export as experiment_export
+from deradiff.experiments import plan, results
 from deradiff.experiments.store import Store
 from deradiff.files.folders import RunFolder, claim
 from deradiff.files.records import read_png, versions, write_png
-from deradiff.pipelines import known_beta, load_pipeline
-from deradiff.profiles import Profile
-from deradiff.reuse import Reuse
-from deradiff.rewards.digits import DigitsReward
+from deradiff.sampling.dial import Dial
+from deradiff.sampling.full_steps import Profile
+from deradiff.sampling.reuse import Reuse
 from deradiff.search import running as search
 from deradiff.search import spaces
 from deradiff.search.evaluation import Laboratory
-from deradiff.settings import Column, Settings
 from deradiff.studio import curves, scenes
 from deradiff.studio.library import Kept
 from deradiff.study import ballots, votes
 from deradiff.study import plan as study_plan
 from deradiff.study import sources as study_sources
-from deradiff.worlds import comparison, digits
-from deradiff.worlds.comparison_cases import Case
-from deradiff.worlds.digits import truth, truth_files, truth_report
+from deradiff.sweep.pipelines import known_beta, load_pipeline
+from deradiff.sweep.settings import Column, Settings
+from deradiff.worlds import digits
+from deradiff.worlds.digits.rewards import DigitsReward
+from small_clip import written as written_clip
+from small_clip import written_predictor
 from small_experiment import SMALL, silent
-from test_rewards_clip import written as written_clip
-from test_rewards_clip import written_predictor
+from studies.closed_forms import comparison
+from studies.closed_forms.cases import Case
+from studies.digits import anchors, export, truth, truth_files, truth_models, truth_report
+from studies.digits.settings import Settings as BuildSettings
 
 
 @dataclass
@@ -286,22 +288,22 @@ def builds(folder: Path) -> Iterator[Written]:
     shutil.copytree(digits.reference_path(), folder / "build" / "reference")
     settings = BuildSettings(pairs=4, pairs_chunk=2, sampling_steps=1)
     for number in range(2):
-        digits_anchors.draw_pairs(folder / "build", settings, number, silent)
+        anchors.draw_pairs(folder / "build", settings, number, silent)
     shutil.rmtree(folder / "build" / "reference")
     chunk = folder / "build" / "pairs-001.safetensors"
-    read: Callable[[], object] = lambda: digits_anchors.load_pairs(folder / "build", settings)  # noqa: E731
+    read: Callable[[], object] = lambda: anchors.load_pairs(folder / "build", settings)  # noqa: E731
     yield Written("chunk of the build's pairs", chunk, read, "tensors", 8, folder / "build")
     curve = folder / "curve" / "vae-curve.json"
     curve.parent.mkdir()
     curve.write_text(json.dumps(asdict(Curve([0, 1], [1.0, 0.5], [1.0, 0.5], "flat", 1))))
-    yield Written("loss curve", curve, lambda: digits_export.curves(curve.parent), "json", 20, curve.parent)
+    yield Written("loss curve", curve, lambda: export.curves(curve.parent), "json", 20, curve.parent)
 
-    pool = digits_truth.TruthSettings(samples=4, samples_chunk=2, sampling_steps=1, sampling_batch=2)
+    pool = truth_models.TruthSettings(samples=4, samples_chunk=2, sampling_steps=1, sampling_batch=2)
     (folder / "pool").mkdir()
     for number in range(2):
-        digits_truth.draw_pool(folder / "pool", pool, number, silent)
+        truth_models.draw_pool(folder / "pool", pool, number, silent)
     chunk = folder / "pool" / "pool-000.safetensors"
-    read_pool: Callable[[], object] = lambda: digits_truth.load_pool(folder / "pool", pool)  # noqa: E731
+    read_pool: Callable[[], object] = lambda: truth_models.load_pool(folder / "pool", pool)  # noqa: E731
     yield Written("chunk of the pool", chunk, read_pool, "tensors", 8, folder / "pool")
 
     target = folder / "truth" / "weighted" / "bold-1"
@@ -309,10 +311,10 @@ def builds(folder: Path) -> Iterator[Written]:
     ends = {"reference": {"value": 0.0, "error": 0.1}, "model": {"value": 1.0, "error": 0.1}}
     reached = {"bold": ends, "ink": ends}
     record = {"family": "weighted", "λ": {"bold": 1.0}, "reached": reached}
-    digits_truth._save(digits.load_pipeline().unet, record, Curve([0], [1.0], [1.0], "flat", 0), target)
+    truth_models._save(digits.load_pipeline().unet, record, Curve([0], [1.0], [1.0], "flat", 0), target)
 
     def trained() -> object:
-        digits_truth._is_trained(target)
+        truth_models._is_trained(target)
         return truth_report.training_table(truth_report.training(folder / "truth"))
 
     yield Written("truth.json", target / "truth.json", trained, "json", 10, folder / "truth")
@@ -406,7 +408,7 @@ def databases(folder: Path) -> Iterator[Written]:
             found = results.Results(planned, store)
             for arm in found.arms:
                 found.measured(arm), found.path_kl(arm, "few"), found.seconds(arm), found.mean(arm, "few", "digits")
-            list(export.rows(planned, store))
+            list(experiment_export.rows(planned, store))
             store.features("x"), store.batches(), store.known(), search._known(store, laboratory, "it")
 
     def read_study() -> None:

@@ -4,33 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deradiff import schedules as schedules
+    from deradiff.algorithm import schedules as schedules
     from deradiff.anchors import load_anchor as load_anchor
     from deradiff.baking import bake as bake
-    from deradiff.dial import Dial as Dial
-    from deradiff.particles import sample_particles as sample_particles
-    from deradiff.realignment import lam_for_beta as lam_for_beta
-    from deradiff.realignment import realign as realign
-    from deradiff.reuse import Reuse as Reuse
+    from deradiff.sampling.dial import Dial as Dial
+    from deradiff.sampling.particles import sample_particles as sample_particles
+    from deradiff.sampling.realignment import lam_for_beta as lam_for_beta
+    from deradiff.sampling.realignment import realign as realign
+    from deradiff.sampling.reuse import Reuse as Reuse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch and diffusers take seconds to import: a name is fetched from its module when somebody asks for it.
 _HOME = {
-    "Reuse": "deradiff.reuse",
-    "Dial": "deradiff.dial",
+    "Reuse": "deradiff.sampling.reuse",
+    "Dial": "deradiff.sampling.dial",
     "bake": "deradiff.baking",
-    "lam_for_beta": "deradiff.realignment",
+    "lam_for_beta": "deradiff.sampling.realignment",
     "load_anchor": "deradiff.anchors",
-    "realign": "deradiff.realignment",
-    "sample_particles": "deradiff.particles",
+    "realign": "deradiff.sampling.realignment",
+    "sample_particles": "deradiff.sampling.particles",
 }
 __all__ = ["Dial", "Reuse", "bake", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "schedules":
-        return import_module("deradiff.schedules")
+        return import_module("deradiff.algorithm.schedules")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'deradiff' has no attribute {name!r}")

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from deradiff.anchors.checks import denoiser_of, prediction_type
-from deradiff.pictures import upcast
-from deradiff.truncation import watched
+from deradiff.sampling.pictures import upcast
+from deradiff.sampling.truncation import watched
 
 Conditions = dict[str, Tensor]
 """What a denoiser is told besides latents and time, a row per sample: `prompt_embeds`, and for SDXL

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from deradiff.algorithm.schedules import finite
 from deradiff.alignment import checkpoints, folders, sharding
-from deradiff.schedules import finite
 
 Report = Callable[[int, int, str], None]
 """Called with (steps done, steps planned, a line of words)."""

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from deradiff import pipelines
+from deradiff.algorithm.estimates import effective_sample_size
 from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.draft import train_draft
@@ -31,10 +31,10 @@ from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.sampling import Sampling
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
-from deradiff.jobs import Report
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
-from deradiff.weights import effective_sample_size
+from deradiff.sweep import pipelines
+from deradiff.sweep.jobs import Report
 from deradiff.worlds.digits import captions
 
 OWN_PAIRS, OWN_PROMPTS = 2000, 500

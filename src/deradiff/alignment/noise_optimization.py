@@ -23,8 +23,8 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
-from deradiff.pictures import upcast
 from deradiff.rewards import Reward
+from deradiff.sampling.pictures import upcast
 
 Report = Callable[[int, int, str], None]
 """Called with (iterations done, iterations planned, a line of words)."""

@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff import pictures
 from deradiff.alignment.base import Base
 from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
@@ -26,6 +25,7 @@ from deradiff.files.locks import taken
 from deradiff.files.reading import Record, read
 from deradiff.files.writing import whole, write_json
 from deradiff.rewards import Reward
+from deradiff.sampling import pictures
 
 LIST = "pairs.jsonl"
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deradiff import posteriors
+from deradiff.algorithm import posteriors
+from deradiff.algorithm.estimates import Estimate, mean
+from deradiff.algorithm.gaussian import Gaussian, kl
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.sampling import Sampling, conditions, unconditional
-from deradiff.gaussian import Gaussian, kl
-from deradiff.weights import Estimate, mean
 
 NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.draft import require
 from deradiff.alignment.feeds import order, row_generators
@@ -24,7 +25,6 @@ from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.path_kl import Chain, divergence
 from deradiff.alignment.sampling import Sampling, decode
 from deradiff.alignment.scoring import scored
-from deradiff.gaussian import Gaussian
 from deradiff.rewards import Reward
 
 CLIP = 1e-4

@@ -15,7 +15,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from deradiff import pipelines
 from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
@@ -31,8 +30,9 @@ from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
 from deradiff.files.records import versions
 from deradiff.files.writing import whole_folder, write_json
-from deradiff.jobs import Report
-from deradiff.notation import plain
+from deradiff.sweep import pipelines
+from deradiff.sweep.jobs import Report
+from deradiff.sweep.notation import plain
 
 RECORD = "alignment.json"
 """What tells a finished alignment from any other folder."""

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deradiff.algorithm.estimates import Estimate
 from deradiff.alignment.base import Base, Conditions, Policy
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
 from deradiff.alignment.objectives import squared_error
-from deradiff.weights import Estimate
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deradiff import pipelines
 from deradiff.alignment.base import Base, Conditions
-from deradiff.pictures import require_decoded, upcast
+from deradiff.sampling.pictures import require_decoded, upcast
+from deradiff.sweep import pipelines
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from deradiff.adoption import DIAL
 from deradiff.anchors.checks import (
     base_tensors,
     require_class,
@@ -34,6 +33,10 @@ _ORIGINAL_PREFIX = "model.diffusion_model."
 _WRAPPERS = {"module", "_orig_mod", "model", "diffusion_model", "unet", "transformer", "net"}
 # How the names of a pipeline's other parts begin.
 _OTHER_PARTS = ("text_encoder", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "image_encoder.")
+
+
+DIAL = "_deradiff_dial"
+"""The attribute that names the dial, of a realigned denoiser and of an adopted scheduler's or pipeline's class."""
 
 
 def adopt(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], None]]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from deradiff.algorithm.schedules import Constant, Lams, Progress, Schedule, parse_lam
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.baking import outputs
@@ -23,15 +24,14 @@ from deradiff.baking.drawing import Sampler
 from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
 from deradiff.baking.methods import Job, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
-from deradiff.dial import Lam, dial_of
 from deradiff.files.folders import require_room
 from deradiff.files.inventory import inventory
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
-from deradiff.jobs import Report
-from deradiff.realignment import Source, realign
-from deradiff.refusals import DialError
-from deradiff.schedules import Constant, Lams, Progress, Schedule, parse_lam
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.dial import Lam, dial_of
+from deradiff.sampling.realignment import Source, realign
+from deradiff.sweep.jobs import Report
 
 __all__ = ["Baked", "Distillation", "Judgement", "Sampler", "bake"]
 

@@ -20,6 +20,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deradiff.algorithm.schedules import Lams, Progress, finite
+from deradiff.algorithm.step import mixed, with_reference
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
@@ -28,14 +30,12 @@ from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
-from deradiff.denoisers import Denoisers
-from deradiff.dial import Dial
 from deradiff.files.folders import claim
 from deradiff.files.tensors import joined
 from deradiff.files.tensors import rows as rows_of
 from deradiff.files.writing import whole
-from deradiff.mixing import mixed, with_reference
-from deradiff.schedules import Lams, Progress, finite
+from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.dial import Dial
 
 CONDITION_WIDTH = 256
 """Of the embedding of λ, for a student that is told λ; as wide as latent consistency models have theirs."""

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.algorithm.schedules import finite
 from deradiff.alignment.feeds import seeded
-from deradiff.pictures import Pictures, draw
-from deradiff.schedules import finite
-from deradiff.sheets import covered
+from deradiff.sampling.pictures import Pictures, draw
+from deradiff.sweep.sheets import covered
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.baking.drawing import Sampler
-from deradiff.dial import Dial
-from deradiff.sheets import contact_sheet
-from deradiff.weights import Estimate, mean
+from deradiff.sampling.dial import Dial
+from deradiff.sweep.sheets import contact_sheet
 
 Form = Literal["pipeline", "lora"]
 """What a baked checkpoint is: a whole pipeline, or a LoRA for the base."""

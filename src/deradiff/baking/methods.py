@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from deradiff.algorithm.schedules import Lams, Progress
 from deradiff.alignment.base import Base
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.baking import outputs
@@ -26,10 +27,9 @@ from deradiff.baking.distillation import (
 from deradiff.baking.drawing import Sampler
 from deradiff.baking.judging import Form
 from deradiff.baking.weights import Blend, Opened, StoredAnchor, content_of, fingerprint, open_anchor, write_blend
-from deradiff.denoisers import Denoisers
-from deradiff.jobs import Report
-from deradiff.realignment import Source, realign
-from deradiff.schedules import Lams, Progress
+from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.realignment import Source, realign
+from deradiff.sweep.jobs import Report
 
 
 @dataclass(frozen=True)

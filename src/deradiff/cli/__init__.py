@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, digits, experiment, generate, search, studio, study, talking, truth
+from deradiff.cli import align, bake, cost, demo, experiment, generate, search, studio, study, terminal
 
 
 class Commands(TyperGroup):
@@ -31,7 +31,7 @@ def _printable_refusals() -> Iterator[None]:
         yield
     except Exception as error:
         if hasattr(error, "format_message"):  # one of Click's, which newer versions of Typer bring along
-            error.message = talking.printable(error.message)  # type: ignore[attr-defined]
+            error.message = terminal.printable(error.message)  # type: ignore[attr-defined]
         raise
 
 
@@ -50,15 +50,13 @@ app.command()(cost.cost)
 app.command()(demo.demo)
 app.command()(search.search)
 app.command()(studio.studio)
-app.command()(truth.truth)
-app.add_typer(digits.app, name="digits")
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(study.app, name="study")
 
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        talking.echo(__version__)
+        terminal.echo(__version__)
         raise typer.Exit
     return asked
 

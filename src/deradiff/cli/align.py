@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import terminal
 
 if TYPE_CHECKING:
     from deradiff.alignment.presets import Preset
@@ -192,19 +192,19 @@ def align(
     Each anchor is OUT/beta-β: weights, a model card, the curve. On several GPUs or nodes: accelerate launch -m deradiff
     align ..., with Accelerate's own configuration.
     """
-    console = talking.LiteralConsole()
+    console = terminal.LiteralConsole()
     spare = (
         "add --gradient-checkpointing, raise --accumulate, which makes micro-batches smaller, lower --resolution, or "
         "train a LoRA (--lora-rank 64)"
     )
-    with talking.refusing_wrong_input(out_of_memory=spare):
+    with terminal.refusing_wrong_input(out_of_memory=spare):
         if show_preset:
             _show(show_preset)
             return
         if preset is None and base is None:
             raise ValueError("name the model to align, a folder or a hub id, or --preset; `digits` ships with deradiff")
         with console.status("Loading torch and diffusers …"):
-            talking.pass_on_warnings()
+            terminal.pass_on_warnings()
             from deradiff.alignment import runs
 
             options = {
@@ -221,9 +221,9 @@ def align(
             settings = _settings(preset, base, _given(options), _given(plan), schedule)
             settings = _for_method(settings, _given(own), _given(sampling))
             betas = _strengths(beta, settings)
-        with talking.stages(console) as report:
+        with terminal.stages(console) as report:
             anchors = runs.align_all(settings, betas, out, report, count=count, seed=seed, track=track, cpu=cpu)
-    talking.files(anchors)
+    terminal.files(anchors)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _show(name: str) -> None:
 
     chosen = PRESETS if name == "all" else {name: called(name)}
     shown = {key: _plain(value.shown()) for key, value in chosen.items()}
-    talking.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), nl=False)
+    terminal.echo(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=100), nl=False)
 
 
 def _plain(content: Any) -> Any:

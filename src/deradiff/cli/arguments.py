@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from deradiff.notation import decimal, numbers
+from deradiff.sweep.notation import decimal, numbers
 
 if TYPE_CHECKING:
     from typer import Context

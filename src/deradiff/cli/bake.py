@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff import notation
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
 from deradiff.cli.generate import DIAL, MACHINE, MODELS, OUTPUT, SAMPLING, Over
+from deradiff.sweep import notation
 
 if TYPE_CHECKING:
     from deradiff.baking import Distillation
@@ -151,8 +151,8 @@ def bake(
 
     An interrupted distillation goes on where it was if the same command is given again.
     """
-    console = talking.LiteralConsole()
-    with talking.refusing_wrong_input(out_of_memory="try a smaller --batch, a smaller --batch-size or --images 0"):
+    console = terminal.LiteralConsole()
+    with terminal.refusing_wrong_input(out_of_memory="try a smaller --batch, a smaller --batch-size or --images 0"):
         anchors = arguments.anchors(anchor)
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
@@ -162,9 +162,10 @@ def bake(
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
         with console.status("Loading torch and diffusers …"):
-            talking.pass_on_warnings()
+            terminal.pass_on_warnings()
             from deradiff import baking
-            from deradiff.pipelines import DTYPES, anchor_source, device_called, load_pipeline, usual_guidance
+            from deradiff.sampling.devices import device_called
+            from deradiff.sweep.pipelines import DTYPES, anchor_source, load_pipeline, usual_guidance
 
             place = device_called(device)
             automatic = "float32" if place == "cpu" else "float16"
@@ -178,7 +179,7 @@ def bake(
                 "gradient_checkpointing": gradient_checkpointing or None,
             }  # fmt: skip
             scale = usual_guidance(reference) if guidance_scale is None else guidance_scale
-        with talking.stages(console) as report:
+        with terminal.stages(console) as report:
             baked = baking.bake(
                 pipe, {name: anchor_source(source) for name, source in anchors.items()}, chosen, out,
                 method=method.value, images=images,
@@ -189,7 +190,7 @@ def bake(
             )  # fmt: skip
     for judgement in baked.judgements:
         console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", soft_wrap=True)
-    talking.files([baked.folder])
+    terminal.files([baked.folder])
 
 
 def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: Over) -> Any:

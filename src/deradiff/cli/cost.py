@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
 
 
 def cost(
@@ -38,14 +38,14 @@ def cost(
     """Count the operations of one alignment, of a sweep and of realignment; without a model, the DeRaDiff paper's."""
     from deradiff.files.outputs import new_file, require_new
 
-    console = talking.LiteralConsole()
-    with talking.refusing_wrong_input():
-        talking.require_writable("--json", json_path)
+    console = terminal.LiteralConsole()
+    with terminal.refusing_wrong_input():
+        terminal.require_writable("--json", json_path)
         if json_path is not None:
             require_new(json_path)
         with console.status("Counting …"):
-            talking.pass_on_warnings()
-            from deradiff import cost as costs
+            terminal.pass_on_warnings()
+            from deradiff.experiments import cost as costs
             from deradiff.files.writing import write_json
 
             if model is None and preset is None:

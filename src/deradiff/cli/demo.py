@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import terminal
 
 LAMS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 PROMPTS = ("a handwritten three", "a red seven", "a five on yellow paper", "a blue eight on white paper")
@@ -20,11 +20,11 @@ def demo(
     ] = Path("demo"),
 ) -> None:
     """Turn the dial on the digits that ship with deradiff: no download, no GPU, about a minute."""
-    with talking.refusing_wrong_input(), talking.progress("sampling") as on_step:
+    with terminal.refusing_wrong_input(), terminal.progress("sampling") as on_step:
+        from deradiff.algorithm.schedules import Power
         from deradiff.files.folders import RunFolder
-        from deradiff.schedules import Power
-        from deradiff.settings import Column, Settings
-        from deradiff.sweeps import draw, realigned
+        from deradiff.sweep.drawing import draw, realigned
+        from deradiff.sweep.settings import Column, Settings
         from deradiff.worlds import digits
         from deradiff.worlds.digits import quality
 
@@ -47,14 +47,14 @@ def demo(
                 measured.append(_measure(pipe, dial, column, beta))
             draw(settings, pipe, dial, folder, measured=measured, measured_images=MEASURED)
     _print_table(measured)
-    talking.files(["", "Images (the same noise in every column):", folder.sheet, folder.images, folder.record])
+    terminal.files(["", "Images (the same noise in every column):", folder.sheet, folder.images, folder.record])
 
 
 def _measure(pipe: Any, dial: Any, column: Any, anchor_beta: float) -> dict[str, Any]:
     """Reward and legibility at one λ: the same prompts and noise for every column, so that columns compare pairwise."""
-    from deradiff.rewards.digits import DigitsReward
-    from deradiff.weights import mean
+    from deradiff.algorithm.estimates import mean
     from deradiff.worlds.digits import captions, quality
+    from deradiff.worlds.digits.rewards import DigitsReward
 
     dial.lam = column.dial()
     prompts = captions.sample_prompts(MEASURED, SEED)
@@ -87,4 +87,4 @@ def _print_table(measured: list[dict[str, Any]]) -> None:
             f"{row['reward']:.3f} ± {row['reward_error']:.3f}",
             f"{row['legible']:.1%} ± {row['legible_error']:.1%}",
         )
-    talking.LiteralConsole().print(table)
+    terminal.LiteralConsole().print(table)

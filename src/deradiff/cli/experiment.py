@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
 
 if TYPE_CHECKING:
-    from deradiff.experiments.crews import Crew
+    from deradiff.experiments.executors import Crew
     from deradiff.experiments.plan import Plan
     from deradiff.experiments.store import Store
 
@@ -43,19 +43,19 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A new file; printed by default.")] = None,
 ) -> None:
     """Write a plan: one of the papers' experiments, to be run as it is or changed first."""
-    with talking.refusing_wrong_input():
+    with terminal.refusing_wrong_input():
         from deradiff.experiments.plan import write_plan
         from deradiff.experiments.presets import preset as found
         from deradiff.files.outputs import new_file
 
         text = write_plan(found(preset, models))
         if out is None:
-            talking.echo(text, nl=False)
+            terminal.echo(text, nl=False)
             return
-        talking.require_writable("--out", out)
+        terminal.require_writable("--out", out)
         with new_file(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    talking.files([out])
+    terminal.files([out])
 
 
 @app.command()
@@ -82,16 +82,16 @@ def run(
     retry: Annotated[bool, typer.Option("--retry", help="Try again what could not be drawn or scored.")] = False,
 ) -> None:
     """Draw and score what the plan wants and the folder does not hold. Killed at any time, the same command goes on."""
-    console = talking.LiteralConsole(stderr=True)
+    console = terminal.LiteralConsole(stderr=True)
     with console.status("Loading torch and diffusers …"):
-        talking.pass_on_warnings()
-        from deradiff.experiments import crews, running
+        terminal.pass_on_warnings()
+        from deradiff.experiments import executors, running
         from deradiff.experiments.plan import read_plan
         from deradiff.experiments.store import IMAGE
-        from deradiff.jobs import cores
-        from deradiff.pipelines import device_called, device_name
+        from deradiff.sampling.devices import device_called, device_name
+        from deradiff.sweep.jobs import cores
 
-    with talking.refusing_wrong_input("take a smaller batch_size in the plan"), talking.stages(console) as report:
+    with terminal.refusing_wrong_input("take a smaller batch_size in the plan"), terminal.stages(console) as report:
         planned = read_plan(file)
         place = device_called(device)
         if not (ray or ray_address):
@@ -104,8 +104,12 @@ def run(
         def crew() -> "Crew":
             size = workers or (cores() if place == "cpu" else 1)
             if ray or ray_address:
-                return crews.OnRay(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
-            return crews.Here(planned, place, threads) if size == 1 else crews.Processes(planned, place, threads, size)
+                return executors.OnRay(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
+            return (
+                executors.Here(planned, place, threads)
+                if size == 1
+                else executors.Processes(planned, place, threads, size)
+            )
 
         about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
         outcome = running.run(planned, out, crew, report, about=about, thoroughly=verify, again=retry)
@@ -121,10 +125,10 @@ def run(
             "and have no scores.",
             highlight=False,
         )
-    talking.files([out])
+    terminal.files([out])
     if outcome.failures:
         undrawn = sum(name == IMAGE for name, _, _ in outcome.failures)
-        talking.listed("error", [f"{name} of {item}: {error}" for name, item, error in outcome.failures])
+        terminal.listed("error", [f"{name} of {item}: {error}" for name, item, error in outcome.failures])
         console.print(
             f"{undrawn} images could not be drawn, {len(outcome.failures) - undrawn} scores could not be computed. The "
             "rest is done; --retry tries them again.",
@@ -137,10 +141,10 @@ def status(folder: Folder) -> None:
     """What is there of every arm, and what is missing."""
     from rich.table import Table
 
-    with talking.refusing_wrong_input(), _opened(folder) as (planned, store):
+    with terminal.refusing_wrong_input(), _opened(folder) as (planned, store):
         from deradiff.experiments.results import Results
 
-        console = talking.LiteralConsole()
+        console = terminal.LiteralConsole()
         for sampling in planned.sampling:
             results = Results(planned, store, sampling)
             table = Table(title=f"{planned.name}, {sampling}", title_justify="left")
@@ -159,8 +163,8 @@ def status(folder: Folder) -> None:
                 console.print(f"{name}: a substitute for {wanted_prompts.substitute_for}.")
         if results.blacked_out:
             console.print(f"{len(results.blacked_out)} images were blacked out by the safety checker.")
-        talking.listed("warning", [cut.words for cut in results.cut])
-        talking.listed("could not be done", [f"{name} of {item}: {error}" for name, item, error in store.failures()])
+        terminal.listed("warning", [cut.words for cut in results.cut])
+        terminal.listed("could not be done", [f"{name} of {item}: {error}" for name, item, error in store.failures()])
 
 
 @app.command()
@@ -170,11 +174,11 @@ def export(
     form: Annotated[Form, typer.Option("--format", help="csv, or parquet (needs pyarrow).")] = Form.csv,
 ) -> None:
     """Write a table of all images, with what decided each, what it was made with and its scores."""
-    with talking.refusing_wrong_input(), _opened(folder) as (planned, store):
+    with terminal.refusing_wrong_input(), _opened(folder) as (planned, store):
         from deradiff.experiments.export import write
 
         files = write(planned, store, out, form.value)
-    talking.files(files)
+    terminal.files(files)
 
 
 @app.command()
@@ -186,18 +190,18 @@ def report(
     ] = None,
 ) -> None:
     """Draw the papers' tables and figures from what is there: one HTML page, and PNG, SVG and CSV of each."""
-    console = talking.LiteralConsole(stderr=True)
+    console = terminal.LiteralConsole(stderr=True)
     with (
-        talking.refusing_wrong_input(),
+        terminal.refusing_wrong_input(),
         console.status("Measuring and drawing …"),
         _opened(folder) as (planned, store),
     ):
         from deradiff.experiments.reporting.report import write
 
         files, failed = write(planned, store, out or folder / "report")
-    talking.files(files[:1])
+    terminal.files(files[:1])
     for key, error in failed:
-        talking.messages.print(f"error: {key} could not be drawn: {error}", style="red")
+        terminal.messages.print(f"error: {key} could not be drawn: {error}", style="red")
     if failed:
         raise typer.Exit(1)
 
@@ -205,14 +209,14 @@ def report(
 @contextmanager
 def _opened(folder: Path) -> Iterator["tuple[Plan, Store]"]:
     """The plan and the store of an experiment that was begun, to be read."""
-    talking.pass_on_warnings()
+    terminal.pass_on_warnings()
     from deradiff.experiments.plan import parse_plan
     from deradiff.experiments.store import Store
 
     with Store(folder, write=False) as store:
         planned = parse_plan(store.fact("plan"), f"the plan in {store.file}")
         if lost := store.altered():
-            talking.messages.print(
+            terminal.messages.print(
                 f"{len(lost)} images in {folder} are gone or were altered since they were drawn: "
                 "`deradiff experiment run` draws them again.",
                 style="yellow",

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff import notation
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
+from deradiff.sweep import notation
 
 
 class Over(StrEnum):
@@ -171,7 +171,7 @@ def generate(
     ] = False,
 ) -> None:
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
-    with talking.refusing_wrong_input():
+    with terminal.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
         shape = notation.schedule(schedule, over.value)
         if shape is None:
@@ -204,11 +204,11 @@ def generate(
             "reuse": reuse,
             "tolerance": tolerance,
         }
-        with talking.progress("sampling") as on_step:
+        with terminal.progress("sampling") as on_step:
             from deradiff.files.folders import RunFolder
-            from deradiff.pipelines import known_beta
-            from deradiff.settings import Settings
-            from deradiff.sweeps import draw, realigned
+            from deradiff.sweep.drawing import draw, realigned
+            from deradiff.sweep.pipelines import known_beta
+            from deradiff.sweep.settings import Settings
 
             if anchor_beta is None and len(anchors) == 1:
                 anchor_beta = known_beta(*anchors.values())
@@ -217,7 +217,7 @@ def generate(
                 verdicts = draw(settings, pipe, dial, folder, on_step)
     _print_verdicts(verdicts)
     count = len(settings.rows) * len(settings.columns)
-    talking.files([folder.sheet, folder.record, f"{folder.images} ({count} images)"])
+    terminal.files([folder.sheet, folder.record, f"{folder.images} ({count} images)"])
 
 
 def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
@@ -240,7 +240,7 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         if shared and judged["kind"] == "no target":
             said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
         table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
-    console = talking.LiteralConsole()
+    console = terminal.LiteralConsole()
     console.print(table)
     if shared:
         console.print(f"{shared[0].upper()}{shared[1:]}.", soft_wrap=True)

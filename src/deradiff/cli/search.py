@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
 
 if TYPE_CHECKING:
-    from deradiff.experiments.crews import Crew
+    from deradiff.experiments.executors import Crew
     from deradiff.search.spaces import Space
 
 MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched", "Sampling", "Machine"
@@ -134,19 +134,20 @@ def search(
     the score), sheet.png and search.json. The same command goes on where it was interrupted, and with more
     --evaluations it goes further.
     """
-    console = talking.LiteralConsole(stderr=True)
-    with talking.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
-        talking.pass_on_warnings()
-        from deradiff.experiments import crews
+    console = terminal.LiteralConsole(stderr=True)
+    with terminal.refusing_wrong_input(), console.status("Loading torch, diffusers and BoTorch …"):
+        terminal.pass_on_warnings()
+        from deradiff.experiments import executors
         from deradiff.experiments.plan import parse_plan
-        from deradiff.jobs import cores
-        from deradiff.pipelines import device_called, device_name, known_beta
-        from deradiff.search import words
+        from deradiff.sampling.devices import device_called, device_name
+        from deradiff.search import summary
         from deradiff.search.goals import Goal
         from deradiff.search.loop import State
         from deradiff.search.running import run
+        from deradiff.sweep.jobs import cores
+        from deradiff.sweep.pipelines import known_beta
 
-    with talking.refusing_wrong_input(), talking.stages(console) as report:
+    with terminal.refusing_wrong_input(), terminal.stages(console) as report:
         sources = arguments.anchors(anchor)
         if features is None:
             arguments.refuse(context, ["neighbours"], "k of recall, which is measured with --features")
@@ -178,19 +179,19 @@ def search(
 
         def crew() -> "Crew":
             size = workers or (cores() if place == "cpu" else 1)
-            return crews.Here(plan, place, 1) if size == 1 else crews.Processes(plan, place, 1, size)
+            return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
 
         def told(state: State) -> None:
-            console.print(words.evaluated(space, state))
+            console.print(summary.evaluated(space, state))
 
         outcome = run(
             plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
             nearby=nearby, about={"device": device_name(place), "threads": 1 if place == "cpu" else None}, told=told,
         )  # fmt: skip
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
-    for sentence in words.sentences(space, goal, outcome, beta):
-        talking.echo(sentence)
-    talking.files(outcome.files)
+    for sentence in summary.sentences(space, goal, outcome, beta):
+        terminal.echo(sentence)
+    terminal.files(outcome.files)
 
 
 def _prompts(given: list[str], source: str | None, count: int | None) -> dict[str, Any]:
@@ -206,8 +207,8 @@ def _prompts(given: list[str], source: str | None, count: int | None) -> dict[st
 
 def _space(over: str, anchors: tuple[str, ...], limits: str | None, box: bool) -> "Space":
     """What `--over`, `--range` and `--box` ask for."""
-    from deradiff.notation import decimal
     from deradiff.search import spaces
+    from deradiff.sweep.notation import decimal
 
     kind, _, rest = over.partition(":")
     if kind not in ("lam", "power", "knots") or (rest and kind != "knots"):

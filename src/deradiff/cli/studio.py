@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deradiff.cli import arguments, talking
+from deradiff.cli import arguments, terminal
 
 MODELS, PAGES, MACHINE = "Models", "The page", "Machine"
 
@@ -78,23 +78,23 @@ def studio(
     ] = False,
 ) -> None:  # fmt: skip
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
-    console = talking.LiteralConsole(stderr=True)
-    with talking.refusing_wrong_input("try --offload"):
-        from deradiff import access
+    console = terminal.LiteralConsole(stderr=True)
+    with terminal.refusing_wrong_input("try --offload"):
+        from deradiff.servers import access
 
         access.require_token(host, token)
         root = access.require_root(root_path)
         sources_of = arguments.anchors(anchor or (["digits:100"] if reference == "digits" else []))
-        talking.require_folder("--library", library)
+        terminal.require_folder("--library", library)
         with access.bound(host, port) as listening, ExitStack() as closing:
             with console.status("Opening the studio …"):
                 from deradiff import rewards
-                from deradiff.pipelines import device_called
+                from deradiff.sampling.devices import device_called
                 from deradiff.studio import scenes, server
                 from deradiff.studio.models import Machine
                 from deradiff.studio.sources import Sources
 
-                talking.pass_on_warnings()
+                terminal.pass_on_warnings()
                 if device_called(device) == "cpu":
                     _leave_a_core()
                 for name in reward or ():
@@ -110,7 +110,7 @@ def studio(
                 application = server.app(desk, start, library.resolve(), token, root)
             desk.warm_up(start)
             console.print("The studio is open; Ctrl-C closes it.")
-            talking.echo(access.link(listening, host, token, root))
+            terminal.echo(access.link(listening, host, token, root))
             server.serve(application, listening)
 
 

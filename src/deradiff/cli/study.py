@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deradiff.cli import talking
+from deradiff.cli import terminal
 
 app = typer.Typer(
     help="A preference study between methods of an experiment, in people's browsers.",
@@ -27,16 +27,16 @@ def plan(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new file.")],
 ) -> None:
     """Write a plan of a study that compares arms of an experiment, to be served as it is or changed first."""
-    with talking.refusing_wrong_input():
-        talking.require_writable("--out", out)
+    with terminal.refusing_wrong_input():
+        terminal.require_writable("--out", out)
         from deradiff.files.outputs import new_file
         from deradiff.study.plan import write_plan
         from deradiff.study.sources import drafted
 
-        talking.pass_on_warnings()
+        terminal.pass_on_warnings()
         with new_file(out) as temporary:
             temporary.write_text(write_plan(drafted(experiment, methods, out.parent)), encoding="utf-8")
-    talking.files([out])
+    terminal.files([out])
 
 
 @app.command()
@@ -56,9 +56,9 @@ def serve(
     ] = "",
 ) -> None:
     """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
-    console = talking.LiteralConsole(stderr=True)
-    with talking.refusing_wrong_input():
-        from deradiff import access
+    console = terminal.LiteralConsole(stderr=True)
+    with terminal.refusing_wrong_input():
+        from deradiff.servers import access
 
         access.require_token(host, token)
         root = access.require_root(root_path)
@@ -68,11 +68,11 @@ def serve(
 
         planned = read_plan(file)
         with access.bound(host, port) as listening, taken(out, "a study"):
-            with talking.stages(console) as report:
+            with terminal.stages(console) as report:
                 votes = tiles.ready(out, planned, file.parent, lambda done, total: report("images", done, total, ""))
             with votes, suppress(KeyboardInterrupt):
                 console.print("The study is open; Ctrl-C closes it, and the same command opens it again.")
-                talking.echo(access.link(listening, host, token, root))
+                terminal.echo(access.link(listening, host, token, root))
                 server.serve(server.app(votes, token, root), listening)
 
 
@@ -85,12 +85,12 @@ def export(
     ] = None,
 ) -> None:
     """Write a table of all votes so far, a row for every answer. Participants are numbers."""
-    with talking.refusing_wrong_input():
+    with terminal.refusing_wrong_input():
         from deradiff.files.outputs import new_file, replaced
         from deradiff.study import ballots
         from deradiff.study.votes import plan_of
 
-        talking.require_writable("--out", out)
+        terminal.require_writable("--out", out)
         votes = ballots.read(folder, plan_of(folder))
         if out is not None:
             with new_file(out) as temporary:
@@ -98,7 +98,7 @@ def export(
         else:
             with replaced(folder, "votes", ["votes.csv"]) as inside:
                 ballots.write_csv(votes, inside / "votes.csv")
-    talking.files([out or folder / "votes.csv"])
+    terminal.files([out or folder / "votes.csv"])
 
 
 @app.command()
@@ -109,12 +109,12 @@ def analyse(
     ],
 ) -> None:
     """Count the votes so far: shares, intervals and sign tests, over all and by configuration, with figures."""
-    with talking.refusing_wrong_input(), talking.LiteralConsole(stderr=True).status("Counting and drawing …"):
+    with terminal.refusing_wrong_input(), terminal.LiteralConsole(stderr=True).status("Counting and drawing …"):
         from deradiff.study import analysis, ballots, report
         from deradiff.study.votes import plan_of
 
         planned = plan_of(folder)
         found = analysis.analysed(planned, ballots.read(folder, planned))
         files = report.write(found, out)
-    talking.echo(report.summary_of(found))
-    talking.files(files)
+    terminal.echo(report.summary_of(found))
+    terminal.files(files)

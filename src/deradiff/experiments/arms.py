@@ -8,10 +8,10 @@ from typing import Annotated, Any, Final, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation
 from deradiff.files.plans import Part, Several
-from deradiff.notation import plain
-from deradiff.realignment import lam_for_beta
+from deradiff.sampling.realignment import lam_for_beta
+from deradiff.sweep import notation
+from deradiff.sweep.notation import plain
 
 ALL: Final = "all"
 """Written in place of a list of names."""

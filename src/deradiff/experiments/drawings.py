@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from deradiff import notation
+from deradiff.algorithm.schedules import Schedule
 from deradiff.experiments.arms import Arm, NoiseOptimization
 from deradiff.experiments.plan import Plan, Sampling
-from deradiff.schedules import Schedule
+from deradiff.sweep import notation
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation
 from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
 from deradiff.files import plans
 from deradiff.files.plans import Name, Part, Several
-from deradiff.pipelines import SCHEDULERS, require_both_sides
+from deradiff.sweep import notation
+from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
 
 DIGITS = "digits"
 """The source of prompts for the digits model."""
@@ -193,9 +193,9 @@ def _require_score(name: str) -> None:
 
 
 def _require_extractor(name: str) -> None:
-    from deradiff.measures.features import EXTRACTORS, DigitsExtractor
+    from deradiff.measures.features import COMPUTED, EXTRACTORS
 
-    known = (*EXTRACTORS, DigitsExtractor.name)
+    known = (*EXTRACTORS, *COMPUTED)
     if name.partition("=")[0] not in known:
         raise ValueError(f"there is no feature extractor {name!r}: choose among {', '.join(known)}")
 

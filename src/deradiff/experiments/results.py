@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
 from deradiff.experiments.store import Store, ToldRecord
-from deradiff.ledger import RunWeights
-from deradiff.weights import Verdict, verdict
 
 Table = Float[np.ndarray, "prompt seed"]
 

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deradiff.experiments.crews import Crew, Todo, work
 from deradiff.experiments.drawings import Cell, Drawing, cells
+from deradiff.experiments.executors import Crew, Todo, work
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
 from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
-from deradiff.jobs import Report
-from deradiff.truncation import Cut, PromptCut
+from deradiff.sampling.truncation import Cut, PromptCut
+from deradiff.sweep.jobs import Report
 
 SCORED_TOGETHER = 64
 """Images that a scorer is given at a time."""

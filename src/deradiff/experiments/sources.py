@@ -13,7 +13,7 @@ from pydantic import Field
 from deradiff.alignment.prompts import load_prompts
 from deradiff.experiments.plan import DIGITS, Plan, Prompts
 from deradiff.files.reading import Record, text_of
-from deradiff.pipelines import anchor_source, require_on_hub
+from deradiff.sweep.pipelines import anchor_source, require_on_hub
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
 

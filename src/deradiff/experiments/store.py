@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from deradiff.algorithm.path_weights import Obstacle
 from deradiff.files import databases
 from deradiff.files.folders import contents
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record, fit, parse
 from deradiff.files.writing import whole
-from deradiff.ledger import Obstacle
 
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from deradiff import pictures, sweeps
 from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan
 from deradiff.files.images import read_rgb
 from deradiff.files.records import CHUNK
-from deradiff.jobs import reproducible
-from deradiff.libraries import relay
-from deradiff.pictures import NotFinite
-from deradiff.prompt_embeddings import Remembering
-from deradiff.truncation import cuts
+from deradiff.sampling import pictures
+from deradiff.sampling.pictures import NotFinite
+from deradiff.sampling.truncation import cuts
+from deradiff.sweep.drawing import Shot, attempts, attempts_by_particles, require_heeded, require_size
+from deradiff.sweep.jobs import reproducible
+from deradiff.sweep.library_messages import relay
+from deradiff.sweep.prompt_embeddings import Remembering
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Worker:
     def _realigned(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         first = drawings[0]
         pipe = self._pipe(first)
-        shots = [sweeps.Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
+        shots = [Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
         names = self._dial.anchors if self._dial is not None else ()
         lams = [drawing.dial(names) if names else 0.0 for drawing in drawings]
         given = {name: getattr(first.sampling, name) for name in ("negative_prompt", "height", "width")}
@@ -153,12 +154,12 @@ class Worker:
         if self._dial is None:
             return _plainly(pipe, drawings, call)
         if first.kind == "particles":
-            drawn = sweeps.attempts_by_particles(
+            drawn = attempts_by_particles(
                 pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=self.plan.batch_size,
                 particles=first.particles, **call,
             )  # fmt: skip
         else:
-            drawn = sweeps.attempts(
+            drawn = attempts(
                 pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=len(drawings), **call
             )
         by_place: dict[int, Attempt] = {shot.column: (image, _told(told)) for shot, image, told in drawn}
@@ -166,7 +167,7 @@ class Worker:
 
     def _guidance(self, drawing: Drawing) -> float | None:
         """The guidance scale, None for the pipeline's own."""
-        from deradiff.pipelines import usual_guidance
+        from deradiff.sweep.pipelines import usual_guidance
 
         chosen = drawing.sampling.guidance_scale
         return usual_guidance(self.plan.reference) if chosen is None else chosen
@@ -212,7 +213,7 @@ class Worker:
         return pipe
 
     def _loaded(self, source: str) -> Any:
-        from deradiff.pipelines import DTYPES, load_pipeline
+        from deradiff.sweep.pipelines import DTYPES, load_pipeline
 
         pipe: Any = load_pipeline(
             source,
@@ -226,8 +227,8 @@ class Worker:
 
     def _take(self, pipe: Any, own: Any, drawing: Drawing) -> None:
         """Put the group's scheduler and anchors on the pipeline."""
-        from deradiff.pipelines import anchor_source, scheduler_like
-        from deradiff.realignment import realign
+        from deradiff.sampling.realignment import realign
+        from deradiff.sweep.pipelines import anchor_source, scheduler_like
 
         name = drawing.sampling.scheduler
         pipe.scheduler = type(own).from_config(own.config) if name is None else scheduler_like(own, name)
@@ -291,7 +292,7 @@ class Worker:
 
 def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Attempt]:
     """The reference alone, without a dial."""
-    sweeps.require_heeded(pipe, call)
+    require_heeded(pipe, call)
     negative = call.get("negative_prompt")
     if negative is not None:
         call = call | {"negative_prompt": [negative] * len(drawings)}
@@ -302,7 +303,7 @@ def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> li
         num_inference_steps=drawings[0].sampling.steps,
         **call,
     )
-    sweeps.require_size(pipe, drawn.images[0], call)
+    require_size(pipe, drawn.images[0], call)
     attempts: list[Attempt] = []
     for image, flaw, hidden, drawing in zip(drawn.images, drawn.flaws, drawn.blacked_out, drawings, strict=True):
         about = _cut(pipe, [drawing.prompt, negative]) | ({"blacked_out": True} if hidden else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,3 +27,24 @@ def reading_model(source: str | Path) -> Iterator[None]:
             f"the model {source} cannot be loaded: its configuration or its weights are not what its library expects "
             f"({type(error).__name__}: {' '.join(str(error).split()):.300}). Copy or download it again"
         ) from error
+
+
+def model_of(
+    name: str, model: str | Path | None, models: Collection[str], formulas: Collection[str], what: str
+) -> tuple[str, str | Path | None]:
+    """Read the name of a `what`, "KIND" or "KIND=MODEL", beside a `model` given apart: its kind, and the model or None.
+
+    `models` are the kinds that are models, `formulas` those that take none. Raises `ValueError` for an unknown kind, a
+    model for a formula, and two models.
+    """
+    kind, given, path = name.partition("=")
+    if given and model is not None:
+        raise ValueError(f"{name!r} names a model, and model={str(model)!r} another: pass one of them")
+    if given and not path:
+        raise ValueError(f"{name!r} names no model after the =: write {kind}=FOLDER, or {kind} alone")
+    chosen: str | Path | None = path if given else model
+    if kind in formulas and chosen is not None:
+        raise ValueError(f"{kind} is a formula and takes no model, but was given {str(chosen)!r}")
+    if kind not in formulas and kind not in models:
+        raise ValueError(f"there is no {what} {kind!r}: choose among {', '.join([*models, *formulas])}")
+    return kind, chosen

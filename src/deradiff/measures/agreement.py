@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from deradiff.weights import Estimate
+from deradiff.algorithm.estimates import Estimate
 
 __all__ = [
     "Agreement", "AgreementByLam", "Difference", "ErrorDistribution", "Scatter", "agreement_by_lam", "agreement_of",

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.measures.statistics import require_features
-from deradiff.weights import Estimate, mean
 
 __all__ = ["Diversity", "mean_pairwise_distance", "vendi_score"]
 

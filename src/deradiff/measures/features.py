@@ -7,15 +7,15 @@ cannot be compared.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.files.models import reading_model
+from deradiff.files.models import model_of, reading_model
 from deradiff.measures import inception
-from deradiff.notation import model_of
 from deradiff.rewards.clip import folder_of, require_weights
 from deradiff.rewards.pixels import (
     CLIP_MEAN,
@@ -26,10 +26,8 @@ from deradiff.rewards.pixels import (
     normalized,
     resized_in_levels,
 )
-from deradiff.worlds.digits import classifier
-from deradiff.worlds.digits.data import SIZE
 
-__all__ = ["EXTRACTORS", "Extractor", "load"]
+__all__ = ["COMPUTED", "EXTRACTORS", "Extractor", "load"]
 
 BATCH = 16
 """Images that are prepared and go through a network at a time; of 1024 x 1024 pixels they take about 1 GB meanwhile."""
@@ -83,26 +81,6 @@ def parts_of(images: Images) -> Iterator[Images]:
         raise ValueError("there are no images to extract features of")
     for start in range(0, len(images), BATCH):
         yield images[start : start + BATCH]
-
-
-class DigitsExtractor:
-    """What the digits' own classifier sees, 256 numbers in [0, 1]: the ink at 16 x 16, the shape of the handwriting.
-
-    Colours are not in it: a model that has settled on one ink is as diverse as before.
-    """
-
-    name = "digits"
-
-    def __call__(self, images: Images) -> Float[Tensor, "image 256"]:
-        """The features of `images` of 32 x 32 pixels. Raises `ValueError` for no images, and for others."""
-        found = []
-        for part in parts_of(images):
-            for pictures in batches(part, torch.device("cpu")):
-                height, width = pictures.shape[-2:]
-                if (height, width) != (SIZE, SIZE):
-                    raise ValueError(f"pictures of {height} x {width} pixels: the digits are {SIZE} x {SIZE}")
-                found.append(classifier.features(classifier.recover_ink_map(pictures.detach().float())))
-        return torch.cat(found)
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -197,7 +175,10 @@ EXTRACTORS: dict[str, Callable[[str | Path | None, torch.device, torch.dtype], N
     "dinov2": load_dinov2,
     "clip": load_clip,
 }
-"""Extractors that are networks, by name; "digits" is a formula."""
+"""Extractors that are networks, by name: what loads one from `(model, device, dtype)`."""
+
+COMPUTED: dict[str, str] = {"digits": "deradiff.worlds.digits.extractor:DigitsExtractor"}
+"""Extractors that are formulas, by name: the class."""
 
 
 def load(
@@ -207,19 +188,20 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Extractor:
-    """The extractor of that name: one of `EXTRACTORS`, or "digits".
+    """The extractor of that name: one of `EXTRACTORS`, or one of `COMPUTED`.
 
     `model` is a folder or a hub id to load instead of the published one (for "inception", the weights' file or its
     folder); `load("dinov2=FOLDER")` is short for it. Parameters are frozen, on `device` (the CPU if None) in `dtype`
     (float32 if None).
 
-    Raises `ValueError` for an unknown name, or a `model` for "digits".
+    Raises `ValueError` for an unknown name, or a `model` for a formula.
     """
-    kind, chosen = model_of(name, model, EXTRACTORS, (DigitsExtractor.name,), "extractor")
-    if kind == DigitsExtractor.name:
-        return DigitsExtractor()
+    kind, chosen = model_of(name, model, EXTRACTORS, COMPUTED, "extractor")
+    if kind in COMPUTED:
+        extractor: Extractor = resolve_name(COMPUTED[kind])()
+        return extractor
     place = torch.device("cpu" if device is None else device)
-    extractor = EXTRACTORS[kind](chosen, place, torch.float32 if dtype is None else dtype)
+    network = EXTRACTORS[kind](chosen, place, torch.float32 if dtype is None else dtype)
     if chosen is not None:
-        extractor.name = f"{kind}={chosen}"  # features of one model are not to be taken for another's
-    return extractor
+        network.name = f"{kind}={chosen}"  # features of one model are not to be taken for another's
+    return network

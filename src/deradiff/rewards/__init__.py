@@ -1,16 +1,15 @@
 """Scores of (image, prompt). One file each, one protocol; `load` finds them by name."""
 
-import importlib
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from pkgutil import resolve_name
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.notation import model_of
+from deradiff.files.models import model_of
 from deradiff.rewards.pixels import Images
 
 __all__ = ["COMPUTED", "LEARNED", "Images", "PictureReward", "Reward", "load", "named"]
@@ -41,24 +40,24 @@ class PictureReward(Reward, Protocol):
         ...
 
 
-LEARNED: dict[str, tuple[str, str]] = {
-    "pickscore": ("pickscore", "load"),
-    "hps-v2.0": ("hps", "load_v2_0"),
-    "hps-v2.1": ("hps", "load_v2_1"),
-    "clip": ("clip", "load"),
-    "aesthetic": ("aesthetic", "load"),
-    "image-reward": ("image_reward", "ImageReward.load"),
+LEARNED: dict[str, str] = {
+    "pickscore": "deradiff.rewards.pickscore:load",
+    "hps-v2.0": "deradiff.rewards.hps:load_v2_0",
+    "hps-v2.1": "deradiff.rewards.hps:load_v2_1",
+    "clip": "deradiff.rewards.clip:load",
+    "aesthetic": "deradiff.rewards.aesthetic:load",
+    "image-reward": "deradiff.rewards.image_reward:ImageReward.load",
 }
-"""Rewards that are models: the module, and what in it loads one from `(model, device, dtype)`."""
+"""Rewards that are models: what loads one from `(model, device, dtype)`."""
 
-COMPUTED: dict[str, tuple[str, str]] = {
-    "digits": ("digits", "DigitsReward"),
-    "bold": ("digits", "BoldReward"),
-    "ink": ("digits", "InkReward"),
-    "legible": ("digits_captions", "LegibleReward"),
-    "colours": ("digits_captions", "ColourReward"),
+COMPUTED: dict[str, str] = {
+    "digits": "deradiff.worlds.digits.rewards:DigitsReward",
+    "bold": "deradiff.worlds.digits.rewards:BoldReward",
+    "ink": "deradiff.worlds.digits.rewards:InkReward",
+    "legible": "deradiff.worlds.digits.caption_rewards:LegibleReward",
+    "colours": "deradiff.worlds.digits.caption_rewards:ColourReward",
 }
-"""Rewards for the digits, which are formulas: the module, and the class."""
+"""Rewards that are formulas: the class. Those here know the digits."""
 
 
 def load(
@@ -78,9 +77,10 @@ def load(
     """
     kind, chosen = named(name, model)
     if kind in COMPUTED:
-        return _found(*COMPUTED[kind])()
+        formula: PictureReward = resolve_name(COMPUTED[kind])()
+        return formula
     place = torch.device("cpu" if device is None else device)
-    reward = _found(*LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
+    reward: PictureReward = resolve_name(LEARNED[kind])(chosen, place, torch.float32 if dtype is None else dtype)
     if chosen is not None:
         reward.name = f"{kind}={chosen}"  # what was scored by one model is not to be taken for another's
     return reward
@@ -89,7 +89,3 @@ def load(
 def named(name: str, model: str | Path | None = None) -> tuple[str, str | Path | None]:
     """Which reward `load(name, model=model)` would load, and from where; raises what it raises about the two."""
     return model_of(name, model, LEARNED, COMPUTED, "reward")
-
-
-def _found(module: str, attribute: str) -> Any:
-    return attrgetter(attribute)(importlib.import_module(f"deradiff.rewards.{module}"))

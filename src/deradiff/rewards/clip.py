@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from deradiff.files.models import reading_model
 from deradiff.files.waiting import from_the_hub
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, clip_pixels, require_pairs
-from deradiff.truncation import watched
+from deradiff.sampling.truncation import watched
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """OpenCLIP ViT-H/14 of LAION-2B: weights, and the tokenizer that its descendants share."""

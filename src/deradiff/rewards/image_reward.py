@@ -21,7 +21,7 @@ from deradiff.rewards.aesthetic import LINEAR, rating_layers
 from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
 from deradiff.rewards.clip import folder_of
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, batches, clip_pixels, require_pairs, resized_shape
-from deradiff.truncation import watched
+from deradiff.sampling.truncation import watched
 
 IMAGE_REWARD = "THUDM/ImageReward"
 """The name that the authors' code asks for; the organisation now calls itself zai-org."""

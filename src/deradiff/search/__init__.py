@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deradiff.search import spaces as spaces
-    from deradiff.search.baseline import algorithm_2 as algorithm_2
     from deradiff.search.goals import Goal as Goal
     from deradiff.search.goals import Tables as Tables
     from deradiff.search.loop import Refused as Refused
@@ -28,11 +27,10 @@ _HOME = {
     "Goal": "deradiff.search.goals",
     "Refused": "deradiff.search.loop",
     "Tables": "deradiff.search.goals",
-    "algorithm_2": "deradiff.search.baseline",
     "maximise": "deradiff.search.loop",
     "run": "deradiff.search.running",
 }
-__all__ = ["Goal", "Refused", "Tables", "algorithm_2", "maximise", "run", "spaces"]
+__all__ = ["Goal", "Refused", "Tables", "maximise", "run", "spaces"]
 
 
 def __getattr__(name: str) -> Any:

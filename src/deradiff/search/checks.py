@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.search.goals import RECALL, VENDI, Goal
 from deradiff.search.readings import by_unit
-from deradiff.weights import Estimate, mean
 
 ERRORS = 2.0
 """Standard errors beyond which a difference counts."""

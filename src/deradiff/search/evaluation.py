@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
+from deradiff.algorithm.gaussian import IllConditionedMixture
 from deradiff.experiments import running
-from deradiff.experiments.crews import Crew
+from deradiff.experiments.executors import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Task
-from deradiff.gaussian import IllConditionedMixture
-from deradiff.jobs import Report
 from deradiff.search.goals import Tables
 from deradiff.search.loop import Refused
 from deradiff.search.readings import Unscored, by_unit, nearby, require_measured
 from deradiff.search.spaces import Point, Space
+from deradiff.sweep.jobs import Report
 
 
 class Laboratory:

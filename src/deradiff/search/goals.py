@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.notation import decimal
+from deradiff.sweep.notation import decimal
 
 PATH_KL = "path-kl"
 RECALL, VENDI, DISTANCE = "recall", "vendi", "distance"

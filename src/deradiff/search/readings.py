@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from deradiff.algorithm.estimates import normalized
+from deradiff.algorithm.verdict import ENOUGH as FEW
+from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.measures.diversity import mean_pairwise_distance, vendi_score
 from deradiff.measures.precision_recall import squared_distances, squared_radii
 from deradiff.measures.statistics import require_features
 from deradiff.search.goals import DISTANCE, MEASURES, PATH_KL, RECALL, VENDI
-from deradiff.weights import ENOUGH as FEW
-from deradiff.weights import OBSTACLES, normalized
 
 ENOUGH = 0.5
 """The share of an arm's images that must have scores."""

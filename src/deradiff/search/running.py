@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff.experiments.crews import Crew
+from deradiff.experiments.executors import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting.picture_sheets import filled
 from deradiff.experiments.results import Results
@@ -23,7 +23,6 @@ from deradiff.files.outputs import replaced
 from deradiff.files.reading import Record
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
-from deradiff.jobs import Report
 from deradiff.search import figures
 from deradiff.search.answers import Best, Front
 from deradiff.search.checks import Check, check, nothing_to_check
@@ -31,7 +30,8 @@ from deradiff.search.evaluation import Laboratory
 from deradiff.search.goals import Goal, Tables
 from deradiff.search.loop import FRACTION, Refused, State, maximise
 from deradiff.search.spaces import Point, Space
-from deradiff.sheets import contact_sheet
+from deradiff.sweep.jobs import Report
+from deradiff.sweep.sheets import contact_sheet
 
 SHOWN = 6
 """Prompts on the sheet, and points of a front."""

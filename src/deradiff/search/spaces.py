@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from deradiff.algorithm.schedules import finite
 from deradiff.experiments.plan import Arm, Plan
-from deradiff.notation import plain
-from deradiff.schedules import finite
+from deradiff.sweep.notation import plain
 
 Point = tuple[float, ...]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from deradiff.schedules import Schedule
-from deradiff.studio import curves, words
+from deradiff.algorithm.schedules import Schedule
+from deradiff.studio import curves, html
 from deradiff.studio.library import Kept
 from deradiff.studio.session import record_of, refusal
 
@@ -71,7 +71,7 @@ class Annealing:
             kept = self.kept.save(name or "", schedule.to_dict())
         except (ValueError, OSError) as error:
             raise refusal(error) from None
-        return gr.update(choices=self.kept.names(), value=kept), "", words.status(f"Kept the curve as {kept}")
+        return gr.update(choices=self.kept.names(), value=kept), "", html.status(f"Kept the curve as {kept}")
 
     def delete(self, name: str | None) -> tuple[Any, ...]:
         """Forget a curve that was kept."""
@@ -79,7 +79,7 @@ class Annealing:
             self.kept.delete(name or "")
         except (ValueError, OSError) as error:
             raise refusal(error) from None
-        return gr.update(choices=self.kept.names(), value=None), gr.skip(), words.status(f"Deleted the curve {name}")
+        return gr.update(choices=self.kept.names(), value=None), gr.skip(), html.status(f"Deleted the curve {name}")
 
     def _changed(self, schedule: Schedule | None, curve: Any) -> Changed:
         present = _read(curve)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-from deradiff.schedules import ROUNDING, Power, Schedule, Sigmoid, Spline, Step, finite
+from deradiff.algorithm.schedules import ROUNDING, Power, Schedule, Sigmoid, Spline, Step, finite
 
 MOST_POINTS = 24
 MOST_STEPS = 200

@@ -12,16 +12,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from deradiff import posteriors, sweeps
-from deradiff.dial import Dial
-from deradiff.ledger import joined
-from deradiff.mixing import denoised
-from deradiff.pictures import upcast
-from deradiff.reuse import Reuse
+from deradiff.algorithm import posteriors
+from deradiff.algorithm.path_weights import joined
+from deradiff.algorithm.step import denoised
+from deradiff.algorithm.verdict import verdict
 from deradiff.rewards import PictureReward
-from deradiff.settings import Column, Settings, Shot, call_of, file_name
+from deradiff.sampling.dial import Dial
+from deradiff.sampling.pictures import upcast
+from deradiff.sampling.reuse import Reuse
 from deradiff.studio.jobs import Job
-from deradiff.weights import verdict
+from deradiff.sweep import drawing
+from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
 
 GLIMPSES = 0.15
 """The share of the time that glimpses may take."""
@@ -131,13 +132,13 @@ def draw(
     shots = [Shot(prompt, seed, column) for column in range(len(settings.columns))]
     lams = [column.dial() for column in settings.columns]
     found = list(
-        sweeps.sample(
+        drawing.sample(
             pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
             **call_of(settings),
         )
     )  # fmt: skip
     seconds = time.perf_counter() - begun
-    made = sweeps.made_of(settings, pipe, dial)
+    made = drawing.made_of(settings, pipe, dial)
     return [_drawn(settings, made, shot, image, told, seconds, preview) for shot, image, told in found]
 
 
@@ -170,7 +171,7 @@ def _scores(
 
 
 def _drawn(
-    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: sweeps.Told, seconds: float,
+    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: drawing.Told, seconds: float,
     preview: bool,
 ) -> Drawn:  # fmt: skip
     own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
@@ -181,7 +182,7 @@ def _drawn(
     if told.reused is not None and told.reused.error:
         words, kind = told.reused.words, "approximate"  # type: ignore[assignment]
     own_shot = Shot(shot.prompt, shot.seed, 0)
-    record = sweeps.about(own, own_shot, told) | made | {"settings": own.model_dump()}
+    record = drawing.about(own, own_shot, told) | made | {"settings": own.model_dump()}
     warned = tuple(cut.words for cut in told.cuts)
     if told.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
@@ -208,7 +209,7 @@ def judged(
     shots = [Shot(prompt, seed + i, 0) for i in range(JUDGED)]
     lams = [settings.columns[0].dial()]
     found = list(
-        sweeps.sample(
+        drawing.sample(
             pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
             **call_of(settings),
         )

@@ -21,7 +21,7 @@ from pydantic import BaseModel, StrictInt, StringConstraints, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deradiff.serving import VISITOR, Message, Receive, Scope, Send, path_below, replayed, without_values
+from deradiff.servers.gate import VISITOR, Message, Receive, Scope, Send, path_below, replayed, without_values
 from deradiff.studio.page import LARGEST_UPLOAD
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.dial import Dial
-from deradiff.pipelines import SCHEDULERS, anchor_source, device_called, scheduler_like
-from deradiff.realignment import realign
-from deradiff.settings import Settings
+from deradiff.sampling.devices import device_called
+from deradiff.sampling.dial import Dial
+from deradiff.sampling.realignment import realign
 from deradiff.studio.scenes import anchor_names
 from deradiff.studio.sources import Sources
-from deradiff.sweeps import loaded, place
+from deradiff.sweep.drawing import loaded, place
+from deradiff.sweep.pipelines import SCHEDULERS, anchor_source, scheduler_like
+from deradiff.sweep.settings import Settings
 
 RESERVE = 0.1
 """The share of memory that is kept free: below it models that nobody draws with are let go."""

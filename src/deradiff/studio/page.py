@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from deradiff.settings import Settings
-from deradiff.studio import curves, drawing, scenes, words
+from deradiff.studio import curves, drawing, html, scenes
+from deradiff.sweep.settings import Settings
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -188,7 +188,7 @@ def _front(start: Settings) -> dict[str, Any]:
             )
             for i in range(scenes.MOST_ANCHORS)
         ]  # fmt: skip
-        gr.HTML(words.SCALE, padding=True)
+        gr.HTML(html.SCALE, padding=True)
         meaning = gr.HTML(elem_id="meaning", padding=True)
     return {"prompt": prompt, "draw": draw, "cancel": cancel, "lams": lams, "meaning": meaning}
 
@@ -265,7 +265,7 @@ def _image() -> dict[str, Any]:
             None, type="filepath", format="png", label="Image", interactive=False, height=440, buttons=["fullscreen"],
             elem_id="picture", elem_classes="picture",
         ),
-        "status": gr.HTML(words.status("Loading …"), elem_classes="status", elem_id="status"),
+        "status": gr.HTML(html.status("Loading …"), elem_classes="status", elem_id="status"),
     }  # fmt: skip
     with gr.Row(elem_id="with-image"):
         made["download"] = gr.DownloadButton("Download the PNG", elem_id="download", interactive=False)
@@ -302,7 +302,7 @@ def _strip() -> dict[str, Any]:
 
 def _comparison() -> dict[str, Any]:
     return {
-        "sides": gr.HTML(words.sides(None, None), elem_id="sides"),
+        "sides": gr.HTML(html.sides(None, None), elem_id="sides"),
         "comparison": gr.ImageSlider(
             None, type="filepath", format="png", label="A on the left, B on the right; drag the divider",
             interactive=False, elem_id="comparison", elem_classes="comparison", max_height=480,

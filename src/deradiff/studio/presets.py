@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deradiff.schedules import Power
-from deradiff.settings import Settings
+from deradiff.algorithm.schedules import Power
 from deradiff.studio.scenes import scene
+from deradiff.sweep.settings import Settings
 
 SDXL, SDXL_DPO = "stabilityai/stable-diffusion-xl-base-1.0", "mhdang/dpo-sdxl-text2image-v1"
 

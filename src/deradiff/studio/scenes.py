@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
-from deradiff import notation
-from deradiff.pipelines import SCHEDULERS, known_beta
-from deradiff.schedules import Schedule, finite
-from deradiff.settings import Column, Settings
+from deradiff.algorithm.schedules import Schedule, finite
 from deradiff.studio import curves
+from deradiff.sweep import notation
+from deradiff.sweep.pipelines import SCHEDULERS, known_beta
+from deradiff.sweep.settings import Column, Settings
 
 LONGEST_PROMPT = 2000
 """Characters. Text encoders read 77 to 512 tokens; what is longer is a mistake."""

@@ -6,12 +6,12 @@ import os
 import secrets
 from pathlib import Path
 
-from deradiff.access import HEADERS as EVERYWHERE
-from deradiff.access import Admission
-from deradiff.settings import Settings
-from deradiff.studio.desk import Desk
+from deradiff.servers.access import HEADERS as EVERYWHERE
+from deradiff.servers.access import Admission
+from deradiff.studio.image_requests import Desk
 from deradiff.studio.models import Machine, Models
 from deradiff.studio.sources import Sources
+from deradiff.sweep.settings import Settings
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
@@ -21,8 +21,8 @@ try:
     from fastapi import FastAPI
     from starlette.responses import PlainTextResponse, Response
 
-    from deradiff.connections import serve
-    from deradiff.serving import Gate
+    from deradiff.servers.connections import serve
+    from deradiff.servers.gate import Gate
     from deradiff.studio import guard, page
 except ImportError as error:
     raise ImportError(

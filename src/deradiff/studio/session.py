@@ -10,13 +10,13 @@ from typing import Any
 
 import gradio as gr
 
-from deradiff.pipelines import known_beta
-from deradiff.serving import without_values
-from deradiff.settings import Settings
-from deradiff.studio import scenes, words
-from deradiff.studio.desk import Desk, Loading, Waiting
+from deradiff.servers.gate import without_values
+from deradiff.studio import html, scenes
+from deradiff.studio.image_requests import Desk, Loading, Waiting
 from deradiff.studio.jobs import Cancelled
 from deradiff.studio.page import Controls, Dial, View
+from deradiff.sweep.pipelines import known_beta
+from deradiff.sweep.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Session:
         """What the λ of `settings` are, in words."""
         single, annealed = len(settings.anchors) == 1, settings.columns[0].schedule is not None
         return "".join(
-            words.meaning(lam, known_beta(source), None if single else name, annealed)
+            html.meaning(lam, known_beta(source), None if single else name, annealed)
             for lam, (name, source) in zip(scenes.strengths(settings), settings.anchors.items(), strict=True)
         )
 
@@ -65,9 +65,9 @@ class Session:
         try:
             for what in news:
                 if isinstance(what, Waiting):
-                    yield {status: words.status(f"Waiting: {what.ahead} before this one")}
+                    yield {status: html.status(f"Waiting: {what.ahead} before this one")}
                 elif isinstance(what, Loading):
-                    yield {status: words.status(f"Loading {what.reference} …")}
+                    yield {status: html.status(f"Loading {what.reference} …")}
                 else:
                     yield what
         except Cancelled as stopped:
@@ -75,16 +75,16 @@ class Session:
                 shown = data[self.view.shown]
                 restored = {self.view.picture: shown["file"]} if shown and own else {}
                 last = " The last finished image is shown." if restored else ""
-                yield {status: words.status(f"Cancelled.{last}"), **restored}
+                yield {status: html.status(f"Cancelled.{last}"), **restored}
         except Exception as error:
             yield {status: self.said(error)}
 
     def said(self, error: Exception) -> str:
         """An error in words for the page; one that nobody expected is told in full in the terminal."""
         if isinstance(error, EXPECTED) or type(error).__module__.startswith("deradiff."):
-            return words.wrong(error)
+            return html.wrong(error)
         log.error("an image could not be drawn: %s", without_values(error))
-        return words.wrong(f"something went wrong ({type(error).__name__}); the terminal says more")
+        return html.wrong(f"something went wrong ({type(error).__name__}); the terminal says more")
 
 
 def refusal(error: Exception | str) -> gr.Error:

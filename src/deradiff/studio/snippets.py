@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from deradiff import notation
-from deradiff.notation import plain
-from deradiff.pipelines import SCHEDULERS, anchor_source
-from deradiff.settings import Settings, call_of
 from deradiff.studio import scenes
+from deradiff.sweep import notation
+from deradiff.sweep.notation import plain
+from deradiff.sweep.pipelines import SCHEDULERS, anchor_source
+from deradiff.sweep.settings import Settings, call_of
 
 
 def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from deradiff.pipelines import anchor_source
+from deradiff.sweep.pipelines import anchor_source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w./-]{0,150}\.safetensors)?")
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import gradio as gr
 
-from deradiff.settings import Settings
 from deradiff.studio import page, presets
 from deradiff.studio.annealing import Annealing
-from deradiff.studio.comparing import Comparing
-from deradiff.studio.desk import Desk
-from deradiff.studio.keeping import Keeping
+from deradiff.studio.comparisons import Comparing
+from deradiff.studio.image_requests import Desk
 from deradiff.studio.library import Kept
+from deradiff.studio.page_settings import Keeping
+from deradiff.studio.previews import Turning
 from deradiff.studio.session import Session
-from deradiff.studio.turning import Turning
+from deradiff.sweep.settings import Settings
 
 
 def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from deradiff import pages
+from deradiff.files import pages
 from deradiff.study.ballots import Ballot, mistakes
 from deradiff.study.plan import Plan
 from deradiff.study.preferences import Preference, counted, preference_of, votes_each

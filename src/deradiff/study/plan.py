@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff import notation
 from deradiff.files import plans
 from deradiff.files.plans import Part, Several
+from deradiff.sweep import notation
 
 TILES = 9
 """Images in a grid, three by three (AIG, A.4)."""

@@ -10,7 +10,7 @@ from typing import Any
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.report import draw
 from deradiff.files.outputs import replaced
-from deradiff.pages import counted
+from deradiff.files.pages import counted
 from deradiff.study import figures
 from deradiff.study.analysis import ALL, Analysis, Line
 from deradiff.study.preferences import Rate

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from deradiff.access import HEADERS as EVERYWHERE
-from deradiff.access import Admission, keyed
+from deradiff.servers.access import HEADERS as EVERYWHERE
+from deradiff.servers.access import Admission, keyed
 from deradiff.study.plan import ANSWERS, PAIR
 from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, Votes
 
@@ -25,8 +25,8 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException as Refusal
 
-    from deradiff.connections import serve
-    from deradiff.serving import Gate, keep
+    from deradiff.servers.connections import serve
+    from deradiff.servers.gate import Gate, keep
 except ImportError as error:
     raise ImportError(
         f"serving a study needs {error.name}, a part of the study extra: pip install 'deradiff[study]'"

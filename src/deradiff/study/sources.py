@@ -13,8 +13,8 @@ from deradiff.experiments import plan as experiments
 from deradiff.experiments.running import contents, cut_prompts
 from deradiff.experiments.store import Image, Store
 from deradiff.files.records import slug
+from deradiff.sampling.truncation import PromptCut
 from deradiff.study.plan import TILES, Configuration, Place, Plan, parse_plan
-from deradiff.truncation import PromptCut
 
 PAIRS = 20
 """Of a participant, where there are as many; about ten minutes."""

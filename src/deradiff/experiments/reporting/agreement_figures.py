@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from deradiff.experiments.reporting.agreement_pairs import COSINES, Compared, Study
-from deradiff.worlds.comparison_figures import ARMS, LOOK
+from deradiff.files.figure_styles import ARMS, LOOK
 
 RETRAINED, REFERENCE = "#222222", "#8A8A8A"
 ABSENT = "#EFEFEF"

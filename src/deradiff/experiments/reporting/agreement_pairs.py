@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from deradiff.algorithm.estimates import Estimate
 from deradiff.experiments.results import Pair, Results
 from deradiff.measures.agreement import HELD, RESAMPLES
-from deradiff.weights import Estimate
 
 COSINES = ("pickscore", "hps-v2.0", "hps-v2.1", "clip")
 """Scores in the papers' scale: cosines of normalised embeddings."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from deradiff.algorithm.estimates import Estimate
 from deradiff.experiments.reporting.agreement_pairs import Compared, Study
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.files.records import slug
-from deradiff.weights import Estimate
 
 SUMMARY = "Agreement of approximated and retrained models"
 

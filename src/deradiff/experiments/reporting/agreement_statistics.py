@@ -13,9 +13,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from deradiff.algorithm.verdict import TRUSTED
 from deradiff.experiments.reporting.agreement_figures import dressed, intervals, is_cosine, signed, unit
 from deradiff.experiments.reporting.agreement_pairs import Compared, Study
 from deradiff.experiments.reporting.agreement_verdicts import Judged
+from deradiff.files.figure_styles import KINDS, Style
 from deradiff.measures.agreement import (
     LIMITS,
     Agreement,
@@ -25,8 +27,6 @@ from deradiff.measures.agreement import (
     error_distribution,
     scatter_of,
 )
-from deradiff.weights import TRUSTED
-from deradiff.worlds.comparison_figures import KINDS, Style
 
 PARTS = {True: Style("λ ≤ 1", "#0072B2", "o"), False: Style("λ > 1", "#D55E00", "^")}
 """How pairs are drawn where predictions are interpolated, and where they are extrapolated."""

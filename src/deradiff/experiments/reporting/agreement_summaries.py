@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from deradiff.algorithm.verdict import TRUSTED
 from deradiff.experiments.reporting import agreement_figures, agreement_statistics
 from deradiff.experiments.reporting.agreement_pairs import Study
 from deradiff.experiments.reporting.agreement_rows import (
@@ -20,7 +21,6 @@ from deradiff.experiments.reporting.agreement_rows import (
 from deradiff.experiments.reporting.agreement_verdicts import Judged, counts
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
-from deradiff.weights import TRUSTED
 
 
 def table_1(results: Results, found: Sequence[Study]) -> Exhibit | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deradiff.algorithm.estimates import Estimate
+from deradiff.algorithm.verdict import TRUSTED, TRUSTING
 from deradiff.experiments.reporting.agreement_pairs import Compared, Study
 from deradiff.experiments.results import Results
-from deradiff.weights import TRUSTED, Estimate
-from deradiff.worlds.comparison_tables import TRUSTING
 
 JUDGEMENTS = ("right", "false alarm", "miss", "open")
 

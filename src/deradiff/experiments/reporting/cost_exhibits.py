@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deradiff import notation
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import unit
 from deradiff.experiments.reporting.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
@@ -17,6 +16,7 @@ from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.front_figures import STYLES, Bought, equal_cost, extrapolates
 from deradiff.experiments.results import Results, Table
 from deradiff.measures import non_dominated
+from deradiff.sweep import notation
 
 SECTION = "Cost"
 
@@ -224,7 +224,7 @@ def savings(results: Results) -> Iterator[Exhibit]:
     realigned = [arm for arm in results.of_method("realign") if not arm.particles]
     if not realigned:
         return
-    from deradiff.cost import PaperInputs, saved  # with all of diffusers
+    from deradiff.experiments.cost import PaperInputs, saved  # with all of diffusers
 
     targets = len({arm.target for arm in realigned if arm.target})
     hours = results.plan.report.alignment_gpu_hours

@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from deradiff.experiments.reporting.agreement_figures import dressed
 from deradiff.experiments.reporting.front_figures import BASE, LINES, WIDTH, graded, plain
+from deradiff.files.figure_styles import Style
 from deradiff.measures.spectral import Cloud
-from deradiff.worlds.comparison_figures import Style
 
 
 class Curve(NamedTuple):

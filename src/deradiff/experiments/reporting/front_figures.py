@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import dressed
 from deradiff.experiments.reporting.arm_series import Series
-from deradiff.worlds.comparison_figures import Style
+from deradiff.files.figure_styles import Style
 
 WIDTH = 11.0
 """Inches."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from deradiff import notation
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting import hacking_exhibits
 from deradiff.experiments.reporting.exhibits import Exhibit
@@ -25,6 +24,7 @@ from deradiff.experiments.reporting.picture_sheets import (
     uncurated,
 )
 from deradiff.experiments.results import Pair, Results
+from deradiff.sweep import notation
 
 GRID_SEEDS = 9
 """Images of a prompt in a grid (AIG, figures 13 to 16)."""

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from deradiff import notation
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.files.images import read_rgb
 from deradiff.files.records import slug
-from deradiff.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet
+from deradiff.sweep import notation
+from deradiff.sweep.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet
 
 SHEET_WIDTH = 2200
 """What a sheet may be wide in pixels before its images are reduced; they are never smaller than `SMALLEST_CELL`."""

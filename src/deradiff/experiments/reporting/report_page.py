@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from deradiff import pages
 from deradiff.experiments.plan import write_plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import IMAGE, Store
+from deradiff.files import pages
+from deradiff.files.pages import counted
 from deradiff.files.records import versions
-from deradiff.pages import counted
 
 if TYPE_CHECKING:
     from deradiff.experiments.reporting.report import Drawn

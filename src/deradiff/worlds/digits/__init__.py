@@ -2,7 +2,7 @@
 
 Everything ships with the package. The reference draws handwritten digits in colour from captions such as "a blue seven
 on yellow paper"; the anchors were aligned by Diffusion-DPO to prefer bold ink and vivid colours, from barely (large β)
-to beyond legibility (small β). `deradiff digits build` makes all of it again.
+to beyond legibility (small β). `python -m studies.digits build` makes all of it again.
 """
 
 from pathlib import Path

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from deradiff import pictures
-from deradiff.weights import Estimate, mean
+from deradiff.algorithm.estimates import Estimate, mean
+from deradiff.sampling import pictures
 from deradiff.worlds.digits.captions import parse, sample_prompts
 from deradiff.worlds.digits.classifier import features, read, recover_ink_map
 from deradiff.worlds.digits.data import INKS, PAPERS, render

@@ -1,0 +1,1 @@
+"""The papers' mathematics on tensors: it knows no pipeline."""

@@ -1,0 +1,298 @@
+"""What a realigned run leaves out, written down step by step: log weights, path divergence, implicit rewards.
+
+Algorithm 1 normalises every step on its own and so drops a factor that depends on `x_t`. Along any sampler that uses
+the mixed prediction, stochastic or not, the factor is known from predictions that are at hand (the geometric-average
+case of the Feynman-Kac correctors of Skreta et al. 2025, arXiv 2503.02819, applied to realignment):
+
+    d log W = -½ Σ_{i<j} w_i w_j ||ε_i - ε_j||² d log SNR
+
+Samples weighted with W follow `Π p_i^{w_i}`, the retrained model's distribution; Algorithm 1's own do not. `weights`
+turns these numbers into estimates and a verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
+
+import torch
+from diffusers import SchedulerMixin
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from deradiff.algorithm import posteriors
+from deradiff.algorithm.gaussian import Gaussian, geometric_mixture, kl
+from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
+from deradiff.algorithm.step import StepRecord, mixed, per_element
+
+Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
+"""Why the weights of a run have no model's distribution as their target; `weights.OBSTACLES` says it in words."""
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """What is known about one realigned run, per image. Made by `Dial.weights`.
+
+    Attributes:
+        log_weights: log W; 0 for an image at λ = 0 or 1.
+        log_ratios: `log p_i(path)/p_0(path)` of each anchor, from the noise actually drawn; empty where the sampler is
+            deterministic or multistep, or where a model was not evaluated at every step. Where the sampler is
+            `memoryless` this is the anchor's implicit reward divided by its β, up to a constant per prompt.
+        path_kl: what this path adds to the KL divergence between the paths of the realigned model and the reference's,
+            in nats; its mean is that divergence. None where the sampler is deterministic or multistep.
+        memoryless: whether the image forgets the noise it started from (η = 1).
+        lams: λ of each anchor and image at the last step.
+        obstacles: what keeps the weights from having an exact target.
+        predictions: how many predictions entered.
+    """
+
+    log_weights: Float[Tensor, " batch"]
+    log_ratios: Mapping[str, Float[Tensor, " batch"]]
+    path_kl: Float[Tensor, " batch"] | None
+    memoryless: bool
+    lams: Float[Tensor, "anchor batch"]
+    obstacles: frozenset[Obstacle]
+    predictions: int
+
+    def rows(self, index: Int[Tensor, " rows"] | slice) -> RunWeights:
+        """These images alone, as when a batch holds several λ."""
+        return replace(
+            self,
+            log_weights=self.log_weights[index],
+            log_ratios={name: ratio[index] for name, ratio in self.log_ratios.items()},
+            path_kl=None if self.path_kl is None else self.path_kl[index],
+            lams=self.lams[:, index],
+        )
+
+
+def joined(runs: Sequence[RunWeights]) -> RunWeights:
+    """Several runs of the same models and sampler as one, their images in order."""
+    first = runs[0]
+    names = [name for name in first.log_ratios if all(name in run.log_ratios for run in runs)]
+    paths = [run.path_kl for run in runs if run.path_kl is not None]
+    return replace(
+        first,
+        log_weights=torch.cat([run.log_weights for run in runs]),
+        log_ratios={name: torch.cat([run.log_ratios[name] for run in runs]) for name in names},
+        path_kl=torch.cat(paths) if len(paths) == len(runs) else None,
+        memoryless=all(run.memoryless for run in runs),
+        lams=torch.cat([run.lams for run in runs], 1),
+        obstacles=frozenset().union(*(run.obstacles for run in runs)),
+    )
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The models' outputs at one x_t, and how far apart they are."""
+
+    names: tuple[str, ...]
+    outputs: list[Tensor]
+    weights: Float[Tensor, "model #batch"]
+    distances: dict[tuple[int, int], Tensor]
+    """`||out_i - out_j||²` of every image."""
+    spread: Float[Tensor, " batch"]
+    """`Σ_{i<j} w_i w_j ||out_i - out_j||²`."""
+
+    @classmethod
+    def of(cls, step: StepRecord) -> _Evaluation:
+        outputs = [output[:, : step.sample.shape[1]].float() for output in step.predictions]
+        weights = step.weights.to(outputs[0].device, torch.float32)
+        distances, spread = {}, torch.zeros(len(step.sample), device=outputs[0].device)
+        for i, j in combinations(range(len(outputs)), 2):
+            distances[i, j] = (outputs[i] - outputs[j]).flatten(1).square().sum(1)
+            spread = spread + weights[i] * weights[j] * distances[i, j]
+        return cls(step.models, outputs, weights, distances, spread)
+
+    def from_mixture(self, k: int) -> Float[Tensor, " batch"]:
+        """`||Σ_j w_j out_j - out_k||²`, since the weights sum to one."""
+        away = sum(self.weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
+        return away - self.spread
+
+
+class Ledger:
+    """Writes down one run: `arrive` before a scheduler's step is taken, `leave` after it.
+
+    log W is integrated by the trapezoidal rule. The first half of an interval belongs to the predictions at its
+    beginning, its second half to those at its end; the last interval, to infinite SNR, is left out.
+
+    Attributes:
+        noisy: whether the sampler draws noise in every step and remembers none of the earlier ones.
+        ahead: where the coming step leads by `weight_clock`; None at the last step and where `noisy` is false.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins; the last one is forgotten."""
+        self._sums: dict[str, Tensor] = {}
+        self._evaluation: Any = None
+        self._clock = 0.0
+        self._paid = False
+        self._densities: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self.noisy = self._memoryless = self._has_paths = self._has_densities = True
+        self.ahead: float | None = None
+        self._obstacles: set[Obstacle] = set()
+        self._lams: Any = None
+        self._predictions = 0
+
+    def arrive(
+        self,
+        scheduler: SchedulerMixin,
+        step: StepRecord,
+        lams: Tensor,
+        guided: bool,
+        settings: Mapping[str, Any],
+        estimated: bool = False,
+    ) -> None:
+        """Predictions are in: close the interval that led here. Call before the scheduler's own step.
+
+        `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own;
+        `settings` shape the step's distribution (DDIM's `eta`); `estimated` says that some predictions were carried
+        over from earlier steps.
+        """
+        if estimated:
+            self._obstacles.add("reuse")
+        if guided:
+            self._obstacles.add("guidance")
+        if self._lams is not None and not torch.equal(lams, self._lams):
+            self._obstacles.add("annealing")
+        if not self._predictions and step.progress.steps > 0:
+            self._obstacles.add("partial")
+        evaluation, clock = _Evaluation.of(step), weight_clock(scheduler, step.log_snr)
+        if math.isnan(clock):
+            self._obstacles.add("unknown noise")
+        if self._evaluation is not None and math.isfinite(clock - self._clock) and clock > self._clock:
+            self.pay(clock)
+            self._add("log_weights", evaluation.spread, (self._clock - clock) / 2)
+        self._evaluation, self._clock, self._paid = evaluation, clock, False
+        self._lams = lams
+        self._predictions += 1
+        self._path(scheduler, step, settings)
+
+    def _path(self, scheduler: SchedulerMixin, step: StepRecord, settings: Mapping[str, Any]) -> None:
+        """What the coming step will add to the densities of the path."""
+        models, eta = self._evaluation.names, settings.get("eta", 0.0)
+        self._densities, self.ahead = None, None
+        if not posteriors.is_diffusion(scheduler, eta):
+            self.noisy = self._has_paths = self._has_densities = self._memoryless = False
+            if scheduler.config.get("stochastic_sampling"):
+                self._obstacles.add("renoising")
+            return
+        log_snr = next_log_snr(scheduler, step.at)
+        if log_snr is None:
+            return
+        self.ahead = weight_clock(scheduler, log_snr)
+        self._memoryless &= posteriors.memoryless(scheduler, eta)
+        self._has_densities &= len(models) == len(self._lams) + 1
+        self._has_paths &= models[0] == "reference"
+        if len(models) > 1 and self._has_paths:
+            if posteriors.affine(scheduler)[0]:
+                share = posteriors.share_of_noise(scheduler, eta)
+                elapsed = (self.ahead - self._clock) * ((1 + share**2) / (2 * share)) ** 2
+                self._densities = _diffusion(scheduler, step, self._evaluation, settings, elapsed)
+            else:
+                self._densities = _gaussians(scheduler, step, self._evaluation, settings)
+
+    def pay(self, until: float) -> None:
+        """Count the first half of the interval to the clock's `until`, once."""
+        if not self._paid:
+            self._add("log_weights", self._evaluation.spread, (self._clock - until) / 2)
+        self._paid = True
+
+    def leave(self, previous: Tensor) -> None:
+        """The step led to `previous`: add its part to the densities of the path (the last step has none)."""
+        if self._densities is not None:
+            for name, summand in self._densities(previous).items():
+                self._add(name, summand)
+
+    def select(self, parents: Int[Tensor, " batch"]) -> None:
+        """Row b goes on as a copy of row `parents[b]`, with all that is written down about it."""
+        self._sums = {name: total[parents] for name, total in self._sums.items()}
+
+    def detach(self) -> None:
+        """The run is over: keep what `result` needs, and no graph of a gradient."""
+        self._sums = {name: total.detach() for name, total in self._sums.items()}
+        self._densities = None
+        if self._evaluation is not None:
+            spread = self._evaluation.spread.detach()
+            self._evaluation = replace(self._evaluation, outputs=[], distances={}, spread=spread)
+
+    @property
+    def log_weights(self) -> Float[Tensor, " batch"]:
+        """log W so far."""
+        return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spread))
+
+    def result(self) -> RunWeights:
+        """What is known so far. Raises `RuntimeError` before the first step."""
+        if self._evaluation is None:
+            raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
+        nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")
+        sums = {name: total.cpu().double() for name, total in self._sums.items()}
+        ratios = {name.removeprefix("ratio "): total for name, total in sums.items() if name.startswith("ratio ")}
+        return RunWeights(
+            log_weights=sums.get("log_weights", nothing),
+            log_ratios=ratios if self._has_densities else {},
+            path_kl=sums.get("path_kl", nothing) if self._has_paths else None,
+            memoryless=self._memoryless,
+            lams=self._lams.expand(-1, len(nothing)),
+            obstacles=frozenset(self._obstacles),
+            predictions=self._predictions,
+        )
+
+    def _add(self, name: str, summand: Tensor, factor: float = 1.0) -> None:
+        before = self._sums.get(name)
+        self._sums[name] = summand * factor if before is None else before.add(summand, alpha=factor)
+
+
+def _diffusion(
+    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any], elapsed: float
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The densities of a step of a diffusion, by Girsanov's theorem with the noise `z` that the step will draw.
+
+        log p_i/p_0 = √(2 ΔH) (out_i - out_0)·z + ΔH (||out_mix - out_0||² - ||out_mix - out_i||²)
+
+    `elapsed` is ΔH, the step's length by `weight_clock`, times `((1 + η²)/2η)²`. The densities of the discrete step's
+    own Gaussians tend to the same, but from far: they overcount a step in which SNR grows by much, as the last but one
+    does in flow matching.
+    """
+    carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **settings)
+    outputs = evaluation.outputs
+    mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.weights)
+    from_reference = evaluation.from_mixture(0)
+
+    def at(previous: Tensor) -> dict[str, Tensor]:
+        noise = (previous.float() - mean) * math.copysign((2 * elapsed / variance) ** 0.5, gain)
+        found = {"path_kl": elapsed * from_reference}
+        for k, name in enumerate(evaluation.names[1:], 1):
+            along = ((outputs[k] - outputs[0]) * noise).flatten(1).sum(1)
+            found[f"ratio {name}"] = along + elapsed * (from_reference - evaluation.from_mixture(k))
+        return found
+
+    return at
+
+
+def _gaussians(
+    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any]
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The densities of a step that is not affine in the prediction: every model's Gaussian, written out."""
+    gaussians = [
+        posteriors.posterior(scheduler, prediction.float(), step.timestep, step.sample.float(), **settings)
+        for prediction in step.predictions
+    ]
+    gaussians = [Gaussian(mean, variance.expand_as(mean)) for mean, variance in gaussians]
+    means, variances = (torch.stack(part) for part in zip(*gaussians, strict=True))
+    mixture = geometric_mixture(means, variances, per_element(evaluation.weights, step.predictions))
+
+    def at(previous: Tensor) -> dict[str, Tensor]:
+        x = previous.float()
+        log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in gaussians]
+        found = {"path_kl": kl(mixture, gaussians[0])}
+        for k, name in enumerate(evaluation.names[1:], 1):
+            found[f"ratio {name}"] = log_densities[k] - log_densities[0]
+        return found
+
+    return at

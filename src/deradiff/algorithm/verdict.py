@@ -1,0 +1,330 @@
+"""How far can a realigned run be trusted? Weighted means beside plain ones, effective sample sizes, and a verdict.
+
+Algorithm 1's samples are off from the retrained model's by a weight that is known (`ledger`). Two numbers have to be
+read together. The *effective sample size* says whether the weighted mean can be believed; the *bias*, weighted minus
+plain mean, says how far off Algorithm 1 is, for that score. Even weights alone prove nothing: in a plane with four
+modes 89% of the samples were effective while the plain mean was off by a third (`studies.closed_forms`).
+
+Weights compare images of one prompt with one another, never those of different prompts: every prompt has a normaliser
+of its own. So everything here takes `groups`, the prompt of each image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from deradiff.algorithm.estimates import Estimate, mean, normalized, rows_of_groups
+from deradiff.algorithm.path_weights import Obstacle, RunWeights
+
+TRUSTED = 0.02
+"""A run is called trustworthy where its error is below this share of the whole shift, two standard errors included."""
+
+EVEN = 0.3
+"""The least share of effective samples at which a weighted mean is believed (`studies.closed_forms` shows why)."""
+
+ENOUGH = 8.0
+"""Effective images per prompt below which a weighted mean is mostly the bias of dividing by few weights."""
+
+OBSTACLES: dict[Obstacle, str] = {
+    "guidance": "guided predictions are no model's own, so no retrained model is the target (guidance scale 1 has one)",
+    "annealing": "λ changes along the run, and an annealed λ has no retrained model as its target",
+    "partial": "the run starts inside the schedule, from an image: what that image held is not resampled",
+    "renoising": "this scheduler's stochastic step noises its estimate anew each time and is no discretised diffusion; "
+    "FlowMatchSDEScheduler is one",
+    "unknown noise": "this scheduler does not tell its signal-to-noise ratio",
+    "reuse": "some predictions were estimated from earlier steps (reuse), and with them the weights",
+}
+
+
+TRUSTING = ("exact", "trust")
+"""The kinds of verdict that tell a person to believe the plain mean."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What weighting changes in the mean of a score.
+
+    `plain` is Algorithm 1's mean, `weighted` the retrained model's by the same samples, `bias` weighted minus plain
+    with a standard error of its own (the two share their samples). `covariance` predicts the weighted mean at first
+    order, `plain + Cov(score, log W)`, and `skewed` at second, with `½ κ₃(score, log W, log W)`: where exponentials are
+    hopeless they still point in the right direction. All within prompts, averaged over images.
+    """
+
+    plain: Estimate
+    weighted: Estimate
+    bias: Estimate
+    covariance: float
+    skewed: float
+    effective: float
+    """Effective images, summed over prompts."""
+    images: int
+    prompts: int
+
+    @property
+    def evenness(self) -> float:
+        """The share of effective images."""
+        return self.effective / self.images
+
+
+def compare(
+    scores: Float[Tensor, " score"], log_weights: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
+) -> Comparison:
+    """Plain and weighted mean of `scores`, with standard errors for the given prompts.
+
+    Raises `ValueError` for scores that are not as many as weights, or not finite.
+    """
+    if scores.shape != log_weights.shape or not bool(torch.isfinite(scores).all()):
+        raise ValueError(
+            f"a finite score for each of the {len(log_weights)} images is needed, got {len(scores)}, "
+            f"{int((~torch.isfinite(scores)).sum())} of them not finite"
+        )
+    f, w, logs = scores.double().cpu(), normalized(log_weights.cpu(), groups), log_weights.double().cpu()
+    images, rows = len(f), rows_of_groups(groups, len(f))
+    plain = weighted = covariance = third = effective = 0.0
+    variances = torch.zeros(3, dtype=torch.float64)
+    for index in rows:
+        x, v, n = f[index], w[index], len(index)
+        share, centred, away = n / images, x - x.mean(), x - v @ x
+        plain, weighted = plain + share * float(x.mean()), weighted + share * float(v @ x)
+        effective += float(1 / v.square().sum())
+        influences = torch.stack([centred, n * v * away, n * v * away - centred])
+        variances += share**2 * (influences.square().sum(1) / (n * (n - 1)) if n > 1 else math.nan)
+        log_w = logs[index] - logs[index].mean()
+        covariance += share * float((centred * log_w).sum() / (n - 1)) if n > 1 else math.nan
+        third += share * float((centred * log_w.square()).mean())
+    errors = variances.sqrt().tolist()
+    return Comparison(
+        plain=Estimate(plain, errors[0]),
+        weighted=Estimate(weighted, errors[1]),
+        bias=Estimate(weighted - plain, errors[2]),
+        covariance=plain + covariance,
+        skewed=plain + covariance + third / 2,
+        effective=effective,
+        images=images,
+        prompts=len(rows),
+    )
+
+
+# -- the verdict ------------------------------------------------------------------------------------------------------
+
+Kind = Literal["exact", "trust", "off", "depends", "unclear", "uneven", "few", "no target"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a realigned run can be trusted, for one score at one λ.
+
+    `kind` is "exact" (one model alone), "trust", "off" (use the weighted mean), "depends" (on the score; none is
+    given), "unclear" (more images would tell), "uneven" (use particles), "few" (images per prompt) or "no target".
+    `error` is the bias as a share of the shift from the reference, None where that shift is not known.
+    """
+
+    kind: Kind
+    words: str
+    score: str
+    comparison: Comparison
+    error: Estimate | None
+    path_kl: Estimate | None
+
+    def __str__(self) -> str:
+        return self.words
+
+    def record(self) -> dict[str, Any]:
+        """The verdict and its numbers as JSON; estimates as `[value, error]`, None for what is not known."""
+        compared = self.comparison
+        numbers = {
+            "plain": compared.plain, "weighted": compared.weighted, "bias": compared.bias, "error": self.error,
+            "path_kl": self.path_kl,
+        }  # fmt: skip
+        plain = {"covariance": compared.covariance, "skewed": compared.skewed, "effective": compared.effective}
+        return (
+            {"kind": self.kind, "words": self.words, "score": self.score}
+            | {"images": compared.images, "prompts": compared.prompts}
+            | {name: None if x is None else [_finite(x.value), _finite(x.error)] for name, x in numbers.items()}
+            | {name: _finite(x) for name, x in plain.items()}
+        )
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
+
+
+def verdict(
+    run: RunWeights,
+    scores: Float[Tensor, " image"] | None = None,
+    groups: Int[Tensor, " image"] | None = None,
+    *,
+    baseline: float | None = None,
+    name: str = "score",
+) -> Verdict:
+    """Judge a run at one λ.
+
+    Args:
+        run: `Dial.weights`, or `RunWeights.rows` of it where a batch holds several λ.
+        scores: a score of every image. By default the exponent `Σ λ_i log p_i/p_0` of the paths, which is the anchors'
+            implicit reward in units of β, or log W itself where the sampler is not memoryless.
+        groups: the prompt of every image, as an index; all the same by default.
+        baseline: the reference's own mean score (λ = 0), from which the shift is counted. Without it the shift is
+            estimated by `Cov(score, Σ λ_i log p_i/p_0)`, its first-order value, where the sampler is memoryless.
+        name: what the score is called in the words.
+
+    Raises:
+        ValueError: the images have different λ; see also `compare`.
+    """
+    lams = run.lams
+    if not bool((lams == lams[:, :1]).all()):
+        raise ValueError("the images of this run have different λ: judge run.rows(...) of one λ at a time")
+    alone = sorted({0.0, *lams[:, 0].tolist()}) in ([0.0], [0.0, 1.0]) and float(lams[:, 0].sum()) <= 1
+    exponent = _exponent(run)
+    if scores is not None:
+        given = name
+    elif exponent is not None:
+        scores, given = exponent, "implicit reward"
+    else:
+        scores, given = run.log_weights, "log W"
+    found = compare(scores, run.log_weights, groups)
+    spread = _within(run.log_weights, run.log_weights, groups) ** 0.5
+    shift = None
+    if baseline is not None:
+        shift = found.weighted.value - baseline
+    elif exponent is not None and given != "log W":
+        shift = _within(scores, exponent, groups)
+    error = None
+    if shift:
+        error = Estimate(found.bias.value / abs(shift), found.bias.error / abs(shift))
+
+    def judged(kind: Kind, words: str) -> Verdict:
+        path_kl = None if run.path_kl is None else mean(run.path_kl)
+        return Verdict(kind, words, given, found, error, path_kl)
+
+    if alone and "annealing" not in run.obstacles:
+        return judged("exact", "exact: one model alone, nothing is mixed")
+    if run.obstacles:
+        reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(run.obstacles))
+        drops = f". As a diagnostic, log W varies by {spread:.2g} within a prompt" if math.isfinite(spread) else ""
+        return judged("no target", f"no exact target: {reasons}{drops}")
+    per_prompt = found.effective / found.prompts
+    if found.images < ENOUGH * found.prompts:
+        each = found.images / found.prompts
+        return judged(
+            "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
+        )
+    if found.evenness < EVEN or per_prompt < ENOUGH:
+        return judged(
+            "uneven",
+            f"cannot tell: weights too uneven ({found.effective:.3g} of {found.images} effective), use particles",
+        )
+    if given == "log W":
+        if spread <= TRUSTED:
+            return judged("trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation")
+        return judged(
+            "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
+        )
+    if error is None:
+        return judged("depends", f"{given} is off by {found.bias}; its shift from the reference is not known")
+    if abs(error.value) + 2 * error.error <= TRUSTED:
+        return judged("trust", f"trust: {given} is off by {abs(error.value):.1%} of its shift or less")
+    if abs(error.value) > 2 * error.error:
+        return judged("off", f"{given} is off by about {abs(error.value):.0%} of its shift, use the weighted mean")
+    return judged(
+        "unclear",
+        f"off by {abs(error.value):.0%} ± {error.error:.0%} of the shift of the {given}: more images would tell",
+    )
+
+
+# -- other λ from the same run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A mean at another λ than the run's, estimated from the run: `effective` of its `images` carry it."""
+
+    mean: Estimate
+    effective: float
+    images: int
+
+
+def at_other_lam(
+    run: RunWeights,
+    scores: Float[Tensor, " image"],
+    lam: float | int | dict[str, float],
+    groups: Int[Tensor, " image"] | None = None,
+) -> Elsewhere:
+    """The retrained model's mean score at λ', from samples drawn at λ, by importance weights.
+
+    A path drawn at λ has the weight `W exp(Σ (λ'_i - λ_i) log p_i/p_0)` at λ'.
+
+    Raises:
+        ValueError: the sampler is not memoryless, so that the path ratios are no function of the image; λ' is not given
+            for exactly the anchors; or so few images are effective at λ' that the estimate would be noise.
+    """
+    if not run.memoryless or not run.log_ratios:
+        raise ValueError(
+            "other λ can be estimated from a memoryless run alone (DDPM, Euler ancestral, DDIM at η = 1) in which "
+            "every model was evaluated at every step (λ neither 0 nor 1)"
+        )
+    names = list(run.log_ratios)
+    wanted = lam if isinstance(lam, dict) else dict.fromkeys(names, float(lam))
+    if set(wanted) != set(names) or (len(names) > 1 and not isinstance(lam, dict)):
+        raise ValueError(f"λ must be given for exactly the anchors {names}, got {lam!r}")
+    log_weights = run.log_weights
+    for row, (anchor, ratio) in zip(run.lams, run.log_ratios.items(), strict=True):
+        log_weights = log_weights + (wanted[anchor] - row.to(ratio)) * ratio
+    found = compare(scores, log_weights, groups)
+    if found.evenness < EVEN / 2 or found.effective < ENOUGH * found.prompts:
+        raise ValueError(
+            f"λ = {lam} is too far from the run's own: {found.effective:.3g} of {found.images} images would carry the "
+            f"estimate. Choose a nearer λ, draw more images, or run it"
+        )
+    return Elsewhere(found.weighted, found.effective, found.images)
+
+
+def slope(
+    run: RunWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
+) -> dict[str, Estimate]:
+    """The derivative of the retrained model's mean score in each λ: `Cov_W(score, log p_i/p_0)`.
+
+    Raises `ValueError` as `at_other_lam` does.
+    """
+    if not run.memoryless or not run.log_ratios:
+        raise ValueError("the derivative in λ needs a memoryless run with every model evaluated, like `at_other_lam`")
+    weights, f = normalized(run.log_weights.cpu(), groups), scores.double().cpu()
+    found = {}
+    for anchor, ratio in run.log_ratios.items():
+        value = variance = 0.0
+        for index in rows_of_groups(groups, len(f)):
+            w, n, share = weights[index], len(index), len(index) / len(f)
+            product = (f[index] - w @ f[index]) * (ratio.cpu()[index] - w @ ratio.cpu()[index])
+            inside = w @ product
+            value += share * float(inside) * n / max(n - 1, 1)
+            variance += share**2 * float((n * w * (product - inside)).square().sum() / (n * max(n - 1, 1)))
+        found[anchor] = Estimate(value, variance**0.5)
+    return found
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _exponent(run: RunWeights) -> Tensor | None:
+    """`Σ λ_i log p_i/p_0` of every path, None where the sampler is not memoryless."""
+    if not run.memoryless or not run.log_ratios:
+        return None
+    return sum((row.to(ratio) * ratio for row, ratio in zip(run.lams, run.log_ratios.values(), strict=True)), 0)
+
+
+def _within(a: Tensor, b: Tensor, groups: Tensor | None) -> float:
+    """The covariance of `a` and `b` within prompts, averaged over images."""
+    total = 0.0
+    for index in rows_of_groups(groups, len(a)):
+        x, y = a.double().cpu()[index], b.double().cpu()[index]
+        total += (
+            float(((x - x.mean()) * (y - y.mean())).sum()) * len(x) / max(len(x) - 1, 1) if len(x) > 1 else math.nan
+        )
+    return total / len(a)

@@ -1,0 +1,413 @@
+"""The reference and its anchors, evaluated at one input.
+
+Every evaluation returns what the reference alone would return, with the predictions of M models *interleaved* along the
+batch: row r of the input becomes rows rM .. rM+M-1, one per model. A pipeline's own arithmetic (splitting the batch for
+classifier-free guidance, rescaling per sample, dropping learned variances) then acts on each model's rows separately.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import CpuOffload
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.operations import send_to_device
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from deradiff.algorithm.schedules import Lams
+from deradiff.anchors import Anchor
+from deradiff.anchors.adapters import adapter_layers, same_objects
+from deradiff.sampling.call_arguments import (
+    ATTENTION_KWARGS,
+    UNBATCHED,
+    distinct_images,
+    own_lists,
+    repeated,
+    rows_of,
+    timestep_argument,
+    without_scale,
+)
+from deradiff.sampling.reuse import AUTO, WEIGHTS, Reuse
+from deradiff.sampling.shared_settings import Mirror, UnmirroredState
+
+
+class Denoisers:
+    """The models of a mixture, reference first.
+
+    Models with full weights are evaluated one after the other. LoRA anchors share the reference's weights: they and the
+    reference go through one forward pass of a repeated batch, each row with its own adapter (PEFT's mixed batches), or
+    through one pass per model where `batched` is false or PEFT cannot (DoRA, LoKr, LoHa; a style LoRA active beside; a
+    model that changes the batch inside, as AnimateDiff's does).
+
+    Raises `ValueError` for a reference that is not told the timestep by one of its usual names.
+    """
+
+    def __init__(self, reference: Any, anchors: Sequence[Anchor], batched: bool = True):
+        self.reference, self.anchors, self.batched = reference, tuple(anchors), batched
+        self.names = ("reference", *(anchor.name for anchor in anchors))
+        # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
+        self._reference_call = reference._compiled_call_impl or reference._call_impl
+        self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
+        self._timestep = timestep_argument(type(reference), self._parameters)
+        self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
+        self.micro_batch: int | None = None
+        self._row_adapters: list[str] | None = None
+        self._row_scales: dict[str, Tensor] = {}
+        self._unscaled: dict[int, dict[str, float]] = {}
+        self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
+        self._configs: list[Any] = []
+        self._layers: list[Any] = []
+        self._handles = [
+            layer.register_forward_pre_hook(self._name_row_adapters, with_kwargs=True)
+            for _, layer in adapter_layers(reference)
+            if self._mixes_batches(layer)
+        ]
+
+    def begin(self) -> None:
+        """A run begins. Weights may have been loaded since the last one."""
+        self.forget_blend()
+        for mirror in self._mirrors.values():
+            mirror.begin()
+
+    def undo(self) -> None:
+        """Leave reference and anchors as they were found, and let go of them."""
+        for handle in self._handles:
+            handle.remove()
+        for mirror in self._mirrors.values():
+            mirror.undo()
+        for anchor in self.anchors:
+            if anchor.device is not None and anchor.module is not None:
+                anchor.module.to(self.reference.device)
+            anchor.unload(self.reference)
+        self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
+        self._mirrors, self._handles, self._configs, self._layers = {}, [], [], []
+        self.forget_blend()
+
+    def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The argument of a call to the denoiser: "input", its first one, the noisy latents, or "timestep"."""
+        position = 0 if name == "input" else self._parameters.index(self._timestep)
+        return args[position] if position < len(args) else kwargs[self._parameters[position]]
+
+    def predict(
+        self,
+        models: Sequence[int],
+        args: tuple,
+        kwargs: dict[str, Any],
+        blend: Mapping[int, Any] | None = None,
+        *,
+        share: int | None = None,
+    ) -> Any:
+        """Evaluate `models` (0 is the reference, k the k-th anchor) and interleave their predictions.
+
+        `blend` adds one more as the last, or alone where there are no `models`: the weight-interpolated model,
+        `Σ blend[k] θ_k`, a LoRA at scale `blend[k]`; a number each, or of LoRAs one per row. It is the first-order
+        approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
+
+        Where memory runs out, `micro_batch` is halved and the evaluation begins again. `share` is a number of images,
+        which guidance repeats along the batch: those whose inputs are all equal are evaluated once, as are those of a
+        sweep at its first step.
+
+        Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
+        """
+        self._make_ready()
+        rows = len(self.argument("input", args, kwargs))
+        batched = {key: value for key, value in kwargs.items() if key not in UNBATCHED}
+        if share and rows % share == 0 and blend is None:
+            chosen, back = distinct_images((args, batched), rows, share)
+            if len(chosen) < rows:
+                output = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
+                predictions = _tensor(output).unflatten(0, (-1, len(models)))
+                return _replaced(output, predictions[back.to(predictions.device)].flatten(0, 1))
+        while True:
+            try:
+                return self._predict_in_parts(models, args, kwargs, blend, rows)
+            except RuntimeError as error:
+                part = min(rows, self.micro_batch or rows)
+                if part == 1 or not should_reduce_batch_size(error) or self._splits_batches():
+                    raise
+                self.micro_batch = (part + 1) // 2
+            clear_device_cache(garbage_collection=True)
+
+    def _splits_batches(self) -> bool:
+        """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
+        return any("PAG" in type(one).__name__ for one in getattr(self.reference, "attn_processors", {}).values())
+
+    def _predict_in_parts(
+        self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
+    ) -> Any:
+        if self.micro_batch is None or rows <= self.micro_batch:
+            return self._predict(models, args, kwargs, blend)
+        if self._splits_batches():
+            raise UnmirroredState(
+                "perturbed-attention guidance takes the batch apart itself, which cannot be divided: set "
+                "dial.micro_batch = None and draw fewer images at a time"
+            )
+        parts = []
+        for start in range(0, rows, self.micro_batch):
+            chosen = slice(start, start + self.micro_batch)
+            some = {key: value if key in UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
+            parts.append(self._predict(models, rows_of(args, rows, chosen), some, rows_of(blend, rows, chosen)))
+        return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
+
+    def _predict(
+        self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
+    ) -> Any:
+        if blend is None:
+            return self._predict_models(models, args, kwargs)
+        between = self._predict_blend(blend, args, kwargs)
+        if not models:
+            return between
+        output = self._predict_models(models, args, kwargs)
+        predictions = _tensor(output).unflatten(0, (-1, len(models)))
+        return _replaced(output, torch.cat([predictions, _tensor(between)[:, None]], 1).flatten(0, 1))
+
+    def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+        adapters = [k for k in models if k and self.anchors[k - 1].adapter]
+        if len(models) > 1 and adapters and self._can_batch(models, kwargs):
+            try:
+                return self._predict_batched(models, args, kwargs)
+            except ValueError as error:
+                if "adapter_names" not in str(error):
+                    raise
+                self.batched = False
+        # What is on another device begins first, and works while the reference does.
+        elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
+        found = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
+        home = self.argument("input", args, kwargs).device
+        outputs = [found[model] for model in models]
+        if any(_tensor(output).device != home for output in outputs):
+            outputs = [_replaced(output, _tensor(output).to(home)) for output in outputs]
+        for model, output in zip(models, outputs, strict=True):
+            _require_finite(_tensor(output), self.names[model])
+        if len(models) == 1:
+            return outputs[0]
+        return _replaced(outputs[0], torch.stack([_tensor(output) for output in outputs], dim=1).flatten(0, 1))
+
+    def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        kwargs = own_lists(kwargs)
+        anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
+        with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
+            if any(a.module for a in anchors):
+                carrier, theta = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
+                output = torch.func.functional_call(carrier, theta, args, kwargs)
+            else:
+                output = self._reference_call(*args, **kwargs)
+        _require_finite(_tensor(output), "weight-interpolated model")
+        return output
+
+    @property
+    def blends_rows(self) -> bool:
+        """Whether the weight-interpolated model can have weights of its own in every row: LoRAs have scales."""
+        return all(anchor.adapter is not None for anchor in self.anchors) and all(
+            self._mixes_batches(layer) for _, layer in adapter_layers(self.reference)
+        )
+
+    def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
+        """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
+        if reuse is not None and method == "weights":
+            raise ValueError(
+                "interpolated weights are one model, with nothing to carry over: reuse is for method='mixture'"
+            )
+        carriers = (AUTO, WEIGHTS, *self.names)
+        if reuse is not None and reuse.carrier not in carriers:
+            raise ValueError(f"the carrier is one of {', '.join(carriers)}; got {reuse.carrier!r}")
+        if method != "weights" and (reuse is None or reuse.carrier != WEIGHTS):
+            return
+        if any(anchor.device is not None for anchor in self.anchors):
+            raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
+        if lams.images is not None and not self.blends_rows:
+            raise ValueError(
+                f"λ per image ({lams.images} of them) needs one model for each: interpolated weights are one for all, "
+                "unless the anchors are LoRAs. Use method='mixture', carried by the reference or an anchor"
+            )
+
+    def forget_blend(self) -> None:
+        """Drop the interpolated weights kept between steps (the models moved, or were cast)."""
+        self._blended = None
+
+    def load_style(self, *args: Any, **kwargs: Any) -> None:
+        """`load_lora_adapter` of the reference, beside LoRA anchors.
+
+        PEFT activates a denoiser's first LoRA and leaves later ones to `set_adapters`. The anchors' adapters, inactive
+        between steps, must not count as first: a person's own first LoRA is active as on a denoiser without anchors.
+        """
+        anchors = {anchor.adapter for anchor in self.anchors}
+        before = set(self.reference.peft_config)
+        type(self.reference).load_lora_adapter(self.reference, *args, **kwargs)
+        if before <= anchors:
+            styles = [name for name in self.reference.peft_config if name not in before]
+            for _, layer in adapter_layers(self.reference):
+                layer._active_adapter = [name for name in styles if name in layer.scaling]
+
+    @torch.compiler.disable
+    def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A module to run, and the parameters to run it with: kept while λ stays."""
+        modules: list[tuple[Any, float]] = [(anchor.module, weight) for anchor, weight in weights]
+        for anchor, _ in weights:
+            self._mirrors[anchor.name].sync()
+        if self._blended is None or self._blended[0] != weights:
+            parameters = [(dict(module.named_parameters()), weight) for module, weight in modules]
+            rest = 1 - sum(weight for _, weight in modules)  # LoRA anchors live on the reference's weights
+            blend = {}
+            for name, theta in self.reference.named_parameters():
+                if any(own[name] is not theta for own, _ in parameters):  # a style LoRA's are shared
+                    wide = rest * theta.float() + sum(weight * own[name].float() for own, weight in parameters)
+                    blend[name] = wide.to(theta.dtype)
+            self._blended = (weights, blend)
+        return modules[0][0], self._blended[1]
+
+    def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        kwargs = own_lists(kwargs)
+        if model == 0:
+            return self._reference_call(*args, **kwargs)
+        anchor = self.anchors[model - 1]
+        if anchor.module is not None:
+            self._mirrors[anchor.name].sync()
+            if anchor.device is not None:
+                args, kwargs = send_to_device((args, kwargs), anchor.device, non_blocking=True)
+            return anchor.module(*args, **kwargs)
+        with self._adapters_at({anchor.adapter: 1.0}, kwargs) as kwargs:
+            return self._reference_call(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _make_ready(self) -> None:
+        """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run.
+
+        And have no anchor's adapter active in the reference: PEFT activates one when `delete_adapters` deletes the last
+        active style.
+
+        Raises `UnmirroredState` for what cannot serve two models: sequential offload, a device_map, a step cache.
+        """
+        if getattr(self.reference, "is_cache_enabled", False):
+            raise UnmirroredState(
+                "a step cache is enabled on the denoiser (enable_cache): it would hand one model what it remembers of "
+                "another. Call pipe.transformer.disable_cache() to realign"
+            )
+        self._find_adapters()
+        ours = {anchor.adapter for anchor in self.anchors if anchor.adapter}
+        for layer in self._layers if ours else ():
+            if not ours.isdisjoint(layer.active_adapters):
+                layer.set_adapter([name for name in layer.active_adapters if name not in ours])
+        hook = getattr(self.reference, "_hf_hook", None)
+        if hook is None:
+            return
+        if not isinstance(hook, CpuOffload):
+            raise UnmirroredState(
+                f"the reference is placed by accelerate's {type(hook).__name__} (sequential offload or a device_map), "
+                "which cannot place an anchor beside it: use pipe.enable_model_cpu_offload() or "
+                "pipe.enable_group_offload(...) instead"
+            )
+        hook.pre_forward(self.reference)
+
+    def _find_adapters(self) -> None:
+        """Look for the layers with adapters around them anew where a LoRA came or went."""
+        configs = list(getattr(self.reference, "peft_config", {}).values())
+        if not same_objects(configs, self._configs):
+            self._configs, self._layers = configs, [layer for _, layer in adapter_layers(self.reference)]
+            self.forget_blend()
+
+    @contextmanager
+    def _adapters_at(self, scales: Mapping[str | None, Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Activate anchors' adapters, scaled, beside whatever style adapters are active; yields the call's `kwargs`.
+
+        A scale is a number, or a tensor of one for each row, which every layer brings into the shape of its input.
+
+        The LoRA scale that a pipeline hands over is for the styles. diffusers would scale all active adapters by it,
+        and an anchor at another scale is another model: it is taken out of `kwargs` and given to the styles here.
+        """
+        if not scales:
+            yield kwargs
+            return
+        if lost := [name for name in scales if name not in getattr(self.reference, "peft_config", {})]:
+            raise UnmirroredState(
+                f"the anchor's LoRA {lost[0]!r} is gone from the denoiser: unload_lora_weights() removes every LoRA, "
+                'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
+            )
+        kwargs, style_scale = without_scale(kwargs)
+        found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
+        try:
+            for layer in self._layers:
+                styles = [] if layer._disable_adapters else layer.active_adapters
+                layer._active_adapter, layer._disable_adapters = [*styles, *scales], False
+                for name, scale in (*((style, style_scale) for style in styles), *scales.items()):
+                    if name in layer.scaling and not isinstance(scale, Tensor):
+                        layer.scaling[name] *= scale
+            self._row_scales = {name: scale for name, scale in scales.items() if name and isinstance(scale, Tensor)}
+            self._unscaled = {id(layer): scaling for layer, (_, _, scaling) in zip(self._layers, found, strict=True)}
+            yield kwargs
+        finally:
+            self._row_scales = {}
+            for layer, (active, disabled, scaling) in zip(self._layers, found, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+                layer.scaling.update(scaling)
+
+    @torch.compiler.disable
+    def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
+        if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
+            return False
+        if any(set(kwargs.get(key) or {}) - {"scale"} for key in ATTENTION_KWARGS):
+            return False  # e.g. masks of an IP-Adapter, whose axes only their processor knows
+        return all(
+            self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in self._layers
+        )
+
+    def _mixes_batches(self, layer: Any) -> bool:
+        names = [anchor.adapter for anchor in self.anchors if anchor.adapter]
+        return isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
+
+    def _name_row_adapters(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        for name, scale in self._row_scales.items():
+            if name in layer.scaling:
+                (x,) = args[:1]
+                if len(x) != len(scale):
+                    raise UnmirroredState(
+                        f"a layer of this model sees {len(x)} rows of a batch of {len(scale)}: it has no LoRA scale "
+                        "for each image. Give all images one λ, or take another carrier than the interpolated weights"
+                    )
+                rows = scale.to(x.device, torch.float32).view(-1, *[1] * (x.ndim - 1))
+                layer.scaling[name] = self._unscaled[id(layer)][name] * rows
+        return None if self._row_adapters is None else (args, {**kwargs, "adapter_names": self._row_adapters})
+
+    def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+        rows, copies = len(self.argument("input", args, kwargs)), len(models)
+        args = repeated(args, rows, copies)
+        kwargs = {key: value if key in UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
+        self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
+        with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}, kwargs) as kwargs:
+            try:
+                output = self._reference_call(*args, **kwargs)
+            finally:
+                self._row_adapters = None
+        predictions = _tensor(output)
+        if not torch.isfinite(predictions).all():
+            for k, model in enumerate(models):
+                _require_finite(predictions[k::copies], self.names[model])
+        return output
+
+
+class NonFinitePrediction(FloatingPointError):
+    """A model predicted NaN or infinity. `model` names it."""
+
+    def __init__(self, model: str):
+        super().__init__(f"the prediction of the {model} contains NaN or infinity")
+        self.model = model
+
+
+@torch.compiler.disable
+def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> None:
+    if not torch.isfinite(prediction).all():
+        raise NonFinitePrediction(model)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0]  # a tuple, or a diffusers ModelOutput whose first field is the sample
+
+
+def _replaced(output: Any, prediction: Tensor) -> Any:
+    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)

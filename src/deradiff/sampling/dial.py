@@ -1,0 +1,478 @@
+"""The handle of a realigned pipeline: it answers for the denoiser, takes the scheduler's steps, and turns λ.
+
+Where calls are intercepted, and why there:
+
+- The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
+  `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
+- The scheduler by a subclass of its own class, given to that one instance (`adoption`); a scheduler that the pipeline
+  gets later is adopted at its first use. The pipeline likewise, for nothing but to know when a call begins and ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deradiff.algorithm.noise_levels import first, impacts, index_of, log_snr_at, progress_at, strengths
+from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.schedules import Lams, Schedule, parse_lam
+from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference
+from deradiff.algorithm.verdict import Verdict, verdict
+from deradiff.anchors import denoiser_of
+from deradiff.anchors.checks import unwrapped
+from deradiff.anchors.full_weights import DIAL
+from deradiff.sampling import blocked_methods
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.evaluation import Evaluation, wrong_count
+from deradiff.sampling.reuse import Bridge, Reuse, Reused, require_affine
+from deradiff.sampling.runs import Run, Runs
+from deradiff.sampling.scheduler_hook import adopt, adopt_pipeline, owner_of, release
+
+Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
+Method = Literal["mixture", "weights"]
+Where = Literal["auto", "prediction", "posterior"]
+
+_INTERCEPTED = (
+    "_call_impl",
+    "_compiled_call_impl",
+    "_apply",
+    "save_pretrained",
+    "load_lora_adapter",
+    "fuse_lora",
+    "fuse_qkv_projections",
+)
+"""Attributes of the denoiser's instance, in front of its class's own, while it is realigned."""
+
+
+_DISTILLED = ("guidance", "timestep_cond")
+"""What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
+
+
+class Dial:
+    """The handle of a realigned pipeline. Made by `realign`.
+
+    `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
+    context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
+    While `watching` is set, models without weight are evaluated as well: images stay what they are, and `weights` then
+    knows the path KL and the implicit reward of a single model too, at the price of the other models' evaluations.
+
+    Threads may draw at once with pipelines of their own around the denoiser, each attached and with its own scheduler.
+    Whatever is said of the present or last run is then of this thread's, or of any where this thread has drawn nothing.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        reference: nn.Module,
+        denoisers: Denoisers,
+        lams: Lams,
+        method: Method,
+        path: Where,
+        reuse: Reuse | None = None,
+    ):
+        self.method: Method = method
+        self.watching = False
+        self._lams, self._path = lams, path
+        self._reference, self._denoisers = reference, denoisers
+        self._runs = Runs()
+        self._own = threading.local()
+        self._pipes: list[weakref.ref[DiffusionPipeline]] = []
+        self._schedulers: list[SchedulerMixin] = []
+        self._removed = False
+        denoisers.require_blendable(lams, method, reuse)
+        self._reuse = reuse
+        self._intercept()
+        self.attach(pipe)
+
+    def __repr__(self) -> str:
+        anchors = {anchor.name: anchor.source for anchor in self._denoisers.anchors}
+        how = f"method={self.method!r}" if self._reuse is None else f"approximate: {self._reuse}"
+        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, {how})"
+
+    @property
+    def lam(self) -> Any:
+        """λ as it was set; see `realign`. Setting a bad value raises `ValueError` and leaves the old one in force.
+
+        What is read cannot be changed in place: lists and tensors come back as tuples. To change one λ, set them all.
+        """
+        return self._lams.raw
+
+    @lam.setter
+    def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
+        self._require_in_force()
+        lams = parse_lam(lam, self.anchors)
+        self._denoisers.require_blendable(lams, self.method, self._reuse)
+        self._lams = lams  # all that a thread in mid-image will see of this one
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """How predictions are carried over between steps; None, the default, evaluates all and is exact.
+
+        A new value counts from the next run. Raises `ValueError` for what `realign` refuses.
+        """
+        return self._reuse
+
+    @reuse.setter
+    def reuse(self, reuse: Reuse | int | None) -> None:
+        self._require_in_force()
+        reuse = Reuse.parse(reuse, None)
+        self._denoisers.require_blendable(self._lams, self.method, reuse)
+        if reuse is not None:
+            require_affine(self._scheduler, self._path)
+        self._reuse = reuse
+
+    @property
+    def reused(self) -> Reused | None:
+        """What reuse came to in the present or last run, its estimated error among it; None for exact runs."""
+        bridge = self._runs.shown.bridge
+        return None if bridge is None else bridge.result()
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The most recent step of the present or last run; None before the first."""
+        return self._runs.shown.last
+
+    @property
+    def population(self) -> Callable[..., Tensor] | None:
+        """What is handed every step of the runs in this thread, and may reorder its images (`particles`)."""
+        return getattr(self._own, "population", None)
+
+    @population.setter
+    def population(self, population: Callable[..., Tensor] | None) -> None:
+        self._own.population = population
+
+    @property
+    def blends_rows(self) -> bool:
+        """Whether interpolated weights can have a λ for each image: where all anchors are LoRAs."""
+        return self._denoisers.blends_rows
+
+    @property
+    def one_lam(self) -> bool:
+        """Whether every image of a batch has the same λ."""
+        return self._lams.images is None
+
+    @property
+    def micro_batch(self) -> int | None:
+        """How many rows of a batch the networks are given at a time; None for all. Results do not depend on it."""
+        return self._denoisers.micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, rows: int | None) -> None:
+        self._denoisers.micro_batch = rows
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The names of the anchors."""
+        return self._denoisers.names[1:]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The anchors that are denoisers of their own, by name; a LoRA is none. `realign` takes them as anchors too."""
+        return {anchor.name: anchor.module for anchor in self._denoisers.anchors if anchor.module is not None}
+
+    @property
+    def weights(self) -> RunWeights:
+        """What Algorithm 1 left out of the present or last run: log weights, path divergence, implicit rewards.
+
+        Raises `RuntimeError` before the first step, and for interpolated weights, which leave out something else.
+        """
+        if self.method == "weights":
+            raise RuntimeError("interpolated weights are one model, whose error has no weight: use method='mixture'")
+        return self._runs.shown.ledger.result()
+
+    def verdict(
+        self,
+        scores: Float[Tensor, " image"] | None = None,
+        groups: Int[Tensor, " image"] | None = None,
+        *,
+        baseline: float | None = None,
+        name: str = "score",
+    ) -> Verdict:
+        """How far the present or last run can be trusted, for a score of its images: see `weights.verdict`."""
+        return verdict(self.weights, scores, groups, baseline=baseline, name=name)
+
+    @property
+    def path(self) -> Space:
+        """Where the mixture is taken with the present scheduler: in mixed predictions or explicit posteriors."""
+        return space_of(self._scheduler, self._path)[0]
+
+    @property
+    def why(self) -> str:
+        """Why `path` is what it is, in words."""
+        return space_of(self._scheduler, self._path)[1]
+
+    def attach(self, pipe: DiffusionPipeline) -> None:
+        """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own.
+
+        Raises `DialError` for a pipeline around another denoiser, and where the dial was removed.
+        """
+        self._require_in_force()
+        self._require_reference(pipe)
+        self._adopt(pipe.scheduler, own=False)
+        if owner_of(pipe) is None:
+            adopt_pipeline(pipe, self)
+            self._pipes.append(weakref.ref(pipe))
+
+    def remove(self) -> None:
+        """Give the pipeline back as it was, and let go of the anchors. Calling it again does nothing.
+
+        Raises `DialError` while another thread is in the middle of an image.
+        """
+        if self._removed:
+            return
+        with self._runs.lock:
+            self._runs.require_quiet()
+            self._removed = True
+            for name in (DIAL, *_INTERCEPTED):
+                self._reference.__dict__.pop(name, None)
+            if self._compiled_call is not None:
+                self._reference._compiled_call_impl = self._compiled_call
+            for adopted in (*self._schedulers, *self._living_pipes()):
+                release(adopted)
+            self._denoisers.undo()
+            self._runs.detach()
+
+    def _require_in_force(self) -> None:
+        if self._removed:
+            raise DialError("this dial was removed, and its pipeline is realigned no more: call realign() again")
+
+    def _require_reference(self, pipe: DiffusionPipeline) -> None:
+        name, denoiser = denoiser_of(pipe)
+        if unwrapped(denoiser) is not self._reference:
+            raise DialError(
+                f"pipe.{name} is not the {type(self._reference).__name__} that this dial realigned, so the pipeline "
+                f"would run without its anchors: put the realigned one back, or call dial.remove() and realign anew"
+            )
+
+    def __enter__(self) -> Dial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise TypeError(
+            "a realigned pipeline or denoiser cannot be copied or pickled, the copy would still run the original's "
+            "models: call dial.remove() first, copy, and realign both"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__({})
+
+    # -- the denoiser: evaluate every model that has a weight ---------------------------------------------------------
+
+    def _intercept(self) -> None:
+        reference = self._reference
+        self._compiled_call = reference._compiled_call_impl
+        call = torch.compiler.disable(self._call, recursive=False)
+        reference.__dict__.update({DIAL: self, "_call_impl": call, "_apply": self._apply})
+        reference.__dict__["fuse_lora"] = blocked_methods.fusing
+        if any(anchor.adapter for anchor in self._denoisers.anchors):
+            reference.__dict__["save_pretrained"] = blocked_methods.saving
+            reference.__dict__["load_lora_adapter"] = self._load_style
+            reference.__dict__["fuse_qkv_projections"] = blocked_methods.fusing_projections
+        if self._compiled_call is not None:
+            reference._compiled_call_impl = call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """Answers for the reference whenever a pipeline calls its denoiser."""
+        timestep = self._denoisers.argument("timestep", args, kwargs)
+        distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
+        rows = len(self._denoisers.argument("input", args, kwargs))
+        with self._runs.lock:
+            self._adopt_new()
+            run = self._runs.present()
+            evaluation = self._evaluation(run, timestep, rows, distilled)
+            if self.method == "mixture" or len(evaluation.models) == 1:
+                run.pending = evaluation
+            share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
+            try:
+                return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+            except NonFinitePrediction as error:
+                run.pending, problem = None, str(error)
+        raise FloatingPointError(
+            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
+            "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+        )
+
+    @torch.compiler.disable
+    def _evaluation(self, run: Run, timestep: Any, rows: int, distilled: bool) -> Evaluation:
+        """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
+        at = index_of(run.scheduler, timestep)
+        progress = progress_at(run.scheduler, at)
+        if (pending := run.pending) is not None:
+            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
+                return pending.again(rows)
+            if len(pending.models) > 1:
+                raise DialError(
+                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
+                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
+                )
+        lams = self._lams
+        if run.lams is not lams:
+            run.lams, run.weights = lams, None
+            if run.bridge is not None:
+                run.bridge.renew(strengths(lams, run.scheduler))
+        if run.weights is None or not lams.is_constant:
+            # How many images the batch holds, only `step` knows.
+            run.weights = with_reference(lams.at(progress, lams.images or 1))
+        weights = run.weights
+        models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
+        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
+        if len(models) == 1:
+            return step
+        if self.method == "weights":
+            return step.blended()
+        if run.reuse is None:
+            return step
+        return step.bridged(self._bridge_of(run, run.reuse, step))
+
+    def _bridge_of(self, run: Run, reuse: Reuse, step: Evaluation) -> Bridge:
+        """What carries predictions over in a run, made at the first step that mixes."""
+        if run.bridge is None:
+            require_affine(run.scheduler, self._path)
+            names = [self._denoisers.names[k] for k in step.models]
+            carrier = reuse.resolved(names, step.weights, self.blends_rows)
+            assert run.lams is not None
+            along = strengths(run.lams, run.scheduler)
+            run.bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
+        return run.bridge
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
+        module = type(self._reference)._apply(self._reference, *args, **kwargs)
+        for anchor in self._denoisers.anchors:
+            if anchor.module is not None:
+                anchor.module._apply(_staying(args[0], anchor.device), *args[1:], **kwargs)
+        self._denoisers.forget_blend()
+        return module
+
+    def _load_style(self, *args: Any, **kwargs: Any) -> Any:
+        """A style LoRA loaded beside a LoRA anchor becomes active, as it would on a denoiser without one."""
+        return self._denoisers.load_style(*args, **kwargs)
+
+    # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
+
+    @property
+    def _scheduler(self) -> SchedulerMixin:
+        """The scheduler of the present or last run."""
+        self._adopt_new()
+        return self._runs.shown.scheduler
+
+    def _adopt_new(self) -> None:
+        """Adopt a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
+        for pipe in [] if self._removed else self._living_pipes():
+            if not self._runs.is_called() or self._runs.is_called(pipe):
+                self._adopt(pipe.scheduler)
+
+    def _living_pipes(self) -> list[DiffusionPipeline]:
+        return [pipe for ref in self._pipes if (pipe := ref()) is not None]
+
+    @contextmanager
+    def _calling(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """A call of `pipe`, however it ends."""
+        with self._runs.call(pipe):
+            self._adopt(pipe.scheduler)
+            yield
+
+    def _adopt(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+        with self._runs.lock:
+            if (owner := owner_of(scheduler)) is not None:
+                if owner is not self:
+                    raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
+                return
+            self._schedulers.append(scheduler)
+            adopt(scheduler, self)
+            self._start(scheduler, own=own)  # its first run has set its timesteps already
+
+    @contextmanager
+    def _begin(self, scheduler: SchedulerMixin) -> Iterator[None]:
+        """A run begins (`set_timesteps`)."""
+        for pipe in self._living_pipes():
+            if pipe.scheduler is scheduler:
+                self._require_reference(pipe)
+        with self._runs.lock:
+            self._start(scheduler)
+            yield
+
+    def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+        """Whatever an earlier or interrupted run left behind is void."""
+        self._runs.begin(scheduler, self._reuse, own=own)
+        self._denoisers.begin()
+
+    def _require_present(self, scheduler: SchedulerMixin) -> None:
+        self._runs.require_present(scheduler)
+
+    def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
+        with self._runs.lock:
+            run = self._runs.of(scheduler)
+            evaluation, run.pending, run.fresh = run.pending, None, False
+            if evaluation is None:  # another model's step through this scheduler, or interpolated weights
+                return own_step(**arguments)
+            output = self._mixed_step(run, evaluation, own_step, arguments)
+        run.ledger.leave(output[0])
+        if self.population is not None:
+            chosen = self.population(run.ledger, scheduler, output[0])
+            output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
+        return output
+
+    def _mixed_step(
+        self, run: Run, evaluation: Evaluation, own_step: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
+        predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
+        if predictions.shape[1] != len(sample):
+            raise DialError(
+                f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
+                "pipeline rearranges its batch in a way that realignment cannot follow"
+            )
+        if evaluation.images not in (None, len(sample)):
+            raise wrong_count(evaluation.images, len(sample))
+        estimated = evaluation.evaluated != evaluation.models
+        if evaluation.bridge is not None:
+            predictions = evaluation.bridge.complete(
+                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
+            )
+        run.last = StepRecord(
+            models=tuple(self._denoisers.names[k] for k in evaluation.models),
+            predictions=predictions,
+            weights=evaluation.weights,
+            sample=sample,
+            timestep=timestep,
+            at=evaluation.at,
+            log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
+            progress=evaluation.progress,
+        )
+        if run.bridge is not None:
+            run.bridge.tell(evaluation.at)
+        settings: dict[str, Any] = {
+            key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
+        }
+        guided = evaluation.distilled or evaluation.rows != len(sample)
+        run.ledger.arrive(run.scheduler, run.last, evaluation.lams, guided, settings, estimated=estimated)
+        if len(evaluation.models) == 1:
+            return own_step(**arguments)
+        space, _ = space_of(run.scheduler, self._path)
+        return mixed_step(run.scheduler, own_step, arguments, run.last, space)
+
+
+def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:
+    """`change` of a tensor's device and dtype, but for its device where there is one to stay on."""
+    return change if device is None else lambda tensor: tensor.to(change(tensor.new_empty(0)).dtype)
+
+
+def dial_of(pipe: DiffusionPipeline) -> Dial | None:
+    """The dial of a realigned pipeline, None for another."""
+    _, denoiser = denoiser_of(pipe)
+    return unwrapped(denoiser).__dict__.get(DIAL)

@@ -1,0 +1,94 @@
+"""What one step asks the denoisers for: which models, in which mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from deradiff.algorithm.schedules import Progress
+from deradiff.sampling.reuse import WEIGHTS, Bridge
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A step's predictions, from the call of the denoiser to the step of the scheduler."""
+
+    at: int
+    """Which of the scheduler's timesteps this is."""
+    progress: Progress
+    models: tuple[int, ...]
+    """Those that the step mixes: 0 is the reference, k the k-th anchor."""
+    weights: Float[Tensor, "model #batch"]
+    """Theirs in the mixture."""
+    lams: Float[Tensor, "anchor #batch"]
+    images: int | None
+    """How many images the λ are for, None where every image has the same."""
+    rows: int
+    """How many rows the pipeline has asked for: as many as images, or more where it guides."""
+    distilled: bool
+    """Whether the model was told a guidance scale, as models are that guidance was distilled into."""
+    carrier: int | None = None
+    """The model that is evaluated for all of them; None where all are."""
+    blend: Mapping[int, Any] | None = None
+    """The weights of the weight-interpolated model where that is evaluated, besides the others or instead."""
+    instead: bool = False
+    bridge: Bridge | None = None
+    """What estimates the predictions of models that are not evaluated."""
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The models that are evaluated, the weight-interpolated one apart."""
+        if self.instead:
+            return ()
+        return self.models if self.carrier is None else (self.carrier,)
+
+    @property
+    def copies(self) -> int:
+        """How many predictions of each row the denoiser returns."""
+        return len(self.evaluated) + (self.blend is not None)
+
+    def blended(self) -> Evaluation:
+        """The weight-interpolated model instead of the mixture."""
+        return replace(self, blend=self._by_row(), instead=True)
+
+    def again(self, rows: int) -> Evaluation:
+        """A further call of the denoiser within the step, as for Flux's negative prompt, of so many rows."""
+        further = replace(self, rows=rows)
+        blend = None if self.blend is None else further._by_row()
+        return replace(self, rows=self.rows + rows, blend=blend)
+
+    def bridged(self, bridge: Bridge) -> Evaluation:
+        """All models at this timestep, or the carrier alone where predictions are carried over."""
+        weighty = [bridge.names[k] for k, weight in zip(self.models, self.weights, strict=True) if weight.any()]
+        if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
+            return self  # a schedule left a single model, or the carrier without weight
+        wanted = bridge.wants(self.at, (self.models, self.rows))
+        carried = wanted == "carrier"
+        if bridge.carrier == WEIGHTS:
+            blend = None if wanted == "models" else self._by_row()
+            return replace(self, blend=blend, instead=carried, bridge=bridge)
+        return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)
+
+    def _by_row(self) -> dict[int, Any]:
+        """Each model's weight in the interpolated one: a number, or one for each row where images differ.
+
+        A pipeline that guides repeats its images along the batch as a whole.
+        """
+        if self.weights.shape[1] == 1:
+            return {k: float(weight) for k, weight in zip(self.models, self.weights, strict=True)}
+        if self.rows % self.weights.shape[1]:
+            raise wrong_count(self.weights.shape[1], self.rows)
+        repeated = self.weights.repeat(1, self.rows // self.weights.shape[1])
+        return dict(zip(self.models, repeated, strict=True))
+
+
+def wrong_count(images: int, batch: int) -> ValueError:
+    """λ for another number of images than there are."""
+    return ValueError(
+        f"λ is given for {images} images, but the batch holds {batch}: give one λ, or one per image (prompts x "
+        "num_images_per_prompt of them, all images of the first prompt first)"
+    )

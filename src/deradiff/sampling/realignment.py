@@ -1,0 +1,154 @@
+"""Realigned sampling: two (or more) models behind one pipeline, and the dial that turns λ.
+
+DeRaDiff's Algorithm 1 needs, at every step, the guided prediction of each model at the same `x_t`. A pipeline computes
+one. So its denoiser is made to answer for all models at once, their predictions interleaved along the batch
+(`denoisers`), and the pipeline's own guidance acts on each model's rows separately. The scheduler's `step` then holds
+exactly lines 7 to 14: the guided predictions, `x_t` and the noise level. Everything else of the pipeline is untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import SupportsFloat, get_args
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from deradiff.algorithm.schedules import finite, parse_lam
+from deradiff.algorithm.step import space_of
+from deradiff.anchors import Anchor, denoiser_of, load_anchor
+from deradiff.anchors.checks import unwrapped
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.devices import device_called
+from deradiff.sampling.dial import Dial, Lam, Method, Where, dial_of
+from deradiff.sampling.reuse import AUTO, REFERENCE, WEIGHTS, Reuse, require_affine
+from deradiff.sampling.scheduler_hook import owner_of
+
+Source = str | Path | nn.Module
+
+
+def realign(
+    pipe: DiffusionPipeline,
+    anchor: Source | Mapping[str, Source],
+    lam: Lam | Mapping[str, Lam] = 1.0,
+    *,
+    method: Method = "mixture",
+    path: Where = "auto",
+    batched: bool = True,
+    anchor_device: str | torch.device | None = None,
+    reuse: Reuse | int | None = None,
+    tolerance: float | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    local_files_only: bool = False,
+) -> Dial:
+    """Make `pipe` sample from the geometric mixture of its own model and aligned ones (DeRaDiff, Algorithm 1).
+
+    The pipeline is changed in place and used as before; the handle turns λ and undoes everything.
+
+    Args:
+        pipe: any diffusers pipeline with a `unet` or `transformer`, the reference.
+        anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
+            named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`).
+        lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
+            less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
+            per image of the batch, or, with several anchors, a dictionary of any of those (`schedules.parse_lam`).
+        method: "mixture" mixes predictions, one evaluation per model and step. "weights" runs one model with
+            interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
+        path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them
+            (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
+            "posterior" insist on one.
+        batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
+        anchor_device: a second device for the anchors' weights, where they stay and are evaluated while the reference
+            is on its own; None puts them beside the reference. A LoRA has no weights to be put elsewhere.
+        reuse: carry predictions over between steps instead of evaluating every model at each, at less than two
+            evaluations a step and with an error: a `Reuse`, or every how many steps all models are evaluated. None is
+            exact.
+        tolerance: short for `Reuse(tolerance=...)`: the error that may be made, relative to λ's own effect.
+        subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
+        revision: the hub revision of the anchor.
+        allow_pickle: permit `.bin` and `.ckpt` weights, which can run code when they are read.
+        local_files_only: take hub ids from the cache alone.
+
+    Raises:
+        ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
+            with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
+            or reuse where posteriors are mixed; a denoiser that is not told the timestep;
+            `anchors.AnchorError` for an anchor that cannot be used, and a pipeline with two denoisers or none.
+        DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
+    """
+    for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    if method == "weights" and path != "auto":
+        raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
+    _, denoiser = denoiser_of(pipe)
+    reference = unwrapped(denoiser)
+    if (dial := dial_of(pipe)) is not None:
+        raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
+    if owner_of(pipe.scheduler) is not None:
+        raise DialError(
+            "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
+            "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+        )
+    space_of(pipe.scheduler, path)
+    elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
+    reused = Reuse.parse(reuse, tolerance)
+    if reused is not None:
+        require_affine(pipe.scheduler, path)
+    sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if reserved := {*sources} & {AUTO, WEIGHTS, REFERENCE}:
+        raise ValueError(
+            f"an anchor cannot be called {reserved.pop()!r}, which means something else: name it otherwise"
+        )
+    if not sources:
+        raise ValueError("realign() needs at least one anchor, got an empty dictionary")
+    lams = parse_lam(lam, tuple(sources))
+    anchors = []
+    try:
+        for name, source in sources.items():
+            anchors.append(
+                load_anchor(
+                    source,
+                    pipe,
+                    name=name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    allow_pickle=allow_pickle,
+                    local_files_only=local_files_only,
+                )
+            )
+        if elsewhere is not None:
+            anchors = [_placed(anchor, elsewhere) for anchor in anchors]
+        return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
+    except BaseException:
+        while anchors:  # emptied, for whoever keeps the error keeps what is in reach of it
+            anchors.pop().unload(reference)
+        raise
+
+
+def _placed(anchor: Anchor, device: torch.device) -> Anchor:
+    """The anchor with its weights on a device of its own."""
+    if anchor.module is None:
+        raise ValueError(
+            f"the anchor {anchor.name!r} is a LoRA, which lives in the reference's weights: leave anchor_device out"
+        )
+    anchor.module.to(device)
+    return replace(anchor, device=device)
+
+
+def lam_for_beta(anchor_beta: SupportsFloat, target_beta: SupportsFloat) -> float:
+    """The λ at which an anchor aligned at `anchor_beta` stands for strength `target_beta`: their quotient.
+
+    Realignment at λ samples strength β/λ (DeRaDiff, §4.1). Both must be positive and finite, else `ValueError`.
+    """
+    anchor_beta, target_beta = finite(anchor_beta, "anchor_beta"), finite(target_beta, "target_beta")
+    for name, beta in (("anchor_beta", anchor_beta), ("target_beta", target_beta)):
+        if beta <= 0:
+            raise ValueError(f"{name} is a KL strength, positive and finite; got {beta!r}")
+    return finite(anchor_beta / target_beta, "λ = anchor_beta / target_beta")

@@ -1,0 +1,183 @@
+"""Which run a call of the denoiser and a step of a scheduler belong to, also where several threads use one denoiser.
+
+A run begins where a scheduler's timesteps are set, and belongs to the thread that sets them. Pipelines around one
+denoiser that have schedulers of their own can run in as many threads as one likes; their evaluations take turns. A
+scheduler counts its steps and a pipeline holds the settings of its call, so either has one run at a time: a second
+thread is refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from deradiff.algorithm.path_weights import Ledger
+from deradiff.algorithm.schedules import Lams
+from deradiff.algorithm.step import StepRecord
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.evaluation import Evaluation
+from deradiff.sampling.reuse import Bridge, Reuse
+
+_OWN_PIPELINE = (
+    "give each thread a pipeline with a scheduler of its own, other = type(pipe)(**pipe.components) and "
+    "other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config), and call dial.attach(other)"
+)
+
+
+@dataclass(eq=False)
+class Run:
+    """From setting a scheduler's timesteps to its last step."""
+
+    scheduler: SchedulerMixin
+    thread: int
+    reuse: Reuse | None
+    ledger: Ledger = field(default_factory=Ledger)
+    pending: Evaluation | None = None
+    """What the denoiser was called for, until the scheduler takes the step."""
+    bridge: Bridge | None = None
+    fresh: bool = True
+    """Whether no step was taken yet."""
+    last: StepRecord | None = None
+    lams: Lams | None = None
+    """The λ that `weights` are for, which the dial may have left behind since."""
+    weights: Float[Tensor, "model #image"] | None = None
+    over: bool = False
+
+
+class Runs:
+    """The runs of a realigned denoiser, the present and the last of each scheduler.
+
+    `lock` is held while a run begins, while the denoiser is evaluated and while a step is taken.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._latest: Run | None = None
+        self._by_scheduler: dict[int, Run] = {}
+        self._calls: list[tuple[int, DiffusionPipeline]] = []
+        """The calls of pipelines that are in progress, and their threads."""
+        self._own = threading.local()
+
+    def begin(self, scheduler: SchedulerMixin, reuse: Reuse | None, *, own: bool = True) -> Run:
+        """A new run of `scheduler`, this thread's if it is its `own`. `DialError` in the middle of another thread's."""
+        me = threading.get_ident()
+        before = self._by_scheduler.get(id(scheduler))
+        if before is not None:
+            self._require_free(before)
+        for earlier in (before, getattr(self._own, "run", None)):
+            if earlier is not None and earlier.bridge is not None:
+                earlier.bridge.tell()
+        run = self._latest = self._by_scheduler[id(scheduler)] = Run(scheduler, me, reuse)
+        if own:
+            self._own.run = run
+        return run
+
+    def present(self) -> Run:
+        """The run that a call of the denoiser in this thread belongs to.
+
+        A thread that began none goes on with the latest, as where one thread sets the timesteps and another takes the
+        steps. Raises `DialError` where that is in the middle of an image.
+        """
+        run: Run | None = getattr(self._own, "run", None)
+        if run is not None and not run.over:
+            self.require_present(run.scheduler)
+            return run
+        assert self._latest is not None
+        if self._latest.thread != threading.get_ident() and self._is_busy(self._latest.thread):
+            raise DialError(
+                f"{_name(self._latest.thread)} is in the middle of an image, and this thread has begun none with a "
+                "scheduler that the dial knows: call dial.attach(pipeline) for the pipeline used here, or set the "
+                "timesteps of a scheduler of its own in this thread"
+            )
+        return self._latest
+
+    def of(self, scheduler: SchedulerMixin) -> Run:
+        """The run that a step of `scheduler` in this thread belongs to."""
+        self.require_present(scheduler)
+        run = self._by_scheduler[id(scheduler)]
+        self._require_free(run)
+        return run
+
+    def require_present(self, scheduler: SchedulerMixin) -> None:
+        """Raise `DialError` where another thread has begun a run with `scheduler` since this one did."""
+        run: Run | None = getattr(self._own, "run", None)
+        latest = self._by_scheduler.get(id(scheduler))
+        if run is None or run.over or run.scheduler is not scheduler or run is latest or latest is None:
+            return
+        raise DialError(
+            f"{_name(latest.thread)} has begun another run with this thread's {type(scheduler).__name__}, so that this "
+            f"one cannot be finished: {_OWN_PIPELINE}"
+        )
+
+    @contextmanager
+    def call(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """A call of `pipe` in this thread, however it ends. Raises `DialError` while another thread is in one."""
+        me = threading.get_ident()
+        with self.lock:
+            for thread, other in self._calls:
+                if other is pipe and thread != me:
+                    raise DialError(
+                        f"{_name(thread)} is in a call of this pipeline, which holds the settings of that call: wait "
+                        f"until it is done, or {_OWN_PIPELINE}"
+                    )
+            self._calls.append((me, pipe))
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._calls.remove((me, pipe))
+                run: Run | None = getattr(self._own, "run", None)
+                if run is not None and not self._is_busy(me):
+                    run.over, run.pending = True, None
+
+    def is_called(self, pipe: DiffusionPipeline | None = None) -> bool:
+        """Whether this thread is in a call of `pipe`, or of any pipeline."""
+        me = threading.get_ident()
+        return any(thread == me and pipe in (None, other) for thread, other in self._calls)
+
+    def require_quiet(self) -> None:
+        """Raise `DialError` while another thread is in the call of a pipeline."""
+        for thread, pipe in self._calls:
+            if thread != threading.get_ident():
+                raise DialError(
+                    f"{_name(thread)} is in the middle of an image of this {type(pipe).__name__}, whose rest would "
+                    "come from the reference alone: wait until it is done"
+                )
+
+    @property
+    def shown(self) -> Run:
+        """The present or last run: this thread's, or else the latest of any."""
+        run: Run | None = getattr(self._own, "run", None) or self._latest
+        assert run is not None  # the dial begins one when it is made
+        return run
+
+    def detach(self) -> None:
+        """Let go of the models: where gradients are taken, predictions hold on to the weights that they came from."""
+        for run in self._by_scheduler.values():
+            run.pending, run.over = None, True
+            run.ledger.detach()
+            if run.last is not None:
+                run.last = replace(run.last, predictions=run.last.predictions.detach(), sample=run.last.sample.detach())
+
+    def _require_free(self, run: Run) -> None:
+        """Raise `DialError` in the middle of another thread's call of a pipeline, of which this is the run."""
+        if run.thread != threading.get_ident() and self._is_busy(run.thread) and not run.over:
+            raise DialError(
+                f"{_name(run.thread)} is in the middle of an image with this {type(run.scheduler).__name__}: wait "
+                f"until it is done, or {_OWN_PIPELINE}"
+            )
+
+    def _is_busy(self, thread: int) -> bool:
+        return any(caller == thread for caller, _ in self._calls)
+
+
+def _name(thread: int) -> str:
+    """How a message calls a thread."""
+    names = {other.ident: other.name for other in threading.enumerate()}
+    return f"another thread ({names.get(thread, 'ended since')})"

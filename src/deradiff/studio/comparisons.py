@@ -1,0 +1,95 @@
+"""Images side by side: a strip over λ, and two under a divider."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from deradiff.studio import drawing, html, scenes
+from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.session import Session, Updates, page_of, refusal
+from deradiff.sweep import notation
+from deradiff.sweep.settings import Settings, caption
+from deradiff.sweep.sheets import contact_sheet, covered
+
+MOST_STRIP = 25
+
+
+class Comparing:
+    """What happens on the strip's and the comparison's tabs."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def strip(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """The image at many λ, from the same noise."""
+        on = self.session.controls
+        yield {on.strip_status: gr.skip()}  # what yields nothing would empty the page
+        try:
+            lams = notation.numbers(data[on.strip_lams] or "", "λ")
+            if not 1 <= len(lams) <= MOST_STRIP or not all(0 <= lam <= scenes.LARGEST_LAM for lam in lams):
+                raise ValueError(f"a strip has 1 to {MOST_STRIP} λ from 0 to {scenes.LARGEST_LAM:g}")
+            settings = drawing.strip_of(self.session.scene(data), lams)
+            dials = [lam for column in settings.columns for lam in scenes.values_of(column.lam)]
+            if max(dials) > scenes.LARGEST_LAM:
+                raise ValueError(
+                    f"with several anchors λ multiplies what their dials say, and {max(dials):g} is above "
+                    f"{scenes.LARGEST_LAM:g}: lower the dials, or the strip's λ"
+                )
+        except ValueError as error:
+            yield {on.strip_status: html.wrong(error)}
+            return
+        for news in self.session.told(
+            self.session.desk.drawn(page_of(request), settings, kind="strip"), data, status=on.strip_status
+        ):
+            if isinstance(news, dict):
+                yield news
+            elif isinstance(news, Step):
+                yield {on.strip_status: html.status(f"Step {news.done} of {news.total}", *news[:2])}
+            elif isinstance(news, list):
+                try:
+                    yield self._strip_finished(settings, news)
+                except OSError as error:
+                    yield {on.strip_status: html.wrong(f"the images could not be kept ({error.strerror})")}
+
+    def _strip_finished(self, settings: Settings, images: list[Drawn]) -> Updates:
+        on, first = self.session.controls, images[0]
+        labels = [column.label(settings.anchor_beta) for column in settings.columns]
+        sheet = contact_sheet(
+            [[covered(drawn.image) if drawn.blacked_out else drawn.image for drawn in images]],
+            labels,
+            [f"{settings.prompts[0]}\nseed {settings.seeds[0]}"],
+            caption(settings, first.record["scheduler"], first.record["guidance_scale"]),
+        )
+        record = first.record | {"settings": settings.model_dump(), "images": [drawn.record for drawn in images]}
+        file = str(self.session.desk.save("strip.png", sheet, record))
+        gallery = [
+            (str(self.session.desk.save(drawn.name, drawn.image, drawn.record)), label.partition("\n")[0])
+            for drawn, label in zip(images, labels, strict=True)
+        ]
+        return {
+            on.strip: gallery,
+            on.strip_table: html.strip(images),
+            on.strip_status: html.status(f"{len(images)} images in {first.seconds:.2f} s")
+            + "".join(map(html.wrong, dict.fromkeys(warning for drawn in images for warning in drawn.warned))),
+            on.strip_download: gr.update(value=file, interactive=True),
+            on.strip_lams_drawn: [scenes.strengths(drawn.settings) for drawn in images],
+        }
+
+    def pick(self, event: gr.SelectData, drawn: list[list[float]], *lams: float) -> list[float]:
+        """An image of the strip was chosen: its λ."""
+        chosen = drawn[event.index] if 0 <= event.index < len(drawn) else []
+        return [chosen[i] if i < len(chosen) else lam for i, lam in enumerate(lams)]
+
+    def keep(self, letter: str, shown: Any) -> tuple[Any, str]:
+        """Keep the image that is shown as one side."""
+        if shown is None:
+            raise refusal("there is no finished image yet: wait until it is exact")
+        return shown, html.status(f"Kept as {letter}, on the tab Compare: {shown['caption']}")
+
+    def compare(self, a: Any, b: Any) -> tuple[Any, str]:
+        """Two images under the divider, as soon as there are two."""
+        said = html.sides(a and a["caption"], b and b["caption"])
+        return ((a["file"], b["file"]) if a and b else gr.skip()), said

@@ -1,0 +1,1 @@
+"""What is drawn, described once, and the drawing of it."""

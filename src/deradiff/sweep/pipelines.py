@@ -1,0 +1,176 @@
+"""A reference pipeline from the words of a command line: which model, which scheduler, which device."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from deradiff.files.inventory import Inventory, require_whole
+from deradiff.files.models import reading_model
+from deradiff.files.reading import Record, read
+from deradiff.files.waiting import from_the_hub
+
+SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp-1": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1}),
+    "dpmpp-3": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpmpp-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "edm": ("EDMEulerScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "flow-sde": ("FlowMatchSDEScheduler", {"stochastic_sampling": False}),
+    "flow-euler-sde": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+}
+"""Short names of diffusers' schedulers and one of ours. Latents are not pixels, so none of them clips its sample."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_pipeline(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    scheduler: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, or of `digits`, the model that ships with deradiff, with `scheduler`.
+
+    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it and for
+    a revision of a model that is not on the hub.
+    """
+    require_on_hub(source, revision)
+    if source == "digits":
+        from deradiff.worlds import digits
+
+        pipe: DiffusionPipeline = digits.load_pipeline(torch_dtype=dtype)
+    else:
+        _require_baked_whole(Path(source))
+        with reading_model(source), from_the_hub(source):
+            pipe = DiffusionPipeline.from_pretrained(
+                source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
+            )
+    if scheduler:
+        pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
+    return pipe
+
+
+class _Baked(Record):
+    files: Inventory | None = None
+
+
+def _require_baked_whole(folder: Path) -> None:
+    """Raise `ValueError` for a folder that `deradiff bake` filled, and that is not whole."""
+    record, cure = folder / "baking.json", "bake it again"
+    if record.is_file() and (baked := read(_Baked, record, "record of a baked model", cure)).files is not None:
+        require_whole(folder, baked.files, "baked model", cure)
+
+
+def require_on_hub(source: str, revision: str | None) -> None:
+    """Raise `ValueError` where a `revision` is asked of a model that ships with deradiff or is on this machine."""
+    if revision is not None and (source == "digits" or Path(source).exists()):
+        raise ValueError(
+            f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name "
+            "the hub id"
+        )
+
+
+def usual_guidance(reference: str) -> float | None:
+    """The guidance scale at which the digits are measured, far from a pipeline's default; None for other references."""
+    if reference != "digits":
+        return None
+    from deradiff.worlds.digits.quality import GUIDANCE
+
+    return GUIDANCE
+
+
+def require_both_sides(width: int | None, height: int | None) -> None:
+    """Raise `ValueError` where one side of the pictures is given: many pipelines then take neither, and say nothing."""
+    if (width is None) != (height is None):
+        given, other = ("width", "height") if height is None else ("height", "width")
+        raise ValueError(f"{given} is given without {other}: give width and height both, or neither")
+
+
+def anchor_source(source: str) -> str | Path:
+    """What `digits:BETA` and `digits:lora` stand for; any other source as it is."""
+    if not source.startswith("digits:"):
+        return source
+    from deradiff.worlds import digits
+
+    return digits.lora_path() if source == "digits:lora" else digits.anchor_path(_shipped_beta(source))
+
+
+def known_beta(source: str) -> float | None:
+    """The β that an anchor was aligned at: one of the digits', or of a folder that `deradiff align` wrote; else None.
+
+    A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that the digits do not
+    have, like `anchor_source`.
+    """
+    if source.startswith("digits:"):
+        return _shipped_beta(source)
+    file = Path(source) / "alignment.json"
+    try:
+        beta = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of.beta
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    return beta if math.isfinite(beta) and beta > 0 else None
+
+
+class _Beta(Record):
+    beta: float
+
+
+class _Aligned(Record):
+    made_of: _Beta
+
+
+def _shipped_beta(source: str) -> float:
+    from deradiff.worlds import digits
+
+    known = {f"{beta:g}": float(beta) for beta in digits.BETAS} | {"lora": float(digits.LORA_BETA)}
+    if (chosen := source.removeprefix("digits:")) not in known:
+        raise ValueError(f"{source!r} is unknown; the digits have the anchors {', '.join(known)}.")
+    return known[chosen]
+
+
+def scheduler_like(present: Any, name: str) -> Any:
+    """The scheduler called `name` in `SCHEDULERS`, configured like `present`.
+
+    Raises `ValueError` for an unknown name and for the scheduler of another kind of model (diffusion, flow matching,
+    EDM).
+    """
+    import diffusers
+
+    from deradiff import schedulers
+
+    if name not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    class_name, options = SCHEDULERS[name]
+    kind = _kind(type(present).__name__)
+    if _kind(class_name) != kind:
+        fitting = [other for other, (its_class, _) in SCHEDULERS.items() if _kind(its_class) == kind]
+        raise ValueError(
+            f"{class_name} does not fit this model, whose own scheduler is {type(present).__name__}; "
+            f"choose one of {', '.join(fitting)}."
+        )
+    family = getattr(diffusers, class_name, None) or getattr(schedulers, class_name)
+    return family.from_config(present.config, **options)
+
+
+def _kind(class_name: str) -> str:
+    return next((kind for kind in ("FlowMatch", "EDM") if class_name.startswith(kind)), "diffusion")

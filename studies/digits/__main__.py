@@ -1,0 +1,164 @@
+"""`python -m studies.digits`: the embedded model, made again from nothing, measured, and held against the truth."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deradiff.cli import terminal
+
+if TYPE_CHECKING:
+    from deradiff.worlds.digits.quality import Quality
+
+app = typer.Typer(
+    help="The embedded digits model: make it again from nothing, measure it, or hold it against the truth.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def build(
+    out: Annotated[Path, typer.Option("--out", help="Build folder. An interrupted build continues where it was.")],
+) -> None:
+    """Train autoencoder, reference, six anchors and a LoRA from scikit-learn's digits: one to two hours on two cores.
+
+    The result is OUT/files, the folder that ships with the package. On one machine it is the same bits every time.
+    """
+    console = terminal.LiteralConsole()
+    with console.status("Loading torch and diffusers …"):
+        terminal.pass_on_warnings()
+        from studies.digits.build import Settings
+        from studies.digits.build import build as build_all
+
+    with terminal.refusing_wrong_input(), terminal.stages(console) as report:
+        files = build_all(out, Settings(), report)
+    size = sum(path.stat().st_size for path in files.rglob("*") if path.is_file()) / 1e6
+    console.print(f"{files}: {size:.1f} MB. To ship it, copy it to src/deradiff/worlds/digits/files.")
+
+
+@app.command()
+def truth(
+    out: Annotated[Path, typer.Option("--out", help="Folder of models and results. An interrupted run continues.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each; they change no bit.")] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this target, such as dpo/ink-0.5, with the models it needs. May be repeated."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Compare at this guidance alone, 1 or 1.5; by default at both.")
+    ] = None,
+) -> None:
+    """Train models at the very strengths that λ stands for, and compare every way of sampling with them: hours.
+
+    The models lie in OUT/models, the numbers of every comparison in OUT/results and, less those of single prompts, in
+    OUT/truth.json, beside two figures.
+    """
+    console = terminal.LiteralConsole()
+    with console.status("Loading torch and diffusers …"):
+        terminal.pass_on_warnings()
+        from deradiff.files.outputs import replaced
+        from deradiff.files.writing import write_json
+        from studies.digits import truth_report
+        from studies.digits.truth import Plan, needed, require_compared, run
+        from studies.digits.truth_models import TruthSettings, train_truth
+
+    with terminal.refusing_wrong_input(), terminal.stages(console) as report:
+        require_compared(Plan(), guidance_scale)
+        targets = only or []
+        train_truth(out / "models", TruthSettings(), report, workers, needed(targets))
+        records = run(out / "models", out / "results", Plan(), report, workers, targets, guidance_scale)
+        told = {"training": truth_report.training(out / "models"), "cases": truth_report.summary(records)}
+        with replaced(out, "truth", ["truth.json"]) as folder:
+            write_json(folder / "truth.json", told)
+            figures = truth_report.draw(records, folder)
+    for record in records:
+        _print_truth(console, record)
+    terminal.files([out / "truth.json", *(out / figure.name for figure in figures)])
+
+
+def _print_truth(console: Any, record: dict[str, Any]) -> None:
+    """How far every way of sampling is from the retrained model, beside what the verdict had said."""
+    from rich.table import Table
+
+    case = record["case"]
+    target = " + ".join(f"{name} at λ = {lam:g}" for name, lam in case["target"].items())
+    table = Table(title=f"{case['family']}: {target}, guidance {case['guidance_scale']:g}", title_justify="left")
+    table.add_column("less the retrained model")
+    for name in record["errors"]:
+        table.add_column(name, justify="right")
+    for arm in next(iter(record["errors"].values()))["gaps"]:
+        gaps = [errors["gaps"][arm] for errors in record["errors"].values()]
+        table.add_row(arm, *(f"{gap['value']:+.3f} ± {gap['error']:.3f}" for gap in gaps))
+    table.add_section()
+    table.add_row("verdict on Algorithm 1", *(record["verdicts"][name]["words"] for name in record["errors"]))
+    console.print(table)
+
+
+@app.command()
+def quality(
+    samples: Annotated[int, typer.Option(min=100, help="Pictures to draw from the reference.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 1.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of prompts and noise.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this new file as well.")
+    ] = None,
+) -> None:
+    """Measure the shipped reference beside real handwriting: legibility, colours, variety, memorisation."""
+    from rich.progress import Progress
+
+    from deradiff.algorithm.schedules import finite
+    from deradiff.files.outputs import new_file, require_new
+    from deradiff.files.writing import write_json
+
+    console = terminal.LiteralConsole()
+    with terminal.refusing_wrong_input():
+        terminal.require_writable("--json", json_path)
+        if json_path is not None:
+            require_new(json_path)
+        finite(guidance_scale, "--guidance-scale")
+        with console.status("Loading torch and diffusers …"):
+            terminal.pass_on_warnings()
+            from deradiff.worlds.digits import load_pipeline
+            from deradiff.worlds.digits.quality import measure
+
+            pipe = load_pipeline()
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("Drawing", total=samples)
+            found = measure(
+                pipe, samples, steps, guidance_scale, seed, tick=lambda done: progress.update(bar, completed=done)
+            )
+        _print(console, found)
+        if json_path is not None:
+            with new_file(json_path) as temporary:
+                write_json(temporary, {**asdict(found), "goals": found.goals()})
+
+
+def _print(console: Any, found: "Quality") -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{found.samples} samples, {found.steps} steps, guidance scale {found.guidance_scale:g}")
+    table.add_column("")
+    for heading in ("generated", "held-out real", "goal"):
+        table.add_column(heading, justify="right")
+
+    def percent(estimate: Any) -> str:
+        return f"{100 * estimate.value:.1f} ± {100 * estimate.error:.1f}%"
+
+    scores = found.generated
+    table.add_row("digit legible to the SVM", percent(scores.legible), percent(found.real_legible), "≥ 97%")
+    table.add_row("named ink right", percent(scores.ink_right), "", "≥ 97%")
+    table.add_row("named paper right", percent(scores.paper_right), "", "≥ 97%")
+    table.add_row("variance within a digit", percent(found.variance_ratio), "100%", "≥ 85%")
+    names = ("5th percentile", "quartile", "median")
+    for name, generated, real in zip(names, found.nearest_generated, found.nearest_real, strict=True):
+        table.add_row(f"nearest training digit, {name}", f"{generated:.3f}", f"{real:.3f}", "no closer")
+    console.print(table)
+    for goal, met in found.goals().items():
+        console.print(f"{'met' if met else 'missed'}  {goal}", style="green" if met else "red")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m studies.digits")

@@ -1,0 +1,182 @@
+"""`deradiff align` on the digits, small: pairs, cache, anchors that realign loads, and what it refuses."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+import deradiff
+from deradiff.alignment.own_pairs import draw_pairs
+from deradiff.alignment.presets import PRESETS
+from deradiff.cli import app
+from deradiff.worlds import digits
+from deradiff.worlds.digits import captions
+from deradiff.worlds.digits.rewards import DigitsReward
+
+SMALL = ["--cpu", "--count", "24", "--held-out", "4", "--steps", "3", "--batch", "4"]
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["align", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def sampled(anchor: Path | None) -> torch.Tensor:
+    pipe = digits.load_pipeline()
+    if anchor is not None:
+        deradiff.realign(pipe, anchor, lam=1.0)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(["a seven"], num_inference_steps=2, output_type="latent", generator=generator).images
+
+
+def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Path) -> None:
+    done = command("digits", "--beta", "100,500", "--out", tmp_path, *SMALL)
+    assert done.exit_code == 0, done.output
+    assert [line for line in done.output.splitlines() if "beta-" in line] == [
+        str(tmp_path / "beta-100"), str(tmp_path / "beta-500")
+    ]  # fmt: skip
+    plain, made = sampled(None), sampled(tmp_path / "beta-100")
+    assert not torch.equal(plain, made)
+    record = json.loads((tmp_path / "beta-100" / "alignment.json").read_text())
+    assert record["curve"]["step"] == [0, 3] and record["curve"]["held_out"][0] == pytest.approx(0.6931, abs=1e-4)
+    assert "aligned by Diffusion-DPO at β = 100" in (tmp_path / "beta-100" / "README.md").read_text()
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+    written = (tmp_path / "beta-100" / "alignment.json").stat().st_mtime_ns
+    again = command("digits", "--beta", "100,500", "--out", tmp_path, *SMALL)
+    assert again.exit_code == 0 and (tmp_path / "beta-100" / "alignment.json").stat().st_mtime_ns == written
+    other = command("digits", "--beta", "100", "--out", tmp_path, *SMALL, "--warmup", "7")
+    assert other.exit_code == 2 and "other settings" in other.output
+
+    others = ["--no-cache", "--lora-rank", 0, "--gradient-checkpointing", "--ema", 0, "--schedule", "cosine"]
+    whole = command("digits", "--beta", "500", "--out", tmp_path / "whole", "--precision", "bf16", *others, *SMALL)
+    assert whole.exit_code == 0, whole.output
+    assert not torch.equal(sampled(tmp_path / "whole" / "beta-500"), plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name the model to align"),
+        (["digits", "--beta", "0"], "0 is no strength"),
+        (["digits", "--beta", "500,-1"], "-1 is no strength"),
+        (["digits", "--beta", "strong"], "one or more numbers"),
+        (["digits", "--preset", "mine"], "there is no preset 'mine': choose from deradiff-sdxl"),
+        (["somewhere/model"], "name --data, --resolution, --batch, --steps, --learning-rate as well"),
+        (["digits", "--seed", "2147483648"], "less than or equal to 2147483647"),
+        (["digits", "--method", "dpo", "--preset", "aig-sdxl"], "is for draft; --method dpo"),
+        (["digits", "--no-cache", "--count", "3", "--data", "some"], "--count limits what is cached"),
+        (["digits", "--data", "missing"], "no file or folder missing"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    refused = command(*arguments, "--out", tmp_path / "out", "--cpu")
+    assert refused.exit_code == 2 and words in " ".join(refused.output.split()), refused.output
+
+
+def test_presets_are_shown_as_yaml(tmp_path: Path) -> None:
+    shown = yaml.safe_load(command("--show-preset", "all").output)
+    assert set(shown) == set(PRESETS)
+    # DeRaDiff, Table 4.
+    assert [shown["deradiff-sdxl"]["plan"][key] for key in ("steps", "learning_rate", "warmup", "accumulate")] == [
+        30_000, 1e-8, 200, 64
+    ]  # fmt: skip
+    assert [shown["deradiff-sd15"][key] for key in ("batch", "betas")] == [64, [500, 1000, 2000, 5000, 8000, 10_000]]
+    # Annealed Importance Guidance, A.7.1.
+    assert [shown["aig-sd14"]["plan"][key] for key in ("learning_rate", "max_norm", "accumulate")] == [2.5e-4, 0.1, 4]
+    assert "choose from" in command("--show-preset", "none").output
+
+
+def test_own_pairs_prefer_the_reward_and_resume(tmp_path: Path) -> None:
+    prompts = captions.sample_prompts(7, 1)
+
+    def draw(folder: Path, **options: object) -> Path:
+        pipe = digits.load_pipeline()
+        settings = {"temperature": 0.0, "steps": 2, "guidance_scale": 1.0, "seed": 3, "chunk": 3} | options
+        return draw_pairs(folder, pipe, "digits", prompts, DigitsReward(), **settings)  # type: ignore[arg-type]
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(done: int, planned: int, line: str) -> None:
+        raise Interrupted
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    draw(whole)
+    with pytest.raises(Interrupted):
+        draw(broken, report=interrupt)
+    draw(broken)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert all((whole / path).read_bytes() == (broken / path).read_bytes() for path in files) and len(files) == 19
+    rows = [json.loads(line) for line in (whole / "pairs.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+
+    def score(name: str) -> float:
+        import numpy as np
+        from PIL import Image
+
+        picture = torch.from_numpy(np.array(Image.open(whole / name))).permute(2, 0, 1)[None] / 255
+        return DigitsReward()(picture, [""]).item()
+
+    assert all(score(row["winner"]) > score(row["loser"]) - 0.02 for row in rows)
+    with pytest.raises(ValueError, match="other settings"):
+        draw(whole, seed=4)
+    with pytest.raises(ValueError, match="temperature = -1"):
+        draw(tmp_path / "cold", temperature=-1.0)
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+import torch
+from deradiff.alignment.presets import PRESETS
+from deradiff.cli import app
+torch.set_num_threads(1)
+digits = PRESETS["digits"]
+PRESETS["digits"] = replace(digits, plan=replace(digits.plan, checkpoint_seconds=0))
+app(["align", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def begin(out: Path) -> subprocess.Popen[bytes]:
+        words = ["digits", "--beta", "500", "--out", str(out), *SMALL, "--steps", "12"]
+        return subprocess.Popen([sys.executable, "-c", KILLED, *words], stdout=subprocess.DEVNULL)
+
+    def weights(out: Path) -> bytes:
+        return (out / "beta-500" / "pytorch_lora_weights.safetensors").read_bytes()
+
+    def step() -> int:
+        progress = broken / ".deradiff" / "beta-500-checkpoint" / "progress.json"
+        # The folder is away for a moment while the next checkpoint takes its place.
+        with suppress(FileNotFoundError):
+            return json.loads(progress.read_text())["step"]
+        return 0
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    unbroken, killed = begin(whole), begin(broken)
+    while step() < 3:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    assert not (broken / "beta-500").exists()
+    assert begin(broken).wait() == 0 == unbroken.wait()
+    assert weights(broken) == weights(whole) and not (broken / ".deradiff").exists()
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("deradiff.alignment.methods.write_cache", full)
+    stopped = command("digits", "--out", tmp_path, *SMALL)
+    assert stopped.exit_code == 1 and "add --gradient-checkpointing, raise --accumulate" in " ".join(
+        stopped.output.split()
+    )

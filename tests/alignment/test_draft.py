@@ -1,0 +1,272 @@
+"""DRaFT-K and ReFL: their gradients by finite differences, the KL term, resuming, and a reward that rises."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deradiff.algorithm.estimates import mean
+from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.draft import objective, train_draft
+from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.loop import Curve, Plan, trainable
+from deradiff.alignment.refl import stopping_step, train_refl
+from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.worlds import digits
+from deradiff.worlds.digits import captions
+from deradiff.worlds.digits.rewards import BoldReward
+from test_sampling_gradients import PROMPTS, base_of
+
+PLAN = Plan(
+    steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
+)
+SAMPLING = Sampling("ddim", 3, 2.0)
+
+
+class Brightness:
+    """How light a picture is, with a curvature, so that its gradient is not the same everywhere."""
+
+    name = "brightness"
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return (images + images.square()).flatten(1).mean(1)
+
+
+def nudged(policy: Policy, seed: int = 0) -> None:
+    """Away from the reference, so that there is a divergence."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainable(policy.model):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+
+
+def by_hand(base: Base, policy: Policy, latents: torch.Tensor, keep: int, kl: float) -> torch.Tensor:
+    """J from the latents before the last `keep` steps, written out."""
+    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    away = torch.zeros(2, dtype=latents.dtype)
+    for t in scheduler.timesteps[SAMPLING.steps - keep :]:
+        at = t.expand(2)
+        prediction = base.predict(policy.model, latents, at, told)
+        with policy.reference(policy.model) as reference:
+            away = away + (prediction - base.predict(reference, latents, at, told)).square().sum((1, 2, 3))
+        without = base.predict(policy.model, latents, at, untold)
+        guided = without + SAMPLING.guidance_scale * (prediction - without)
+        latents = scheduler.step(guided, t, latents).prev_sample
+    return (kl * away - Brightness()(decode(base, latents), PROMPTS)).mean()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_gradient_is_that_of_finite_differences(rank: int | None, keep: int) -> None:
+    base = base_of(dtype=torch.float64)
+    policy = Policy(base, rank, seed=1)
+    policy.model.double()
+    nudged(policy)
+    kl = 0.02
+    found = objective(
+        base, policy, policy.model, PROMPTS, row_generators(2, range(2)), Brightness(), kl, SAMPLING, keep
+    )
+    found.backward()
+    parameters: list[torch.Tensor] = [*trainable(policy.model)]
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    gradient = sum((p.grad * d).sum().item() for p, d in zip(parameters, direction, strict=True) if p.grad is not None)
+    with torch.no_grad():
+        noise = SAMPLING.noise(base, row_generators(2, range(2)))
+        before = noise
+        if keep < SAMPLING.steps:
+            scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+            for t in scheduler.timesteps[: SAMPLING.steps - keep]:
+                at = t.expand(2)
+                without = base.predict(policy.model, before, at, untold)
+                guided = without + SAMPLING.guidance_scale * (base.predict(policy.model, before, at, told) - without)
+                before = scheduler.step(guided, t, before).prev_sample
+
+        def moved(size: float) -> float:
+            torch._foreach_add_(parameters, direction, alpha=size)
+            value = by_hand(base, policy, before, keep, kl).item()
+            torch._foreach_add_(parameters, direction, alpha=-size)
+            return value
+
+        assert found.item() == pytest.approx(moved(0.0), rel=1e-6)
+        assert gradient == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-4)
+
+
+def test_checkpointed_activations_change_no_gradient() -> None:
+    found = []
+    for recomputed in (False, True):
+        base = base_of(dtype=torch.float64)
+        policy = Policy(base, 2, seed=1)
+        policy.model.double()
+        nudged(policy)
+        if recomputed:
+            policy.model.enable_gradient_checkpointing()
+        objective(
+            base, policy, policy.model, PROMPTS, row_generators(2, range(2)), Brightness(), 3.0, SAMPLING, 2
+        ).backward()
+        found.append([p.grad for p in trainable(policy.model)])
+        assert base.denoiser.is_gradient_checkpointing == recomputed
+    for plain, anew in zip(*found, strict=True):
+        torch.testing.assert_close(plain, anew)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_there_is_no_divergence_at_the_start(rank: int | None) -> None:
+    base = base_of("sdxl")
+    policy = Policy(base, rank)
+    arguments = (base, policy, policy.model, PROMPTS, row_generators(2, range(2)), Brightness())
+    without = objective(*arguments[:4], row_generators(2, range(2)), Brightness(), 0, SAMPLING, 1)
+    regularised = objective(*arguments, 100.0, SAMPLING, 1)
+    assert regularised.item() == pytest.approx(without.item(), abs=1e-6)
+
+
+def test_refl_scores_what_an_early_step_takes_for_clean() -> None:
+    base = base_of(dtype=torch.float64)
+    policy = Policy(base)
+    policy.model.double()
+    generators = row_generators(2, range(2))
+    found = objective(base, policy, policy.model, PROMPTS, generators, Brightness(), 0, SAMPLING, 1, until=2)
+    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    latents = SAMPLING.noise(base, row_generators(2, range(2)))
+    for t in scheduler.timesteps[:2]:
+        without = base.predict(policy.model, latents, t.expand(2), untold)
+        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), told) - without)
+        alpha = scheduler.alphas_cumprod[t].double()
+        clean = (latents - (1 - alpha).sqrt() * guided) / alpha.sqrt()
+        latents = scheduler.step(guided, t, latents).prev_sample
+    rewards = Brightness()(decode(base, clean), PROMPTS)
+    assert found.item() == pytest.approx(-rewards.mean().item(), rel=1e-6)
+    # Above the ceiling there is nothing to gain.
+    low = objective(
+        base, policy, policy.model, PROMPTS, row_generators(2, range(2)), Brightness(), 0, SAMPLING, 1, 2, ceiling=-1.0
+    )
+    low.backward()
+    assert low.item() == 1.0 and not any(p.grad.any() for p in trainable(policy.model) if p.grad is not None)
+    stops = [stopping_step(0, step, (2, 4)) for step in range(200)]
+    assert set(stops) == {2, 3, 4} and stops == [stopping_step(0, step, (2, 4)) for step in range(200)]
+
+
+# --- training
+
+
+class Interrupted(Exception):
+    """Stands for a machine that went away."""
+
+
+def trained(
+    folder: Path, method: str, stop_at: int | None = None, plan: Plan = PLAN, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], Curve]:
+    base = base_of(dtype=dtype)
+    policy = Policy(base, 2, seed=4)
+    policy.model.to(dtype)
+
+    def report(done: int, planned: int, line: str) -> None:
+        if done == stop_at:
+            raise Interrupted
+
+    more: dict[str, Any] = {"keep": 2} if method == "draft" else {"window": (2, 3)}
+    train: Callable[..., Curve] = train_draft if method == "draft" else train_refl
+    curve = train(
+        base, policy, [*PROMPTS, "a house"], ["a tree", "a boat"], Brightness(), 0.1, plan, batch=4, sampling=SAMPLING,
+        seed=7, checkpoint=folder / "checkpoint", report=report, identity="test", **more,
+    )  # fmt: skip
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
+
+
+@pytest.mark.parametrize("method", ["draft", "refl"])
+def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, method: str) -> None:
+    whole, curve = trained(tmp_path / "whole", method)
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "broken", method, stop_at=4)
+    again, same = trained(tmp_path / "broken", method)
+    assert same == curve and all(torch.equal(again[name], value) for name, value in whole.items())
+    assert curve.held_out[-1] < curve.held_out[0]
+
+
+@pytest.mark.parametrize("method", ["draft", "refl"])
+def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> None:
+    # In float64: Adam's first steps are as long for a gradient of 1e-8 as for any other, rounding errors included.
+    plan = replace(PLAN, steps=2)
+    whole, _ = trained(tmp_path / "whole", method, plan=plan, dtype=torch.float64)
+    parts, _ = trained(tmp_path / "parts", method, plan=replace(plan, accumulate=2), dtype=torch.float64)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-6)
+
+
+def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:
+    prompts, reward = captions.sample_prompts(60, 5), BoldReward()
+    sampling = Sampling("ddim", 5, 1.0)
+    plan = Plan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
+
+    def rewards(base: Base, model: Any) -> torch.Tensor:
+        generators = row_generators(9, range(20))
+        with torch.no_grad():
+            drawn = sample(
+                base, model, conditions(base, prompts[:20]), None, sampling.noise(base, generators), sampling, keep=0
+            )
+            return reward(decode(base, drawn.latents), prompts[:20])
+
+    gained = {}
+    for kl in (0, 4.0):
+        base = Base(digits.load_pipeline())
+        before = rewards(base, base.denoiser)
+        policy = Policy(base, 8, WIDER_TARGETS)
+        train_draft(
+            base, policy, prompts[20:], prompts[:4], reward, kl, plan, batch=8, sampling=sampling, seed=1,
+            checkpoint=tmp_path / f"{kl}", report=lambda *_: None,
+        )  # fmt: skip
+        gained[kl] = mean(rewards(base, policy.model) - before)
+    assert gained[0].value > 3 * gained[0].error
+    assert 0 < gained[4.0].value < gained[0].value / 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"kl": -1.0}, "λ_KL = -1"),
+        ({"kl": float("nan")}, "λ_KL = nan"),
+        ({"keep": 0}, "gradients through 0 steps teach nothing"),
+        ({"keep": 4}, "gradients through 4 of 3 steps"),
+        ({"prompts": []}, "0 prompts to train on and 1 held out"),
+        ({"held_out": []}, "2 prompts to train on and 0 held out"),
+    ],
+)
+def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    base = base_of()
+    given: dict[str, Any] = {"prompts": PROMPTS, "held_out": ["a tree"], "kl": 0, "keep": 1} | changed
+    with pytest.raises(ValueError, match=words):
+        train_draft(
+            base, Policy(base), given["prompts"], given["held_out"], Brightness(), given["kl"], PLAN, batch=2,
+            sampling=SAMPLING, keep=given["keep"], seed=0, checkpoint=tmp_path / "c", report=lambda *_: None,
+        )  # fmt: skip
+
+
+def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> None:
+    class Broken(Brightness):
+        name = "broken"
+
+        def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            return super().__call__(images, prompts) * torch.tensor([1.0, torch.nan])
+
+    class Flat(Brightness):
+        name = "flat"
+
+        def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            return super().__call__(images.detach(), prompts)
+
+    base = base_of()
+    policy = Policy(base)
+    for reward, words in (
+        (Broken(), "'broken' is nan for 'two blue owls'"),
+        (Flat(), "flat has no gradient"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            objective(base, policy, policy.model, PROMPTS, row_generators(0, range(2)), reward, 0, SAMPLING, 1)
+    with pytest.raises(ValueError, match="stopping after 2 to 9 of 3 steps"):
+        train_refl(
+            base, policy, PROMPTS, PROMPTS, Brightness(), 0, PLAN, batch=2, sampling=SAMPLING, window=(2, 9), seed=0,
+            checkpoint=tmp_path / "c", report=lambda *_: None,
+        )  # fmt: skip

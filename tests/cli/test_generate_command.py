@@ -1,0 +1,530 @@
+"""The command line, from its words to its files, on a tiny random Stable Diffusion."""
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+import deradiff
+import tiny
+from deradiff.algorithm.schedules import Constant, Power, Schedule, Sigmoid, Spline, Step
+from deradiff.cli import app, arguments, demo, terminal
+from deradiff.files.folders import RunFolder
+from deradiff.files.records import read_png
+from deradiff.files.writing import whole
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.shared_settings import UnmirroredState
+from deradiff.sweep import drawing, notation
+from deradiff.sweep.pipelines import SCHEDULERS, anchor_source, known_beta, scheduler_like
+from deradiff.sweep.settings import Column
+from deradiff.sweep.sheets import contact_sheet
+from deradiff.worlds import digits
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a reference pipeline and of an anchor for it."""
+    folder = tmp_path_factory.mktemp("models")
+    pipe, anchor, _ = tiny.make("sd")
+    pipe.save_pretrained(folder / "reference")
+    anchor.save_pretrained(folder / "anchor")  # type: ignore[operator]
+    return folder / "reference", folder / "anchor"
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def generate(models: tuple[Path, Path], tmp_path: Path) -> Run:
+    """`deradiff generate` on the tiny models, into `tmp_path / "out"`."""
+
+    def run(*words: str, anchor: bool = True) -> Result:
+        reference, aligned = map(str, models)
+        chosen = ["--anchor", aligned] if anchor else []
+        fixed = ["generate", reference, *chosen, "--steps", str(STEPS), "--out", str(tmp_path / "out")]
+        return CliRunner().invoke(app, [*fixed, *words])
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@cache
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def by_hand(models: tuple[Path, Path], prompt: str, seed: int, lam: Any) -> np.ndarray:
+    """One image by itself, through the library's own front door."""
+    pipe = pipeline(models[0])
+    with deradiff.realign(pipe, models[1], lam):
+        image = pipe(prompt, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed)).images[0]
+    return np.asarray(image).astype(int)
+
+
+# -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+def test_every_image_is_what_the_library_draws_from_its_seed_and_lam(
+    generate: Run, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    result = generate("-p", "a red fox", "-p", "two owls", "--lam", "0,0.5,1", "-s", "0:1", "--batch-size", "5")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert len(record["images"]) == 2 * 2 * 3
+    for listed in record["images"]:
+        drawn = pixels(tmp_path / "out" / listed["file"])
+        expected = by_hand(models, listed["prompt"], listed["seed"], listed["lam"])
+        assert np.abs(drawn - expected).max() <= 1, listed
+    at_zero, at_one = (pixels(tmp_path / "out" / record["images"][i]["file"]) for i in (0, 2))
+    assert np.abs(at_zero - at_one).max() > 10
+
+
+def test_images_and_record_carry_every_setting(generate: Run, tmp_path: Path) -> None:
+    words = ["--lam", "0.5,1", "--anchor-beta", "2000", "--guidance-scale", "3", "--scheduler", "euler-a"]
+    result = generate("-p", "Ein Fuchs, Überall Schnee", *words, "--negative-prompt", "blurry")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "record.json").read_text(encoding="utf-8"))
+    first = read_png(tmp_path / "out" / record["images"][0]["file"])
+    assert first["prompt"] == "Ein Fuchs, Überall Schnee"
+    assert (first["seed"], first["lam"], first["beta"]) == (0, 0.5, 4000)
+    assert first["scheduler"] == "EulerAncestralDiscreteScheduler"
+    assert first["settings"] == record["settings"]
+    assert first["settings"]["negative_prompt"] == "blurry"
+    assert (first["guidance_scale"], first["dtype"], first["mixed"]) == (3, "float32", "prediction")
+    assert set(first["versions"]) >= {"deradiff", "torch", "diffusers"}
+    assert drawing.Settings(**first["settings"]).model_dump(mode="json") == first["settings"]
+    assert read_png(tmp_path / "out" / "sheet.png")["images"] == record["images"]
+
+
+def test_the_result_paths_are_printed(generate: Run, tmp_path: Path) -> None:
+    printed = generate("-p", "a", "--lam", "1").stdout.splitlines()
+    assert printed[-3:-1] == [str(tmp_path / "out" / name) for name in ("sheet.png", "record.json")]
+
+
+def test_a_schedule_is_multiplied_with_lam(generate: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    result = generate("-p", "a red fox", "--lam", "0.5,1.5", "--schedule", "power:2", "--over", "time")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    expected = by_hand(models, "a red fox", 0, Power(2, lam=1.5, over="time"))
+    assert np.abs(pixels(tmp_path / "out" / record["images"][1]["file"]) - expected).max() <= 1
+    assert record["images"][1]["beta"] is None
+
+
+def test_several_anchors_each_with_a_lam(generate: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    anchors = ["-a", f"style={models[1]}", "-a", f"text={models[0]}"]
+    result = generate("-p", "a red fox", *anchors, "--lam", "style=0.5", "--lam", "style=0.2,text=0.4", anchor=False)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [listed["lam"] for listed in record["images"]] == [{"style": 0.5, "text": 0}, {"style": 0.2, "text": 0.4}]
+    for listed in record["images"]:  # the anchor called text is the reference once more
+        expected = by_hand(models, "a red fox", 0, listed["lam"]["style"])
+        assert np.abs(pixels(tmp_path / "out" / listed["file"]) - expected).max() <= 1
+
+
+def test_interpolated_weights_run_a_lam_at_a_time(generate: Run, tmp_path: Path) -> None:
+    result = generate("-p", "a", "-p", "b", "--lam", "0:1:0.5", "--method", "weights")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["mixed"] == "weights"
+    assert len({pixels(tmp_path / "out" / listed["file"]).tobytes() for listed in record["images"]}) == 6
+
+
+def test_offloading_draws_the_same(generate: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    result = generate("-p", "a red fox", "--lam", "0.5", "--offload", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    image = next((tmp_path / "out" / "images").iterdir())
+    assert np.abs(pixels(image) - by_hand(models, "a red fox", 0, 0.5)).max() <= 1
+
+
+# -- folders that hold something ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_files_is_refused_and_a_run_replaced_only_with_force(generate: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert generate("-p", "a", "--lam", "0,1").exit_code == 0
+    before = (out / "record.json").read_bytes()
+    refused = generate("-p", "b", "--lam", "1")
+    assert refused.exit_code == 2
+    assert "already holds files" in refused.stderr
+    assert (out / "record.json").read_bytes() == before
+    assert generate("-p", "b", "--lam", "1", "--force").exit_code == 0
+    assert [file.name for file in (out / "images").iterdir()] == ["000-b-seed0-00-lam1.png"]
+
+
+def test_force_keeps_its_hands_off_other_peoples_files(generate: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    result = generate("-p", "a", "--force")
+    assert result.exit_code == 2
+    assert "thesis.txt" in result.stderr
+    assert [file.name for file in out.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["record.json", "sheet.png", "images/mine.png", "deep/.x.png.7.partial", "a.partial"])
+def test_force_tells_a_run_from_its_content_and_not_by_name(generate: Run, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"mine": 1}')
+    result = generate("-p", "a", "--force")
+    assert result.exit_code == 2
+    assert f"{mine.name} was not written by a run" in " ".join(result.stderr.split())
+    assert mine.read_text() == '{"mine": 1}'
+
+
+def test_a_demo_replaces_demos_only(generate: Run, tmp_path: Path) -> None:
+    assert generate("-p", "a", "--lam", "1").exit_code == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "holds another run" in " ".join(result.stderr.split())
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
+    record = tmp_path / "out" / "record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"measured": []}))
+    with RunFolder(tmp_path / "out", force=True, kind="measured"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file" / "out", Path("/proc/nope/out"), tmp_path / ("long" * 100)):
+        with pytest.raises(OSError, match=r"name a"), RunFolder(folder):
+            pass
+    with RunFolder(tmp_path / "new" / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failing_run_leaves_the_older_one_alone(generate: Run, tmp_path: Path) -> None:
+    assert generate("-p", "a", "--lam", "1").exit_code == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")}
+    assert generate("-p", "b", "--lam", "1", "--force", "--scheduler", "flow-euler").exit_code == 2
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.*")} == before
+
+
+def test_an_interrupted_run_leaves_whole_images_and_no_record(
+    generate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = StableDiffusionPipeline.__call__, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    interrupted.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", interrupted)
+    result = generate("-p", "a", "--lam", "0,0.5,1", "--batch-size", "2")
+    assert result.exit_code != 0
+    left = sorted((tmp_path / "out" / "images").iterdir())
+    assert not (tmp_path / "out" / "record.json").exists()
+    assert [read_png(file)["lam"] for file in left] == [0, 0.5]
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(RuntimeError), whole(file) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+# -- wrong input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no prompt"),
+        (["-p", "  "], "a prompt is empty"),
+        (["--prompts", "nowhere.txt"], "no file nowhere.txt"),
+        (["-p", "a", "--lam", "nan"], "must be finite"),
+        (["-p", "a", "--lam", "0:1:0"], "empty or endless"),
+        (["-p", "a", "--lam", "0:1e999999:1e-999999"], "must be finite, got '1e999999'"),
+        (["-p", "a", "--lam", "0:1e300:1e-300"], "more than the 1000 values"),
+        (["-p", "a", "--lam", "1e400"], "--lam must be finite"),
+        (["-p", "a", "--lam", "half"], "'half' is not a number"),
+        (["-p", "a", "--lam", "style=1"], "only anchor"),
+        (["-p", "a", "--seed", "1.5"], "whole number"),
+        (["-p", "a", "--seed", "-1"], "whole number"),
+        (["-p", "a", "--seed", "0:1500"], "has more than the 1000 values a range may have"),
+        (["-p", "a", "--schedule", "linear"], "there are constant"),
+        (["-p", "a", "--schedule", "power:-1"], "must be positive"),
+        (["-p", "a", "--anchor", "again"], "each needs a name"),
+        (["-p", "a", "--scheduler", "nope"], "no scheduler 'nope'"),
+        (["-p", "a", "--scheduler", "edm"], "does not fit this model"),
+        (["-p", "a", "--anchor-beta", "-5"], "greater than 0"),
+        (["-p", "a", "--device", "abacus"], "knows no device 'abacus'"),
+        (["-p", "a", "--device", "meta"], "no meta to compute on here"),
+        (["-p", "a", "--device", "vulkan"], "no vulkan to compute on here"),
+        (["-p", "a", "--device", "xpu"], "no xpu to compute on here"),
+        (["-p", "a", "--path", "posterior", "--scheduler", "unipc"], "no per-step posterior"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(
+    generate: Run, tmp_path: Path, words: list[str], said: str
+) -> None:
+    result = generate(*words)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quality", "--json", "/nowhere/x.json"], "--json /nowhere/x.json cannot be written"),
+        (["quality", "--guidance-scale", "inf"], "--guidance-scale must be finite"),
+        (["build", "--out", __file__], "is a file: name a folder"),
+    ],
+)
+def test_wrong_input_of_the_digits_is_refused_before_they_are_loaded(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "load_pipeline", None)
+    result = CliRunner().invoke(app, ["digits", *words])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.split())
+
+
+def test_errors_of_deradiff_are_one_sentence_and_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (DialError("turn it back"), UnmirroredState("unfuse it")):
+        with pytest.raises(typer.Exit), terminal.refusing_wrong_input():
+            raise error
+        assert capsys.readouterr().err == f"error: {error}\n"
+    for bug in (RuntimeError("shapes"), TypeError("none"), AssertionError()):
+        with pytest.raises(type(bug)), terminal.refusing_wrong_input():
+            raise bug
+
+
+def test_running_out_of_memory_says_what_to_do(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 99 GiB")
+
+    monkeypatch.setattr(drawing, "load_pipeline", too_much)
+    result = generate("-p", "a")
+    assert result.exit_code == 1
+    assert "--batch-size" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["reference", "anchor"])
+def test_a_model_that_is_not_there(models: tuple[Path, Path], tmp_path: Path, missing: str) -> None:
+    names = {"reference": str(models[0]), "anchor": str(models[1])} | {missing: str(tmp_path / "nowhere")}
+    words = ["generate", names["reference"], "-a", names["anchor"], "-p", "a", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "nowhere" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_anchor_equal_to_the_reference_is_warned_about(models: tuple[Path, Path], tmp_path: Path) -> None:
+    reference = str(models[0])
+    words = ["generate", reference, "-a", reference, "-p", "a", "--lam", "1", "--steps", "1"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "warning:" in result.stderr
+
+
+# -- words into values -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0.5", [0.5]),
+        ("0, 0.5,1", [0, 0.5, 1]),
+        ("0:1.5:0.25", [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]),
+        ("0:1:0.1", [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]),
+        ("1:0:-0.5", [1, 0.5, 0]),
+        ("0:1:0.4", [0, 0.4, 0.8]),
+        ("-0.5,0,0:1:1", [-0.5, 0, 1]),
+    ],
+)
+def test_lists_and_inclusive_ranges(text: str, values: list[float]) -> None:
+    assert notation.numbers(text, "--lam") == values
+
+
+def test_seeds() -> None:
+    assert notation.seeds(["7", "1,2", "0:2", "10:14:2"]) == (7, 1, 2, 0, 10, 12, 14)
+    assert notation.seeds(["9007199254740993", "9007199254740992"]) == (9007199254740993, 9007199254740992)
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("constant", None),
+        ("power:2", Power(2)),
+        ("step:0.5", Step(0.5)),
+        ("sigmoid:10", Sigmoid(10)),
+        ("spline:0/0,0.5/0.3,1/1", Spline([(0, 0), (0.5, 0.3), (1, 1)])),
+    ],
+)
+def test_schedules(text: str, schedule: Schedule | None) -> None:
+    assert notation.schedule(text, "steps") == schedule
+
+
+@pytest.mark.parametrize(
+    "shape", [None, Power(1.25), Step(0.3), Sigmoid(8), Spline([(0, 0), (1 / 3, 0.1), (1, 1)])], ids=str
+)
+def test_a_schedule_is_written_as_it_is_read(shape: Schedule | None) -> None:
+    assert notation.schedule(notation.written(shape), "steps") == shape
+
+
+def test_a_schedule_without_a_short_form_is_not_written() -> None:
+    for shape in (Power(2, lam=0.5), Constant(0.5)):
+        with pytest.raises(ValueError, match="no short form"):
+            notation.written(shape)
+
+
+def test_a_spline_is_multiplied_with_lam_too() -> None:
+    column = Column(lam=2.0, schedule=Spline([(0, 0), (1, 0.5)]).to_dict())
+    assert column.dial() == Spline([(0, 0), (1, 1)])
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    text, listed, keyed, json_list = (tmp_path / name for name in ("a.txt", "b.yaml", "c.yml", "d.json"))
+    text.write_text("a red fox\n\n  two owls \r\na red fox\n", encoding="utf-8-sig")
+    listed.write_text("- a red fox\n- 'two owls: asleep'\n")
+    keyed.write_text("prompts:\n  - a red fox\n")
+    json_list.write_text(json.dumps(["a red fox", "two owls \N{OWL}"], indent=1))
+    assert arguments.prompts([], text) == ("a red fox", "two owls")
+    assert arguments.prompts(["first"], listed) == ("first", "a red fox", "two owls: asleep")
+    assert arguments.prompts([], keyed) == ("a red fox",)
+    assert arguments.prompts([], json_list) == ("a red fox", "two owls \N{OWL}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "holds no prompt"),
+        ("blank.txt", b"\n \n", "holds no prompt"),
+        ("empty.yaml", b"", "holds no prompt"),
+        ("numbers.yaml", b"[1, 2]", "entry 1 is 1, not text"),
+        ("broken.yaml", b"prompts: [", "is not YAML"),
+        ("broken.json", b"[", "not JSON"),
+        ("object.yaml", b"!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("binary.txt", b"\xff\xfe\x00", "not text in UTF-8"),
+    ],
+)
+def test_prompt_files_that_hold_none(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        arguments.prompts([], tmp_path / name)
+
+
+# -- schedulers --------------------------------------------------------------------------------------------------------
+
+
+def test_every_scheduler_name_fits_its_kind_of_model() -> None:
+    present = tiny.make("sd")[0].scheduler
+    made = {}
+    for name in SCHEDULERS:
+        try:
+            made[name] = scheduler_like(present, name)
+        except ValueError as error:
+            assert "does not fit" in str(error)
+    assert set(SCHEDULERS) - set(made) == {"edm", "flow-euler", "flow-sde", "flow-euler-sde"}
+    for name, scheduler in made.items():
+        assert type(scheduler).__name__ == SCHEDULERS[name][0]
+        assert scheduler.config.beta_schedule == present.config.beta_schedule
+        assert not getattr(scheduler.config, "clip_sample", False)
+    stochastic = scheduler_like(FlowMatchEulerDiscreteScheduler(shift=3.0), "flow-euler-sde")
+    assert stochastic.config.stochastic_sampling
+    assert stochastic.config.shift == 3.0
+    ours = scheduler_like(stochastic, "flow-sde")
+    assert type(ours).__name__ == "FlowMatchSDEScheduler" and ours.config.shift == 3.0 and ours.config.eta == 1.0
+
+
+# -- contact sheets ----------------------------------------------------------------------------------------------------
+
+
+def block(size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def test_small_images_are_enlarged_by_whole_pixels_and_labels_keep_off_them() -> None:
+    checks = Image.fromarray(np.indices((32, 32)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
+    long = "a prompt that goes on " * 30
+    sheet = np.asarray(contact_sheet([[checks, checks]] * 2, ["λ = 0\nreference", "λ = 1 " * 9], [long, "b\nseed 3"]))
+    enlarged = np.kron(np.asarray(checks), np.ones((4, 4, 1), dtype=np.uint8))
+    places = [
+        (y, x)
+        for y in range(sheet.shape[0] - 127)
+        for x in (210, 210 + 128 + 6)
+        if (sheet[y : y + 128, x : x + 128] == enlarged).all()
+    ]
+    assert len(places) == 4
+
+
+def test_large_images_are_reduced_in_proportion() -> None:
+    wide = contact_sheet([[block((1024, 512), (200, 0, 0))]], ["λ = 0"], ["a"])
+    red = (np.asarray(wide) == (200, 0, 0)).all(-1)
+    assert red.any(0).sum() == 320
+    assert red.any(1).sum() == 160
+
+
+def test_a_grid_that_does_not_match_its_labels() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        contact_sheet([[block((8, 8), (0, 0, 0))]], ["a", "b"], ["c"])
+
+
+# -- the digits --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_draws_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, smaller in {"LAMS": (0.0, 1.0), "PROMPTS": ("a red seven",), "MEASURED": 10}.items():
+        monkeypatch.setattr(demo, name, smaller)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "demo" / "record.json").read_text())
+    reference, anchor, annealed = record["measured"]
+    assert reference["reward"] < annealed["reward"] < anchor["reward"]
+    assert (reference["beta"], anchor["beta"], annealed["beta"]) == (None, digits.BETAS[-2], None)
+    assert len(record["images"]) == 3
+    assert result.stdout.rstrip().splitlines()[-1] == str(tmp_path / "demo" / "record.json")
+    assert all(f"{row['reward']:.3f}" in result.stdout for row in record["measured"])
+
+
+def test_anchors_of_the_digits_go_by_their_beta(tmp_path: Path) -> None:
+    assert anchor_source("digits:lora") == digits.lora_path()
+    assert anchor_source(f"digits:{digits.BETAS[0]:g}") == digits.anchor_path(digits.BETAS[0])
+    assert known_beta("digits:lora") == digits.LORA_BETA
+    assert known_beta("somebody/something") is None
+    (tmp_path / "alignment.json").write_text(json.dumps({"made_of": {"beta": 250.0}}))
+    assert known_beta(str(tmp_path)) == 250
+    for nonsense in ("{", "[]", '{"made_of": {"beta": -1}}', '{"made_of": {"beta": "much"}}'):
+        (tmp_path / "alignment.json").write_text(nonsense)
+        assert known_beta(str(tmp_path)) is None
+    for unknown in ("digits:7", "digits:abc"):
+        for asked in (anchor_source, known_beta):
+            with pytest.raises(ValueError, match="the digits have the anchors"):
+                asked(unknown)
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == deradiff.__version__

@@ -1,0 +1,237 @@
+"""Plans: what is refused, what a plan consists of, and the papers' own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deradiff.algorithm.schedules import Power
+from deradiff.experiments import sources
+from deradiff.experiments.drawings import cells as cells_of
+from deradiff.experiments.drawings import drawing_of
+from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
+from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, preset
+from deradiff.experiments.running import in_batches
+from small_experiment import SMALL, small
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"name": "../up"}, "name: String should match"),
+        ({"scores": ["beauty"]}, "there is no score 'beauty': choose among pickscore"),
+        ({"features": ["vgg"]}, "there is no feature extractor 'vgg'"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1"),
+        ({"methods": []}, "methods: Tuple should have at least 1 item"),
+        ({"methods": [{"method": "magic"}]}, "does not match any of the expected tags"),
+        ({"methods": [{"method": "realign", "anchors": ["other"], "lam": [1]}]}, "no model 'other'; the plan has"),
+        ({"methods": [{"method": "realign"}]}, "give one of both"),
+        ({"methods": [{"method": "realign", "lam": [0.5], "targets": "all"}]}, "give one of both"),
+        ({"methods": [{"method": "realign", "lam": "half"}]}, "lam 'half' is not understood"),
+        ({"methods": [{"method": "realign", "lam": [float("nan")]}]}, "should be a finite number"),
+        ({"methods": [{"method": "realign", "lam": [1], "particles": -1}]}, "greater than or equal to 0"),
+        ({"methods": [{"method": "combine", "lams": [{"strong": 1.0}]}]}, "two anchors or more"),
+        ({"methods": [{"method": "anneal", "schedules": ["power:0"]}]}, "p must be positive"),
+        ({"methods": [{"method": "anneal", "schedules": ["constant"]}]}, "no annealing"),
+        ({"methods": [{"method": "interpolate", "lam": []}]}, "at least 1 item"),
+        ({"methods": [{"method": "optimize-noise", "reward": "luck"}]}, "there is no score 'luck'"),
+        ({"methods": [{"method": "reference", "prompts": ["many"]}]}, "no prompt set 'many'; the plan has few"),
+        ({"prompts": {"few": {"prompts": ["a", "a"]}}}, "listed twice"),
+        ({"prompts": {"few": {}}}, "give one of both"),
+        ({"prompts": {"few": {"prompts": ["a"], "seeds": "-1"}}}, "a seed is a whole number"),
+        ({"sampling": {"x": {"scheduler": "euler-b"}}}, "there is no scheduler 'euler-b'"),
+        ({"report": {"healthy": "nobody"}}, "there is no model 'nobody'"),
+        ({"models": {"strong": {"source": "digits:30", "beta": 0}}}, "models.strong.beta: Input should be greater"),
+    ],
+)
+def test_what_is_no_plan(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(**changes)
+
+
+def test_a_target_needs_a_beta_of_the_same_family() -> None:
+    models = SMALL["models"] | {"refl": {"source": "digits:30", "family": "refl"}}
+    with pytest.raises(ValueError, match="refl cannot stand for weak: both need a beta, and the same family"):
+        small(models=models, methods=[{"method": "realign", "anchors": ["refl"], "targets": ["weak"]}])
+    # `all` means those that there can be.
+    arms = small(models=models, methods=[{"method": "realign", "anchors": ["strong"], "targets": "all"}]).arms()
+    assert [arm.target for arm in arms] == ["strong", "weak"]
+    assert "refl" not in {arm.target for arm in small(models=models).arms()}
+
+
+def test_files_that_hold_no_plan(tmp_path: Path) -> None:
+    broken, listed = tmp_path / "broken.yaml", tmp_path / "list.yaml"
+    broken.write_text("name: [")
+    listed.write_text("- a\n- !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(FileNotFoundError, match="experiment plan --preset"):
+        read_plan(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_plan(broken)
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_plan(listed)
+
+
+def test_lam_stands_for_the_quotient_of_strengths() -> None:
+    arms = {arm.name: arm for arm in small().arms()}
+    assert arms["strong → weak"].lam == pytest.approx(30 / 500)
+    assert arms["weak → strong"].lam == pytest.approx(500 / 30)
+    assert arms["strong → strong"].lam == 1.0
+    assert set(arms) == {"reference", "strong", "weak", *(f"{a} → {b}" for a in ("strong", "weak")
+                                                           for b in ("strong", "weak"))}  # fmt: skip
+
+
+def test_one_image_however_it_is_asked_for() -> None:
+    plan = small(
+        methods=[
+            {"method": "reference"},
+            {"method": "model", "models": ["strong"]},
+            {"method": "realign", "anchors": ["strong"], "lam": [0, 1]},
+            {"method": "interpolate", "anchors": ["strong"], "lam": [0, 1]},
+            {"method": "anneal", "anchors": ["strong"], "schedules": ["power:2"], "lam": [0]},
+        ]
+    )
+    drawings = [drawing_of(plan, arm, "a", 0) for arm in plan.arms()]
+    reference, model = drawings[:2]
+    assert drawings[2:] == [reference, model, reference, model, reference]
+
+
+def test_methods_that_ask_for_the_same_share_it() -> None:
+    plan = small(
+        prompts=SMALL["prompts"] | {"more": {"prompts": ["three"]}},
+        methods=[
+            {"method": "model", "models": ["weak"], "prompts": ["more"]},
+            {"method": "model", "models": "all", "prompts": ["few"]},
+        ],
+    )
+    assert {arm.name: arm.prompts for arm in plan.arms()} == {"weak": ("few", "more"), "strong": ("few",)}
+
+
+def test_the_dial_of_a_drawing() -> None:
+    plan = small(
+        methods=[
+            {"method": "combine", "lams": [{"strong": 0.25, "weak": 0.5}]},
+            {"method": "anneal", "anchors": ["weak"], "schedules": ["power:2"], "lam": [0.5]},
+        ]
+    )
+    combined, annealed = (drawing_of(plan, arm, "a", 0) for arm in plan.arms())
+    assert combined.dial(("strong", "weak")) == {"strong": 0.25, "weak": 0.5}
+    assert annealed.dial(("weak",)) == Power(2, 0.5)
+
+
+def test_batches_hold_all_lam_of_a_prompt_and_one_set_of_networks() -> None:
+    plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0, 0.25, 0.5, 1]}])
+    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
+    batches = [[drawing for _, drawing in batch] for batch in in_batches(plan, cells)]
+    assert [[(d["prompt"], d["seed"], dict(d["anchors"])) for d in batch] for batch in batches if len(d_lams(batch)) > 1
+            ] == [
+        [("one", 0, {"strong": 0.25}), ("one", 0, {"strong": 0.5}), ("one", 1, {"strong": 0.25}),
+         ("one", 1, {"strong": 0.5})],
+        [("two", 0, {"strong": 0.25}), ("two", 0, {"strong": 0.5}), ("two", 1, {"strong": 0.25}),
+         ("two", 1, {"strong": 0.5})],
+    ]  # fmt: skip
+    assert len(batches) == 4  # the reference and the anchor, which need one network, have one each
+
+
+def d_lams(batch: list[dict[str, Any]]) -> set[Any]:
+    return {tuple(drawing["anchors"]) for drawing in batch}
+
+
+def test_particles_count_as_so_many_images() -> None:
+    plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0.5], "particles": 2}])
+    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
+    assert [len(batch) for batch in in_batches(plan, cells)] == [2, 2]
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_several_sources_are_drawn_from_their_union(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("\n".join(f"a{i}" for i in range(20)) + "\nshared\n")
+    second.write_text("\n".join(f"b{i}" for i in range(20)) + "\nshared\n")
+    wanted = Prompts(source=(str(first), str(second)), count=30, draw_seed=3)
+    found = sources.resolve(wanted)
+    assert found == sources.resolve(wanted)
+    assert len({*found}) == 30
+    assert found != sources.resolve(wanted.model_copy(update={"draw_seed": 4}))
+    assert {text[0] for text in found} >= {"a", "b"}
+    everything = sources.resolve(Prompts(source=(str(first), str(second))))
+    assert len(everything) == 41
+    with pytest.raises(ValueError, match="hold 41 different prompts, 42 were asked for"):
+        sources.resolve(Prompts(source=(str(first), str(second)), count=42))
+
+
+def test_the_digits_have_different_prompts() -> None:
+    found = sources.resolve(Prompts(source="digits", count=250, draw_seed=0))
+    assert len({*found}) == 250
+    with pytest.raises(ValueError, match="fewer than 100000 different prompts"):
+        sources.resolve(Prompts(source="digits", count=100_000))
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights.safetensors").write_bytes(b"one")
+    first = sources.fingerprint(str(model))
+    assert sources.fingerprint(str(model), known=first) == first
+    (model / "notes.md").write_text("not a weight")
+    assert sources.fingerprint(str(model))["sha256"] == first["sha256"]
+    (model / "weights.safetensors").write_bytes(b"two")
+    assert sources.fingerprint(str(model), known=first)["sha256"] != first["sha256"]
+
+
+def test_a_source_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(OSError, match=r"nobody/nothing is neither a file nor a folder.*no route"):
+        sources.fingerprint("nobody/nothing")
+
+
+# -- the papers' -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_read_as_they_are_written(name: str) -> None:
+    for models in (None, "elsewhere"):
+        plan = preset(name, models)
+        assert parse_plan(yaml.safe_load(write_plan(plan)), name) == plan
+
+
+def test_an_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="there is no plan 'sdxl': choose among deradiff-sdxl"):
+        preset("sdxl")
+
+
+def pairs(plan: Plan, prompts: str) -> set[tuple[float, float]]:
+    return {
+        (plan.models[arm.anchors[0][0]].beta or 0, plan.models[arm.target].beta or 0)
+        for arm in plan.arms()
+        if arm.target and prompts in arm.prompts
+    }
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("deradiff-sdxl", 5.0), ("deradiff-sd15", 7.5)])
+def test_deradiff_s_own_plan(name: str, guidance: float) -> None:
+    plan = preset(name)
+    every = {(a, b) for a in STRENGTHS for b in STRENGTHS} | {(a, b) for a in (750, 1000) for b in FINE_STRENGTHS}
+    assert pairs(plan, "preference") == every
+    assert pairs(plan, "hacking") == {(a, 2000) for a in (250, 500, 750)}
+    sampling = plan.sampling["paper"]
+    assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == ("euler-a", 50, guidance)
+    assert plan.prompts["preference"].count == 500 and plan.prompts["preference"].substitute_for
+    assert plan.prompts["hacking"].count == 1000 and plan.prompts["hacking"].substitute_for
+
+
+@pytest.mark.parametrize(("name", "scheduler", "guidance"), [("aig-sdxl", "euler", 5.0), ("aig-sd14", "ddim", 7.5)])
+def test_aig_s_own_plan(name: str, scheduler: str, guidance: float) -> None:
+    plan = preset(name)
+    sampling = plan.sampling["paper"]
+    assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == (scheduler, 25, guidance)
+    assert len([arm for arm in plan.arms() if arm.method == "anneal"]) == 2 * len(POWERS) == 14
+    assert len([model for model in plan.models.values() if model.beta]) == 2 * len(KL_STRENGTHS) == 16
+    assert plan.prompts["coverage"].count == 40 and len(plan.prompts["coverage"].seeds) == 50
+    assert {*plan.prompts} >= {"partiprompts", "anime", "concept-art", "paintings", "photo"}

@@ -1,0 +1,56 @@
+"""Profiles: full steps measured once, that keep their tolerance on other prompts and seeds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deradiff
+from deradiff.sampling.full_steps import Profile, errors, profiled
+from deradiff.sampling.reuse import Reuse
+from deradiff.worlds import digits
+from tiny import make
+
+
+def test_a_profile_is_measured_kept_and_used_on_other_images(tmp_path: Path) -> None:
+    pipe = digits.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"num_inference_steps": 25, "guidance_scale": 1.0}
+    with deradiff.realign(pipe, digits.anchor_path(250), 0.5) as dial:
+        profile = profiled(pipe, ["a red seven", "a blue two", "three", "a green zero"] * 2, 0.08, **call)
+        assert dial.reuse is None and dial.lam == 0.5, "as it was"
+        assert profile.error <= 0.08 and profile.cost < 1.5 and profile.images == 8
+        profile.save(tmp_path / "profile.json")
+        assert Profile.load(tmp_path / "profile.json") == profile
+
+        def drawn(lam: float, reuse: Reuse | None) -> torch.Tensor:
+            dial.lam, dial.reuse = lam, reuse
+            latents = [torch.Generator().manual_seed(100 + i) for i in range(8)]
+            return pipe(["a purple five", "nine"] * 4, generator=latents, output_type="latent", **call).images
+
+        found = errors(drawn(0.5, profile.reuse), drawn(0.5, None), drawn(0.0, None))
+        assert found.median < 2 * 0.08
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="no profile of full steps"):
+        Profile.load(tmp_path / "other.json")
+
+
+def test_errors_are_relative_to_what_the_weight_does() -> None:
+    reference = torch.zeros(3, 4)
+    exact = torch.tensor([1.0, 2.0, 3.0])[:, None].expand(3, 4)
+    found = errors(exact + torch.tensor([0.1, 0.2, 1.5])[:, None], exact, reference)
+    assert found.median == pytest.approx(0.1) and found.changed == pytest.approx(1 / 3)
+    assert found.whole == pytest.approx(((0.01 + 0.04 + 2.25) / 14) ** 0.5)
+    with pytest.raises(ValueError, match="no effect"):
+        errors(exact, reference, reference)
+
+
+def test_a_profile_needs_a_realigned_pipeline_and_a_tolerance_that_can_be_kept() -> None:
+    pipe, anchor, _ = make("sd")
+    with pytest.raises(ValueError, match="not realigned"):
+        profiled(pipe, ["a"], 0.1)
+    with deradiff.realign(pipe, anchor, 0.5), pytest.raises(ValueError, match="above 0 and below 1"):
+        profiled(pipe, ["a"], -1.0)
+    with deradiff.realign(pipe, anchor, 0.5), pytest.raises(ValueError, match="no carrier of reference, anchor keeps"):
+        profiled(pipe, ["a", "b"], 1e-9, num_inference_steps=3)
