@@ -87,9 +87,17 @@ def training(second: bool, folder: Path) -> Callable[[], object]:
     pairs = RandomPairs(base, BATCH + 1)
     policy = WithSecondModel(base, digits.load_pipeline().unet) if second else Policy(base, RANK, WIDER_TARGETS)
     return lambda: train_dpo(
-        base, policy, pairs, 500.0, QUIET, batch=BATCH, dropout=0.1, seed=0, checkpoint=folder / "none",
+        base,
+        policy,
+        pairs,
+        500.0,
+        QUIET,
+        batch=BATCH,
+        dropout=0.1,
+        seed=0,
+        checkpoint=folder / "none",
         report=lambda *_: None,
-    )  # fmt: skip
+    )
 
 
 def steps_per_second(rounds: int) -> Figure:
@@ -159,9 +167,14 @@ def main() -> None:
     figures = [steps_per_second(options.rounds), memory(), cache_speed(options.rounds)]
     report(figures)
     conditions = {
-        "rounds": options.rounds, "repeats": REPEATS, "batch": BATCH, "steps": STEPS, "rank": RANK,
-        "threads": torch.get_num_threads(), "versions": versions(),
-    }  # fmt: skip
+        "rounds": options.rounds,
+        "repeats": REPEATS,
+        "batch": BATCH,
+        "steps": STEPS,
+        "rank": RANK,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
     write_json(options.out, conditions | {"figures": [figure._asdict() for figure in figures]})
     print(options.out)
 

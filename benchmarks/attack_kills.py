@@ -71,9 +71,12 @@ def kills(work: Work, folder: Path, count: int, seed: int = 0) -> dict[str, Any]
     _to_its_end(work, folder / "killed")
     whole, again = work.left(folder / "whole"), work.left(folder / "killed")
     return {
-        "kills": count, "killed_while_at_work": killed, "files": len(whole), "same_files_and_bytes": whole == again,
+        "kills": count,
+        "killed_while_at_work": killed,
+        "files": len(whole),
+        "same_files_and_bytes": whole == again,
         "seconds": time.monotonic() - began,
-    }  # fmt: skip
+    }
 
 
 def _to_its_end(work: Work, folder: Path) -> None:
@@ -122,13 +125,15 @@ def bake() -> Work:
 def experiment(folder: Path) -> Work:
     """Images and scores of the digits by two workers, killed while they draw."""
     plan = {
-        "name": "killed", "reference": "digits",
+        "name": "killed",
+        "reference": "digits",
         "models": {f"beta-{b}": {"source": f"digits:{b}", "beta": b, "family": "dpo"} for b in (30, 250)},
         "prompts": {"digits": {"source": "digits", "count": 16, "seeds": "0:3"}},
         "sampling": {"ancestral": {"scheduler": "euler-a", "steps": 25, "guidance_scale": 1.0}},
         "methods": [{"method": "reference"}, {"method": "model"}, {"method": "realign", "targets": "all"}],
-        "scores": ["digits"], "batch_size": 4,
-    }  # fmt: skip
+        "scores": ["digits"],
+        "batch_size": 4,
+    }
     file = folder / "plan.yaml"
     file.write_text(yaml.safe_dump(plan))
     return Work(

@@ -51,9 +51,20 @@ def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
         report(f"{method}: {stage}", done, planned, line)
 
     found = deradiff.bake(
-        pipe, digits.anchor_path(BETA), LAM, folder, method=method, prompts=prompts, images=IMAGES, sampler=SAMPLER,
-        distillation=DIGITS, seed=SEED, force=True, name="digits", report=watch,
-    )  # fmt: skip
+        pipe,
+        digits.anchor_path(BETA),
+        LAM,
+        folder,
+        method=method,
+        prompts=prompts,
+        images=IMAGES,
+        sampler=SAMPLER,
+        distillation=DIGITS,
+        seed=SEED,
+        force=True,
+        name="digits",
+        report=watch,
+    )
     (judged,) = found.judgements
     return {
         "method": method,
@@ -108,24 +119,34 @@ def main() -> None:
     weights, student = rows
     goals = {
         "a student's error is at most a third of the weights'": (
-            student["error"]["value"] / weights["error"]["value"], 1 / 3,
+            student["error"]["value"] / weights["error"]["value"],
+            1 / 3,
         ),
         "a student takes at most 15 minutes on two cores, in seconds of a processor": (
-            student["processor_seconds"], LIMIT,
+            student["processor_seconds"],
+            LIMIT,
         ),
         "baked weights are sampled in as many evaluations as the plain model": (
-            weights["sampling"]["evaluations"]["baked"] / weights["sampling"]["evaluations"]["plain"], 1.0,
+            weights["sampling"]["evaluations"]["baked"] / weights["sampling"]["evaluations"]["plain"],
+            1.0,
         ),
-    }  # fmt: skip
+    }
     show(console, rows, goals)
     record = {
-        "anchor_beta": BETA, "lam": LAM, "images": IMAGES, "prompts": PROMPTS, "sampler": asdict(SAMPLER),
-        "distillation": asdict(DIGITS), "seed": SEED, "threads": 1, "rows": rows,
+        "anchor_beta": BETA,
+        "lam": LAM,
+        "images": IMAGES,
+        "prompts": PROMPTS,
+        "sampler": asdict(SAMPLER),
+        "distillation": asdict(DIGITS),
+        "seed": SEED,
+        "threads": 1,
+        "rows": rows,
         "goals": {
             name: {"value": value, "limit": limit, "met": value <= limit} for name, (value, limit) in goals.items()
         },
         "versions": versions(),
-    }  # fmt: skip
+    }
     write_json(chosen.json, record)
 
 

@@ -2,12 +2,12 @@
 
 of `python -m studies.digits truth --out OUT`. If it is, the log ratio of the two models' paths is r/β and a constant,
 whatever path noise took to the picture (docs/limits.md). Here pictures of the reference are noised along several paths
-each, step by step, and the log ratio of the reverse steps is added up along every one. Of its variance among the pictures of
-one caption it is told how much is the path's and not the picture's, and by how many nats it rises per point of the
-reward. Beside that stands the tilt that the anchor's own samples show: so many nats per point, on the reference's
-samples, give their mean reward. For an exact tilt both are 1/β. Weights of realigned samples come from the same
-differences of predictions: they correct towards the log ratio, whether samples follow it or not. The table goes to
-docs/data/digits-log-ratios.json.
+each, step by step, and the log ratio of the reverse steps is added up along every one. Of its variance among the
+pictures of one caption it is told how much is the path's and not the picture's, and by how many nats it rises per
+point of the reward. Beside that stands the tilt that the anchor's own samples show: so many nats per point, on the
+reference's samples, give their mean reward. For an exact tilt both are 1/β. Weights of realigned samples come from the
+same differences of predictions: they correct towards the log ratio, whether samples follow it or not. The table goes
+to docs/data/digits-log-ratios.json.
 """
 
 import argparse
@@ -109,12 +109,15 @@ def measured(models: Path, name: str, pool: Pool) -> dict[str, Any]:
     )
     rise = linregress(scores.numpy(), log_ratio.numpy())
     return {
-        "reward": reward, "deviation by picture": by_picture.clamp(min=0).sqrt().item(),
-        "deviation by path": by_path.sqrt().item(), "path's share": (by_path / (by_path + by_picture)).item(),
+        "reward": reward,
+        "deviation by picture": by_picture.clamp(min=0).sqrt().item(),
+        "deviation by path": by_path.sqrt().item(),
+        "path's share": (by_path / (by_path + by_picture)).item(),
         "nats per point": asdict(Estimate(float(rise.slope), float(rise.stderr))),
         "nats per point of its samples": tilt_of(pool, reward, told["model"]["value"] - start),
-        "pictures": rows.numel(), "paths": PATHS,
-    }  # fmt: skip
+        "pictures": rows.numel(),
+        "paths": PATHS,
+    }
 
 
 def main() -> None:
@@ -131,10 +134,13 @@ def main() -> None:
                 rows[name] = row = measured(given.models, name, pool)
                 rise = row["nats per point"]
                 table.add_row(
-                    name, f"{row['deviation by picture']:.1f}", f"{row['deviation by path']:.1f}",
-                    format(row["path's share"], ".2f"), f"{rise['value']:.2f} ± {rise['error']:.2f}",
+                    name,
+                    f"{row['deviation by picture']:.1f}",
+                    f"{row['deviation by path']:.1f}",
+                    format(row["path's share"], ".2f"),
+                    f"{rise['value']:.2f} ± {rise['error']:.2f}",
                     f"{row['nats per point of its samples']:.2f}",
-                )  # fmt: skip
+                )
     Console().print(table)
     write_json(given.json, {"steps": STEPS, "models": rows})
 

@@ -89,9 +89,12 @@ def main() -> None:
     for what, error in errors.items():
         print(f"Fréchet distance against SciPy's matrix root, {what}: relative error {error:.1e}")
     settings = {
-        "images": [IMAGES, IMAGES], "features": FEATURES, "threads": THREADS, "load average before": load,
+        "images": [IMAGES, IMAGES],
+        "features": FEATURES,
+        "threads": THREADS,
+        "load average before": load,
         "versions": versions() | {"scipy": scipy.__version__},
-    }  # fmt: skip
+    }
     goals = {
         f"at most {FID_SECONDS:g} seconds": is_fast,
         f"relative errors at most {FID_AGREEMENT:g}": max(errors.values()) <= FID_AGREEMENT,

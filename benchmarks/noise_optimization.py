@@ -83,9 +83,17 @@ def operations(base: Base) -> tuple[float, float]:
 def optimized(base: Base, prompts: list[str], noise: Tensor, steps: int, iterations: int) -> Row:
     base.pipe.scheduler = scheduler(base, steps)
     found = optimize_noise(
-        base, prompts, DigitsReward(), Sampling("ddim", steps, GUIDANCE), iterations=iterations,
-        learning_rate=LEARNING_RATE, norm_weight=NORM_WEIGHT, noise=noise, per_pass=PER_PASS, report=progress,
-    )  # fmt: skip
+        base,
+        prompts,
+        DigitsReward(),
+        Sampling("ddim", steps, GUIDANCE),
+        iterations=iterations,
+        learning_rate=LEARNING_RATE,
+        norm_weight=NORM_WEIGHT,
+        noise=noise,
+        per_pass=PER_PASS,
+        report=progress,
+    )
     name = f"noise, {counting(steps)}, {iterations} iterations"
     return row(base, name, prompts, found.scores[0], found.images, found.noise, found.cost)
 
@@ -112,11 +120,14 @@ def sampled(base: Base, prompts: list[str], noise: Tensor, steps: int = STEPS, l
 def drawn(pipe: Any, prompts: list[str], noise: Tensor, steps: int) -> Tensor:
     images = [
         pipe(
-            prompts[i : i + PER_PASS], latents=noise[i : i + PER_PASS], num_inference_steps=steps,
-            guidance_scale=GUIDANCE, output_type="pt",
+            prompts[i : i + PER_PASS],
+            latents=noise[i : i + PER_PASS],
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            output_type="pt",
         ).images
         for i in range(0, len(prompts), PER_PASS)
-    ]  # fmt: skip
+    ]
     return torch.cat(images)
 
 
@@ -130,9 +141,7 @@ def counting(steps: int) -> str:
     return "1 step" if steps == 1 else f"{steps} steps"
 
 
-def row(
-    base: Base, method: str, prompts: list[str], start: Tensor, images: Tensor, noise: Tensor, cost: Cost
-) -> Row:  # fmt: skip
+def row(base: Base, method: str, prompts: list[str], start: Tensor, images: Tensor, noise: Tensor, cost: Cost) -> Row:
     reached, (forward, backward) = DigitsReward()(images, prompts), operations(base)
     legible, norms = quality.score(images, prompts).legible, noise.flatten(1).norm(dim=1)
     gigaflops = cost.forward * forward + cost.backward * backward
@@ -149,9 +158,16 @@ def show(rows: list[Row]) -> None:
     for each in rows:
         cost = each.cost
         table.add_row(
-            each.method, f"{each.start.value:.2f}", str(each.gain), str(each.legible), f"{each.noise_norm.value:.1f}",
-            f"{cost.forward:g}", f"{cost.backward:g}", f"{each.gigaflops:.3g}", f"{cost.seconds:.2g}",
-        )  # fmt: skip
+            each.method,
+            f"{each.start.value:.2f}",
+            str(each.gain),
+            str(each.legible),
+            f"{each.noise_norm.value:.1f}",
+            f"{cost.forward:g}",
+            f"{cost.backward:g}",
+            f"{each.gigaflops:.3g}",
+            f"{cost.seconds:.2g}",
+        )
     Console().print(table)
 
 
@@ -173,10 +189,17 @@ def main() -> None:
     rows += [optimized(base, prompts, noise, steps, iterations) for steps in (1, STEPS) for iterations in ITERATIONS]
     show(rows)
     settings = {
-        "prompts": options.prompts, "reward": DigitsReward.name, "steps": STEPS, "guidance_scale": GUIDANCE,
-        "anchor_beta": ANCHOR_BETA, "learning_rate": LEARNING_RATE, "norm_weight": NORM_WEIGHT, "seed": SEED,
-        "threads": torch.get_num_threads(), "versions": versions(),
-    }  # fmt: skip
+        "prompts": options.prompts,
+        "reward": DigitsReward.name,
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "anchor_beta": ANCHOR_BETA,
+        "learning_rate": LEARNING_RATE,
+        "norm_weight": NORM_WEIGHT,
+        "seed": SEED,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
     write_json(options.out, settings | {"rows": [asdict(each) for each in rows]})
     print(options.out)
 

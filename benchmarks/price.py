@@ -64,11 +64,15 @@ PROMPT = "a red seven on white paper"
 SWEEP = [i / 10 for i in range(11)]
 GOALS: Mapping[tuple[str, int, bool], float] = {
     # mode, steps, whether λ = ¼ (whose effect itself is small)
-    ("tolerance 0.05", 50, False): 1.20, ("tolerance 0.05", 25, False): 1.35,
-    ("tolerance 0.05", 50, True): 1.35, ("tolerance 0.05", 25, True): 1.50,
-    ("tolerance 0.15", 50, False): 1.10, ("tolerance 0.15", 25, False): 1.20,
-    ("exact", 50, False): 2.04, ("exact", 25, False): 2.04,
-}  # fmt: skip
+    ("tolerance 0.05", 50, False): 1.20,
+    ("tolerance 0.05", 25, False): 1.35,
+    ("tolerance 0.05", 50, True): 1.35,
+    ("tolerance 0.05", 25, True): 1.50,
+    ("tolerance 0.15", 50, False): 1.10,
+    ("tolerance 0.15", 25, False): 1.20,
+    ("exact", 50, False): 2.04,
+    ("exact", 25, False): 2.04,
+}
 
 
 def digits_pipeline(scheduler: str) -> Any:
@@ -103,9 +107,12 @@ def _errors(
         dial.lam, dial.reuse = lam, reuse
         generators = [torch.Generator().manual_seed(9000 + i) for i in range(len(prompts))]
         latents = pipe(
-            prompt=list(prompts), generator=generators, num_inference_steps=steps, guidance_scale=guidance,
+            prompt=list(prompts),
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             output_type="latent",
-        ).images  # fmt: skip
+        ).images
         with torch.no_grad():
             pixels = (pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
             return latents, score(pixels, list(prompts)).double()
@@ -216,10 +223,16 @@ def two_forwards(pipe: Any, anchor: Any, lam: float, prompt: str, images: int, s
 
 
 def plain(pipe: Any, images: int, steps: int, prompt: str = PROMPT) -> Callable[[], Any]:
-    return lambda: pipe(
-        prompt, num_images_per_prompt=images, num_inference_steps=steps, guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(0), output_type="latent",
-    ).images  # fmt: skip
+    return lambda: (
+        pipe(
+            prompt,
+            num_images_per_prompt=images,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+    )
 
 
 def times(rounds: int) -> list[dict[str, Any]]:
@@ -285,10 +298,13 @@ def sweep(rounds: int) -> dict[str, Any]:
             generators = [torch.Generator().manual_seed(start + i) for i in range(len(some)) for _ in SWEEP]
             parts.append(
                 ours(
-                    prompt=[prompt for prompt in some for _ in SWEEP], generator=generators, guidance_scale=1.0,
-                    num_inference_steps=25, output_type="latent",
+                    prompt=[prompt for prompt in some for _ in SWEEP],
+                    generator=generators,
+                    guidance_scale=1.0,
+                    num_inference_steps=25,
+                    output_type="latent",
                 ).images
-            )  # fmt: skip
+            )
         return torch.cat(parts)
 
     runs = {
@@ -318,29 +334,57 @@ def sweep(rounds: int) -> dict[str, Any]:
 def show(console: Console, found: Mapping[str, Any]) -> None:
     if rows := found.get("errors"):
         table = Table(
-            "anchor", "sampler", "λ", "mode", "cost", "goal", "error, whole", "median image", "changed", "estimated",
-            "reward error", title="Errors relative to λ's own effect", title_justify="left",
-        )  # fmt: skip
+            "anchor",
+            "sampler",
+            "λ",
+            "mode",
+            "cost",
+            "goal",
+            "error, whole",
+            "median image",
+            "changed",
+            "estimated",
+            "reward error",
+            title="Errors relative to λ's own effect",
+            title_justify="left",
+        )
         for row in rows:
             goal = GOALS.get((row["mode"], row["steps"], row["lam"] == 0.25))
             sampler = f"{row['scheduler']} {row['steps']}" + (", guided" if row["guidance_scale"] != 1 else "")
             table.add_row(
-                row["anchor"], sampler, f"{row['lam']:g}", row["mode"], f"{row['evaluations']:.2f}",
+                row["anchor"],
+                sampler,
+                f"{row['lam']:g}",
+                row["mode"],
+                f"{row['evaluations']:.2f}",
                 "" if goal is None else f"≤ {goal:g} {'met' if row['evaluations'] <= goal else 'MISSED'}",
-                f"{row['whole']:.1%}", f"{row['median']:.1%}", f"{row['changed']:.1%}", f"{row['estimated']:.1%}",
+                f"{row['whole']:.1%}",
+                f"{row['median']:.1%}",
+                f"{row['changed']:.1%}",
+                f"{row['estimated']:.1%}",
                 f"{row['reward']['error']:+.1%} ± {row['reward']['standard_error']:.1%}",
-            )  # fmt: skip
+            )
         console.print(table)
     if rows := found.get("guided"):
         table = Table(
-            "guidance", "anchor computed", "cost", "error, whole", "median image", "changed",
-            title="Guided branches", title_justify="left",
-        )  # fmt: skip
+            "guidance",
+            "anchor computed",
+            "cost",
+            "error, whole",
+            "median image",
+            "changed",
+            title="Guided branches",
+            title_justify="left",
+        )
         for row in rows:
             table.add_row(
-                f"{row['guidance_scale']:g}", row["computed"], f"{row['evaluations']:.2f}", f"{row['whole']:.1%}",
-                f"{row['median']:.1%}", f"{row['changed']:.1%}",
-            )  # fmt: skip
+                f"{row['guidance_scale']:g}",
+                row["computed"],
+                f"{row['evaluations']:.2f}",
+                f"{row['whole']:.1%}",
+                f"{row['median']:.1%}",
+                f"{row['changed']:.1%}",
+            )
         console.print(table)
     if rows := found.get("times"):
         table = Table("anchor", "steps", "mode", "time / plain", "quartiles", title="Time", title_justify="left")

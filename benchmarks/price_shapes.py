@@ -24,17 +24,31 @@ from deradiff.sampling.full_steps import errors as errors_of
 from deradiff.sampling.reuse import Reuse
 
 SDXL_UNET: Mapping[str, Any] = {
-    "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "sample_size": 128,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 SD3_TRANSFORMER: Mapping[str, Any] = {
-    "sample_size": 128, "patch_size": 2, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "in_channels": 16,
-    "out_channels": 16, "pos_embed_max_size": 192,
-}  # fmt: skip
+    "sample_size": 128,
+    "patch_size": 2,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "in_channels": 16,
+    "out_channels": 16,
+    "pos_embed_max_size": 192,
+}
 TOKENS: Mapping[str, int] = {"SD 1.5": 77, "SDXL": 77, "SD3": 333}
 
 

@@ -62,9 +62,13 @@ def searched(problem: Problem, **settings: Any) -> dict[str, Any]:
     assert isinstance(answer, Best)
     (lam,), ((low, high),) = answer.point, answer.ranges
     return {
-        "lam": lam, "low": low, "high": high, "regret": problem.regret(lam), "evaluations": len(state.points),
+        "lam": lam,
+        "low": low,
+        "high": high,
+        "regret": problem.regret(lam),
+        "evaluations": len(state.points),
         "covered": low <= problem.best <= high,
-    }  # fmt: skip
+    }
 
 
 def printed(problem: Problem, acquisition: Literal["ei", "ucb"], batch: Batch = "new") -> dict[str, Any]:
@@ -122,17 +126,19 @@ def summed_up(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in METHODS:
         regrets = np.array([row[name]["regret"] for row in rows])
         found[name] = {
-            "median regret": float(np.median(regrets)), "mean regret": float(regrets.mean()),
+            "median regret": float(np.median(regrets)),
+            "mean regret": float(regrets.mean()),
             "90% of regrets below": float(np.quantile(regrets, 0.9)),
             "median distance": float(np.median([abs(row[name]["lam"] - row["best"]) for row in rows])),
             "mean evaluations": float(np.mean([row[name]["evaluations"] for row in rows])),
-        }  # fmt: skip
+        }
         if "covered" in rows[0][name]:
             covered = float(np.mean([row[name]["covered"] for row in rows]))
             found[name] |= {
-                "coverage": covered, "error of coverage": (covered * (1 - covered) / len(rows)) ** 0.5,
+                "coverage": covered,
+                "error of coverage": (covered * (1 - covered) / len(rows)) ** 0.5,
                 "mean width": float(np.mean([row[name]["high"] - row[name]["low"] for row in rows])),
-            }  # fmt: skip
+            }
     return {"problems": len(rows), **found}
 
 
@@ -184,8 +190,9 @@ def neighbours(count: int) -> dict[str, Any]:
         for step in (0.0, 0.05, 0.1):
             regrets = [with_neighbours(problem, budget, step) for problem in chosen]
             found[f"{budget} evaluations, " + (f"λ ± {step:g}" if step else "alone")] = {
-                "median regret": float(np.median(regrets)), "mean regret": float(np.mean(regrets)),
-            }  # fmt: skip
+                "median regret": float(np.median(regrets)),
+                "mean regret": float(np.mean(regrets)),
+            }
     return found
 
 
@@ -226,10 +233,13 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
         answer = outcome.answer
         assert isinstance(answer, Best)
         searches[name] = {
-            "lam": answer.point[0], "low": answer.ranges[0][0], "high": answer.ranges[0][1],
-            "evaluations": len(answer.evaluations), "stopped": answer.stopped,
+            "lam": answer.point[0],
+            "low": answer.ranges[0][0],
+            "high": answer.ranges[0][1],
+            "evaluations": len(answer.evaluations),
+            "stopped": answer.stopped,
             "check": next(iter(outcome.checks.values())).words,
-        }  # fmt: skip
+        }
     return searches | {"grid": {"lams": lams, "best": grid[int(means.argmax())][0], "means": means.tolist()}}
 
 
@@ -242,16 +252,28 @@ def show(console: Console, found: dict[str, Any]) -> None:
         if part is None:
             continue
         table = Table(
-            "method", "median regret", "mean", "90% below", "|λ - λ*|", "evaluations", "coverage",
-            title=f"{kind}: {part['problems']} problems", title_justify="left",
-        )  # fmt: skip
+            "method",
+            "median regret",
+            "mean",
+            "90% below",
+            "|λ - λ*|",
+            "evaluations",
+            "coverage",
+            title=f"{kind}: {part['problems']} problems",
+            title_justify="left",
+        )
         for name in METHODS:
             row = part[name]
             covered = f"{row['coverage']:.1%} ± {row['error of coverage']:.1%}" if "coverage" in row else ""
             table.add_row(
-                name, f"{row['median regret']:.2%}", f"{row['mean regret']:.2%}", f"{row['90% of regrets below']:.1%}",
-                f"{row['median distance']:.3f}", f"{row['mean evaluations']:.1f}", covered,
-            )  # fmt: skip
+                name,
+                f"{row['median regret']:.2%}",
+                f"{row['mean regret']:.2%}",
+                f"{row['90% of regrets below']:.1%}",
+                f"{row['median distance']:.3f}",
+                f"{row['mean evaluations']:.1f}",
+                covered,
+            )
         console.print(table)
         mine = part["search"]
         console.print(

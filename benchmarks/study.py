@@ -230,8 +230,11 @@ def load(folder: Path) -> dict[str, Any]:
         every = [one for some in log.seconds.values() for one in some]
         times = {kind: milliseconds(some) for kind, some in ({"all": every} | log.seconds).items()}
         found[name] = {
-            "seconds": round(seconds, 2), "requests": len(every), "milliseconds": times, **compared(log, folder),
-        }  # fmt: skip
+            "seconds": round(seconds, 2),
+            "requests": len(every),
+            "milliseconds": times,
+            **compared(log, folder),
+        }
         for file in (folder / "study").glob("study.sqlite*"):
             file.unlink()
         for file in (folder / "study" / "images").iterdir():

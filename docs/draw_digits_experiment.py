@@ -16,15 +16,26 @@ from deradiff.experiments.store import Store
 
 HERE = Path(__file__).parent
 FIGURES = (
-    "agreement-heat-diffusion-dpo-digits-digits", "agreement-scatter-diffusion-dpo-digits-digits",
-    "agreement-particles-diffusion-dpo-digits", "hacking-beta-30-beta-500", "front-digits-digits", "combined-bold-ink",
-    "strip-beta-30", "equal-cost-digits",
-)  # fmt: skip
+    "agreement-heat-diffusion-dpo-digits-digits",
+    "agreement-scatter-diffusion-dpo-digits-digits",
+    "agreement-particles-diffusion-dpo-digits",
+    "hacking-beta-30-beta-500",
+    "front-digits-digits",
+    "combined-bold-ink",
+    "strip-beta-30",
+    "equal-cost-digits",
+)
 TABLES = (
-    "agreement-table-1-diffusion-dpo-digits", "agreement-table-2-diffusion-dpo-digits", "hacking-table-digits",
-    "agreement-heat-diffusion-dpo-digits-digits", "agreement-statistics-diffusion-dpo-digits-digits",
-    "agreement-particles-diffusion-dpo-digits", "front-digits-digits", "equal-cost-digits", "diversity-digits",
-)  # fmt: skip
+    "agreement-table-1-diffusion-dpo-digits",
+    "agreement-table-2-diffusion-dpo-digits",
+    "hacking-table-digits",
+    "agreement-heat-diffusion-dpo-digits-digits",
+    "agreement-statistics-diffusion-dpo-digits-digits",
+    "agreement-particles-diffusion-dpo-digits",
+    "front-digits-digits",
+    "equal-cost-digits",
+    "diversity-digits",
+)
 
 
 def read(report: Path, name: str) -> list[dict[str, str]]:
@@ -50,10 +61,11 @@ def hacking(report: Path) -> str:
         cells = [
             f"{float(row[value]):.3g} ± {float(row[error]):.2g}"
             for value, error in (
-                ("distance of hacked", "s.e. (hacked)"), ("distance of realigned", "s.e. (realigned)"),
+                ("distance of hacked", "s.e. (hacked)"),
+                ("distance of realigned", "s.e. (realigned)"),
                 ("Δ in %", "s.e. (Δ in %)"),
             )
-        ]  # fmt: skip
+        ]
         name = f"{row['realigned']} ({row['prompts']})"
         lines.append(f"| {row['hacked']} | {name} | {' | '.join(cells)}% |")
     return "\n".join(lines)

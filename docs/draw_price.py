@@ -32,14 +32,20 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 if anchor == "LoRA" and "weights carry" in mode:
                     continue  # what a tolerance takes there by itself
                 chosen = [
-                    row for row in rows
+                    row
+                    for row in rows
                     if (row["anchor"], row["steps"], row["mode"], row["guidance_scale"]) == (anchor, steps, mode, 1)
-                ]  # fmt: skip
+                ]
                 ax.scatter(
-                    [row["evaluations"] for row in chosen], [100 * row["median"] for row in chosen],
-                    s=[SIZES[row["lam"]] for row in chosen], c=colour, marker=marker, label=mode, alpha=0.75,
+                    [row["evaluations"] for row in chosen],
+                    [100 * row["median"] for row in chosen],
+                    s=[SIZES[row["lam"]] for row in chosen],
+                    c=colour,
+                    marker=marker,
+                    label=mode,
+                    alpha=0.75,
                     linewidths=0,
-                )  # fmt: skip
+                )
             for bound in (5, 15):
                 ax.axhline(bound, color="#bbbbbb", linewidth=0.8, zorder=0)
             ax.set_yscale("log")
@@ -69,10 +75,11 @@ def table(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
                 continue
             for lam in SIZES:
                 two = [
-                    row for row in rows
+                    row
+                    for row in rows
                     if (row["anchor"], row["mode"], row["lam"], row["steps"], row["guidance_scale"])
                     == (anchor, mode, lam, steps, 1)
-                ]  # fmt: skip
+                ]
                 cells = [_both([f"{row['evaluations']:.2f}" for row in two])]
                 cells += [_both([f"{row[name]:.1%}" for row in two]) for name in ("median", "whole", "changed")]
                 cells.append(

@@ -37,15 +37,27 @@ def config(end: int = END, act: str = "quick_gelu") -> CLIPConfig:
     return CLIPConfig(
         projection_dim=16,
         text_config={
-            "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
-            "vocab_size": END + 1, "max_position_embeddings": CONTEXT, "hidden_act": act,
-            "bos_token_id": START, "eos_token_id": end, "pad_token_id": 1,
+            "hidden_size": 24,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "vocab_size": END + 1,
+            "max_position_embeddings": CONTEXT,
+            "hidden_act": act,
+            "bos_token_id": START,
+            "eos_token_id": end,
+            "pad_token_id": 1,
         },
         vision_config={
-            "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "patch_size": 8, "image_size": SIDE, "hidden_act": act,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "patch_size": 8,
+            "image_size": SIDE,
+            "hidden_act": act,
         },
-    )  # fmt: skip
+    )
 
 
 def model(**others: Any) -> Any:

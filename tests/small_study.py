@@ -42,9 +42,12 @@ def data(**changes: Any) -> dict[str, Any]:
     }
     own = changes.pop("configuration", {})
     return {
-        "name": "small", "pairs_per_participant": 3, "attention_checks": 1,
-        "configurations": [configuration | own], **changes,
-    }  # fmt: skip
+        "name": "small",
+        "pairs_per_participant": 3,
+        "attention_checks": 1,
+        "configurations": [configuration | own],
+        **changes,
+    }
 
 
 def planned(**changes: Any) -> Plan:

@@ -21,7 +21,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def linted(folder: Path) -> subprocess.CompletedProcess[str]:
-    lint = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    lint = (
+        "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports_command as c; c(['--no-cache'])"
+    )
     return subprocess.run([sys.executable, "-c", lint], cwd=folder, capture_output=True, text=True)
 
 

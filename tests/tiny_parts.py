@@ -180,9 +180,13 @@ def sdxl_components(in_channels: int = 4) -> dict[str, Any]:
 def safety_checker(blacks_out: bool) -> StableDiffusionSafetyChecker:
     """A tiny safety checker of Stable Diffusion's own class that blacks out everything, or nothing."""
     vision = {
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 16,
         "patch_size": 8,
-    }  # fmt: skip
+    }
     config = CLIPConfig(text_config={"hidden_size": 8}, vision_config=vision, projection_dim=8)
     checker = StableDiffusionSafetyChecker(config).eval()
     with torch.no_grad():

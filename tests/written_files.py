@@ -196,10 +196,16 @@ def fitted(checkpoint: Path, stop_at: int | None = None, seconds: float = 1e9) -
         return (model(torch.tensor(feed.take(2)).float()[:, None]) - 1).square().mean()
 
     return train(
-        nn.Linear(1, 1), loss, lambda model: float(model(torch.ones(1, 1)).square()),
-        replace(LINE, checkpoint_seconds=seconds), seed=0, checkpoint=checkpoint, report=silent, identity="a line",
+        nn.Linear(1, 1),
+        loss,
+        lambda model: float(model(torch.ones(1, 1)).square()),
+        replace(LINE, checkpoint_seconds=seconds),
+        seed=0,
+        checkpoint=checkpoint,
+        report=silent,
+        identity="a line",
         data=feed,
-    )  # fmt: skip
+    )
 
 
 def checkpoints(folder: Path) -> Iterator[Written]:
@@ -241,10 +247,13 @@ def alignments(folder: Path) -> Iterator[Written]:
         runs.require_finished(anchor, made_of)
 
     for name, form, weight in (
-        ("pairs/settings.json", "json", 4), ("pairs/chunks/00000.json", "json", 8), ("pairs/pairs.jsonl", "json", 3),
-        ("cache/settings.json", "json", 5), ("cache/finished.json", "json", 8),
+        ("pairs/settings.json", "json", 4),
+        ("pairs/chunks/00000.json", "json", 8),
+        ("pairs/pairs.jsonl", "json", 3),
+        ("cache/settings.json", "json", 5),
+        ("cache/finished.json", "json", 8),
         ("cache/shard-00000.safetensors", "tensors", 8),
-    ):  # fmt: skip
+    ):
         yield Written(f"align's {name}", out / name, prepared, form, weight, out)
     yield Written("align's picture", next((out / "pairs/images").glob("*.png")), prepared, "picture", 3, out)
     yield Written("alignment.json", anchor / "alignment.json", finished, "json", 20, out)
@@ -262,9 +271,7 @@ def samples(folder: Path) -> Iterator[Written]:
 
     def drawn() -> object:
         sampling = Sampling("ddim", 1, 1.0)
-        return own_samples.draw_samples(
-            out, base, "digits", ["a seven"], 2, DigitsReward(), sampling, seed=0, chunk=2
-        )  # fmt: skip
+        return own_samples.draw_samples(out, base, "digits", ["a seven"], 2, DigitsReward(), sampling, seed=0, chunk=2)
 
     drawn()
     yield Written("own samples", out / "samples-0000000.safetensors", drawn, "tensors", 8, out)
@@ -424,8 +431,16 @@ def databases(folder: Path) -> Iterator[Written]:
 
 
 MAKERS: tuple[Maker, ...] = (
-    plans, records, checkpoints, alignments, samples, builds, comparisons, models, databases,
-)  # fmt: skip
+    plans,
+    records,
+    checkpoints,
+    alignments,
+    samples,
+    builds,
+    comparisons,
+    models,
+    databases,
+)
 
 
 def written(folder: Path, makers: tuple[Maker, ...] = MAKERS) -> list[Written]:
@@ -441,9 +456,38 @@ def written(folder: Path, makers: tuple[Maker, ...] = MAKERS) -> list[Written]:
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 ODD: tuple[Any, ...] = (
-    [], {}, None, True, False, "", 0, -1, 1e308, -0.5, 10**400, 10**19, 2**63, float("nan"), float("inf"), "NaN", "1",
-    [[]], [{}], {"": {}}, [None], "x" * 5000, "\x00", "\x1b[31m", "../../x", "🙂", ["a"], [1.5], {"a": 1}, 1, 3,
-)  # fmt: skip
+    [],
+    {},
+    None,
+    True,
+    False,
+    "",
+    0,
+    -1,
+    1e308,
+    -0.5,
+    10**400,
+    10**19,
+    2**63,
+    float("nan"),
+    float("inf"),
+    "NaN",
+    "1",
+    [[]],
+    [{}],
+    {"": {}},
+    [None],
+    "x" * 5000,
+    "\x00",
+    "\x1b[31m",
+    "../../x",
+    "🙂",
+    ["a"],
+    [1.5],
+    {"a": 1},
+    1,
+    3,
+)
 
 
 def damaged(content: bytes, form: str, random: random.Random) -> bytes:
@@ -475,9 +519,11 @@ def _damaged_text(text: str, form: str, random: random.Random) -> bytes:
     import yaml
 
     lines = form == "json" and text.count("\n") > 1 and text.startswith("{") and not text.startswith("{\n")
-    content = [json.loads(line) for line in text.splitlines()] if lines else (
-        json.loads(text) if form == "json" else yaml.safe_load(text)
-    )  # fmt: skip
+    content = (
+        [json.loads(line) for line in text.splitlines()]
+        if lines
+        else (json.loads(text) if form == "json" else yaml.safe_load(text))
+    )
     match random.randrange(8):
         case 0:
             depth = random.choice([200, 5000, 100_000])

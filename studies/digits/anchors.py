@@ -85,25 +85,38 @@ def _reference(folder: Path) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionPipeline, prompts: list[str], noise: Float[Tensor, "batch 4 8 8"], steps: int,
-    guidance_scale: float = 1.0, batch: int = 250,
-) -> Float[Tensor, "batch 4 8 8"]:  # fmt: skip
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    noise: Float[Tensor, "batch 4 8 8"],
+    steps: int,
+    guidance_scale: float = 1.0,
+    batch: int = 250,
+) -> Float[Tensor, "batch 4 8 8"]:
     """Latents drawn by `pipe`, one per prompt, from the given noise."""
     return torch.cat(
         [
             pipe(
-                prompts[i : i + batch], latents=noise[i : i + batch], num_inference_steps=steps,
-                guidance_scale=guidance_scale, output_type="latent",
+                prompts[i : i + batch],
+                latents=noise[i : i + batch],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
             ).images
             for i in range(0, len(prompts), batch)
         ]
-    )  # fmt: skip
+    )
 
 
 def align(
-    base: Base, policy: Policy, pairs: Pairs, beta: float, plan: Plan, settings: Settings, checkpoint: Path,
+    base: Base,
+    policy: Policy,
+    pairs: Pairs,
+    beta: float,
+    plan: Plan,
+    settings: Settings,
+    checkpoint: Path,
     report: Progress,
-) -> Curve:  # fmt: skip
+) -> Curve:
     """Diffusion-DPO of `policy` against the base's UNet; keeps the best held-out weights."""
     latents, tokens = pairs.ordered(), pairs.tokens
     with torch.no_grad():

@@ -47,9 +47,14 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
         return torch.stack(errors).mean().item()
 
     curve = train(
-        vae, loss, held_out_loss, settings.vae, seed=settings.seed + 1, checkpoint=folder / "vae-checkpoint",
+        vae,
+        loss,
+        held_out_loss,
+        settings.vae,
+        seed=settings.seed + 1,
+        checkpoint=folder / "vae-checkpoint",
         report=partial(report, "autoencoder"),
-    )  # fmt: skip
+    )
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
     with whole_folder(path) as fresh:
@@ -143,9 +148,14 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         return torch.cat([denoising(unseen, unseen_latents, index, generator) for index in chunks]).mean().item()
 
     curve = train(
-        model, loss, held_out_loss, settings.reference, seed=settings.seed + 2,
-        checkpoint=folder / "reference-checkpoint", report=partial(report, "reference"),
-    )  # fmt: skip
+        model,
+        loss,
+        held_out_loss,
+        settings.reference,
+        seed=settings.seed + 2,
+        checkpoint=folder / "reference-checkpoint",
+        report=partial(report, "reference"),
+    )
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = models.pipeline(vae, text.eval(), model["unet"].eval())
     with whole_folder(path) as fresh:

@@ -151,9 +151,14 @@ def require_compared(plan: Plan, guidance_scale: float | int | None) -> None:
 
 
 def run(
-    trained: Path, out: Path, plan: Plan, report: Report, workers: int = 2, only: Collection[str] = (),
+    trained: Path,
+    out: Path,
+    plan: Plan,
+    report: Report,
+    workers: int = 2,
+    only: Collection[str] = (),
     guidance_scale: float | int | None = None,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     """Compute every case that `out` does not hold yet, `workers` at a time, and return all.
 
     With `only`, those of the targets named `family/target`; with `guidance_scale`, those at that one of the plan's.
@@ -301,9 +306,11 @@ def _batches(texts: list[str], each: int, plan: Plan) -> Iterator[tuple[int, lis
 def _call(guidance_scale: float, plan: Plan, start: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed((plan.seed << 32) + start)
     return {
-        "num_inference_steps": plan.steps, "guidance_scale": guidance_scale, "generator": generator,
+        "num_inference_steps": plan.steps,
+        "guidance_scale": guidance_scale,
+        "generator": generator,
         "output_type": "pt",
-    }  # fmt: skip
+    }
 
 
 def _draw(

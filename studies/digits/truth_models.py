@@ -103,9 +103,11 @@ class TruthSettings:
     def as_build(self) -> Settings:
         """What `align` reads, as the digits build's settings."""
         return Settings(
-            seed=self.seed + 2, batch=self.batch, caption_dropout=self.caption_dropout,
+            seed=self.seed + 2,
+            batch=self.batch,
+            caption_dropout=self.caption_dropout,
             held_out_pairs=self.held_out_pairs,
-        )  # fmt: skip
+        )
 
 
 def train_truth(
@@ -263,10 +265,18 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
     base = Base(pipe)
     policy, checkpoint = Policy(base), folder / f"weighted-{path.name}-checkpoint"
     curve = train_rwr(
-        base, policy, Samples(pool.latents, pool.captions), weights, settings.weighted,
-        held_out=settings.held_out_samples, batch=settings.batch, dropout=settings.caption_dropout,
-        seed=settings.seed + 4, checkpoint=checkpoint, report=partial(report, f"weighted {path.name}"),
-    )  # fmt: skip
+        base,
+        policy,
+        Samples(pool.latents, pool.captions),
+        weights,
+        settings.weighted,
+        held_out=settings.held_out_samples,
+        batch=settings.batch,
+        dropout=settings.caption_dropout,
+        seed=settings.seed + 4,
+        checkpoint=checkpoint,
+        report=partial(report, f"weighted {path.name}"),
+    )
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
     record["reached"] = reached(pipe, policy.model, pool, settings)
     _save(policy.model, record, curve, path)

@@ -30,9 +30,13 @@ SHOWN = {
 """How each way of sampling is drawn."""
 
 INK_COLOURS = {
-    "green": "#2E8B57", "purple": "#7B3FA0", "black": "#222222", "orange": "#E69F00", "blue": "#2F6DB5",
+    "green": "#2E8B57",
+    "purple": "#7B3FA0",
+    "black": "#222222",
+    "orange": "#E69F00",
+    "blue": "#2F6DB5",
     "red": "#C8352B",
-}  # fmt: skip
+}
 INK_MARKERS = dict(zip(INKS, "osD^vP", strict=True))
 
 ENOUGH = 3.0
@@ -95,11 +99,16 @@ def rows(records: Iterable[Record]) -> list[Row]:
             errors = {arm: Estimate(gap["value"], gap["error"]) for arm, gap in measured["gaps"].items()}
             found.append(
                 Row(
-                    case["family"], target, case["guidance_scale"], reward,
-                    Estimate(measured["shift"]["value"], measured["shift"]["error"]), errors, verdict["kind"],
+                    case["family"],
+                    target,
+                    case["guidance_scale"],
+                    reward,
+                    Estimate(measured["shift"]["value"], measured["shift"]["error"]),
+                    errors,
+                    verdict["kind"],
                     verdict["words"],
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -257,10 +266,16 @@ def _errors(found: Sequence[Row], path: Path) -> Path:
                 error, whole = row.errors[arm], abs(row.shift.value)
                 height = place + 0.12 * (offset - (len(SHOWN) - 1) / 2)
                 axes.errorbar(
-                    100 * error.value / whole, height, xerr=200 * error.error / whole, color=style.colour,
-                    marker=style.marker, markersize=5, linewidth=1.2, linestyle="none",
+                    100 * error.value / whole,
+                    height,
+                    xerr=200 * error.error / whole,
+                    color=style.colour,
+                    marker=style.marker,
+                    markersize=5,
+                    linewidth=1.2,
+                    linestyle="none",
                     label=style.label if place == 0 and axes is panels[0] else None,
-                )  # fmt: skip
+                )
         axes.axvline(0, color="#222222", linewidth=1)
         axes.set_yticks(range(len(mine)), [f"{row.reward}, under\n{row.target}" for row in mine])
         axes.invert_yaxis()
@@ -308,8 +323,13 @@ def _shares(axes: Axes, records: Sequence[Record], arm: str) -> None:
     for ink in INKS:
         shares = [measured["inks"][ink] for _, measured in points]
         axes.errorbar(
-            [lam for lam, _ in points], [100 * share["value"] for share in shares],
-            yerr=[200 * share["error"] for share in shares], color=INK_COLOURS[ink], marker=INK_MARKERS[ink],
-            markersize=5, linewidth=1.4, label=ink,
-        )  # fmt: skip
+            [lam for lam, _ in points],
+            [100 * share["value"] for share in shares],
+            yerr=[200 * share["error"] for share in shares],
+            color=INK_COLOURS[ink],
+            marker=INK_MARKERS[ink],
+            markersize=5,
+            linewidth=1.4,
+            label=ink,
+        )
     axes.set_ylim(bottom=0)

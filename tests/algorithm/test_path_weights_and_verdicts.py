@@ -69,9 +69,14 @@ FAMILIES = {
 
 
 def sample(
-    world: World, family: Any, tilts: dict[str, float], seed: int = 0, steps: int = STEPS,
-    samples: int = SAMPLES, **call: Any,
-) -> Tensor:  # fmt: skip
+    world: World,
+    family: Any,
+    tilts: dict[str, float],
+    seed: int = 0,
+    steps: int = STEPS,
+    samples: int = SAMPLES,
+    **call: Any,
+) -> Tensor:
     """Draws of the model aligned at `tilts`, through the sampler."""
     pipe = world.pipeline(family(), tilts)
     pipe.set_progress_bar_config(disable=True)
@@ -83,9 +88,15 @@ def sample(
 
 
 def realigned(
-    world: World, family: Any, anchors: dict[str, dict[str, float]], lam: Any, seed: int = 1,
-    steps: int = STEPS, samples: int = SAMPLES, **call: Any,
-) -> tuple[Tensor, Dial]:  # fmt: skip
+    world: World,
+    family: Any,
+    anchors: dict[str, dict[str, float]],
+    lam: Any,
+    seed: int = 1,
+    steps: int = STEPS,
+    samples: int = SAMPLES,
+    **call: Any,
+) -> tuple[Tensor, Dial]:
     """The reference realigned with exact anchors: samples, and the dial (removed, with what it wrote down)."""
     pipe = world.pipeline(family())
     pipe.set_progress_bar_config(disable=True)
@@ -391,9 +402,14 @@ def run_of(log_weights: Tensor, lam: float = 0.5, **changes: Any) -> RunWeights:
     """A run of a deterministic sampler with these weights."""
     n = len(log_weights)
     known: dict[str, Any] = {
-        "log_weights": log_weights.double(), "log_ratios": {}, "path_kl": None,
-        "memoryless": False, "lams": torch.full((1, n), lam), "obstacles": frozenset(), "predictions": 10,
-    }  # fmt: skip
+        "log_weights": log_weights.double(),
+        "log_ratios": {},
+        "path_kl": None,
+        "memoryless": False,
+        "lams": torch.full((1, n), lam),
+        "obstacles": frozenset(),
+        "predictions": 10,
+    }
     return RunWeights(**(known | changes))
 
 

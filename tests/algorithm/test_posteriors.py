@@ -531,9 +531,12 @@ def test_nobody_guesses_x_0_where_the_prediction_is_unknown() -> None:
 
 
 def record(
-    scheduler: diffusers.SchedulerMixin, timestep: torch.Tensor, sample: torch.Tensor, outputs: torch.Tensor,
+    scheduler: diffusers.SchedulerMixin,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+    outputs: torch.Tensor,
     weights: torch.Tensor,
-) -> StepRecord:  # fmt: skip
+) -> StepRecord:
     models = tuple(f"model {k}" for k in range(len(outputs)))
     at, progress = index_of(scheduler, timestep), posteriors.progress(scheduler, timestep)
     return StepRecord(models, outputs, weights, sample, timestep, at, posteriors.log_snr(scheduler, timestep), progress)

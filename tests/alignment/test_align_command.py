@@ -39,8 +39,9 @@ def test_digits_are_aligned_at_every_strength_and_again_for_nothing(tmp_path: Pa
     done = command("digits", "--beta", "100,500", "--out", tmp_path, *SMALL)
     assert done.exit_code == 0, done.output
     assert [line for line in done.output.splitlines() if "beta-" in line] == [
-        str(tmp_path / "beta-100"), str(tmp_path / "beta-500")
-    ]  # fmt: skip
+        str(tmp_path / "beta-100"),
+        str(tmp_path / "beta-500"),
+    ]
     plain, made = sampled(None), sampled(tmp_path / "beta-100")
     assert not torch.equal(plain, made)
     record = json.loads((tmp_path / "beta-100" / "alignment.json").read_text())
@@ -85,8 +86,11 @@ def test_presets_are_shown_as_yaml(tmp_path: Path) -> None:
     assert set(shown) == set(PRESETS)
     # DeRaDiff, Table 4.
     assert [shown["deradiff-sdxl"]["plan"][key] for key in ("steps", "learning_rate", "warmup", "accumulate")] == [
-        30_000, 1e-8, 200, 64
-    ]  # fmt: skip
+        30_000,
+        1e-8,
+        200,
+        64,
+    ]
     assert [shown["deradiff-sd15"][key] for key in ("batch", "betas")] == [64, [500, 1000, 2000, 5000, 8000, 10_000]]
     # Annealed Importance Guidance, A.7.1.
     assert [shown["aig-sd14"]["plan"][key] for key in ("learning_rate", "max_norm", "accumulate")] == [2.5e-4, 0.1, 4]

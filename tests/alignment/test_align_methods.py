@@ -14,8 +14,20 @@ from deradiff.worlds.digits.rewards import DigitsReward
 from test_align_command import command, sampled
 
 SMALL = [
-    "--cpu", "--count", 12, "--held-out", 4, "--steps", 2, "--batch", 4, "--sampling-steps", 4, "--learning-rate", 0.01,
-]  # fmt: skip
+    "--cpu",
+    "--count",
+    12,
+    "--held-out",
+    4,
+    "--steps",
+    2,
+    "--batch",
+    4,
+    "--sampling-steps",
+    4,
+    "--learning-rate",
+    0.01,
+]
 OPTIONS: dict[str, list[object]] = {
     "dpo": ["--beta", 100],
     "draft": ["--beta", 0.01, "--keep", 2],

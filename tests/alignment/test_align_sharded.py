@@ -106,9 +106,15 @@ def fitted(folder: Path, accelerator: Accelerator | None, break_at: int | None) 
     model, curve = Blocks(), None
     with suppress(Interrupted):
         curve = train(
-            model, loss, held_out_loss, replace(PLAN, learning_rate=0.1), seed=0, checkpoint=folder / "weights",
-            report=lambda *_: None, accelerator=accelerator,
-        )  # fmt: skip
+            model,
+            loss,
+            held_out_loss,
+            replace(PLAN, learning_rate=0.1),
+            seed=0,
+            checkpoint=folder / "weights",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        )
     return model, curve
 
 
@@ -129,9 +135,19 @@ def aligned(folder: Path, accelerator: Accelerator | None, break_at: int | None)
     pairs.at, curve = break_at, None
     with suppress(Interrupted):
         curve = train_dpo(
-            base, policy, pairs, 500.0, replace(PLAN, patience=None), batch=2, dropout=0.1, per_pass=2, seed=7,
-            checkpoint=folder / "lora", report=lambda *_: None, accelerator=accelerator,
-        )  # fmt: skip
+            base,
+            policy,
+            pairs,
+            500.0,
+            replace(PLAN, patience=None),
+            batch=2,
+            dropout=0.1,
+            per_pass=2,
+            seed=7,
+            checkpoint=folder / "lora",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        )
     return policy.model, curve
 
 
@@ -159,9 +175,21 @@ def drafted(folder: Path, accelerator: Accelerator | None = None) -> Weights:
     policy.model.enable_gradient_checkpointing()
     prompts = ["a red fox", "two blue owls"]
     train_draft(
-        base, policy, prompts, prompts[:1], Brightness(), 0.1, SHORT, batch=2, sampling=Sampling("ddim", 2, 1.0),
-        keep=2, seed=7, checkpoint=folder / "draft", report=lambda *_: None, accelerator=accelerator,
-    )  # fmt: skip
+        base,
+        policy,
+        prompts,
+        prompts[:1],
+        Brightness(),
+        0.1,
+        SHORT,
+        batch=2,
+        sampling=Sampling("ddim", 2, 1.0),
+        keep=2,
+        seed=7,
+        checkpoint=folder / "draft",
+        report=lambda *_: None,
+        accelerator=accelerator,
+    )
     return {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
@@ -172,9 +200,18 @@ def first_loss(folder: Path, accelerator: Accelerator) -> list[float]:
         for parameter in base.denoiser.parameters():
             parameter *= 1 + 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
     return train_dpo(
-        base, Policy(base), InMemory(base, 8, held_out=4), 5000.0, replace(PLAN, steps=0), batch=2, dropout=0.0,
-        seed=7, checkpoint=folder / "half", report=lambda *_: None, accelerator=accelerator,
-    ).held_out  # fmt: skip
+        base,
+        Policy(base),
+        InMemory(base, 8, held_out=4),
+        5000.0,
+        replace(PLAN, steps=0),
+        batch=2,
+        dropout=0.0,
+        seed=7,
+        checkpoint=folder / "half",
+        report=lambda *_: None,
+        accelerator=accelerator,
+    ).held_out
 
 
 def failed(folder: Path, accelerator: Accelerator) -> str:
@@ -186,9 +223,15 @@ def failed(folder: Path, accelerator: Accelerator) -> str:
 
     try:
         train(
-            nn.Sequential(nn.Linear(4, 4)), loss, lambda _: 0.0, SHORT, seed=0, checkpoint=folder / "failed",
-            report=lambda *_: None, accelerator=accelerator,
-        )  # fmt: skip
+            nn.Sequential(nn.Linear(4, 4)),
+            loss,
+            lambda _: 0.0,
+            SHORT,
+            seed=0,
+            checkpoint=folder / "failed",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        )
     except TrainingFailed as error:
         return str(error)
     return "nothing"
@@ -345,6 +388,12 @@ def test_what_is_not_divided_here_is_refused(
 
     with pytest.raises(ValueError, match=words):
         train(
-            nn.Linear(2, 1), loss, lambda _: 0.0, replace(SHORT, optimizer=optimizer), seed=0,
-            checkpoint=tmp_path / "state", report=lambda *_: None, accelerator=accelerator,
-        )  # fmt: skip
+            nn.Linear(2, 1),
+            loss,
+            lambda _: 0.0,
+            replace(SHORT, optimizer=optimizer),
+            seed=0,
+            checkpoint=tmp_path / "state",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        )

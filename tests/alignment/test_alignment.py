@@ -222,9 +222,19 @@ def aligned(
             raise Interrupted
 
     curve = train_dpo(
-        base, policy, InMemory(base, 17, held_out=5), 500.0, plan, batch=4, dropout=0.1, per_pass=2,
-        seed=7, checkpoint=folder / "checkpoint", report=report, identity="β = 500",
-    )  # fmt: skip
+        base,
+        policy,
+        InMemory(base, 17, held_out=5),
+        500.0,
+        plan,
+        batch=4,
+        dropout=0.1,
+        per_pass=2,
+        seed=7,
+        checkpoint=folder / "checkpoint",
+        report=report,
+        identity="β = 500",
+    )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -267,9 +277,12 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path:
 
 
 GOOD = {
-    "identity": "", "step": 3, "recent": 0.0, "data": {},
+    "identity": "",
+    "step": 3,
+    "recent": 0.0,
+    "data": {},
     "curve": {"step": [0], "train": [1.0], "held_out": [1.0], "stopped": "", "kept_step": 0},
-}  # fmt: skip
+}
 
 
 def test_the_last_good_checkpoint_survives_a_kill_and_a_full_disk(tmp_path: Path) -> None:

@@ -170,9 +170,21 @@ def trained(
     more: dict[str, Any] = {"keep": 2} if method == "draft" else {"window": (2, 3)}
     train: Callable[..., Curve] = train_draft if method == "draft" else train_refl
     curve = train(
-        base, policy, [*PROMPTS, "a house"], ["a tree", "a boat"], Brightness(), 0.1, plan, batch=4, sampling=SAMPLING,
-        seed=7, checkpoint=folder / "checkpoint", report=report, identity="test", **more,
-    )  # fmt: skip
+        base,
+        policy,
+        [*PROMPTS, "a house"],
+        ["a tree", "a boat"],
+        Brightness(),
+        0.1,
+        plan,
+        batch=4,
+        sampling=SAMPLING,
+        seed=7,
+        checkpoint=folder / "checkpoint",
+        report=report,
+        identity="test",
+        **more,
+    )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -215,9 +227,19 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
         before = rewards(base, base.denoiser)
         policy = Policy(base, 8, WIDER_TARGETS)
         train_draft(
-            base, policy, prompts[20:], prompts[:4], reward, kl, plan, batch=8, sampling=sampling, seed=1,
-            checkpoint=tmp_path / f"{kl}", report=lambda *_: None,
-        )  # fmt: skip
+            base,
+            policy,
+            prompts[20:],
+            prompts[:4],
+            reward,
+            kl,
+            plan,
+            batch=8,
+            sampling=sampling,
+            seed=1,
+            checkpoint=tmp_path / f"{kl}",
+            report=lambda *_: None,
+        )
         gained[kl] = mean(rewards(base, policy.model) - before)
     assert gained[0].value > 3 * gained[0].error
     assert 0 < gained[4.0].value < gained[0].value / 2
@@ -239,9 +261,20 @@ def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str
     given: dict[str, Any] = {"prompts": PROMPTS, "held_out": ["a tree"], "kl": 0, "keep": 1} | changed
     with pytest.raises(ValueError, match=words):
         train_draft(
-            base, Policy(base), given["prompts"], given["held_out"], Brightness(), given["kl"], PLAN, batch=2,
-            sampling=SAMPLING, keep=given["keep"], seed=0, checkpoint=tmp_path / "c", report=lambda *_: None,
-        )  # fmt: skip
+            base,
+            Policy(base),
+            given["prompts"],
+            given["held_out"],
+            Brightness(),
+            given["kl"],
+            PLAN,
+            batch=2,
+            sampling=SAMPLING,
+            keep=given["keep"],
+            seed=0,
+            checkpoint=tmp_path / "c",
+            report=lambda *_: None,
+        )
 
 
 def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> None:
@@ -267,6 +300,17 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
             objective(base, policy, policy.model, PROMPTS, row_generators(0, range(2)), reward, 0, SAMPLING, 1)
     with pytest.raises(ValueError, match="stopping after 2 to 9 of 3 steps"):
         train_refl(
-            base, policy, PROMPTS, PROMPTS, Brightness(), 0, PLAN, batch=2, sampling=SAMPLING, window=(2, 9), seed=0,
-            checkpoint=tmp_path / "c", report=lambda *_: None,
-        )  # fmt: skip
+            base,
+            policy,
+            PROMPTS,
+            PROMPTS,
+            Brightness(),
+            0,
+            PLAN,
+            batch=2,
+            sampling=SAMPLING,
+            window=(2, 9),
+            seed=0,
+            checkpoint=tmp_path / "c",
+            report=lambda *_: None,
+        )

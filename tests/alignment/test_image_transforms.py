@@ -32,8 +32,10 @@ def test_the_crop_is_where_the_time_ids_say() -> None:
             torch.testing.assert_close(
                 pixels[1], torch.arange(top, top + 24)[:, None].expand(24, 24), atol=1e-3, rtol=0
             )
-    places = {tuple(pair_pixels(pair, 24, crop="random", generator=generator).time_ids[:, 2:4].flatten().tolist())
-              for _ in range(20)}  # fmt: skip
+    places = {
+        tuple(pair_pixels(pair, 24, crop="random", generator=generator).time_ids[:, 2:4].flatten().tolist())
+        for _ in range(20)
+    }
     assert len(places) > 10
 
 

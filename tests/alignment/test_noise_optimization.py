@@ -54,9 +54,12 @@ def ddim(steps: int = 2, guidance_scale: float = 1.0) -> Sampling:
 
 
 def optimized(
-    base: Base, prompts: Sequence[str] = PROMPTS, reward: Reward | None = None, sampling: Sampling | None = None,
+    base: Base,
+    prompts: Sequence[str] = PROMPTS,
+    reward: Reward | None = None,
+    sampling: Sampling | None = None,
     **changed: Any,
-) -> Optimized:  # fmt: skip
+) -> Optimized:
     settings = {"iterations": 3, "learning_rate": 0.5, "seed": 5} | changed
     return optimize_noise(base, prompts, reward or Blueness(), sampling or ddim(), **settings)
 
@@ -92,7 +95,7 @@ def test_gradient_is_that_of_finite_differences_in_float64(
     def render(noise: Tensor) -> Tensor:
         latents = sample(
             base, base.denoiser, told, untold, noise, sampling, keep=steps, checkpointing=checkpointing
-        ).latents  # fmt: skip
+        ).latents
         # As `decode` does it, but for its rounding to float32.
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.sigmoid()
 
@@ -234,9 +237,13 @@ def test_every_evaluation_is_counted(guidance_scale: float, each: int, checkpoin
     sampling = ddim(3, guidance_scale)
     told = []
     found = optimized(
-        base, sampling=sampling, iterations=3, checkpointing=checkpointing, per_pass=2,
+        base,
+        sampling=sampling,
+        iterations=3,
+        checkpointing=checkpointing,
+        per_pass=2,
         report=lambda *line: told.append(line[:2]),
-    )  # fmt: skip
+    )
     assert told == 2 * [(1, 3), (2, 3), (3, 3)]
     evaluations = (2 * 3 + 1 if checkpointing else 3 + 1) * 3 * each
     assert found.cost.forward == evaluations and rows == 3 * evaluations

@@ -113,8 +113,9 @@ def test_pick_a_pic_streams_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     open_pairs("pickapic-v1", split="validation_unique")
     open_pairs("someone/else")
     assert [call[:2] for call in calls[2:]] == [
-        ("yuvalkirstain/pickapic_v1", "validation_unique"), ("someone/else", "train"),
-    ]  # fmt: skip
+        ("yuvalkirstain/pickapic_v1", "validation_unique"),
+        ("someone/else", "train"),
+    ]
 
 
 def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -141,9 +141,14 @@ def test_a_realigned_run_counts_the_same_steps_by_their_logarithm() -> None:
     # A picture of the reference alone beside those of the policy, so that both models are evaluated.
     with realign(pipe, policy.model, [1.0] * 4 + [0.0]) as dial:
         pipe(
-            texts + texts[:1], guidance_scale=1.0, num_inference_steps=6, output_type="latent", height=16, width=16,
+            texts + texts[:1],
+            guidance_scale=1.0,
+            num_inference_steps=6,
+            output_type="latent",
+            height=16,
+            width=16,
             generator=row_generators(2, range(5), "path"),
-        )  # fmt: skip
+        )
         whole = dial.weights.path_kl
     assert whole is not None and whole[-1] == 0
     torch.testing.assert_close(counted, whole[:4].float(), rtol=1e-3, atol=0)

@@ -225,9 +225,17 @@ def aligned(
             raise Interrupted
 
     settings: dict[str, Any] = {
-        "prompts": PROMPTS, "held_out": ["a red owl", "foxes", "owls"], "reward": Redness(), "kl": 0.01, "batch": 4,
-        "sampling": Sampling("ddim", 2, 1.0), "per_prompt": 2, "per_pass": 2, "seed": 7, "report": report,
-    } | changed  # fmt: skip
+        "prompts": PROMPTS,
+        "held_out": ["a red owl", "foxes", "owls"],
+        "reward": Redness(),
+        "kl": 0.01,
+        "batch": 4,
+        "sampling": Sampling("ddim", 2, 1.0),
+        "per_prompt": 2,
+        "per_pass": 2,
+        "seed": 7,
+        "report": report,
+    } | changed
     curve = train_ddpo(base, policy, plan=plan, checkpoint=folder / "checkpoint", identity="kl", **settings)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
@@ -300,9 +308,20 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
 
         before = rewards()
         train_ddpo(
-            base, policy, PROMPTS[:2], PROMPTS[:2], Redness(), kl, plan, batch=32, sampling=sampling,
-            per_prompt=16, seed=1, checkpoint=tmp_path / f"{kl}", report=lambda *_: None,
-        )  # fmt: skip
+            base,
+            policy,
+            PROMPTS[:2],
+            PROMPTS[:2],
+            Redness(),
+            kl,
+            plan,
+            batch=32,
+            sampling=sampling,
+            per_prompt=16,
+            seed=1,
+            checkpoint=tmp_path / f"{kl}",
+            report=lambda *_: None,
+        )
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 
     gains, distances = zip(*map(trained, (0.0, 0.003, 0.3)), strict=True)

@@ -92,9 +92,19 @@ def trained(
 
     given: dict[str, Any] = {"samples": samples_of(), "weights": torch.arange(12.0), "held_out": 3} | changed
     curve = train_rwr(
-        base, policy, given["samples"], given["weights"], plan, held_out=given["held_out"], batch=4, dropout=0.2,
-        per_pass=2, seed=7, checkpoint=folder / "checkpoint", report=report,
-    )  # fmt: skip
+        base,
+        policy,
+        given["samples"],
+        given["weights"],
+        plan,
+        held_out=given["held_out"],
+        batch=4,
+        dropout=0.2,
+        per_pass=2,
+        seed=7,
+        checkpoint=folder / "checkpoint",
+        report=report,
+    )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -182,9 +192,18 @@ def test_training_on_bold_samples_makes_bold_pictures(tmp_path: Path) -> None:
     weights = tilted_weights(drawn.rewards / 0.1, drawn.conditions())
     policy = Policy(base, 8, WIDER_TARGETS)
     train_rwr(
-        base, policy, drawn.samples, weights, Plan(steps=25, learning_rate=3e-3, warmup=0, average=0.0),
-        held_out=8, batch=16, dropout=0.1, seed=3, checkpoint=tmp_path / "c", report=lambda *_: None,
-    )  # fmt: skip
+        base,
+        policy,
+        drawn.samples,
+        weights,
+        Plan(steps=25, learning_rate=3e-3, warmup=0, average=0.0),
+        held_out=8,
+        batch=16,
+        dropout=0.1,
+        seed=3,
+        checkpoint=tmp_path / "c",
+        report=lambda *_: None,
+    )
     after = draw_samples(tmp_path / "after", base, "tuned", captions.sample_prompts(12, 1), 8, reward, sampling, seed=2)
     gained = (after.rewards - drawn.rewards).view(12, 8).mean(1)
     assert gained.mean() > 2 * gained.std() / 12**0.5

@@ -42,9 +42,13 @@ def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_
     again = row_generators(1, range(2))
     latents = sampling.noise(base, again)
     theirs = base.pipe(
-        PROMPTS, num_inference_steps=4, guidance_scale=guidance_scale, generator=again, latents=latents,
+        PROMPTS,
+        num_inference_steps=4,
+        guidance_scale=guidance_scale,
+        generator=again,
+        latents=latents,
         output_type="pt",
-    ).images  # fmt: skip
+    ).images
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-4)
     alone = row_generators(1, range(1, 2))
     noise, told, untold = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)

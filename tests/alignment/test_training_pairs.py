@@ -97,9 +97,17 @@ def test_a_stream_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:
         policy = Policy(base, seed=3)
         pairs = EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, seed=1)
         curve = train_dpo(
-            base, policy, pairs, 500.0, replace(PLAN, evaluate_every=1), batch=3, dropout=0.1, seed=1,
-            checkpoint=tmp_path / name, report=report,
-        )  # fmt: skip
+            base,
+            policy,
+            pairs,
+            500.0,
+            replace(PLAN, evaluate_every=1),
+            batch=3,
+            dropout=0.1,
+            seed=1,
+            checkpoint=tmp_path / name,
+            report=report,
+        )
         return policy.model.state_dict(), curve
 
     whole, curve = aligned("whole")

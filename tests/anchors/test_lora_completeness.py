@@ -22,10 +22,19 @@ Changes = dict[str, tuple[Tensor, Tensor | None]]
 def wan() -> Any:
     with seeded(0):
         transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-            text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-        )  # fmt: skip
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+        )
     scheduler = FlowMatchEulerDiscreteScheduler()
     return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer.eval())
 
@@ -292,9 +301,16 @@ def test_one_layer_twice_is_refused(kind, tmp_path):
 
 
 PARTS = [
-    "text_encoder.", "text_encoder_2.", "text_encoders.t5xxl.transformer.", "text_encoders.clip_l.transformer.",
-    "lora_te_text_model_", "lora_te1_text_model_", "lora_te2_text_model_", "lora_te3_", "bundle_emb.",
-]  # fmt: skip
+    "text_encoder.",
+    "text_encoder_2.",
+    "text_encoders.t5xxl.transformer.",
+    "text_encoders.clip_l.transformer.",
+    "lora_te_text_model_",
+    "lora_te1_text_model_",
+    "lora_te2_text_model_",
+    "lora_te3_",
+    "bundle_emb.",
+]
 
 
 @attack

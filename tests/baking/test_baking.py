@@ -236,10 +236,16 @@ def test_report_sheet_and_card_say_what_was_made_from_what(tmp_path: Path) -> No
         pipe, _, _ = tiny.make("sd")
         with deradiff.realign(pipe, anchor, lam, method=method):
             rows = [
-                tiny.sample(pipe, {"prompt": tiny.PROMPTS[i % 2]}, seed=i, num_inference_steps=3, guidance_scale=2.0,
-                            output_type="latent")
+                tiny.sample(
+                    pipe,
+                    {"prompt": tiny.PROMPTS[i % 2]},
+                    seed=i,
+                    num_inference_steps=3,
+                    guidance_scale=2.0,
+                    output_type="latent",
+                )
                 for i in range(4)
-            ]  # fmt: skip
+            ]
         return torch.cat(rows)
 
     reference, exact, own = latents(anchor, 0.0), latents(anchor, 0.5), latents(anchor, 0.5, "weights")

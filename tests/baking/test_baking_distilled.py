@@ -157,9 +157,18 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
     latents, table = torch.randn(6, 4, 8, 8), torch.linspace(0, 1, 1000, dtype=torch.float64)[None]
     samples = Samples(latents, torch.arange(6) % 3, None)
     curve = distil(
-        base, Teacher(base, Denoisers(pipe.unet, opened)), student, samples, PROMPTS[:3], table, settings, 2.5, seed=7,
-        checkpoint=tmp_path / "checkpoint", report=lambda *_: None,
-    )  # fmt: skip
+        base,
+        Teacher(base, Denoisers(pipe.unet, opened)),
+        student,
+        samples,
+        PROMPTS[:3],
+        table,
+        settings,
+        2.5,
+        seed=7,
+        checkpoint=tmp_path / "checkpoint",
+        report=lambda *_: None,
+    )
     moved = student.state_dict()
     assert any(not torch.equal(moved[name], tensor) for name, tensor in start.items())
     student.load_state_dict(start)
@@ -190,9 +199,16 @@ def test_a_few_steps_bring_the_digits_nearer(tmp_path: Path) -> None:
     before = bake(pipe, anchor, 0.5, tmp_path / "weights", prompts=prompts[-8:], images=8, sampler=sampler)
     settings = replace(DIGITS, samples=40, held_out=4, steps=30, batch=16)
     after = bake(
-        pipe, anchor, 0.5, tmp_path / "student", method="distill", prompts=prompts, images=8, sampler=sampler,
+        pipe,
+        anchor,
+        0.5,
+        tmp_path / "student",
+        method="distill",
+        prompts=prompts,
+        images=8,
+        sampler=sampler,
         distillation=settings,
-    )  # fmt: skip
+    )
     start, end = before.judgements[0].error, after.judgements[0].error
     assert end.value < 0.75 * start.value and start.value > 0.1
     record = json.loads((tmp_path / "student/baking.json").read_text())
@@ -204,9 +220,17 @@ def baked(tmp_path: Path, out: str = "out", report: Callable[..., None] = lambda
     """A short distillation of a tiny model; `changed` are arguments of `bake` and fields of `Distillation`."""
     pipe, aligned, _ = tiny.make("sd")
     fields = {name: changed.pop(name) for name in list(changed) if name in Distillation.__dataclass_fields__}
-    options: dict[str, Any] = {
-        "anchor": aligned, "lam": 0.5, "prompts": PROMPTS, "sampler": QUICK, "distillation": replace(SHORT, **fields),
-    } | FAST | changed  # fmt: skip
+    options: dict[str, Any] = (
+        {
+            "anchor": aligned,
+            "lam": 0.5,
+            "prompts": PROMPTS,
+            "sampler": QUICK,
+            "distillation": replace(SHORT, **fields),
+        }
+        | FAST
+        | changed
+    )
     return bake(
         pipe, options.pop("anchor"), options.pop("lam"), tmp_path / out, method="distill", report=report, **options
     )
@@ -251,9 +275,16 @@ def test_half_precision_and_savings_of_memory(tmp_path: Path, rank: int | None) 
     pipe, aligned, _ = tiny.make("sdxl")
     settings = replace(SHORT, lora_rank=rank, span=(0.0, 1.0), accumulate=2, gradient_checkpointing=True)
     bake(
-        pipe.to(torch.bfloat16), aligned, 0.5, tmp_path / "out", method="distill", prompts=PROMPTS, sampler=QUICK,
-        distillation=settings, **FAST,
-    )  # fmt: skip
+        pipe.to(torch.bfloat16),
+        aligned,
+        0.5,
+        tmp_path / "out",
+        method="distill",
+        prompts=PROMPTS,
+        sampler=QUICK,
+        distillation=settings,
+        **FAST,
+    )
     found = weights_in(tmp_path / "out")
     assert found["conv_in.weight"].dtype == torch.bfloat16 and found["time_embedding.cond_proj.weight"].any()
 

@@ -78,9 +78,17 @@ def test_every_option_arrives(models: Path, tmp_path: Path, asked: dict[str, Any
     assert result.exit_code == 0, result.output
     assert asked["lam"] == {"anchor": Power(2, lam=0.5, over="time")}
     assert asked["distillation"] == Distillation(
-        lora_rank=None, samples=40, held_out=5, steps=7, batch=6, accumulate=3, gradient_checkpointing=True,
-        learning_rate=0.01, fold_guidance=True, span=(-0.5, 1.0),
-    )  # fmt: skip
+        lora_rank=None,
+        samples=40,
+        held_out=5,
+        steps=7,
+        batch=6,
+        accumulate=3,
+        gradient_checkpointing=True,
+        learning_rate=0.01,
+        fold_guidance=True,
+        span=(-0.5, 1.0),
+    )
     assert asked["sampler"] == Sampler(9, 3.0, 2)
     assert (asked["seed"], asked["images"], asked["force"], asked["method"]) == (5, 4, True, "distill")
 

@@ -89,11 +89,33 @@ def test_the_report_has_all_of_it(done: Path) -> None:
     assert 'src="http' not in page and 'href="http' not in page
     written = {path.stem for path in (done / "run" / "report").glob("*.csv")}
     for begins in (
-        "agreement-heat", "agreement-lines", "agreement-errors", "agreement-scatter", "agreement-bland-altman",
-        "agreement-statistics", "agreement-table-1", "agreement-table-2", "agreement-verdicts", "agreement-particles",
-        "front-digits", "front-legible", "front-path-kl", "diversity", "spectra", "spectral-distance", "equal-cost",
-        "compute-saved", "attributes-by-lambda", "strip", "pairs", "grid", "methods", "annealed", "combined", "hacking",
-    ):  # fmt: skip
+        "agreement-heat",
+        "agreement-lines",
+        "agreement-errors",
+        "agreement-scatter",
+        "agreement-bland-altman",
+        "agreement-statistics",
+        "agreement-table-1",
+        "agreement-table-2",
+        "agreement-verdicts",
+        "agreement-particles",
+        "front-digits",
+        "front-legible",
+        "front-path-kl",
+        "diversity",
+        "spectra",
+        "spectral-distance",
+        "equal-cost",
+        "compute-saved",
+        "attributes-by-lambda",
+        "strip",
+        "pairs",
+        "grid",
+        "methods",
+        "annealed",
+        "combined",
+        "hacking",
+    ):
         assert any(name.startswith(begins) for name in written), begins
 
 

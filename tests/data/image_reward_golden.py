@@ -47,9 +47,24 @@ PROMPTS = [
     "a prompt that goes on for so long that the tokenizer has to cut what it says about the cat",
 ]
 VOCABULARY = [
-    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", "red", "two", "and", "the", "!", ",", "[", "]",
-    *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase),
-]  # fmt: skip
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "cat",
+    "dog",
+    "red",
+    "two",
+    "and",
+    "the",
+    "!",
+    ",",
+    "[",
+    "]",
+    *string.ascii_lowercase,
+    *(f"##{letter}" for letter in string.ascii_lowercase),
+]
 
 
 def authors(checkout: Path) -> tuple[ModuleType, ModuleType, ModuleType]:
@@ -81,9 +96,14 @@ def large(reward: ModuleType, config: Path) -> dict[str, Any]:
 def tiny(reward: ModuleType, pretrain: ModuleType, folder: Path) -> Any:
     """A model of random weights that half precision can hold."""
     sizes = {
-        "vocab_size": len(VOCABULARY) + 2, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "max_position_embeddings": 40, "add_cross_attention": True,
-    }  # fmt: skip
+        "vocab_size": len(VOCABULARY) + 2,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 40,
+        "add_cross_attention": True,
+    }
     (folder / "med_config.json").write_text(json.dumps(sizes))
     tower = sys.modules["ImageReward.models.BLIP.vit"].VisionTransformer(
         img_size=SIDE, patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=4

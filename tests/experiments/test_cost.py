@@ -78,7 +78,7 @@ def test_training_costs_about_three_predictions_and_a_lora_less() -> None:
 def test_a_sweep_and_realignment_add_up() -> None:
     found = costs(
         DenoiserCost(10, 30), strengths=4, train_steps=100, batch=8, images=5, sampling_steps=20, guided=False
-    )  # fmt: skip
+    )
     assert found.alignment == 100 * 8 * 2 * 40 and found.sampling == 5 * 20 * 10
     assert found.sweep == 4 * (64_000 + 1000) and found.realignment == 64_000 + 4 * 2000
     assert found.saved == pytest.approx(1 - 72_000 / 260_000)

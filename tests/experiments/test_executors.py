@@ -52,9 +52,11 @@ def draw(plan: Plan, drawings: list[Drawing]) -> list[tuple[torch.Tensor, dict[s
 def plainly(pipe: Any, drawing: Drawing) -> torch.Tensor:
     """What a person would write."""
     image = pipe(
-        [drawing.prompt], generator=[torch.Generator().manual_seed(drawing.seed)], num_inference_steps=3,
+        [drawing.prompt],
+        generator=[torch.Generator().manual_seed(drawing.seed)],
+        num_inference_steps=3,
         guidance_scale=1.0,
-    ).images[0]  # fmt: skip
+    ).images[0]
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
 
 

@@ -180,9 +180,14 @@ def test_what_has_no_approximation_has_no_study(results: Scored) -> None:
 def test_another_model_of_the_same_strength_is_an_approximation() -> None:
     plan = plan_of((500, 1000))
     models = {name: model.model_dump() for name, model in plan.models.items()}
-    twin = plan_of((500, 1000), models=models | {"twin": models["b500"]}, methods=[
-        {"method": "model"}, {"method": "realign", "anchors": ["b500"], "targets": ["b500", "twin"]},
-    ])  # fmt: skip
+    twin = plan_of(
+        (500, 1000),
+        models=models | {"twin": models["b500"]},
+        methods=[
+            {"method": "model"},
+            {"method": "realign", "anchors": ["b500"], "targets": ["b500", "twin"]},
+        ],
+    )
     (study,) = studies(results_of(twin))
     assert [one.pair.target for one in study.part(True)] == ["twin"] and not study.part(False)
 
@@ -450,9 +455,11 @@ def test_counts_are_by_score_and_kind() -> None:
 
     rows = counts([one("a", "trust", 0.0), one("a", "trust", 0.5), one("b", "off", 0.5), one("a", "few", 0.5)])
     assert rows == [
-        ("a", "trust", 2, 1, 0, 1, 0), ("b", "off", 1, 1, 0, 0, 0), ("a", "few", 1, 0, 0, 0, 1),
+        ("a", "trust", 2, 1, 0, 1, 0),
+        ("b", "off", 1, 1, 0, 0, 0),
+        ("a", "few", 1, 0, 0, 0, 1),
         ("all", "", 4, 2, 0, 1, 1),
-    ]  # fmt: skip
+    ]
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

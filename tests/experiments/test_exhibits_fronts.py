@@ -133,8 +133,11 @@ def test_series_grow_with_their_parameter(results: Results) -> None:
 
 def test_keys_tell_models_of_one_kind_apart() -> None:
     assert keys(["clip=a", "CLIP", "hps-v2.0", "clip=b"]) == {
-        "clip=a": "clip", "CLIP": "clip.2", "hps-v2.0": "hps-v2-0", "clip=b": "clip.3",
-    }  # fmt: skip
+        "clip=a": "clip",
+        "CLIP": "clip.2",
+        "hps-v2.0": "hps-v2-0",
+        "clip=b": "clip.3",
+    }
 
 
 def test_missing_seeds_do_not_weigh_on_a_prompt() -> None:
@@ -239,8 +242,10 @@ def test_too_few_images_for_recall_leave_it_out_and_say_so(tmp_path: Path) -> No
 
 
 def test_fid_and_spectral_distances_disagree_about_the_illustration() -> None:
-    rows = {row[0][:2]: dict(zip(("fid", "scd", "lscd"), row[-3:], strict=True)) for row in
-            diversity_exhibits.spectral_illustration().rows}  # fmt: skip
+    rows = {
+        row[0][:2]: dict(zip(("fid", "scd", "lscd"), row[-3:], strict=True))
+        for row in diversity_exhibits.spectral_illustration().rows
+    }
     assert rows["D2"]["fid"] < rows["D3"]["fid"]
     assert rows["D2"]["scd"] > rows["D3"]["scd"] and rows["D2"]["lscd"] > rows["D3"]["lscd"]
     # The base's variances are 4 and 0.49, the collapsed set's 0.09 of them, 0.3 and 0.1 away.
@@ -292,8 +297,10 @@ def test_attributes_come_back_along_lambda_from_the_reference_to_the_anchor(resu
     (exhibit,) = front_exhibits.returning(results)
     rows = [row for row in exhibit.rows if row[:3] == ("main", "bold", "strong")]
     assert [row[3] for row in rows] == [0, 0.25, 0.5, 1, 1.5]
-    means = [results.scores(named(results, name), "main", "bold").mean() for name in
-             ("reference", "strong, λ = 0.25", "strong, λ = 0.5", "strong", "strong, λ = 1.5")]  # fmt: skip
+    means = [
+        results.scores(named(results, name), "main", "bold").mean()
+        for name in ("reference", "strong, λ = 0.25", "strong, λ = 0.5", "strong", "strong, λ = 1.5")
+    ]
     assert [row[7] for row in rows] == pytest.approx([mean - means[0] for mean in means])
     assert [row[11] for row in rows] == pytest.approx([(m - means[0]) / (means[3] - means[0]) for m in means])
     assert all(row[8] <= row[7] <= row[9] and row[10] == 6 for row in rows)
@@ -316,14 +323,22 @@ def test_a_change_is_over_the_prompts_of_both(results: Results) -> None:
 @pytest.mark.parametrize(
     ("name", "forward"),
     [
-        ("reference", 8), ("strong", 8), ("strong, weights at 0.5", 8), ("strong, λ = 0", 8), ("strong, λ = 1", 8),
-        ("strong, λ = 0.5", 16), ("strong, λ = 1.5", 16), ("strong → weak, 4 particles", 64),
+        ("reference", 8),
+        ("strong", 8),
+        ("strong, weights at 0.5", 8),
+        ("strong, λ = 0", 8),
+        ("strong, λ = 1", 8),
+        ("strong, λ = 0.5", 16),
+        ("strong, λ = 1.5", 16),
+        ("strong → weak, 4 particles", 64),
         # At the first step the power's λ is 0, so that the anchor is not needed; a step function needs one model ever.
-        ("strong, power:2", 15), ("strong, step:0.5", 8),
+        ("strong, power:2", 15),
+        ("strong, step:0.5", 8),
         # Where λ sum to 1, but for rounding, the reference has no weight.
-        ("0.3 strong + 0.3 other", 24), ("0.7 strong + 0.2 weak + 0.1 other", 24),
+        ("0.3 strong + 0.3 other", 24),
+        ("0.7 strong + 0.2 weak + 0.1 other", 24),
     ],
-)  # fmt: skip
+)
 def test_evaluations_are_of_the_models_that_have_a_weight(results: Results, name: str, forward: int) -> None:
     assert cost_exhibits.evaluations(results, named(results, name), "main") == (forward, 0)
 
@@ -418,9 +433,17 @@ def test_every_exhibit_has_its_file_name_its_numbers_and_says_what_stands_in_for
     exhibits = list(front_exhibits.exhibits(results))
     keys_of = [exhibit.key for exhibit in exhibits]
     assert keys_of == [
-        "front-digits-digits", "front-bold-digits", "front-path-kl", "attributes-by-lambda", "diversity-digits",
-        "spectra-digits", "spectral-distance", "equal-cost-main", "equal-cost-cover", "compute-saved",
-    ]  # fmt: skip
+        "front-digits-digits",
+        "front-bold-digits",
+        "front-path-kl",
+        "attributes-by-lambda",
+        "diversity-digits",
+        "spectra-digits",
+        "spectral-distance",
+        "equal-cost-main",
+        "equal-cost-cover",
+        "compute-saved",
+    ]
     assert all(re.fullmatch(r"[a-z0-9.-]+", key) for key in keys_of)
     assert {exhibit.section for exhibit in exhibits} == {"Trade-offs", "Diversity", "Cost"}
     for exhibit in exhibits:

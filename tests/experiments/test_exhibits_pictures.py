@@ -48,10 +48,16 @@ def plan_of(**changes: Any) -> Plan:
         "wide": {"prompts": WORDS[:2], "seeds": "0:9", "substitute_for": "the 40 prompts"},
     }
     content: dict[str, Any] = {
-        "name": "t", "reference": "base", "models": MODELS, "prompts": prompts, "sampling": {"s": {"steps": 2}},
-        "methods": METHODS, "scores": ["bold"], "features": ["digits"],
+        "name": "t",
+        "reference": "base",
+        "models": MODELS,
+        "prompts": prompts,
+        "sampling": {"s": {"steps": 2}},
+        "methods": METHODS,
+        "scores": ["bold"],
+        "features": ["digits"],
         "report": {"healthy": "high", "hacked": ["low", "mid"], "unregularised": "low", "pictures": 2},
-    }  # fmt: skip
+    }
     return Plan.model_validate(content | changes)
 
 
@@ -174,9 +180,17 @@ def test_methods_are_represented_by_fixed_rules_on_the_set_that_has_most(
 ) -> None:
     arms = [one.name for one in picture_exhibits.representatives(results, "low")]
     assert arms == [
-        "reference", "low", "low, power:2", "low → mid", "low → high, 2 particles", "low, weights at 0.4",
-        "0.5 low + 0.5 refl", "high", "refl", "noise for bold, 3 iterations",
-    ]  # fmt: skip
+        "reference",
+        "low",
+        "low, power:2",
+        "low → mid",
+        "low → high, 2 particles",
+        "low, weights at 0.4",
+        "0.5 low + 0.5 refl",
+        "high",
+        "refl",
+        "noise for bold, 3 iterations",
+    ]
     sheet = every["methods-low"]
     assert {row[0] for row in sheet.rows} == {*WORDS[1:3]}, "only “few” has the optimised noise"
     # The particles were drawn for “main”, where the same prompts and seed are: the same images.
@@ -360,9 +374,7 @@ def test_sharing_noise_makes_distances_smaller_and_the_report_says_by_how_much(
         return x.reshape(-1, 5)[1 if first else 0 :]
 
     for name, column in (("low", "hacked"), ("low → high", "realigned"), ("high", "healthy")):
-        crossed = [
-            naive(dropped(halves["high"][i], i == 0), dropped(halves[name][1 - i], i == 1)) for i in (0, 1)
-        ]  # fmt: skip
+        crossed = [naive(dropped(halves["high"][i], i == 0), dropped(halves[name][1 - i], i == 1)) for i in (0, 1)]
         assert row[f"{column}, other seeds"] == pytest.approx(np.mean(crossed), rel=1e-6)
     assert row["realigned, other seeds"] > 3 * row["distance of realigned"]
 
@@ -371,9 +383,14 @@ def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, eve
     names = ["main", "wide"]
     rows = [dict(zip(hacking_exhibits.HEADER, row, strict=True)) for row in every["hacking-table-digits"].rows]
     assert [(row["prompts"], row["realigned"]) for row in rows] == [
-        ("main", "low → high"), ("main", "low → high, 2 particles"), ("main", "mid → high"),
-        ("few", "low → high"), ("few", "mid → high"), ("wide", "low → high"), ("wide", "mid → high"),
-    ]  # fmt: skip
+        ("main", "low → high"),
+        ("main", "low → high, 2 particles"),
+        ("main", "mid → high"),
+        ("few", "low → high"),
+        ("few", "mid → high"),
+        ("wide", "low → high"),
+        ("wide", "mid → high"),
+    ]
     few = next(row for row in rows if row["prompts"] == "few")
     assert "2 and 2 images for 6 features" in few["few samples"] and math.isnan(few["healthy, other seeds"])
     caption = every["hacking-table-digits"].caption

@@ -78,8 +78,12 @@ def test_lam_stands_for_the_quotient_of_strengths() -> None:
     assert arms["strong → weak"].lam == pytest.approx(30 / 500)
     assert arms["weak → strong"].lam == pytest.approx(500 / 30)
     assert arms["strong → strong"].lam == 1.0
-    assert set(arms) == {"reference", "strong", "weak", *(f"{a} → {b}" for a in ("strong", "weak")
-                                                           for b in ("strong", "weak"))}  # fmt: skip
+    assert set(arms) == {
+        "reference",
+        "strong",
+        "weak",
+        *(f"{a} → {b}" for a in ("strong", "weak") for b in ("strong", "weak")),
+    }
 
 
 def test_one_image_however_it_is_asked_for() -> None:
@@ -124,13 +128,22 @@ def test_batches_hold_all_lam_of_a_prompt_and_one_set_of_networks() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0, 0.25, 0.5, 1]}])
     cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
     batches = [[drawing for _, drawing in batch] for batch in in_batches(plan, cells)]
-    assert [[(d["prompt"], d["seed"], dict(d["anchors"])) for d in batch] for batch in batches if len(d_lams(batch)) > 1
-            ] == [
-        [("one", 0, {"strong": 0.25}), ("one", 0, {"strong": 0.5}), ("one", 1, {"strong": 0.25}),
-         ("one", 1, {"strong": 0.5})],
-        [("two", 0, {"strong": 0.25}), ("two", 0, {"strong": 0.5}), ("two", 1, {"strong": 0.25}),
-         ("two", 1, {"strong": 0.5})],
-    ]  # fmt: skip
+    assert [
+        [(d["prompt"], d["seed"], dict(d["anchors"])) for d in batch] for batch in batches if len(d_lams(batch)) > 1
+    ] == [
+        [
+            ("one", 0, {"strong": 0.25}),
+            ("one", 0, {"strong": 0.5}),
+            ("one", 1, {"strong": 0.25}),
+            ("one", 1, {"strong": 0.5}),
+        ],
+        [
+            ("two", 0, {"strong": 0.25}),
+            ("two", 0, {"strong": 0.5}),
+            ("two", 1, {"strong": 0.25}),
+            ("two", 1, {"strong": 0.5}),
+        ],
+    ]
     assert len(batches) == 4  # the reference and the anchor, which need one network, have one each
 
 

@@ -114,8 +114,9 @@ def test_every_exhibit_is_on_the_page_and_in_files(write: Write, tmp_path: Path)
     smaller = min((out / "drawn.png", out / "drawn.svg"), key=lambda file: file.stat().st_size)
     sources = [value for value in page.all("src")]
     assert [base64.b64decode(value.partition(",")[2]) for value in sources] == [
-        smaller.read_bytes(), (out / "sheet.png").read_bytes()
-    ]  # fmt: skip
+        smaller.read_bytes(),
+        (out / "sheet.png").read_bytes(),
+    ]
     assert sources[0].startswith("data:image/svg+xml" if smaller.suffix == ".svg" else "data:image/png")
     assert all(words in page.text for words in ("Title of drawn", "Title of sheet", "Title of table", "Caption."))
 
@@ -133,16 +134,32 @@ def test_links_lead_somewhere_and_ids_are_unique(write: Write, tmp_path: Path) -
 
 
 def test_nothing_from_outside_becomes_markup(write: Write) -> None:
-    evil = {place: f'<script>"{place}" & more</script>' for place in (
-        "prompt", "substitute", "section", "title", "caption", "heading", "cell", "error", "warning",
-    )}  # fmt: skip
+    evil = {
+        place: f'<script>"{place}" & more</script>'
+        for place in (
+            "prompt",
+            "substitute",
+            "section",
+            "title",
+            "caption",
+            "heading",
+            "cell",
+            "error",
+            "warning",
+        )
+    }
 
     def gather(results: Results) -> Iterator[Exhibit]:
         warnings.warn(evil["warning"], stacklevel=1)
         yield exhibit(
-            "evil", section=evil["section"], title=evil["title"], caption=evil["caption"], figure=figure(),
-            header=(evil["heading"],), rows=((evil["cell"],),),
-        )  # fmt: skip
+            "evil",
+            section=evil["section"],
+            title=evil["title"],
+            caption=evil["caption"],
+            figure=figure(),
+            header=(evil["heading"],),
+            rows=((evil["cell"],),),
+        )
         raise ValueError(evil["error"])
 
     prompts = {"few": {"prompts": [evil["prompt"]], "seeds": 0, "substitute_for": evil["substitute"]}}
@@ -160,9 +177,11 @@ def test_an_exhibit_that_raises_is_named_and_the_others_go_on(write: Write) -> N
     broken = figure()
     broken.axes[0].set_title("$\\frac{$")
     (files, failed), page = write(
-        first=each(exhibit("one"), error, exhibit("never")), second=late, third=each(exhibit("broken", figure=broken)),
+        first=each(exhibit("one"), error, exhibit("never")),
+        second=late,
+        third=each(exhibit("broken", figure=broken)),
         fourth=each(exhibit("last")),
-    )  # fmt: skip
+    )
     assert [key for key, _ in failed] == ["first", "second", "broken"]
     assert failed[0][1] == "KeyError: 'no such model' (heat of dpo)" and "ZeroDivisionError" in failed[1][1]
     assert [file.stem for file in files[1:]] == ["one", "a", "c", "last"]

@@ -25,9 +25,12 @@ from written_files import Written, damage, is_sentence
 pytestmark = pytest.mark.attack("files read back")
 
 QUICK = settings(
-    max_examples=25, derandomize=True, deadline=None, database=None,
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 SLOW = settings(QUICK, max_examples=8)
 
@@ -110,15 +113,26 @@ def test_a_record_is_read_and_what_a_later_version_added_is_passed_over() -> Non
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[]", "names with values"), ("{}", "count: Field required"), ("null", "names with values"), ("", "not JSON"),
-        ('{"count": true, "names": {}}', "count.*True"), ('{"count": "3", "names": {}}', "count.*'3'"),
-        ('{"count": 1%s, "names": {}}' % ("0" * 400), "401 digits"), ("1" * 5000, "5000 digits"),
-        ('{"count": 99999999999999999999, "names": {}}', "64 bits"), ("[" * 100_000, "nested"),
-        ('{"a":' * 100_000, "nested"), ("[" * 70 + "]" * 70, "nested"), ('{"count": 1, "count": 2}', "'count'.*twice"),
-        ('{"count": 1, "names": {"\\ud800": 1}}', "surrogate"), ('{"count": NaN, "names": {}}', "count.*nan"),
-        (None, "None"), (b"{}", "b'{}'"), (GOOD[:-1], "not JSON"),
+        ("[]", "names with values"),
+        ("{}", "count: Field required"),
+        ("null", "names with values"),
+        ("", "not JSON"),
+        ('{"count": true, "names": {}}', "count.*True"),
+        ('{"count": "3", "names": {}}', "count.*'3'"),
+        ('{"count": 1%s, "names": {}}' % ("0" * 400), "401 digits"),
+        ("1" * 5000, "5000 digits"),
+        ('{"count": 99999999999999999999, "names": {}}', "64 bits"),
+        ("[" * 100_000, "nested"),
+        ('{"a":' * 100_000, "nested"),
+        ("[" * 70 + "]" * 70, "nested"),
+        ('{"count": 1, "count": 2}', "'count'.*twice"),
+        ('{"count": 1, "names": {"\\ud800": 1}}', "surrogate"),
+        ('{"count": NaN, "names": {}}', "count.*nan"),
+        (None, "None"),
+        (b"{}", "b'{}'"),
+        (GOOD[:-1], "not JSON"),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_none_of_ours_is_named(text: object, words: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)the file.*record.*{words}.*delete it"):
         parsed(text)
@@ -135,14 +149,24 @@ BOMB = "\n".join(["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "nested"), ("- " * 100_000, "nested"), ("steps: " + "9" * 5000, "5000 digits"),
+        ("[" * 100_000, "nested"),
+        ("- " * 100_000, "nested"),
+        ("steps: " + "9" * 5000, "5000 digits"),
         (BOMB, "aliases"),
-        ("a: &a [*a]", "inside"), ("steps: 1\nsteps: 2", "'steps'.*twice"), ("steps: 2001-99-99", "month"),
-        ("steps: !!bool x", "!!"), ("steps: !!timestamp x", "!!"), ('names: ["\\ud800"]', "surrogate"),
-        ('names: ["\\U00110000"]', "0x110000"), ("\x00", "#x0000"), ("steps: [1]", "steps"), ("stops: 1", "stops"),
-        ("- 1", "names with values"), ("", "names with values"),
+        ("a: &a [*a]", "inside"),
+        ("steps: 1\nsteps: 2", "'steps'.*twice"),
+        ("steps: 2001-99-99", "month"),
+        ("steps: !!bool x", "!!"),
+        ("steps: !!timestamp x", "!!"),
+        ('names: ["\\ud800"]', "surrogate"),
+        ('names: ["\\U00110000"]', "0x110000"),
+        ("\x00", "#x0000"),
+        ("steps: [1]", "steps"),
+        ("stops: 1", "stops"),
+        ("- 1", "names with values"),
+        ("", "names with values"),
     ],
-)  # fmt: skip
+)
 def test_yaml_that_is_no_plan_is_named(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text(text)
@@ -159,8 +183,10 @@ def test_an_alias_stands_for_what_it_names(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     readers: list[Callable[[Path], object]] = [
-        lambda path: reading.read(Small, path, "record", ""), read_png, lambda path: tensors.handle(path, "tensors", "")
-    ]  # fmt: skip
+        lambda path: reading.read(Small, path, "record", ""),
+        read_png,
+        lambda path: tensors.handle(path, "tensors", ""),
+    ]
     for path, error in ((tmp_path / "pipe", OSError), (tmp_path, IsADirectoryError), (Path("/dev/zero"), OSError)):
         for read in readers:
             with pytest.raises(error, match=str(path)):

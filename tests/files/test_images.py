@@ -117,9 +117,15 @@ def test_the_camera_is_turned_upright_for_everybody_and_once(orientation: int) -
     stored = COLOURS[:20]
     turned = stored.transpose(1, 0, 2) if orientation > 4 else stored
     expected = {
-        1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1],
-        5: turned, 6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1],
-    }[orientation]  # fmt: skip
+        1: turned,
+        2: turned[:, ::-1],
+        3: turned[::-1, ::-1],
+        4: turned[::-1],
+        5: turned,
+        6: turned[:, ::-1],
+        7: turned[::-1, ::-1],
+        8: turned[::-1],
+    }[orientation]
     once = read_rgb(content)
     assert np.array_equal(np.asarray(once), expected)
     assert np.array_equal(np.asarray(rgb(once)), expected)
@@ -135,9 +141,10 @@ def test_modes_that_only_memory_knows(mode: str) -> None:
     if mode == "La":
         source = Image.fromarray(np.stack([COLOURS[..., 0], ALPHA], 2), "LA")
     expected = {
-        "RGBa": on_white(COLOURS, ALPHA), "La": on_white(grey(COLOURS[..., 0]), ALPHA),
+        "RGBa": on_white(COLOURS, ALPHA),
+        "La": on_white(grey(COLOURS[..., 0]), ALPHA),
         "PA": on_white(np.asarray(source.convert("PA").convert("RGBA"))[..., :3], ALPHA),
-    }.get(mode, COLOURS.astype(float))  # fmt: skip
+    }.get(mode, COLOURS.astype(float))
     error = np.abs(np.asarray(rgb(source.convert(mode))).astype(float) - expected)
     assert error.max() <= (12 if mode == "HSV" else 3)  # these modes round by themselves
 
@@ -184,12 +191,17 @@ def bomb(side: int) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\x89PNG\r\n\x1a\n", b"no image", bomb(60_000),
-        encoded(Image.fromarray(COLOURS), "PNG")[:-500], encoded(Image.fromarray(COLOURS), "JPEG")[:400],
-        encoded(Image.fromarray(COLOURS), "GIF")[:200], encoded(Image.fromarray(COLOURS), "WEBP")[:100],
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"no image",
+        bomb(60_000),
+        encoded(Image.fromarray(COLOURS), "PNG")[:-500],
+        encoded(Image.fromarray(COLOURS), "JPEG")[:400],
+        encoded(Image.fromarray(COLOURS), "GIF")[:200],
+        encoded(Image.fromarray(COLOURS), "WEBP")[:100],
     ],
     ids=["empty", "header", "text", "bomb", "cut PNG", "cut JPEG", "cut GIF", "cut WebP"],
-)  # fmt: skip
+)
 def test_damaged_files_are_refused_by_name(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "holiday.png"
     file.write_bytes(content)

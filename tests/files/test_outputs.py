@@ -91,10 +91,22 @@ def test_links_folders_and_stale_files_of_theirs_stay(tmp_path: Path) -> None:
 
 
 @attack
-@pytest.mark.parametrize("record", [
-    "[]", "{}", "{}x", "", '{"files": {"../theirs.txt": []}}', '{"files": {"/x": ["a"]}}', '{"files": {"..": ["a"]}}',
-    '{"files": {"images": []}, "files": {}}', "[" * 100_000, '{"files": {"a.txt": [1e999]}}', "\udcff",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[]",
+        "{}",
+        "{}x",
+        "",
+        '{"files": {"../theirs.txt": []}}',
+        '{"files": {"/x": ["a"]}}',
+        '{"files": {"..": ["a"]}}',
+        '{"files": {"images": []}, "files": {}}',
+        "[" * 100_000,
+        '{"files": {"a.txt": [1e999]}}',
+        "\udcff",
+    ],
+)
 def test_a_record_that_is_none_of_ours_removes_nothing(tmp_path: Path, record: str) -> None:
     folder, theirs = tmp_path / "x", tmp_path / "theirs.txt"
     write(folder, a="1")

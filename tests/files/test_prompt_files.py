@@ -68,10 +68,12 @@ def test_parquet_is_read_like_a_table(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.tsv", "p.jsonl", "p.json"])
 def test_only_line_breaks_break_lines(name: str, tmp_path: Path) -> None:
     content = {
-        "p.txt": f"{ODD}\nb", "p.csv": f'prompt\n"{ODD}"\nb\n', "p.tsv": f"prompt\n{ODD}\nb",
+        "p.txt": f"{ODD}\nb",
+        "p.csv": f'prompt\n"{ODD}"\nb\n',
+        "p.tsv": f"prompt\n{ODD}\nb",
         "p.jsonl": "\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in (ODD, "b")),
         "p.json": json.dumps([ODD, "b"], ensure_ascii=False),
-    }  # fmt: skip
+    }
     assert load_prompts(written(tmp_path, name, content[name])).prompts == (ODD, "b")
 
 
@@ -109,8 +111,10 @@ def test_a_row_of_tabs_fits_its_header(tmp_path: Path) -> None:
 def test_cells_in_quotation_marks_are_read_as_they_were_written() -> None:
     rows = tables.read_csv('a,b\r\n"1, ""2""\r\n3",5" nail\r"",\n,x\n', "it")
     assert [row.cells for row in rows] == [
-        {"a": '1, "2"\r\n3', "b": '5" nail'}, {"a": "", "b": ""}, {"a": "", "b": "x"},
-    ]  # fmt: skip
+        {"a": '1, "2"\r\n3', "b": '5" nail'},
+        {"a": "", "b": ""},
+        {"a": "", "b": "x"},
+    ]
     assert [row.line for row in rows] == [2, 4, 5]
 
 
@@ -143,7 +147,7 @@ def test_lists_of_pairs_are_read_by_the_same_reader(tmp_path: Path) -> None:
         ("a.yaml", "- #1 mug\n", "entry 1 is None, not text"),
         ("a.md", "a", "are read from .txt"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_a_list_is_said_in_a_sentence(name: str, content: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
         load_prompts(written(tmp_path, name, content))

@@ -188,10 +188,16 @@ def failing(number: int) -> Any:
 
 
 @called_damaged
-@pytest.mark.parametrize(("number", "word"), [
-    (errno.EROFS, "read-only"), (errno.EACCES, "denied"), (errno.EPERM, "denied"), (errno.ENOSPC, "full"),
-    (errno.EDQUOT, "full"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "denied"),
+        (errno.EPERM, "denied"),
+        (errno.ENOSPC, "full"),
+        (errno.EDQUOT, "full"),
+    ],
+)
 def test_errors_of_the_disk(number: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running.run(small(methods=[{"method": "reference"}]), tmp_path / "x", Fake, silent)
     monkeypatch.setattr(Path, "write_bytes", failing(number))

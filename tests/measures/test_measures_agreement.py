@@ -55,9 +55,12 @@ def test_the_interval_is_scipys() -> None:
     approximated, original = scores()
     found = agreement_of(approximated, original, resamples=2000, seed=3)
     expected = stats.bootstrap(
-        (np.abs((approximated - original).numpy()),), np.mean, n_resamples=2000, method="percentile",
+        (np.abs((approximated - original).numpy()),),
+        np.mean,
+        n_resamples=2000,
+        method="percentile",
         rng=np.random.default_rng(3),
-    )  # fmt: skip
+    )
     assert found.mae_interval == tuple(expected.confidence_interval)
     assert found.mae_bootstrap == expected.bootstrap_distribution.mean()
     assert found.mae_bootstrap != found.mae
@@ -159,8 +162,11 @@ def test_the_paired_difference_is_scipys_on_both_methods_together() -> None:
     expected = stats.bootstrap(
         (first.double().mean(1).numpy(), second.double().mean(1).numpy()),
         lambda a, b, axis: a.mean(axis) - b.mean(axis),
-        paired=True, n_resamples=3000, method="percentile", rng=np.random.default_rng(5),
-    )  # fmt: skip
+        paired=True,
+        n_resamples=3000,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    )
     assert found.interval == pytest.approx(tuple(expected.confidence_interval), rel=1e-9)
     assert found.estimate.error == pytest.approx(expected.standard_error, rel=1e-9)
     assert found.estimate.value == pytest.approx(float(first.mean() - second.mean()), rel=1e-5)

@@ -62,9 +62,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def by_transformers(name: str, folder: Path) -> torch.Tensor:
     if name == "dinov2":
         processor = BitImageProcessorPil(
-            size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224},
-            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
-        )  # fmt: skip
+            size={"shortest_edge": 256},
+            crop_size={"height": 224, "width": 224},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        )
         model = Dinov2Model.from_pretrained(folder)
         with torch.no_grad():
             return model(**processor(pictures(), return_tensors="pt")).last_hidden_state[:, 0]

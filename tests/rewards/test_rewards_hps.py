@@ -20,14 +20,24 @@ GOLDEN = Path(__file__).parents[1] / "data" / "open_clip_golden.safetensors"
 
 SIZES: dict[str, dict[str, int]] = {
     "text_config": {
-        "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
-        "projection_dim": 16, "vocab_size": 64, "max_position_embeddings": 12,
+        "hidden_size": 24,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "projection_dim": 16,
+        "vocab_size": 64,
+        "max_position_embeddings": 12,
     },
     "vision_config": {
-        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "projection_dim": 16, "image_size": 32, "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 16,
+        "image_size": 32,
+        "patch_size": 8,
     },
-}  # fmt: skip
+}
 TINY: dict[str, Any] = {"projection_dim": 16} | {tower: hps.VIT_H_14[tower] | sizes for tower, sizes in SIZES.items()}
 """The golden model: what is said of the published one, but for its sizes."""
 

@@ -22,14 +22,24 @@ GOLDEN = Path(__file__).parents[1] / "data" / "image_reward_golden.safetensors"
 
 SIZES: dict[str, dict[str, int]] = {
     "text_config": {
-        "vocab_size": 69, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "max_position_embeddings": 40, "bos_token_id": 67, "sep_token_id": 3,
+        "vocab_size": 69,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 40,
+        "bos_token_id": 67,
+        "sep_token_id": 3,
     },
     "vision_config": {
-        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": 32, "patch_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
     },
-}  # fmt: skip
+}
 TINY: dict[str, Any] = {tower: BLIP_L[tower] | sizes for tower, sizes in SIZES.items()}
 """The golden model: what is said of the published one, but for its sizes."""
 

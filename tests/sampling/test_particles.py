@@ -23,9 +23,17 @@ def ddim(**changes: Any) -> DDIMScheduler:
 
 
 def run(
-    world: World, anchors: dict[str, dict[str, float]], lam: Any, count: int, *, scheduler: Any = None,
-    prompt: str | list[str] = "", steps: int = 100, seed: int = 0, **options: Any,
-) -> Particles:  # fmt: skip
+    world: World,
+    anchors: dict[str, dict[str, float]],
+    lam: Any,
+    count: int,
+    *,
+    scheduler: Any = None,
+    prompt: str | list[str] = "",
+    steps: int = 100,
+    seed: int = 0,
+    **options: Any,
+) -> Particles:
     """Particles of a realigned world; DDIM at η = 1 unless told otherwise."""
     pipe = world.pipeline(scheduler or ddim())
     pipe.set_progress_bar_config(disable=True)
@@ -175,10 +183,16 @@ def test_micro_batches_change_nothing_but_memory(guidance_scale):
             generator = torch.Generator().manual_seed(3)
             results.append(
                 sample_particles(
-                    pipe, ["a", "b"], 4, ess_threshold=1.0, micro_batch=micro_batch, generator=generator,
-                    output_type="pt", **call,
+                    pipe,
+                    ["a", "b"],
+                    4,
+                    ess_threshold=1.0,
+                    micro_batch=micro_batch,
+                    generator=generator,
+                    output_type="pt",
+                    **call,
                 )
-            )  # fmt: skip
+            )
         assert dial.micro_batch is None and not pipe.vae.use_slicing
     whole, *others = results
     for other in others:

@@ -208,9 +208,15 @@ def test_a_sweep_ends_at_the_first_that_is_none_and_names_it(tmp_path: Path) -> 
     pipe, anchor, _ = tiny.make("sd")
     decoding(pipe, some(torch.nan))
     settings = Settings(
-        reference="r", anchors={"anchor": "a"}, prompts=("a red fox",), columns=(Column(lam=0.5),), steps=2,
-        seeds=tuple(range(6)), batch_size=4, device="cpu",
-    )  # fmt: skip
+        reference="r",
+        anchors={"anchor": "a"},
+        prompts=("a red fox",),
+        columns=(Column(lam=0.5),),
+        steps=2,
+        seeds=tuple(range(6)),
+        batch_size=4,
+        device="cpu",
+    )
     with deradiff.realign(pipe, anchor, 0.5) as dial:
         tried = list(attempts(pipe, dial, SHOTS, [0.5], steps=2, batch_size=4))
         bad = [shot.seed for shot, image, _ in tried if isinstance(image, NotFinite)]
@@ -303,9 +309,14 @@ def test_an_experiment_keeps_the_failure_and_goes_on(tmp_path: Path, monkeypatch
 
 def _study(plan: Any) -> Any:
     one = {
-        "name": "few", "experiment": "run", "sampling": "ancestral", "prompt_set": "few", "seeds": list(range(9)),
-        "methods": {arm.name: arm.name for arm in plan.arms()[:2]}, "prompts": list(plan.prompts["few"].prompts),
-    }  # fmt: skip
+        "name": "few",
+        "experiment": "run",
+        "sampling": "ancestral",
+        "prompt_set": "few",
+        "seeds": list(range(9)),
+        "methods": {arm.name: arm.name for arm in plan.arms()[:2]},
+        "prompts": list(plan.prompts["few"].prompts),
+    }
     return parse_study(
         {"name": "s", "pairs_per_participant": 1, "attention_checks": 0, "configurations": [one]}, "the study"
     )
@@ -410,9 +421,14 @@ def test_particles_and_the_studio_know_them() -> None:
         black = [np.asarray(image).max() == 0 for image in swarm.images]
         assert swarm.blacked_out.tolist() == black and any(black) and not all(black)
         settings = Settings(
-            reference="r", anchors={"anchor": "a"}, prompts=("a red fox",), seeds=(0,), steps=2, device="cpu",
+            reference="r",
+            anchors={"anchor": "a"},
+            prompts=("a red fox",),
+            seeds=(0,),
+            steps=2,
+            device="cpu",
             columns=tuple(Column(lam=lam) for lam in np.linspace(0, 1, 6).tolist()),
-        )  # fmt: skip
+        )
         shown = drawing.scored(drawing.draw(settings, pipe, dial, Job(), lambda _: None), [Brightness()])
     assert {drawn.blacked_out for drawn in shown} == {np.asarray(drawn.image).max() == 0 for drawn in shown}
     assert any(drawn.blacked_out for drawn in shown)

@@ -173,13 +173,17 @@ def test_an_experiment_tells_in_run_status_report_and_table(tmp_path: Path) -> N
 def test_workers_of_their_own_tell_the_driver(models: tuple[Path, Path], tmp_path: Path) -> None:
     plan = parse_plan(
         {
-            "name": "cut", "reference": str(models[0]), "models": {"a": {"source": str(models[1])}},
-            "prompts": {"few": {"prompts": [LONG], "seeds": [0]}}, "sampling": {"two": {"steps": 2}},
+            "name": "cut",
+            "reference": str(models[0]),
+            "models": {"a": {"source": str(models[1])}},
+            "prompts": {"few": {"prompts": [LONG], "seeds": [0]}},
+            "sampling": {"two": {"steps": 2}},
             "methods": [{"method": "reference"}, {"method": "realign", "anchors": ["a"], "lam": [0.5]}],
-            "scores": [], "features": [],
+            "scores": [],
+            "features": [],
         },
         "the plan",
-    )  # fmt: skip
+    )
     with pytest.warns(PromptCut):
         outcome = running.run(plan, tmp_path / "run", lambda: executors.Processes(plan, "cpu", 1, 1), silent)
     assert [cut.lost for cut in outcome.cut] == [LOST]
@@ -195,9 +199,14 @@ def test_baking_aligning_and_the_studio_tell(models: tuple[Path, Path], tmp_path
     with pytest.warns(PromptCut):
         Base(tiny.make("sd")[0]).encode_prompts([LONG])
     settings = Settings(
-        reference=str(models[0]), anchors={"anchor": str(models[1])}, prompts=(LONG,), columns=(Column(lam=0.5),),
-        seeds=(0,), steps=2, device="cpu",
-    )  # fmt: skip
+        reference=str(models[0]),
+        anchors={"anchor": str(models[1])},
+        prompts=(LONG,),
+        columns=(Column(lam=0.5),),
+        seeds=(0,),
+        steps=2,
+        device="cpu",
+    )
     with realigned(settings) as (own, dial), warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptCut)
         for _ in range(2):  # also where the prompt was encoded before

@@ -108,10 +108,13 @@ class Smooth(Fake):
     def told(self, drawing: Drawing) -> dict[str, Any]:
         mixed = [lam for _, lam in drawing.anchors if lam not in (0.0, 1.0)]
         return {
-            "log_weight": self.log_weight * drawing.seed if mixed else 0.0, "path_kl": 2.0,
+            "log_weight": self.log_weight * drawing.seed if mixed else 0.0,
+            "path_kl": 2.0,
             "log_ratios": {"anchor": self.log_ratio * drawing.seed} if mixed and self.log_ratio else {},
-            "memoryless": True, "obstacles": list(self.obstacles) if mixed else [], "predictions": 3,
-        }  # fmt: skip
+            "memoryless": True,
+            "obstacles": list(self.obstacles) if mixed else [],
+            "predictions": 3,
+        }
 
     def score(self, name: str, picture: dict[str, Any]) -> tuple[Any, Any]:
         lam, ease = picture["lam"], len(picture["prompt"]) / 10 + picture["seed"]
@@ -322,11 +325,41 @@ def test_hacking_shows_in_what_was_held_out(tmp_path: Path) -> None:
 
 def test_the_digits_are_searched_by_the_command(tmp_path: Path) -> None:
     command = [
-        "search", "digits", "-a", "digits:100", "-o", str(tmp_path / "x"), "-m", "legible + 0.1*bold", "--held-out",
-        "colours", "--features", "digits", "--neighbours", "3", "-p", "the digit one", "-p", "the digit two", "-p",
-        "a red three", "-s", "0:1", "--scheduler", "euler-a", "--steps", "2", "--guidance-scale", "1", "--workers", "1",
-        "--evaluations", "3", "--require", "path-kl <= 1000",
-    ]  # fmt: skip
+        "search",
+        "digits",
+        "-a",
+        "digits:100",
+        "-o",
+        str(tmp_path / "x"),
+        "-m",
+        "legible + 0.1*bold",
+        "--held-out",
+        "colours",
+        "--features",
+        "digits",
+        "--neighbours",
+        "3",
+        "-p",
+        "the digit one",
+        "-p",
+        "the digit two",
+        "-p",
+        "a red three",
+        "-s",
+        "0:1",
+        "--scheduler",
+        "euler-a",
+        "--steps",
+        "2",
+        "--guidance-scale",
+        "1",
+        "--workers",
+        "1",
+        "--evaluations",
+        "3",
+        "--require",
+        "path-kl <= 1000",
+    ]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert "Best: λ = " in shown.output and "Stopped after 3 evaluations" in shown.output

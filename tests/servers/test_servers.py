@@ -128,9 +128,11 @@ def test_heads_are_bounded(start: Callable[..., int], kind: str) -> None:
     port = start(kind)
     head = b"GET /%s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n%s\r\n"
     for said in (
-        head % (b"?" + b"x" * 70_000, b""), head % (b"", b"X-Long: " + b"x" * 70_000 + b"\r\n"),
-        head % (b"", b"X-Many: 1\r\n" * 200), head % (b"", b"X-%d: 1\r\n" % 1 * 8000),
-    ):  # fmt: skip
+        head % (b"?" + b"x" * 70_000, b""),
+        head % (b"", b"X-Long: " + b"x" * 70_000 + b"\r\n"),
+        head % (b"", b"X-Many: 1\r\n" * 200),
+        head % (b"", b"X-%d: 1\r\n" % 1 * 8000),
+    ):
         assert raw(port, said).split(b" ")[1] in (b"400", b"431")
     assert raw(port, head % (b"?prompt=" + b"%E7%8C%AB" * 2000, b"")).split(b" ")[1] == b"200"
 
@@ -202,10 +204,20 @@ def test_pages_of_others_are_told_by_where_they_come_from(
         known = {"Cookie": f"{name}={value}"}
     own = f"127.0.0.1:{port}"
     foreign = (
-        "http://evil.example", "null", f"http://127.0.0.1:{port + 1}", "http://127.0.0.1", f"http://localhost:{port}",
-        f"http://{own}.evil.example", f"http://evil.example/{own}", f"http://{own}@evil.example", "file://",
-        "chrome-extension://abcdef", f"ftp://{own}", "http://[::1", "http://127.0.0.1:99999",
-    )  # fmt: skip
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1:{port + 1}",
+        "http://127.0.0.1",
+        f"http://localhost:{port}",
+        f"http://{own}.evil.example",
+        f"http://evil.example/{own}",
+        f"http://{own}@evil.example",
+        "file://",
+        "chrome-extension://abcdef",
+        f"ftp://{own}",
+        "http://[::1",
+        "http://127.0.0.1:99999",
+    )
     for origin in foreign:
         for method, path in (("POST", POSTS[kind]), ("GET", NEWS[kind]), ("OPTIONS", POSTS[kind]), ("GET", "/")):
             asks = {"Origin": origin, "Access-Control-Request-Method": "POST"} | known

@@ -121,9 +121,18 @@ def miniature() -> TruthSettings:
     """Everything with so few samples and steps that it takes seconds; no patience, so that the last step counts."""
     plan = Plan(3, 1e-3, warmup=2, average=0.9, evaluate_every=1, checkpoint_seconds=0)
     return TruthSettings(
-        samples=150, samples_chunk=75, sampling_batch=75, sampling_steps=2, batch=4, held_out_samples=8,
-        held_out_pairs=4, measured_samples=8, weighted=plan, dpo=plan, targets=({"bold": 0.5, "ink": 0.25}, {}),
-    )  # fmt: skip
+        samples=150,
+        samples_chunk=75,
+        sampling_batch=75,
+        sampling_steps=2,
+        batch=4,
+        held_out_samples=8,
+        held_out_pairs=4,
+        measured_samples=8,
+        weighted=plan,
+        dpo=plan,
+        targets=({"bold": 0.5, "ink": 0.25}, {}),
+    )
 
 
 def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_path: Path) -> None:
@@ -147,8 +156,10 @@ def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_pat
     assert all((whole / path).read_bytes() == (broken / path).read_bytes() for path in files)
     mixed = "bold-0.5+ink-0.25"
     assert {path.parent for path in files if path.name == "truth.json"} == {
-        Path("weighted", mixed), Path("weighted", "control"), Path("dpo", mixed)
-    }  # fmt: skip
+        Path("weighted", mixed),
+        Path("weighted", "control"),
+        Path("dpo", mixed),
+    }
 
     pool = load_pool(whole, settings)
     assert pool.captions == captions.sample_prompts(150, settings.seed) and len(pool.latents) == 150

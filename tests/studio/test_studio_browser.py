@@ -96,9 +96,11 @@ def test_turning_the_dial_changes_the_image_to_what_the_library_draws(studio: An
     pipe.set_progress_bar_config(disable=True)
     with deradiff.realign(pipe, digits.anchor_path(100), lam=0.6):
         expected = pipe(
-            ["a blue eight on white paper"], num_inference_steps=STEPS, guidance_scale=1.5,
+            ["a blue eight on white paper"],
+            num_inference_steps=STEPS,
+            guidance_scale=1.5,
             generator=[torch.Generator("cpu").manual_seed(0)],
-        ).images[0]  # fmt: skip
+        ).images[0]
     after = pixels(studio)
     assert np.abs(after - np.asarray(expected, dtype=int)).max() <= 1
     assert np.abs(after - before).mean() > 0.1
@@ -377,8 +379,11 @@ def test_files_that_hold_no_settings(address: str, chromium: Any, tmp_path: Path
     (tmp_path / "notes.txt").write_text("not an image")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "broken.png").write_bytes(b"no image at all")
-    for name, said in (("notes.txt", "Only .png allowed"), ("plain.png", "carries no deradiff settings"),
-                       ("broken.png", "cannot identify image file")):  # fmt: skip
+    for name, said in (
+        ("notes.txt", "Only .png allowed"),
+        ("plain.png", "carries no deradiff settings"),
+        ("broken.png", "cannot identify image file"),
+    ):
         with page(chromium, address) as opened:
             exact(opened)
             drawn = pixels(opened)

@@ -22,9 +22,13 @@ def test_a_curve_starts_from_a_family(name: str, parameter: float, schedule: Sch
 
 @pytest.mark.parametrize(
     ("name", "parameter", "said"),
-    [("power", 0, "power's p goes from 0.05 to 20"), ("step", 1.5, "0 to 1"), ("sigmoid", float("nan"), "finite"),
-     ("cubic", 1, "there is no family 'cubic'")],
-)  # fmt: skip
+    [
+        ("power", 0, "power's p goes from 0.05 to 20"),
+        ("step", 1.5, "0 to 1"),
+        ("sigmoid", float("nan"), "finite"),
+        ("cubic", 1, "there is no family 'cubic'"),
+    ],
+)
 def test_a_parameter_out_of_range_is_refused(name: str, parameter: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         curves.of_family(name, parameter)
@@ -100,11 +104,22 @@ def test_without_a_curve_lam_stays_the_same() -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [None, [], "power", {"steps": 0}, {"steps": 10**9}, {"steps": 2.5}, {"schedule": {"schedule": "Explosive"}},
-     {"schedule": "Power"}, {"schedule": {"schedule": "Power", "p": "2; import os"}}, {"points": 7},
-     {"schedule": {"schedule": "Constant", "lam": 1.0}}, {"schedule": {"schedule": "Power", "p": 2, "lam": 7}},
-     {"points": [[0, 0], [1, 1]], "over": "the moon"}],
-)  # fmt: skip
+    [
+        None,
+        [],
+        "power",
+        {"steps": 0},
+        {"steps": 10**9},
+        {"steps": 2.5},
+        {"schedule": {"schedule": "Explosive"}},
+        {"schedule": "Power"},
+        {"schedule": {"schedule": "Power", "p": "2; import os"}},
+        {"points": 7},
+        {"schedule": {"schedule": "Constant", "lam": 1.0}},
+        {"schedule": {"schedule": "Power", "p": 2, "lam": 7}},
+        {"points": [[0, 0], [1, 1]], "over": "the moon"},
+    ],
+)
 def test_nonsense_from_a_browser_is_an_answer_in_words(asked: Any) -> None:
     assert set(curves.answer(asked)) == {"error"}
 

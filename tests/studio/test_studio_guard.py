@@ -74,14 +74,29 @@ def forms(file: Path, url: str) -> list[Any]:
     meta = {"_type": "gradio.FileData"}
     plain = {"path": str(file), "meta": meta}
     return [
-        plain, {"value": plain}, [plain], {"a": [{"b": plain}]}, [[plain, "caption"]],
-        {"image": plain, "caption": None}, {"schedule": plain, "steps": 25},
-        plain | {"url": file.as_uri(), "orig_name": "x.png"}, {"path": file.name, "url": file.as_uri(), "meta": meta},
-        {"path": file.as_uri(), "meta": meta}, {"path": f"/proc/self/root{file}", "meta": meta},
-        {"path": f"{Path.cwd()}/../../../../../../../..{file}", "meta": meta}, plain | {"is_stream": True},
-        {"path": url, "meta": meta}, plain | {"url": url}, {"path": str(file)}, str(file), file.as_uri(), url,
-        {"__type__": "update", "value": plain}, {"video": plain, "subtitles": plain}, {"files": [plain], "text": "x"},
-    ]  # fmt: skip
+        plain,
+        {"value": plain},
+        [plain],
+        {"a": [{"b": plain}]},
+        [[plain, "caption"]],
+        {"image": plain, "caption": None},
+        {"schedule": plain, "steps": 25},
+        plain | {"url": file.as_uri(), "orig_name": "x.png"},
+        {"path": file.name, "url": file.as_uri(), "meta": meta},
+        {"path": file.as_uri(), "meta": meta},
+        {"path": f"/proc/self/root{file}", "meta": meta},
+        {"path": f"{Path.cwd()}/../../../../../../../..{file}", "meta": meta},
+        plain | {"is_stream": True},
+        {"path": url, "meta": meta},
+        plain | {"url": url},
+        {"path": str(file)},
+        str(file),
+        file.as_uri(),
+        url,
+        {"__type__": "update", "value": plain},
+        {"video": plain, "subtitles": plain},
+        {"files": [plain], "text": "x"},
+    ]
 
 
 def _usual(reaction: Any) -> list[Any]:
@@ -211,8 +226,20 @@ def test_no_other_address_hands_out_a_file(tmp_path: Path, secrets: list[Path], 
             thief.ask(f"/?deep_link={name}")
             thief.ask(f"/config?deep_link={name}")
         for body in forms(secrets[0], url):
-            for path in ("component_server/", "stream/x", "call/use", "call/v2/use", "api/use", "run/use", "cancel",
-                         "reset", "process_recording", "run-history/connect", "vibe-edit", "vibe-code"):  # fmt: skip
+            for path in (
+                "component_server/",
+                "stream/x",
+                "call/use",
+                "call/v2/use",
+                "api/use",
+                "run/use",
+                "cancel",
+                "reset",
+                "process_recording",
+                "run-history/connect",
+                "vibe-edit",
+                "vibe-code",
+            ):
                 thief.ask(f"/gradio_api/{path}", {"data": [body], "session_hash": "a", "fn_index": 0, "code": body})
         for number, body in zip(blocks.blocks, cycle(forms(secrets[0], url)), strict=False):
             question = {"data": body, "component_id": number, "fn_name": "answer", "session_hash": "a"}
@@ -224,10 +251,24 @@ def test_no_other_address_hands_out_a_file(tmp_path: Path, secrets: list[Path], 
 @REQUESTS
 @pytest.mark.parametrize(
     "path",
-    ["openapi.json", "docs", "redoc", "gradio_api/info", "gradio_api/openapi.json", "gradio_api/info?all_endpoints=1",
-     "gradio_api/runs", "monitoring", "gradio_api/app_id", "gradio_api/queue/status", "gradio_api/dev/reload", "login",
-     "gradio_api/vibe-code", "gradio_api/deep_link?session_hash=a", "gradio_api/upload_progress?upload_id=a"],
-)  # fmt: skip
+    [
+        "openapi.json",
+        "docs",
+        "redoc",
+        "gradio_api/info",
+        "gradio_api/openapi.json",
+        "gradio_api/info?all_endpoints=1",
+        "gradio_api/runs",
+        "monitoring",
+        "gradio_api/app_id",
+        "gradio_api/queue/status",
+        "gradio_api/dev/reload",
+        "login",
+        "gradio_api/vibe-code",
+        "gradio_api/deep_link?session_hash=a",
+        "gradio_api/upload_progress?upload_id=a",
+    ],
+)
 def test_what_is_switched_off_does_not_answer(shared: tuple[int, Any, Any], path: str) -> None:
     port, _, _ = shared
     for headers in ({}, {"Accept": "application/json"}):
@@ -242,8 +283,22 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Any,
 
 
 ODD: list[Any] = [
-    -1, -2, 10**6, 2**63, 10**400, 1.5, "1", "x", None, True, [], {}, [1], float("nan"), "\ud800",
-]  # fmt: skip
+    -1,
+    -2,
+    10**6,
+    2**63,
+    10**400,
+    1.5,
+    "1",
+    "x",
+    None,
+    True,
+    [],
+    {},
+    [1],
+    float("nan"),
+    "\ud800",
+]
 
 
 _NO_LISTS: list[Any] = [None, "x", {}, 3]
@@ -253,8 +308,15 @@ _NO_SESSIONS: list[Any] = [None, 3, "", "a/b", "x" * 99]
 _NO_CHOICES: list[Any] = [None, {}, {"index": "x"}, [], 3]
 
 _ODD_VALUES: list[Any] = [
-    ["private words"], {"private words": 1}, "private words", -7.5, True, None, [[[]]], {"steps": {}},
-]  # fmt: skip
+    ["private words"],
+    {"private words": 1},
+    "private words",
+    -7.5,
+    True,
+    None,
+    [[[]]],
+    {"steps": {}},
+]
 
 
 @REQUESTS

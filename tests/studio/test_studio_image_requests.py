@@ -45,9 +45,11 @@ def by_hand(settings: Settings, lam: Any) -> Image.Image:
     deradiff.realign(pipe, digits.anchor_path(100), lam=lam)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
-        [settings.prompts[0]], num_inference_steps=settings.steps, guidance_scale=1.5,
+        [settings.prompts[0]],
+        num_inference_steps=settings.steps,
+        guidance_scale=1.5,
         generator=[torch.Generator("cpu").manual_seed(settings.seeds[0])],
-    ).images[0]  # fmt: skip
+    ).images[0]
 
 
 @pytest.mark.parametrize(("lam", "schedule"), [(0.0, None), (0.5, None), (1.0, None), (1.5, None), (0.8, Power(2))])
@@ -302,10 +304,15 @@ def test_whatever_was_named_is_escaped(desk: Desk) -> None:
     [found] = last(desk.drawn("page", settings))
     markup = "".join(
         [
-            html.facts(found), html.strip([found, found]), html.wrong(ValueError(prompt)), html.status(prompt),
-            html.sides(prompt, prompt), html.judgement([prompt], settings, 16), html.meaning(0.5, None, prompt),
+            html.facts(found),
+            html.strip([found, found]),
+            html.wrong(ValueError(prompt)),
+            html.status(prompt),
+            html.sides(prompt, prompt),
+            html.judgement([prompt], settings, 16),
+            html.meaning(0.5, None, prompt),
         ]
-    )  # fmt: skip
+    )
     assert "<img" not in markup and "&lt;img src=x onerror" in markup
 
 

@@ -62,10 +62,27 @@ def test_the_lists_hold_what_lies_in_the_folders(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["{}/../secret", "{}/link", "/etc", "/etc/passwd", "~/models", "./models", "..", "a/../../b", "{}/aligned/..",
-     "file:///etc", "http://example.org/x", "org/model/../../etc.safetensors", "org/model/weights.bin", "", "small",
-     "{}/small\x00", "org//model", "{}"],
-)  # fmt: skip
+    [
+        "{}/../secret",
+        "{}/link",
+        "/etc",
+        "/etc/passwd",
+        "~/models",
+        "./models",
+        "..",
+        "a/../../b",
+        "{}/aligned/..",
+        "file:///etc",
+        "http://example.org/x",
+        "org/model/../../etc.safetensors",
+        "org/model/weights.bin",
+        "",
+        "small",
+        "{}/small\x00",
+        "org//model",
+        "{}",
+    ],
+)
 def test_a_page_names_no_other_path(folder: Path, name: str) -> None:
     sources = Sources([folder / "aligned", folder / "small"])
     with pytest.raises(ValueError, match=r"no model of this studio|embedded null"):

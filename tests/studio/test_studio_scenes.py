@@ -28,14 +28,21 @@ SCENES: dict[str, Settings] = {
         "digits", ["digits:100"], "a 'five' & a \"six\"", [0.8], schedule=SPLINE.to_dict(), scheduler="euler-a", steps=9
     ),
     "several": scenes.scene(
-        "digits", ["digits:1000", "digits:lora"], "the digit two", [0.3, 0.25], schedule=Power(1.5).to_dict(),
-        guidance_scale=2.0, negative_prompt="green", steps=6, scheduler="ddpm",
+        "digits",
+        ["digits:1000", "digits:lora"],
+        "the digit two",
+        [0.3, 0.25],
+        schedule=Power(1.5).to_dict(),
+        guidance_scale=2.0,
+        negative_prompt="green",
+        steps=6,
+        scheduler="ddpm",
     ),
     "family over time": scenes.scene(
         "digits", ["digits:30"], "a blue eight", [1.0], schedule=Sigmoid(8, over="time").to_dict(), steps=5
     ),
     "step": scenes.scene("digits", ["digits:30"], "a four", [1.5], schedule=Step(0.4).to_dict(), steps=5),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +168,11 @@ def test_a_prompt_is_no_option_and_no_command(tmp_path: Path) -> None:
     assert f"--prompt={prompt}" in words and "--negative-prompt=-n $(touch PWNED)" in words
     shown = subprocess.run(
         ["sh", "-c", snippets.command(settings).replace("deradiff", "printf '%s\\n'", 1)],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert f"--prompt={prompt}" in shown.stdout.splitlines() and not list(tmp_path.iterdir())
 
 
@@ -207,7 +217,8 @@ def test_a_preview_is_cheaper_and_of_the_same_image() -> None:
 def test_a_strip_multiplies_the_lam_of_several_anchors() -> None:
     strip = drawing.strip_of(SCENES["several"], [0.0, 1.0, 2.0])
     assert [column.lam for column in strip.columns] == [
-        {"digits-1000": 0.0, "digits-lora": 0.0}, {"digits-1000": 0.3, "digits-lora": 0.25},
+        {"digits-1000": 0.0, "digits-lora": 0.0},
+        {"digits-1000": 0.3, "digits-lora": 0.25},
         {"digits-1000": 0.6, "digits-lora": 0.5},
-    ]  # fmt: skip
+    ]
     assert all(curves.read(column.schedule) == Power(1.5) for column in strip.columns)

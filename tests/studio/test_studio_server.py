@@ -77,9 +77,16 @@ def test_paths_from_the_browser_never_reach_the_file_system(desk: Desk, tmp_path
     with client(desk, library) as browser:
         here = Path(server.__file__)
         for path in (
-            "/etc/passwd", here, library / "mine.json", "pyproject.toml", "../../etc/passwd",
-            "%2e%2e/%2e%2e/etc/passwd", f"{shown}/../../../etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x",
-        ):  # fmt: skip
+            "/etc/passwd",
+            here,
+            library / "mine.json",
+            "pyproject.toml",
+            "../../etc/passwd",
+            "%2e%2e/%2e%2e/etc/passwd",
+            f"{shown}/../../../etc/passwd",
+            "file:///etc/passwd",
+            "http://127.0.0.1:1/x",
+        ):
             answer = browser.get(f"/gradio_api/file={path}")
             assert answer.status_code in (400, 403, 404), path
             assert "secret" not in answer.text and "root:" not in answer.text

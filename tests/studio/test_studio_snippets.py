@@ -16,9 +16,25 @@ COPIED = pytest.mark.attack("control characters in what is copied")
 INVISIBLE = [chr(code) for code in (*range(0x20), 0x7F, *range(0x80, 0xA0), 0x2028, 0x2029, 0x202E, 0x2066)]
 
 HOSTILE = [
-    "a cat'; touch owned; '", "$(touch owned)", "`touch owned`", 'a" & touch owned & "', "-n", "--out=/etc", "!!",
-    "%s %n", "a cat \\", "'''", '"""', "{owned}", "\\x1b[2J", "a #b", "~root", "*", "漢字 🐈‍⬛ é", "x" * 2000,
-]  # fmt: skip
+    "a cat'; touch owned; '",
+    "$(touch owned)",
+    "`touch owned`",
+    'a" & touch owned & "',
+    "-n",
+    "--out=/etc",
+    "!!",
+    "%s %n",
+    "a cat \\",
+    "'''",
+    '"""',
+    "{owned}",
+    "\\x1b[2J",
+    "a #b",
+    "~root",
+    "*",
+    "漢字 🐈‍⬛ é",
+    "x" * 2000,
+]
 
 
 def visible(text: str) -> bool:

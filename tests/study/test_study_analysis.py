@@ -19,9 +19,15 @@ COUNTS = np.array([[6, 1, 1], [0, 1, 1], [2, 0, 0]])
 
 def ballot(participant: int, position: int, answer: Any, **changes: Any) -> Ballot:
     about: dict[str, Any] = {
-        "configuration": "few", "prompt_set": "few", "prompt": "the digit one", "left": "strong", "right": "weak",
-        "seeds": tuple(range(9)), "question": "diversity", "checked": False,
-    }  # fmt: skip
+        "configuration": "few",
+        "prompt_set": "few",
+        "prompt": "the digit one",
+        "left": "strong",
+        "right": "weak",
+        "seeds": tuple(range(9)),
+        "question": "diversity",
+        "checked": False,
+    }
     return Ballot(participant=participant, position=position, answer=answer, **about | changes)
 
 
@@ -107,13 +113,15 @@ def test_votes_are_counted_by_configuration_and_together() -> None:
     moved = ballot(5, 0, "left", configuration="other", prompt_set="many")
     found = analysis.analysed(plan, [*by_hand(), moved, ballot(5, 1, "equal", question="agreement")])
     assert [(line.question, line.preference.votes) for line in found.overall] == [
-        ("diversity", (9, 2, 2)), ("agreement", (0, 1, 0)),
-    ]  # fmt: skip
+        ("diversity", (9, 2, 2)),
+        ("agreement", (0, 1, 0)),
+    ]
     rows = [(*report.row(line)[2:5], line.preference.votes) for line in found.by_configuration]
     assert rows == [
-        ("few", "few", "diversity", (8, 2, 2)), ("few", "few", "agreement", (0, 1, 0)),
+        ("few", "few", "diversity", (8, 2, 2)),
+        ("few", "few", "agreement", (0, 1, 0)),
         ("other", "many", "diversity", (1, 0, 0)),
-    ]  # fmt: skip
+    ]
     assert found.participants == 4 and sorted(found.pairs) == [2, 2, 2, 8]
     assert sum(found.left_side) == 11
 
@@ -130,9 +138,13 @@ def checks(participant: int, aesthetics: Any, agreement: Any, position: int = 9)
 
 def test_who_fails_the_checks_is_left_out() -> None:
     votes = [
-        *by_hand(), *checks(0, "right", "right"), *checks(1, "right", "equal"), *checks(1, "left", "left", 10),
-        *checks(2, "right", "right"), *checks(2, "right", "left", 10),
-    ]  # fmt: skip
+        *by_hand(),
+        *checks(0, "right", "right"),
+        *checks(1, "right", "equal"),
+        *checks(1, "left", "left", 10),
+        *checks(2, "right", "right"),
+        *checks(2, "right", "left", 10),
+    ]
     assert ballots.mistakes(votes) == {0: (0, 1), 1: (2, 2), 2: (1, 2)}
     strict = analysis.analysed(planned(), votes)
     assert (strict.participants, strict.failed, strict.unchecked) == (1, 2, 0)
@@ -163,8 +175,11 @@ def test_what_is_written(tmp_path: Path) -> None:
     with (tmp_path / "out" / "configurations.csv").open(newline="") as opened:
         first, *_ = csv.DictReader(opened)
     assert (first["first"], first["second"], first["configuration"], first["question"]) == (
-        "strong", "weak", "few", "diversity",
-    )  # fmt: skip
+        "strong",
+        "weak",
+        "few",
+        "diversity",
+    )
     assert float(first["share_first"]) == 8 / 12 and float(first["wins_first"]) == 0.8
     assert float(first["p_votes"]) == stats.binomtest(8, 10).pvalue
     summary = (tmp_path / "out" / "summary.txt").read_text()

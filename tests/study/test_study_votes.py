@@ -436,9 +436,13 @@ def test_too_many_are_turned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("size", "tiled", "suffix"),
-    [((3, 3), (162, 162), ".png"), ((64, 32), (192, 96), ".png"), ((384, 200), (384, 200), ".png"),
-     ((1024, 512), (384, 192), ".jpg")],
-)  # fmt: skip
+    [
+        ((3, 3), (162, 162), ".png"),
+        ((64, 32), (192, 96), ".png"),
+        ((384, 200), (384, 200), ".png"),
+        ((1024, 512), (384, 192), ".jpg"),
+    ],
+)
 def test_tiles_have_a_size_for_grids_and_say_nothing(
     tmp_path: Path, size: tuple[int, int], tiled: tuple[int, int], suffix: str
 ) -> None:

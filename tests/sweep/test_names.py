@@ -183,9 +183,12 @@ def test_a_number_is_written_so_that_it_can_be_read_again(number: float) -> None
 
 def settings(**changes: Any) -> Settings:
     usual: dict[str, Any] = {
-        "reference": "digits", "anchors": {"anchor": "digits:100"}, "prompts": ("a",), "seeds": (0,),
+        "reference": "digits",
+        "anchors": {"anchor": "digits:100"},
+        "prompts": ("a",),
+        "seeds": (0,),
         "columns": tuple(Column(lam=lam) for lam in CLOSE),
-    }  # fmt: skip
+    }
     return Settings(**usual | changes)
 
 
@@ -202,9 +205,11 @@ def test_every_image_has_a_file_of_its_own() -> None:
     long = "猫" * 300
     prompts = ("A cat!", "a cat", "a-cat", long, long + "!", ":smile:", "", "../..")
     several = settings(
-        prompts=prompts, seeds=(0, 2**63 - 1), anchors={"猫" * 60: "x", "犬" * 60: "y"},
+        prompts=prompts,
+        seeds=(0, 2**63 - 1),
+        anchors={"猫" * 60: "x", "犬" * 60: "y"},
         columns=tuple(Column(lam={"猫" * 60: lam, "犬" * 60: 0.5}) for lam in CLOSE),
-    )  # fmt: skip
+    )
     names = [file_name(several, Shot(*row, column)) for row in several.rows for column in range(3)]
     assert len({name.casefold() for name in names}) == len(names) == 8 * 2 * 3
     assert all(len(name.encode()) < 200 and "/" not in name for name in names)

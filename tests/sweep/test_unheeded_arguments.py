@@ -106,12 +106,16 @@ def test_a_split_or_revision_of_what_has_none(tmp_path: Path, write: Write) -> N
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train-00000-of-00004-a1b2.parquet", "train"), ("Validation.parquet", "validation"),
+        ("train-00000-of-00004-a1b2.parquet", "train"),
+        ("Validation.parquet", "validation"),
         ("train_3.parquet", "train"),
-        ("test_unique-1.parquet", "test_unique"), ("train/0000.parquet", "train"), ("trainer.parquet", None),
-        ("mine.parquet", None), ("preferences-00000-of-00001.parquet", "preferences"),
+        ("test_unique-1.parquet", "test_unique"),
+        ("train/0000.parquet", "train"),
+        ("trainer.parquet", None),
+        ("mine.parquet", None),
+        ("preferences-00000-of-00001.parquet", "preferences"),
     ],
-)  # fmt: skip
+)
 def test_which_split_a_file_is_of(name: str, split: str | None) -> None:
     assert split_of(Path("somewhere") / name) == split
 
@@ -211,14 +215,26 @@ def test_rows_of_lists_name_what_they_have(row: str, said: str, tmp_path: Path) 
         ({"prompts": {"few": {"prompts": ["a"], "draw_seed": 1}}}, "count, draw_seed and split choose"),
         ({"prompts": {"few": {"prompts": ["a"], "split": "test"}}}, "count, draw_seed and split choose"),
         ({"prompts": {"few": {"prompts": [" "]}}}, "a prompt is empty"),
-        ({"methods": [{"method": "optimize-noise", "reward": "digits"}],
-          "sampling": {"x": {"negative_prompt": "ugly"}}}, "takes no negative_prompt"),
-        ({"methods": [{"method": "optimize-noise", "reward": "digits"}],
-          "sampling": {"x": {"width": 64, "height": 32}}}, "draws squares"),
-        ({"methods": [{"method": "optimize-noise", "reward": "digits"}],
-          "sampling": {"x": {"guidance_scale": 0.0}}}, "guidance_scale of 1"),
+        (
+            {
+                "methods": [{"method": "optimize-noise", "reward": "digits"}],
+                "sampling": {"x": {"negative_prompt": "ugly"}},
+            },
+            "takes no negative_prompt",
+        ),
+        (
+            {
+                "methods": [{"method": "optimize-noise", "reward": "digits"}],
+                "sampling": {"x": {"width": 64, "height": 32}},
+            },
+            "draws squares",
+        ),
+        (
+            {"methods": [{"method": "optimize-noise", "reward": "digits"}], "sampling": {"x": {"guidance_scale": 0.0}}},
+            "guidance_scale of 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_plan_takes_no_value_of_another_kind(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         small(**changes)
@@ -226,18 +242,25 @@ def test_a_plan_takes_no_value_of_another_kind(changes: dict[str, Any], said: st
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pairs_per_participant": 3.0}, {"attention_checks": True}, {"mistakes_allowed": "0"},
-     {"configurations": [{**study_data()["configurations"][0], "seeds": [True] * 9}]}],
-)  # fmt: skip
+    [
+        {"pairs_per_participant": 3.0},
+        {"attention_checks": True},
+        {"mistakes_allowed": "0"},
+        {"configurations": [{**study_data()["configurations"][0], "seeds": [True] * 9}]},
+    ],
+)
 def test_a_study_takes_no_value_of_another_kind(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(changes))}"):
         parse_study(study_data() | changes, "it")
 
 
 USUAL: dict[str, Any] = {
-    "reference": "digits", "anchors": {"anchor": "digits:100"}, "prompts": ("a",), "columns": (Column(lam=0.5),),
+    "reference": "digits",
+    "anchors": {"anchor": "digits:100"},
+    "prompts": ("a",),
+    "columns": (Column(lam=0.5),),
     "seeds": (0,),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -324,8 +347,9 @@ def test_a_pipeline_of_true_guidance_that_is_off() -> None:
     class Told(DiffusionPipeline):
         def __init__(self) -> None: ...
 
-        def __call__(self, prompt: Any, guidance_scale: float = 3.5, true_cfg_scale: float = 1.0,
-                     negative_prompt: Any = None) -> None: ...  # fmt: skip
+        def __call__(
+            self, prompt: Any, guidance_scale: float = 3.5, true_cfg_scale: float = 1.0, negative_prompt: Any = None
+        ) -> None: ...
 
     with pytest.raises(ValueError, match="does not read a negative prompt"):
         drawing.require_heeded(Told(), {"negative_prompt": "ugly", "guidance_scale": 5.0})

@@ -113,11 +113,9 @@ def test_shipped_reference_draws_what_the_prompt_says() -> None:
     assert pipe.tokenizer.model_max_length == captions.MAX_LENGTH
     prompts = captions.sample_prompts(60, seed=9)
     assert torch.equal(
-        pipe.tokenizer(
-            prompts, padding="max_length", max_length=captions.MAX_LENGTH, return_tensors="pt"
-        ).input_ids,
+        pipe.tokenizer(prompts, padding="max_length", max_length=captions.MAX_LENGTH, return_tensors="pt").input_ids,
         token_ids(prompts),
-    )  # fmt: skip
+    )
     scores = quality.score(quality.draw(pipe, prompts, seed=9, steps=15), prompts)
     assert scores.legible.value >= 0.9 and scores.ink_right.value >= 0.9 and scores.paper_right.value >= 0.9
 
@@ -191,9 +189,7 @@ def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None])
     return trained.weight.flatten().tolist(), curve
 
 
-PLAN = Plan(
-    steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0
-)  # fmt: skip
+PLAN = Plan(steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0)
 
 
 def test_training_stops_when_the_held_out_loss_is_flat_and_keeps_the_best(tmp_path: Path) -> None:
@@ -223,15 +219,29 @@ def miniature() -> Settings:
     """The whole build with so few steps and pictures that it takes seconds."""
 
     def plan(steps: int, patience: int | None = None) -> Plan:
-        return Plan(
-            steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0
-        )  # fmt: skip
+        return Plan(steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0)
 
     return Settings(
-        threads=1, workers=1, batch=4, vae_pictures=8, vae_batch=2, vae=plan(3), pictures=8, held_out_pictures=4,
-        reference=plan(3), pairs=4, held_out_pairs=2, pairs_chunk=2, sampling_steps=2, betas=(2000.0, 100.0),
-        dpo=plan(3, 1), lora_beta=100.0, lora_rank=2, lora=plan(2, 1), measured_samples=20,
-    )  # fmt: skip
+        threads=1,
+        workers=1,
+        batch=4,
+        vae_pictures=8,
+        vae_batch=2,
+        vae=plan(3),
+        pictures=8,
+        held_out_pictures=4,
+        reference=plan(3),
+        pairs=4,
+        held_out_pairs=2,
+        pairs_chunk=2,
+        sampling_steps=2,
+        betas=(2000.0, 100.0),
+        dpo=plan(3, 1),
+        lora_beta=100.0,
+        lora_rank=2,
+        lora=plan(2, 1),
+        measured_samples=20,
+    )
 
 
 def test_miniature_build_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_path: Path) -> None:

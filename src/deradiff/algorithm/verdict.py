@@ -139,9 +139,12 @@ class Verdict:
         """The verdict and its numbers as JSON; estimates as `[value, error]`, None for what is not known."""
         compared = self.comparison
         numbers = {
-            "plain": compared.plain, "weighted": compared.weighted, "bias": compared.bias, "error": self.error,
+            "plain": compared.plain,
+            "weighted": compared.weighted,
+            "bias": compared.bias,
+            "error": self.error,
             "path_kl": self.path_kl,
-        }  # fmt: skip
+        }
         plain = {"covariance": compared.covariance, "skewed": compared.skewed, "effective": compared.effective}
         return (
             {"kind": self.kind, "words": self.words, "score": self.score}

@@ -157,6 +157,14 @@ def train_dpo(
         return total / pairs.held_out
 
     return train(
-        policy.model, objective, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity, data=pairs,
-    )  # fmt: skip
+        policy.model,
+        objective,
+        held_out_loss,
+        plan,
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=accelerator,
+        identity=identity,
+        data=pairs,
+    )

@@ -77,9 +77,17 @@ def objective(
 
 
 def on_held_out(
-    base: Base, policy: Policy, model: nn.Module, prompts: Sequence[str], reward: Reward, kl: float | int,
-    sampling: Sampling, keep: int, per_pass: int, seed: int,
-) -> float:  # fmt: skip
+    base: Base,
+    policy: Policy,
+    model: nn.Module,
+    prompts: Sequence[str],
+    reward: Reward,
+    kl: float | int,
+    sampling: Sampling,
+    keep: int,
+    per_pass: int,
+    seed: int,
+) -> float:
     """The objective for `prompts`, `per_pass` at a time, from noise that is always the same."""
     total = 0.0
     for start in range(0, len(prompts), per_pass):
@@ -136,6 +144,13 @@ def train_draft(
         return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, seed)
 
     return train(
-        policy.model, loss, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity,
-    )  # fmt: skip
+        policy.model,
+        loss,
+        held_out_loss,
+        plan,
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=accelerator,
+        identity=identity,
+    )

@@ -119,8 +119,12 @@ def write_cache(
     if min(batch, shard) < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch, shard and limit must be at least 1, got {batch}, {shard} and {limit}")
     settings = {
-        "format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit,
-    }  # fmt: skip
+        "format": FORMAT,
+        "source": pairs.fingerprint,
+        "base": base,
+        "resolution": resolution,
+        "limit": limit,
+    }
     claim(folder, settings, "cache")
     if not (folder / "finished.json").exists():
         encoding = _Encoding(encode_images, encode_prompts, base, resolution, batch)

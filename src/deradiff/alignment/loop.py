@@ -210,9 +210,17 @@ def train(
 
 
 def _train(
-    model: nn.Module, loss: Loss, held_out_loss: Callable[[nn.Module], float], plan: Plan, accelerator: Accelerator,
-    seed: int, checkpoint: Path, report: Report, identity: str, data: Stateful | None,
-) -> Curve:  # fmt: skip
+    model: nn.Module,
+    loss: Loss,
+    held_out_loss: Callable[[nn.Module], float],
+    plan: Plan,
+    accelerator: Accelerator,
+    seed: int,
+    checkpoint: Path,
+    report: Report,
+    identity: str,
+    data: Stateful | None,
+) -> Curve:
     accelerator.gradient_accumulation_steps = plan.accumulate
     # What micro-batches exchange only once is a whole gradient in every process until then.
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.is_fsdp2
@@ -252,9 +260,12 @@ def _train(
         def write(folder: Path) -> None:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
             progress = {
-                "identity": identity, "step": step, "recent": lately, "curve": asdict(curve),
+                "identity": identity,
+                "step": step,
+                "recent": lately,
+                "curve": asdict(curve),
                 "data": data.state_dict() if data is not None else {},
-            }  # fmt: skip
+            }
             checkpoints.write(folder, checkpoints.State(**state, scaler=scaler), progress)
 
         if first:

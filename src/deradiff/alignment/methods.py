@@ -96,10 +96,16 @@ def prepare_pairs(
     pairs, base = open_pairs(source), Base(pipe)
     planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
     write_cache(
-        out / "cache", pairs, base.encode_images, base.encode_prompts,
-        base=" with ".join(filter(None, (settings.base, settings.vae))), resolution=settings.resolution, limit=count,
-        shard=256, report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
-    )  # fmt: skip
+        out / "cache",
+        pairs,
+        base.encode_images,
+        base.encode_prompts,
+        base=" with ".join(filter(None, (settings.base, settings.vae))),
+        resolution=settings.resolution,
+        limit=count,
+        shard=256,
+        report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
+    )
     return LatentCache(out / "cache", held_out=settings.held_out)
 
 
@@ -110,16 +116,30 @@ def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, 
     sampling = settings.sampling
     pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
     return draw_pairs(
-        folder, pipe, settings.base, captions.sample_prompts(count, seed), reward_of(settings, pipe.device),
-        temperature=0.25, steps=sampling["steps"], guidance_scale=sampling["guidance_scale"], seed=seed,
+        folder,
+        pipe,
+        settings.base,
+        captions.sample_prompts(count, seed),
+        reward_of(settings, pipe.device),
+        temperature=0.25,
+        steps=sampling["steps"],
+        guidance_scale=sampling["guidance_scale"],
+        seed=seed,
         report=partial(report, "drawing pairs"),
-    )  # fmt: skip
+    )
 
 
 def _dpo(
-    base: Base, policy: Any, data: LatentCache | PairFolder | PairStream, beta: float, settings: Preset, *, seed: int,
-    accelerator: Accelerator | None, **common: Any,
-) -> Curve:  # fmt: skip
+    base: Base,
+    policy: Any,
+    data: LatentCache | PairFolder | PairStream,
+    beta: float,
+    settings: Preset,
+    *,
+    seed: int,
+    accelerator: Accelerator | None,
+    **common: Any,
+) -> Curve:
     processes = accelerator.num_processes if accelerator else 1
     pairs = (
         CachedPairs(data, seed)
@@ -127,9 +147,17 @@ def _dpo(
         else EncodedPairs(base, data, settings.resolution, seed, processes)
     )
     return train_dpo(
-        base, policy, pairs, beta, settings.plan_at(beta), batch=settings.batch, dropout=settings.prompt_dropout,
-        seed=seed, accelerator=accelerator, **common,
-    )  # fmt: skip
+        base,
+        policy,
+        pairs,
+        beta,
+        settings.plan_at(beta),
+        batch=settings.batch,
+        dropout=settings.prompt_dropout,
+        seed=seed,
+        accelerator=accelerator,
+        **common,
+    )
 
 
 def _pairs_held_out(data: LatentCache | PairFolder | PairStream, settings: Preset, count: int) -> list[str]:
@@ -189,9 +217,18 @@ def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
 
     def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, **common: Any) -> Curve:
         return train(
-            base, policy, data.training, data.held_out, data.reward, beta, settings.plan, batch=settings.batch,
-            sampling=sampling_of(settings), **settings.options, **common,
-        )  # fmt: skip
+            base,
+            policy,
+            data.training,
+            data.held_out,
+            data.reward,
+            beta,
+            settings.plan,
+            batch=settings.batch,
+            sampling=sampling_of(settings),
+            **settings.options,
+            **common,
+        )
 
     return trained
 
@@ -208,10 +245,16 @@ def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, s
     base = Base(pipe)
     name = " with ".join(filter(None, (settings.base, settings.vae)))
     return draw_samples(
-        out / "samples", base, name, _prompts(settings, count, seed), settings.options["per_prompt"],
-        reward_of(settings, base.denoiser.device), sampling_of(settings), seed=seed,
+        out / "samples",
+        base,
+        name,
+        _prompts(settings, count, seed),
+        settings.options["per_prompt"],
+        reward_of(settings, base.denoiser.device),
+        sampling_of(settings),
+        seed=seed,
         report=partial(report, "drawing samples"),
-    )  # fmt: skip
+    )
 
 
 def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, **common: Any) -> Curve:
@@ -226,9 +269,16 @@ def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Prese
             stacklevel=2,
         )
     return train_rwr(
-        base, policy, data.samples, weights, settings.plan, held_out=settings.held_out, batch=settings.batch,
-        dropout=settings.prompt_dropout, **common,
-    )  # fmt: skip
+        base,
+        policy,
+        data.samples,
+        weights,
+        settings.plan,
+        held_out=settings.held_out,
+        batch=settings.batch,
+        dropout=settings.prompt_dropout,
+        **common,
+    )
 
 
 def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[str]:

@@ -120,9 +120,12 @@ Render = Callable[[Tensor], Tensor]
 
 
 def scored_with_gradient(
-    render: Render, reward: Reward, prompts: Sequence[str], noise: Float[Tensor, "batch *latent"],
+    render: Render,
+    reward: Reward,
+    prompts: Sequence[str],
+    noise: Float[Tensor, "batch *latent"],
     norm_weight: float | int,
-) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"], Float[Tensor, "batch *latent"]]:  # fmt: skip
+) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"], Float[Tensor, "batch *latent"]]:
     """Images, their rewards, and the gradient of `r(render(ε), c) + norm_weight log p(‖ε‖)` at `noise`, row by row."""
     noise = noise.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -147,11 +150,22 @@ def scored_with_gradient(
 
 
 def optimize_noise(
-    base: Base, prompts: Sequence[str], reward: Reward, sampling: Sampling, *, iterations: int = 50,
-    learning_rate: float | int = 5.0, norm_weight: float | int = 0.01, max_norm: float | int = 0.1,
-    momentum: float | int = 0.9, seed: int = 0, noise: Float[Tensor, "prompt *latent"] | None = None,
-    per_pass: int = 16, checkpointing: bool = True, report: Report = lambda *_: None,
-) -> Optimized:  # fmt: skip
+    base: Base,
+    prompts: Sequence[str],
+    reward: Reward,
+    sampling: Sampling,
+    *,
+    iterations: int = 50,
+    learning_rate: float | int = 5.0,
+    norm_weight: float | int = 0.01,
+    max_norm: float | int = 0.1,
+    momentum: float | int = 0.9,
+    seed: int = 0,
+    noise: Float[Tensor, "prompt *latent"] | None = None,
+    per_pass: int = 16,
+    checkpointing: bool = True,
+    report: Report = lambda *_: None,
+) -> Optimized:
     """Ascend `r(x_0(ε), c) + norm_weight log p(‖ε‖)` in the initial noise ε of each prompt c, and keep the best image.
 
     `x_0(ε)` is `sampling` of `base`, decoded to an image in [0, 1], and p the χ density (see `log_density_of_norm`). An
@@ -221,10 +235,16 @@ def _renderer(
 
     def render(noise: Tensor) -> Tensor:
         found = sample(
-            base, base.denoiser, told, untold, noise.to(base.denoiser.dtype), sampling,
-            keep=steps if torch.is_grad_enabled() else 0, checkpointing=checkpointing,
+            base,
+            base.denoiser,
+            told,
+            untold,
+            noise.to(base.denoiser.dtype),
+            sampling,
+            keep=steps if torch.is_grad_enabled() else 0,
+            checkpointing=checkpointing,
             generators=row_generators(seed, rows, "sampling noise"),
-        )  # fmt: skip
+        )
         return decode(base, found.latents, checkpointing)
 
     return render
@@ -260,9 +280,14 @@ def _better(known: Scored | None, *found: Tensor) -> Scored:
 
 
 def _check(
-    prompts: Sequence[str], iterations: int, learning_rate: float, norm_weight: float, max_norm: float,
-    momentum: float, per_pass: int,
-) -> None:  # fmt: skip
+    prompts: Sequence[str],
+    iterations: int,
+    learning_rate: float,
+    norm_weight: float,
+    max_norm: float,
+    momentum: float,
+    per_pass: int,
+) -> None:
     if not prompts:
         raise ValueError("no prompts: there is nothing to optimise")
     for name, value, fits, need in (

@@ -55,9 +55,16 @@ def draw_pairs(
     if not temperature >= 0:
         raise ValueError(f"temperature = {temperature}: it must be 0 or more, in points of the reward")
     settings = {
-        "base": base, "prompts": list(prompts), "reward": reward.name, "temperature": temperature, "steps": steps,
-        "guidance_scale": guidance_scale, "seed": seed, "chunk": chunk, "precision": str(pipe.unet.dtype),
-    }  # fmt: skip
+        "base": base,
+        "prompts": list(prompts),
+        "reward": reward.name,
+        "temperature": temperature,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "chunk": chunk,
+        "precision": str(pipe.unet.dtype),
+    }
     claim(folder, settings, "set of drawn pairs")
     parts = [_part(folder, number) for number in range(-(-len(prompts) // chunk))]
     complete = all(part.exists() for part in (folder / LIST, *parts))
@@ -125,9 +132,13 @@ def _chunk(
     texts = [prompt for prompt in prompts for _ in range(2)]
     generator = torch.Generator().manual_seed((settings["seed"] << 32) + number)
     sampled = pictures.draw(
-        pipe, prompt=texts, num_inference_steps=settings["steps"], guidance_scale=settings["guidance_scale"],
-        generator=generator, output_type="latent",
-    )  # fmt: skip
+        pipe,
+        prompt=texts,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        generator=generator,
+        output_type="latent",
+    )
     latents = sampled.require_finite([f"an image of {text!r}" for text in texts]).images
     drawn = decode(Base(pipe), latents)
     files = []

@@ -65,10 +65,17 @@ def draw_samples(
             "or more"
         )
     settings = {
-        "base": name, "prompts": list(prompts), "per_prompt": per_prompt, "reward": reward.name,
-        "scheduler": sampling.scheduler, "steps": sampling.steps, "guidance_scale": sampling.guidance_scale,
-        "resolution": sampling.resolution, "seed": seed, "precision": str(base.denoiser.dtype),
-    }  # fmt: skip
+        "base": name,
+        "prompts": list(prompts),
+        "per_prompt": per_prompt,
+        "reward": reward.name,
+        "scheduler": sampling.scheduler,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "resolution": sampling.resolution,
+        "seed": seed,
+        "precision": str(base.denoiser.dtype),
+    }
     claim(folder, settings, "set of drawn samples")
     count, parts = len(prompts) * per_prompt, {}
     shape = sampling.noise(base, row_generators(seed, range(1))).shape[1:]

@@ -183,9 +183,16 @@ def train_ddpo(
         return total / len(held_out)
 
     return train(
-        policy.model, objective, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity,
-    )  # fmt: skip
+        policy.model,
+        objective,
+        held_out_loss,
+        plan,
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=accelerator,
+        identity=identity,
+    )
 
 
 def _check_parts(batch: int, per_prompt: int, parts: int) -> None:

@@ -72,6 +72,13 @@ def train_refl(
         return on_held_out(base, policy, model, held_out, reward, kl, sampling, 1, per_pass, seed)
 
     return train(
-        policy.model, loss, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity,
-    )  # fmt: skip
+        policy.model,
+        loss,
+        held_out_loss,
+        plan,
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=accelerator,
+        identity=identity,
+    )

@@ -160,9 +160,16 @@ def align(
 
 
 def _align(
-    pipe: DiffusionPipeline, data: Data, beta: float, settings: Preset, out: Path, private: Path, report: Report,
-    seed: int, accelerator: Accelerator | None,
-) -> Path:  # fmt: skip
+    pipe: DiffusionPipeline,
+    data: Data,
+    beta: float,
+    settings: Preset,
+    out: Path,
+    private: Path,
+    report: Report,
+    seed: int,
+    accelerator: Accelerator | None,
+) -> Path:
     method, name = METHODS[settings.method], _name(beta)
     path, checkpoint = out / name, private / f"{name}-checkpoint"
     _require_no_older(out / checkpoint.name)
@@ -176,10 +183,17 @@ def _align(
         policy.model.enable_gradient_checkpointing()
     try:
         curve = method.train(
-            base, policy, data, beta, settings, seed=seed, checkpoint=checkpoint,
-            report=partial(report, f"{method.symbol} = {beta:g}"), accelerator=accelerator,
+            base,
+            policy,
+            data,
+            beta,
+            settings,
+            seed=seed,
+            checkpoint=checkpoint,
+            report=partial(report, f"{method.symbol} = {beta:g}"),
+            accelerator=accelerator,
             identity=json.dumps(made_of),
-        )  # fmt: skip
+        )
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
             away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
@@ -252,9 +266,14 @@ def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str,
 
 
 def _save(
-    pipe: Any, policy: Policy, method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, Any],
+    pipe: Any,
+    policy: Policy,
+    method: Method,
+    made_of: dict[str, Any],
+    curve: Curve,
+    away: dict[str, Any],
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     from peft.utils import get_peft_model_state_dict
 
     if policy.is_lora:

@@ -156,6 +156,13 @@ def train_rwr(
         return weighted_mean(torch.cat(errors), weights[trained_on:]).value
 
     return train(
-        policy.model, loss, held_out_loss, plan, seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=accelerator, identity=identity,
-    )  # fmt: skip
+        policy.model,
+        loss,
+        held_out_loss,
+        plan,
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=accelerator,
+        identity=identity,
+    )

@@ -128,9 +128,11 @@ def bake(
     require_room(out, outputs.size_of(pipe))
 
     where: dict[str, Any] = {
-        "subfolder": subfolder, "revision": revision, "allow_pickle": allow_pickle,
+        "subfolder": subfolder,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
         "local_files_only": local_files_only,
-    }  # fmt: skip
+    }
     job = Job(pipe, reference, sources, where, lams, {}, seed, report)
     with outputs.baking_folder(out, method, force) as (folder, work):
         with job.anchors(open_anchor) as opened:
@@ -147,10 +149,15 @@ def bake(
         how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
         if images:
             judgements, sheet = judge(
-                pipe, partial(realign, pipe, sources, lams.raw, **where), partial(wearing, pipe, folder, form),
-                _cases(lams, method, distillation), [held_out[i % len(held_out)] for i in range(images)],
-                range(seed, seed + images), sampler, lambda done, planned: report("comparing", done, planned, ""),
-            )  # fmt: skip
+                pipe,
+                partial(realign, pipe, sources, lams.raw, **where),
+                partial(wearing, pipe, folder, form),
+                _cases(lams, method, distillation),
+                [held_out[i % len(held_out)] for i in range(images)],
+                range(seed, seed + images),
+                sampler,
+                lambda done, planned: report("comparing", done, planned, ""),
+            )
             write_png(folder / "sheet.png", sheet, job.made_of)
         judged = [judgement.record() for judgement in judgements]
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
@@ -220,24 +227,39 @@ def _require_bakeable(
 
 
 def _made_of(
-    pipe: Any, component: str, reference: nn.Module, name: str | None, lams: Lams, anchors: dict[str, Any],
-    method: Method, seed: int,
-) -> dict[str, Any]:  # fmt: skip
+    pipe: Any,
+    component: str,
+    reference: nn.Module,
+    name: str | None,
+    lams: Lams,
+    anchors: dict[str, Any],
+    method: Method,
+    seed: int,
+) -> dict[str, Any]:
     called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
     lam = {one: _plain(lams.raw[one] if isinstance(lams.raw, Mapping) else lams.raw) for one in lams.anchors}
     return {
-        "method": method, "words": _words(lams), "lam": lam, "pipeline": type(pipe).__name__,
+        "method": method,
+        "words": _words(lams),
+        "lam": lam,
+        "pipeline": type(pipe).__name__,
         "reference": {"name": called, "class": type(reference).__name__, "sha256": fingerprint(reference)},
-        "component": component, "anchors": anchors, "dtype": str(reference.dtype).removeprefix("torch."),
-        "seed": seed, "versions": versions(),
-    }  # fmt: skip
+        "component": component,
+        "anchors": anchors,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "seed": seed,
+        "versions": versions(),
+    }
 
 
 def _trained_with(pipe: Any, settings: Distillation, sampler: Sampler, prompts: list[str]) -> dict[str, Any]:
     found = {
-        "distillation": asdict(settings), "sampler": asdict(sampler), "scheduler": type(pipe.scheduler).__name__,
-        "guidance_scale": sampler.guidance(pipe), "prompts": prompts,
-    }  # fmt: skip
+        "distillation": asdict(settings),
+        "sampler": asdict(sampler),
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance_scale": sampler.guidance(pipe),
+        "prompts": prompts,
+    }
     return json.loads(json.dumps(found))
 
 

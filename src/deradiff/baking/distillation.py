@@ -108,9 +108,14 @@ class Distillation:
     def plan(self) -> Plan:
         """The training loop's settings."""
         return Plan(
-            steps=self.steps, learning_rate=self.learning_rate, warmup=min(50, self.steps // 4), cosine=self.steps,
-            accumulate=self.accumulate, average=0.99, evaluate_every=max(1, self.steps // 20),
-        )  # fmt: skip
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=min(50, self.steps // 4),
+            cosine=self.steps,
+            accumulate=self.accumulate,
+            average=0.99,
+            evaluate_every=max(1, self.steps // 20),
+        )
 
 
 DIGITS = Distillation(steps=1500, learning_rate=3e-3)
@@ -241,9 +246,16 @@ class Samples:
 
 
 def draw_samples(
-    folder: Path, pipe: Any, dial: Dial, prompts: Sequence[str], sampler: Sampler, settings: Distillation,
-    made_of: Mapping[str, Any], seed: int, report: Report,
-) -> Samples:  # fmt: skip
+    folder: Path,
+    pipe: Any,
+    dial: Dial,
+    prompts: Sequence[str],
+    sampler: Sampler,
+    settings: Distillation,
+    made_of: Mapping[str, Any],
+    seed: int,
+    report: Report,
+) -> Samples:
     """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
 
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
@@ -279,11 +291,9 @@ class _Told:
     def rows(self, numbers: Int[Tensor, " batch"], dropped: Tensor, device: torch.device) -> Conditions:
         """Of these prompts, some of them dropped."""
         return {
-            name: torch.where(
-                dropped.view(-1, *[1] * (rows.ndim - 1)), self.nothing[name], rows[numbers]
-            ).to(device)
+            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.nothing[name], rows[numbers]).to(device)
             for name, rows in self.prompts.items()
-        }  # fmt: skip
+        }
 
 
 def _told(base: Base, prompts: Sequence[str], per_pass: int) -> _Told:
@@ -352,9 +362,16 @@ def distil(
         return float(torch.cat(found).mean())
 
     return train(
-        student, loss, held_out_loss, settings.plan(), seed=seed, checkpoint=checkpoint, report=report,
-        accelerator=_accelerator(base), identity=identity,
-    )  # fmt: skip
+        student,
+        loss,
+        held_out_loss,
+        settings.plan(),
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        accelerator=_accelerator(base),
+        identity=identity,
+    )
 
 
 def _accelerator(base: Base) -> Accelerator | None:

@@ -148,7 +148,9 @@ def judge(
     columns = ["reference\nλ = 0", f"realigned\n{cases[0].words}", "baked\none checkpoint"]
     rows = [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts[shown], seeds[shown], strict=True)]
     sheet = contact_sheet(
-        [list(row) for row in zip(*pictures, strict=True)], columns, rows,
+        [list(row) for row in zip(*pictures, strict=True)],
+        columns,
+        rows,
         f"From the same noise, {sampler.steps} steps. Over final latents, {found[0].words}.",
-    )  # fmt: skip
+    )
     return found, sheet

@@ -115,9 +115,16 @@ def distilled(
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
     with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
         samples = draw_samples(
-            work / "samples", job.pipe, dial, prompts, sampler, settings, identity, job.seed,
+            work / "samples",
+            job.pipe,
+            dial,
+            prompts,
+            sampler,
+            settings,
+            identity,
+            job.seed,
             partial(job.report, "drawing samples"),
-        )  # fmt: skip
+        )
     lams = lam_by_timestep(job.lams, clock, sampler.steps)
     with job.anchors(load_anchor) as opened:
         anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
@@ -131,11 +138,20 @@ def distilled(
         try:
             job.trained["curve"] = asdict(
                 distil(
-                    base, Teacher(base, denoisers), student, samples, prompts, lams, settings, guidance,
-                    seed=job.seed, checkpoint=work / "checkpoint", report=partial(job.report, "training"),
+                    base,
+                    Teacher(base, denoisers),
+                    student,
+                    samples,
+                    prompts,
+                    lams,
+                    settings,
+                    guidance,
+                    seed=job.seed,
+                    checkpoint=work / "checkpoint",
+                    report=partial(job.report, "training"),
                     identity=json.dumps(identity, sort_keys=True),
                 )
-            )  # fmt: skip
+            )
             return _save_student(job, folder, student, settings, [(anchor, start[anchor.name]) for anchor in anchors])
         finally:
             denoisers.undo()

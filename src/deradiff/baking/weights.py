@@ -304,8 +304,10 @@ def write_tensors(path: Path, like: Mapping[str, Tensor], strips: Callable[[str]
     for name in names:
         start, end = end, end + like[name].numel() * like[name].dtype.itemsize
         header[name] = {
-            "dtype": FORMATS[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [start, end],
-        }  # fmt: skip
+            "dtype": FORMATS[like[name].dtype],
+            "shape": list(like[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

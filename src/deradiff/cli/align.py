@@ -208,16 +208,27 @@ def align(
             from deradiff.alignment import runs
 
             options = {
-                "method": method, "data": data, "reward": reward, "resolution": resolution, "held_out": held_out,
-                "lora_rank": lora_rank, "batch": batch, "precision": precision,
-                "gradient_checkpointing": gradient_checkpointing or None, "cache": None if cache else False,
-            }  # fmt: skip
+                "method": method,
+                "data": data,
+                "reward": reward,
+                "resolution": resolution,
+                "held_out": held_out,
+                "lora_rank": lora_rank,
+                "batch": batch,
+                "precision": precision,
+                "gradient_checkpointing": gradient_checkpointing or None,
+                "cache": None if cache else False,
+            }
             own = {"keep": keep, "window": _window(window), "ceiling": ceiling, "per_prompt": per_prompt}
             sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
             plan = {
-                "steps": steps, "accumulate": accumulate, "learning_rate": learning_rate, "warmup": warmup,
-                "optimizer": optimizer, "average": ema,
-            }  # fmt: skip
+                "steps": steps,
+                "accumulate": accumulate,
+                "learning_rate": learning_rate,
+                "warmup": warmup,
+                "optimizer": optimizer,
+                "average": ema,
+            }
             settings = _settings(preset, base, _given(options), _given(plan), schedule)
             settings = _for_method(settings, _given(own), _given(sampling))
             betas = _strengths(beta, settings)

@@ -170,24 +170,42 @@ def bake(
             place = device_called(device)
             automatic = "float32" if place == "cpu" else "float16"
             pipe = load_pipeline(
-                reference, dtype=DTYPES[automatic if dtype is arguments.Dtype.auto else dtype.value],
-                scheduler=scheduler, revision=revision, allow_pickle=allow_pickle,
-            ).to(place)  # fmt: skip
+                reference,
+                dtype=DTYPES[automatic if dtype is arguments.Dtype.auto else dtype.value],
+                scheduler=scheduler,
+                revision=revision,
+                allow_pickle=allow_pickle,
+            ).to(place)
             given = {
-                "fold_guidance": fold_guidance or None, "span": _span(span), "lora_rank": lora_rank, "samples": samples,
-                "steps": train_steps, "batch": batch, "learning_rate": learning_rate, "accumulate": accumulate,
+                "fold_guidance": fold_guidance or None,
+                "span": _span(span),
+                "lora_rank": lora_rank,
+                "samples": samples,
+                "steps": train_steps,
+                "batch": batch,
+                "learning_rate": learning_rate,
+                "accumulate": accumulate,
                 "gradient_checkpointing": gradient_checkpointing or None,
-            }  # fmt: skip
+            }
             scale = usual_guidance(reference) if guidance_scale is None else guidance_scale
         with terminal.stages(console) as report:
             baked = baking.bake(
-                pipe, {name: anchor_source(source) for name, source in anchors.items()}, chosen, out,
-                method=method.value, images=images,
+                pipe,
+                {name: anchor_source(source) for name, source in anchors.items()},
+                chosen,
+                out,
+                method=method.value,
+                images=images,
                 prompts=texts or (_own_prompts(reference) if images or method is Method.distill else []),
-                sampler=baking.Sampler(steps, scale, batch_size), distillation=_distillation(method, reference, given),
-                seed=seed, force=force, name=reference, revision=anchor_revision, allow_pickle=allow_pickle,
+                sampler=baking.Sampler(steps, scale, batch_size),
+                distillation=_distillation(method, reference, given),
+                seed=seed,
+                force=force,
+                name=reference,
+                revision=anchor_revision,
+                allow_pickle=allow_pickle,
                 report=report,
-            )  # fmt: skip
+            )
     for judgement in baked.judgements:
         console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", soft_wrap=True)
     terminal.files([baked.folder])

@@ -70,9 +70,14 @@ def cost(
                     tokens=16 if source == "digits" else 77,
                 )
                 counted = costs.costs(
-                    denoiser, strengths=strengths, train_steps=train_steps or settings.plan.steps,
-                    batch=batch or settings.batch, images=images, sampling_steps=sampling_steps, guided=guided,
-                )  # fmt: skip
+                    denoiser,
+                    strengths=strengths,
+                    train_steps=train_steps or settings.plan.steps,
+                    batch=batch or settings.batch,
+                    images=images,
+                    sampling_steps=sampling_steps,
+                    guided=guided,
+                )
                 found = costs.record(counted)
                 method = f"{train_steps or settings.plan.steps:,} steps of {batch or settings.batch} pairs"
                 _print(console, f"{source}, {method}", counted, strengths, images)
@@ -98,9 +103,10 @@ def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
         console.print(line)
     console.print("Sampling is left out there; name a model to count it, or --preset.")
     return {
-        "tflop_hours": inputs.tflop_hours, "exaflops": inputs.exaflops,
+        "tflop_hours": inputs.tflop_hours,
+        "exaflops": inputs.exaflops,
         "saved": {str(n): costs.saved(n) for n in sorted({3, 5, 10, strengths})},
-    }  # fmt: skip
+    }
 
 
 def _print(console: Any, source: str, counted: Any, strengths: int, images: int) -> None:

@@ -154,9 +154,11 @@ def status(folder: Folder) -> None:
                 done, wanted = results.done(arm)
                 measured = results.measured(arm)
                 table.add_row(
-                    arm.name, f"{done:,}", f"{wanted:,}",
+                    arm.name,
+                    f"{done:,}",
+                    f"{wanted:,}",
                     *(f"{measured[name]:,}" for name in (*planned.scores, *planned.features)),
-                )  # fmt: skip
+                )
             console.print(table)
         for name, wanted_prompts in planned.prompts.items():
             if wanted_prompts.substitute_for:

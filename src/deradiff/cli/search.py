@@ -156,9 +156,13 @@ def search(
         place = device_called(device)
         held = [name.strip() for name in held_out.split(",") if name.strip()]
         chosen = {
-            "scheduler": scheduler, "steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width,
+            "scheduler": scheduler,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
             "negative_prompt": negative_prompt,
-        }  # fmt: skip
+        }
         plan = parse_plan(
             {
                 "name": "search",
@@ -185,9 +189,19 @@ def search(
             console.print(summary.evaluated(space, state))
 
         outcome = run(
-            plan, space, goal, out, crew, report, budget=evaluations, seed=search_seed, weighted=weighted,
-            nearby=nearby, about={"device": device_name(place), "threads": 1 if place == "cpu" else None}, told=told,
-        )  # fmt: skip
+            plan,
+            space,
+            goal,
+            out,
+            crew,
+            report,
+            budget=evaluations,
+            seed=search_seed,
+            weighted=weighted,
+            nearby=nearby,
+            about={"device": device_name(place), "threads": 1 if place == "cpu" else None},
+            told=told,
+        )
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in summary.sentences(space, goal, outcome, beta):
         terminal.echo(sentence)

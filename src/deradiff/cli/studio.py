@@ -18,14 +18,18 @@ def studio(
     anchor: Annotated[
         list[str] | None,
         typer.Option(
-            "--anchor", "-a", rich_help_panel=MODELS,
+            "--anchor",
+            "-a",
+            rich_help_panel=MODELS,
             help="The aligned model to open with, as for `deradiff generate`; may be repeated.",
         ),
     ] = None,
     models: Annotated[
         list[Path] | None,
         typer.Option(
-            "--models", "-m", rich_help_panel=MODELS,
+            "--models",
+            "-m",
+            rich_help_panel=MODELS,
             help="A folder of models that pages may choose from; may be repeated. Pages reach no other folder.",
         ),
     ] = None,
@@ -35,7 +39,9 @@ def studio(
     reward: Annotated[
         list[str] | None,
         typer.Option(
-            "--reward", "-r", rich_help_panel=MODELS,
+            "--reward",
+            "-r",
+            rich_help_panel=MODELS,
             help="Score images by pickscore, hps-v2.1, clip, aesthetic, image-reward (NAME=FOLDER for your own copy); "
             "may be repeated. The digits have rewards of their own.",
         ),
@@ -43,7 +49,8 @@ def studio(
     allow_pickle: Annotated[
         bool,
         typer.Option(
-            "--allow-pickle", rich_help_panel=MODELS,
+            "--allow-pickle",
+            rich_help_panel=MODELS,
             help="Read .bin and .ckpt files, which can run code on your machine.",
         ),
     ] = False,
@@ -76,7 +83,7 @@ def studio(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
     ] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
     console = terminal.LiteralConsole(stderr=True)
     with terminal.refusing_wrong_input("try --offload"):

@@ -96,9 +96,14 @@ def _is_unet(source: str) -> bool:
 
 
 def denoiser_cost(
-    config: dict[str, Any], *, side: int | None = None, lora_rank: int | None = None, checkpointing: bool = False,
-    lora_targets: Sequence[str] = LORA_TARGETS, tokens: int = 77,
-) -> DenoiserCost:  # fmt: skip
+    config: dict[str, Any],
+    *,
+    side: int | None = None,
+    lora_rank: int | None = None,
+    checkpointing: bool = False,
+    lora_targets: Sequence[str] = LORA_TARGETS,
+    tokens: int = 77,
+) -> DenoiserCost:
     """Count one sample of a UNet with latents of `side` (default: the model's own), all weights or a LoRA trained.
 
     `checkpointing` recomputes activations in the backward pass. Raises `ValueError` for a side that its levels cannot
@@ -152,9 +157,16 @@ def per_example(cost: DenoiserCost, method: Method) -> int:
 
 
 def costs(
-    cost: DenoiserCost, *, strengths: int, train_steps: int, batch: int, images: int, sampling_steps: int,
-    guided: bool = True, method: Method = "dpo",
-) -> Costs:  # fmt: skip
+    cost: DenoiserCost,
+    *,
+    strengths: int,
+    train_steps: int,
+    batch: int,
+    images: int,
+    sampling_steps: int,
+    guided: bool = True,
+    method: Method = "dpo",
+) -> Costs:
     """Aligning at every strength, against aligning once and realigning, `images` sampled at each strength either way.
 
     Guidance evaluates a denoiser twice per step; realignment evaluates two denoisers. Raises `ValueError` for counts
@@ -168,9 +180,7 @@ def costs(
         raise ValueError(f"images = {images}: it must be 0 or more")
     alignment = float(train_steps) * batch * per_example(cost, method)
     sampling = float(images) * sampling_steps * (2 if guided else 1) * cost.forward
-    return Costs(
-        cost, alignment, sampling, strengths * (alignment + sampling), alignment + strengths * 2 * sampling
-    )  # fmt: skip
+    return Costs(cost, alignment, sampling, strengths * (alignment + sampling), alignment + strengths * 2 * sampling)
 
 
 def record(found: Costs) -> dict[str, Any]:

@@ -45,11 +45,16 @@ def deradiff(name: str, reference: str, guidance_scale: float, models: str) -> d
         "models": {_beta(b): {"source": f"{models}/beta-{b:g}", "beta": b, "family": "Diffusion-DPO"} for b in every},
         "prompts": {
             "preference": {
-                "source": ["pickapic-v1", "hpdv2"], "split": "test_unique", "count": 500, "draw_seed": 0,
+                "source": ["pickapic-v1", "hpdv2"],
+                "split": "test_unique",
+                "count": 500,
+                "draw_seed": 0,
                 "substitute_for": "the 500 prompts of Pick-a-Pic v1 and HPS of DeRaDiff, §5.1",
             },
             "hacking": {
-                "source": ["hpdv2", "partiprompts"], "count": 1000, "draw_seed": 0,
+                "source": ["hpdv2", "partiprompts"],
+                "count": 1000,
+                "draw_seed": 0,
                 "substitute_for": "the 1,000 prompts of HPSv2 and PartiPrompts of DeRaDiff, A.6.2",
             },
         },
@@ -67,7 +72,7 @@ def deradiff(name: str, reference: str, guidance_scale: float, models: str) -> d
         "features": ["inception"],
         "batch_size": 8,
         "report": {"diversity_on": "hacking", "healthy": healthy, "hacked": hacked, "unregularised": _beta(250)},
-    }  # fmt: skip
+    }
 
 
 def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models: str) -> dict[str, Any]:
@@ -96,7 +101,10 @@ def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models
             "partiprompts": {"source": "partiprompts"},
             **styles,
             "coverage": {
-                "source": "partiprompts", "count": 40, "draw_seed": 0, "seeds": "0:49",
+                "source": "partiprompts",
+                "count": 40,
+                "draw_seed": 0,
+                "seeds": "0:49",
                 "substitute_for": "the 40 coverage prompts of Annealed Importance Guidance, §4.1",
             },
             "qualitative": {"source": "partiprompts", "count": 8, "draw_seed": 1},
@@ -109,7 +117,10 @@ def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models
             {"method": "interpolate", "anchors": unregularised, "lam": SCALES},
             {"method": "realign", "anchors": unregularised, "lam": SCALES},
             {
-                "method": "optimize-noise", "reward": rewards[0], "pipeline": one_step, "steps": 1,
+                "method": "optimize-noise",
+                "reward": rewards[0],
+                "pipeline": one_step,
+                "steps": 1,
                 "prompts": ["qualitative"],
             },
             {"method": "optimize-noise", "reward": rewards[0], "prompts": ["qualitative"]},
@@ -118,7 +129,7 @@ def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models
         "features": ["inception"],
         "batch_size": 8,
         "report": {"diversity_on": "coverage", "unregularised": unregularised[0]},
-    }  # fmt: skip
+    }
 
 
 def digits(models: str | None) -> dict[str, Any]:
@@ -137,23 +148,27 @@ def digits(models: str | None) -> dict[str, Any]:
         {"method": "realign", "anchors": names, "targets": names, "prompts": main},
         {"method": "realign", "anchors": [_beta(30)], "targets": names, "prompts": coverage},
         {
-            "method": "realign", "anchors": [_beta(100)], "targets": [_beta(250), _beta(500)], "particles": 8,
+            "method": "realign",
+            "anchors": [_beta(100)],
+            "targets": [_beta(250), _beta(500)],
+            "particles": 8,
             "prompts": main,
         },
         {"method": "anneal", "anchors": [_beta(30)], "schedules": [f"power:{p:g}" for p in POWERS]},
         {"method": "interpolate", "anchors": [_beta(30)], "lam": SCALES},
         {"method": "optimize-noise", "reward": "digits", "iterations": 10, "learning_rate": 0.5, "prompts": ["noise"]},
-    ]  # fmt: skip
+    ]
     if models is not None:
         two = {name: f"{models}/{name}/beta-250" for name in ("bold", "ink")}
         aligned |= {name: {"source": source, "beta": 250, "family": name} for name, source in two.items()}
         methods += [
             {"method": "model", "models": list(two), "prompts": main},
             {
-                "method": "combine", "prompts": main,
+                "method": "combine",
+                "prompts": main,
                 "lams": [{"bold": lam, "ink": 1 - lam} for lam in (0.25, 0.5, 0.75)],
             },
-        ]  # fmt: skip
+        ]
     return {
         "name": "digits",
         "reference": "digits",
@@ -170,10 +185,12 @@ def digits(models: str | None) -> dict[str, Any]:
         "features": ["digits"],
         "batch_size": 64,
         "report": {
-            "diversity_on": "coverage", "healthy": _beta(500), "hacked": [_beta(30), _beta(100)],
+            "diversity_on": "coverage",
+            "healthy": _beta(500),
+            "hacked": [_beta(30), _beta(100)],
             "unregularised": _beta(30),
         },
-    }  # fmt: skip
+    }
 
 
 def _beta(beta: float) -> str:

@@ -161,9 +161,11 @@ class Results:
     def seconds(self, arm: Arm) -> float:
         """Mean seconds that one image took, in its batch; NaN for none."""
         found = [
-            self._told[item][1] for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)
+            self._told[item][1]
+            for name in self.plan.sets(arm.prompts)
+            for _, _, item in self._items(arm, name)
             if item in self._told
-        ]  # fmt: skip
+        ]
         return float(np.mean(found)) if found else float("nan")
 
     def told(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
@@ -189,9 +191,12 @@ class Results:
         reference = self.reference
         baseline = self.mean(reference, prompts, name)[0] if reference is not None else float("nan")
         return verdict(
-            _weights(arm, told), torch.tensor(scores, dtype=torch.float64), torch.tensor(rows),
-            baseline=baseline if np.isfinite(baseline) else None, name=name,
-        )  # fmt: skip
+            _weights(arm, told),
+            torch.tensor(scores, dtype=torch.float64),
+            torch.tensor(rows),
+            baseline=baseline if np.isfinite(baseline) else None,
+            name=name,
+        )
 
     # -- images -------------------------------------------------------------------------------------------------------
 

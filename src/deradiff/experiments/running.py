@@ -91,8 +91,12 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
 
     With `fresh` false the weights are those of the last run, and are not looked at.
     """
-    texts = {name: _texts(wanted.model_dump(mode="json", exclude={"seeds", "substitute_for"}), partial(resolve, wanted),
-                          store, fresh) for name, wanted in plan.prompts.items()}  # fmt: skip
+    texts = {
+        name: _texts(
+            wanted.model_dump(mode="json", exclude={"seeds", "substitute_for"}), partial(resolve, wanted), store, fresh
+        )
+        for name, wanted in plan.prompts.items()
+    }
     prints = store.fact("fingerprints", dict[str, Fingerprint]) or {}
     if fresh:
         prints = fingerprints(plan, prints)
@@ -150,9 +154,15 @@ def record(drawing: Drawing) -> dict[str, Any]:
 
 
 def run(
-    plan: Plan, folder: Path, crew: Callable[[], Crew], report: Report, *, about: Mapping[str, Any] | None = None,
-    thoroughly: bool = False, again: bool = False,
-) -> Outcome:  # fmt: skip
+    plan: Plan,
+    folder: Path,
+    crew: Callable[[], Crew],
+    report: Report,
+    *,
+    about: Mapping[str, Any] | None = None,
+    thoroughly: bool = False,
+    again: bool = False,
+) -> Outcome:
     """Draw and score what the store in `folder` lacks, and say what was done.
 
     Args:
@@ -316,9 +326,12 @@ def _loaded(table: str, name: str, images: Sequence[Image], drawings: dict[str, 
         except Missing:
             lost.add(image.id)
     return Score(
-        table, name, tuple(png for _, png in found), tuple(drawings[image.id].prompt for image, _ in found),
+        table,
+        name,
+        tuple(png for _, png in found),
+        tuple(drawings[image.id].prompt for image, _ in found),
         tuple(image for image, _ in found),
-    )  # fmt: skip
+    )
 
 
 __all__ = ["Contents", "Done", "Outcome", "contents", "identity", "in_batches", "run"]

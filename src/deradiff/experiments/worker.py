@@ -155,9 +155,15 @@ class Worker:
             return _plainly(pipe, drawings, call)
         if first.kind == "particles":
             drawn = attempts_by_particles(
-                pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=self.plan.batch_size,
-                particles=first.particles, **call,
-            )  # fmt: skip
+                pipe,
+                self._dial,
+                shots,
+                lams,
+                steps=first.sampling.steps,
+                batch_size=self.plan.batch_size,
+                particles=first.particles,
+                **call,
+            )
         else:
             drawn = attempts(
                 pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=len(drawings), **call
@@ -186,10 +192,17 @@ class Worker:
         )
         started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])
         found = optimize_noise(
-            base, [drawing.prompt for drawing in drawings], self._scorer("scores", noise.reward), sampling,
-            iterations=noise.iterations, learning_rate=noise.learning_rate, norm_weight=noise.norm_weight,
-            seed=first.seed, noise=started, per_pass=len(drawings),
-        )  # fmt: skip
+            base,
+            [drawing.prompt for drawing in drawings],
+            self._scorer("scores", noise.reward),
+            sampling,
+            iterations=noise.iterations,
+            learning_rate=noise.learning_rate,
+            norm_weight=noise.norm_weight,
+            seed=first.seed,
+            noise=started,
+            per_pass=len(drawings),
+        )
         told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
         cut = [_cut(base.pipe, [drawing.prompt]) for drawing in drawings]
         return [
@@ -343,9 +356,10 @@ def _told(told: Any) -> dict[str, Any]:
         noted["blacked_out"] = True
     if told.particles is not None:
         return noted | {
-            "effective": float(told.particles.effective), "families": int(told.particles.families),
+            "effective": float(told.particles.effective),
+            "families": int(told.particles.families),
             "collapsed": bool(told.particles.collapsed.any()),
-        }  # fmt: skip
+        }
     run = told.run
     if run is None:
         return noted

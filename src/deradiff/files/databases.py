@@ -20,8 +20,13 @@ from deradiff.files.waiting import LOOK, Patience
 
 Value = TypeVar("Value")
 
-_UNSHARED = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR,
-             sqlite3.SQLITE_FULL}  # fmt: skip
+_UNSHARED = {
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+}
 """What SQLite says where it may read a database, but not make the files that its readers and writers share."""
 
 

@@ -14,9 +14,14 @@ ORIENTATION = 0x0112
 """The tag of EXIF that says how a camera was held."""
 
 UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 """What each orientation has to undergo."""
 
 SIXTEEN_BITS = 65535
@@ -106,9 +111,12 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         from PIL import ImageCms
 
-        image = ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        ) or image  # fmt: skip
+        image = (
+            ImageCms.profileToProfile(
+                image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            or image
+        )
     return image.convert("RGB")
 
 

@@ -170,6 +170,13 @@ def _either() -> str:
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[_Raw]]] = {
-    "": _of_lines, ".txt": _of_lines, ".jsonl": _of_json_lines, ".csv": _of_csv, ".tsv": _of_tsv,
-    ".parquet": _of_parquet, ".yaml": _of_yaml, ".yml": _of_yaml, ".json": _of_json,
-}  # fmt: skip
+    "": _of_lines,
+    ".txt": _of_lines,
+    ".jsonl": _of_json_lines,
+    ".csv": _of_csv,
+    ".tsv": _of_tsv,
+    ".parquet": _of_parquet,
+    ".yaml": _of_yaml,
+    ".yml": _of_yaml,
+    ".json": _of_json,
+}

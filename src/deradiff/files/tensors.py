@@ -47,9 +47,7 @@ def metadata(file: Any, name: str, kind: Schema[Kind], path: Path, what: str, cu
     return parse(kind, (file.metadata() or {}).get(name), f"{name!r} in {path}", what, cure)
 
 
-def rows(
-    path: Path, wanted: Mapping[str, Sequence[int] | None], count: int, what: str, cure: str
-) -> dict[str, Any]:  # fmt: skip
+def rows(path: Path, wanted: Mapping[str, Sequence[int] | None], count: int, what: str, cure: str) -> dict[str, Any]:
     """The tensors of a file that are wanted, `count` rows each of the shape that is given, or of any (None).
 
     Raises as `opened` does.

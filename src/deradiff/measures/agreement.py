@@ -19,9 +19,17 @@ from torch import Tensor
 from deradiff.algorithm.estimates import Estimate
 
 __all__ = [
-    "Agreement", "AgreementByLam", "Difference", "ErrorDistribution", "Scatter", "agreement_by_lam", "agreement_of",
-    "error_distribution", "paired_difference", "scatter_of",
-]  # fmt: skip
+    "Agreement",
+    "AgreementByLam",
+    "Difference",
+    "ErrorDistribution",
+    "Scatter",
+    "agreement_by_lam",
+    "agreement_of",
+    "error_distribution",
+    "paired_difference",
+    "scatter_of",
+]
 
 Values: TypeAlias = Float[Tensor, " _"] | Sequence[float]
 """Scores, one per pair; where a function takes several, they belong together by position."""
@@ -292,9 +300,14 @@ def paired_difference(
 def bootstrapped(values: np.ndarray, resamples: int, seed: int) -> Any:
     """SciPy's percentile bootstrap of the mean."""
     return stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, batch=max(1, HELD // len(values)), confidence_level=CONFIDENCE,
-        method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
+        (values,),
+        np.mean,
+        n_resamples=resamples,
+        batch=max(1, HELD // len(values)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
 
 
 def interval_of(resampled: Any) -> tuple[float, float]:

@@ -100,51 +100,71 @@ ONE, THREE, FIVE, WIDE, TALL = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 def block_a(before: int, pool_channels: int) -> Block:
     """At 35 x 35: figure 5."""
-    return Block(before, "average", [
-        *chain("branch1x1", (64, ONE)),
-        *chain("branch5x5", (48, ONE), (64, FIVE)),
-        *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
-        *chain("branch_pool", (pool_channels, ONE), source="pool"),
-    ])  # fmt: skip
+    return Block(
+        before,
+        "average",
+        [
+            *chain("branch1x1", (64, ONE)),
+            *chain("branch5x5", (48, ONE), (64, FIVE)),
+            *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
+            *chain("branch_pool", (pool_channels, ONE), source="pool"),
+        ],
+    )
 
 
 def block_b(before: int) -> Block:
     """From 35 x 35 to 17 x 17: figure 10."""
-    return Block(before, "halving", [
-        *chain("branch3x3", (384, THREE), halved=True),
-        *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), halved=True),
-    ])  # fmt: skip
+    return Block(
+        before,
+        "halving",
+        [
+            *chain("branch3x3", (384, THREE), halved=True),
+            *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), halved=True),
+        ],
+    )
 
 
 def block_c(before: int, inner: int) -> Block:
     """At 17 x 17: figure 6."""
-    return Block(before, "average", [
-        *chain("branch1x1", (192, ONE)),
-        *chain("branch7x7", (inner, ONE), (inner, WIDE), (192, TALL)),
-        *chain("branch7x7dbl", (inner, ONE), (inner, TALL), (inner, WIDE), (inner, TALL), (192, WIDE)),
-        *chain("branch_pool", (192, ONE), source="pool"),
-    ])  # fmt: skip
+    return Block(
+        before,
+        "average",
+        [
+            *chain("branch1x1", (192, ONE)),
+            *chain("branch7x7", (inner, ONE), (inner, WIDE), (192, TALL)),
+            *chain("branch7x7dbl", (inner, ONE), (inner, TALL), (inner, WIDE), (inner, TALL), (192, WIDE)),
+            *chain("branch_pool", (192, ONE), source="pool"),
+        ],
+    )
 
 
 def block_d(before: int) -> Block:
     """From 17 x 17 to 8 x 8."""
-    return Block(before, "halving", [
-        *chain("branch3x3", (192, ONE), (320, THREE), halved=True),
-        *chain("branch7x7x3", (192, ONE), (192, WIDE), (192, TALL), (192, THREE), halved=True),
-    ])  # fmt: skip
+    return Block(
+        before,
+        "halving",
+        [
+            *chain("branch3x3", (192, ONE), (320, THREE), halved=True),
+            *chain("branch7x7x3", (192, ONE), (192, WIDE), (192, TALL), (192, THREE), halved=True),
+        ],
+    )
 
 
 def block_e(before: int, pool: Pool) -> Block:
     """At 8 x 8: figure 7. The last of the two pools by maximum, which is an oddity of these weights."""
     fork = [("a", (1, 3)), ("b", (3, 1))]
-    return Block(before, pool, [
-        *chain("branch1x1", (320, ONE)),
-        Layer("branch3x3_1", "input", 384, ONE),
-        *(Layer(f"branch3x3_2{letter}", "branch3x3_1", 384, kernel) for letter, kernel in fork),
-        *chain("branch3x3dbl", (448, ONE), (384, THREE)),
-        *(Layer(f"branch3x3dbl_3{letter}", "branch3x3dbl_2", 384, kernel) for letter, kernel in fork),
-        *chain("branch_pool", (192, ONE), source="pool"),
-    ])  # fmt: skip
+    return Block(
+        before,
+        pool,
+        [
+            *chain("branch1x1", (320, ONE)),
+            Layer("branch3x3_1", "input", 384, ONE),
+            *(Layer(f"branch3x3_2{letter}", "branch3x3_1", 384, kernel) for letter, kernel in fork),
+            *chain("branch3x3dbl", (448, ONE), (384, THREE)),
+            *(Layer(f"branch3x3dbl_3{letter}", "branch3x3dbl_2", 384, kernel) for letter, kernel in fork),
+            *chain("branch_pool", (192, ONE), source="pool"),
+        ],
+    )
 
 
 # -- the network ------------------------------------------------------------------------------------------------------

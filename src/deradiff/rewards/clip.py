@@ -59,9 +59,13 @@ class ClipReward:
         # Attention is causal and padding is on the right: what pads, and how far, does not reach the end of the text.
         with watched(self, {f"the reward {self.name}": self.tokenizer}):
             tokens = self.tokenizer(
-                list(prompts), padding=True, padding_side="right", truncation=True, return_tensors="pt",
+                list(prompts),
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                return_tensors="pt",
                 max_length=self.model.config.text_config.max_position_embeddings,
-            )  # fmt: skip
+            )
         return unit(self.model.get_text_features(input_ids=tokens.input_ids.to(self.model.device)).pooler_output)
 
 

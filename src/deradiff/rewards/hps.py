@@ -26,14 +26,27 @@ VIT_H_14: dict[str, Any] = {
     "projection_dim": 1024,
     # An end-of-text id of 2 is transformers' sign for pooling as open_clip does, at the highest token.
     "text_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "hidden_act": "gelu", "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "projection_dim": 1024,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "projection_dim": 1024,
     },
     "vision_config": {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-        "hidden_act": "gelu", "image_size": 224, "patch_size": 14, "projection_dim": 1024,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "image_size": 224,
+        "patch_size": 14,
+        "projection_dim": 1024,
     },
-}  # fmt: skip
+}
 """open_clip's ViT-H-14 in the fields of transformers' `CLIPConfig`."""
 
 

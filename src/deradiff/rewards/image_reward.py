@@ -39,16 +39,28 @@ SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 
 BLIP_L: dict[str, Any] = {
     "text_config": {
-        "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 512, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+        "vocab_size": 30524,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
         # Only a decoder has cross attention in transformers; the call says that attention looks both ways.
         "is_decoder": True,
     },
     "vision_config": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
     },
-}  # fmt: skip
+}
 """The authors' BLIP in the fields of transformers' `BlipConfig`, whose defaults are other heads and another epsilon."""
 
 
@@ -109,9 +121,13 @@ class ImageReward:
         pixels = torchvision_pixels(images, side, CLIP_MEAN, CLIP_STD, self.vision.device, self.vision.dtype)
         with watched(self, {f"the reward {self.name}": self.tokenizer}):
             tokens = self.tokenizer(
-                list(prompts), padding=True, padding_side="right", truncation=True, max_length=LONGEST,
+                list(prompts),
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                max_length=LONGEST,
                 return_tensors="pt",
-            ).to(self.text.device)  # fmt: skip
+            ).to(self.text.device)
         states = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,

@@ -139,9 +139,15 @@ def profiled(
         )
     cost, errors, reuse = min(tried, key=lambda one: one[0])
     return Profile(
-        reuse, tolerance, errors.median, errors.changed, cost, type(pipe.scheduler).__name__,
-        len(pipe.scheduler.timesteps), len(prompts),
-    )  # fmt: skip
+        reuse,
+        tolerance,
+        errors.median,
+        errors.changed,
+        cost,
+        type(pipe.scheduler).__name__,
+        len(pipe.scheduler.timesteps),
+        len(prompts),
+    )
 
 
 def _tried(

@@ -107,9 +107,15 @@ class Front:
 
 
 def best(
-    space: Space, goal: Goal, points: Sequence[Point], tables: Tables, models: Models, proposal: Proposal,
-    stopped: str, seed: int,
-) -> Best:  # fmt: skip
+    space: Space,
+    goal: Goal,
+    points: Sequence[Point],
+    tables: Tables,
+    models: Models,
+    proposal: Proposal,
+    stopped: str,
+    seed: int,
+) -> Best:
     """The answer of a search for one objective after evaluating `points`."""
     at = space.unit(proposal.candidates)
     gains = models.gains[0].samples(at, DRAWS, seed)

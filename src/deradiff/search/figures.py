@@ -57,16 +57,31 @@ def _posterior(axes: Axes, space: Space, goal: Goal, state: State, answer: Best,
     at, x = space.unit(line), [point[k] for point in line]
     level = float(goal.objectives[0].at_reference(state.tables).mean())
     mean, spread = level + gain.mean(at), BAND * gain.deviation(at)
-    axes.fill_between(x, (mean - spread).tolist(), (mean + spread).tolist(), color=BLUE, alpha=0.2, linewidth=0,
-                      label="90% of the posterior")  # fmt: skip
+    axes.fill_between(
+        x,
+        (mean - spread).tolist(),
+        (mean + spread).tolist(),
+        color=BLUE,
+        alpha=0.2,
+        linewidth=0,
+        label="90% of the posterior",
+    )
     axes.plot(x, mean.tolist(), color=BLUE, linewidth=2, label="posterior mean")
     on_line = [one for one in answer.evaluations if one.point in {*line}]
     away = [one for one in answer.evaluations if one.point not in {*line}]
     for found, colour, words in ((on_line, INK, "evaluations"), (away, GREY, "evaluations off this line")):
         if found:
-            axes.errorbar([one.point[k] for one in found], [level + one.gains[0] for one in found],
-                          [BAND * one.errors[0] for one in found], fmt="o", color=colour, markersize=4, capsize=2,
-                          linewidth=1, label=words)  # fmt: skip
+            axes.errorbar(
+                [one.point[k] for one in found],
+                [level + one.gains[0] for one in found],
+                [BAND * one.errors[0] for one in found],
+                fmt="o",
+                color=colour,
+                markersize=4,
+                capsize=2,
+                linewidth=1,
+                label=words,
+            )
     low, high = answer.ranges[k]
     axes.axvspan(low, high, color=ORANGE, alpha=0.12, linewidth=0)
     axes.axvline(answer.point[k], color=ORANGE, linewidth=1.5, label="best, and 90% of where it may lie")
@@ -109,18 +124,30 @@ def _spread_evenly(axes: Axes, coordinate: Coordinate) -> None:
 
 def _front(axes: Axes, space: Space, goal: Goal, answer: Front, j: int) -> None:
     """The gains of all evaluations in the first objective and the j-th, and the Pareto set among them."""
-    axes.errorbar([one.gains[0] for one in answer.evaluations], [one.gains[j] for one in answer.evaluations],
-                  [BAND * one.errors[j] for one in answer.evaluations],
-                  [BAND * one.errors[0] for one in answer.evaluations], fmt="o", color=GREY, markersize=4,
-                  linewidth=0.8, label="evaluations")  # fmt: skip
+    axes.errorbar(
+        [one.gains[0] for one in answer.evaluations],
+        [one.gains[j] for one in answer.evaluations],
+        [BAND * one.errors[j] for one in answer.evaluations],
+        [BAND * one.errors[0] for one in answer.evaluations],
+        fmt="o",
+        color=GREY,
+        markersize=4,
+        linewidth=0.8,
+        label="evaluations",
+    )
     order = sorted(answer.points, key=lambda one: one.gains[0].value)
     x, y = [one.gains[0].value for one in order], [one.gains[j].value for one in order]
     line = "o-" if len(goal.objectives) == 2 else "o"  # a line through the projection of more would mean nothing
     axes.plot(x, y, line, color=ORANGE, markersize=6, linewidth=1.5, label="Pareto set")
     for one in order:
         text = ", ".join(f"{value:g}" for value in one.point)
-        axes.annotate(text, (one.gains[0].value, one.gains[j].value), xytext=(5, 5), textcoords="offset points",
-                      fontsize="x-small")  # fmt: skip
+        axes.annotate(
+            text,
+            (one.gains[0].value, one.gains[j].value),
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize="x-small",
+        )
     axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"{goal.objectives[0]}, gain over the reference")

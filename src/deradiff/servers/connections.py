@@ -45,10 +45,16 @@ def server(application: Any, listening: socket.socket) -> uvicorn.Server:
     with suppress(OSError, AttributeError):  # Linux; accepted connections have what the listening one has
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     config = uvicorn.Config(
-        application, http=timed(_open_files() - SPARE_FILES), ws="none", log_level="critical", access_log=False,
-        server_header=False, proxy_headers=False, h11_max_incomplete_event_size=LONGEST_HEAD,
+        application,
+        http=timed(_open_files() - SPARE_FILES),
+        ws="none",
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=LONGEST_HEAD,
         timeout_graceful_shutdown=FAREWELL_SECONDS,
-    )  # fmt: skip
+    )
     return uvicorn.Server(config)
 
 

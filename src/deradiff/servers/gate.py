@@ -191,9 +191,14 @@ def keep(response: Response, request: Request, name: str, value: str, path: str,
     "lax" where it is needed by whoever comes by a link from elsewhere, "strict" where not.
     """
     response.set_cookie(
-        name, value, max_age=DAYS * 86_400, path=path, httponly=True, samesite=samesite,
+        name,
+        value,
+        max_age=DAYS * 86_400,
+        path=path,
+        httponly=True,
+        samesite=samesite,
         secure=request.url.scheme == "https",
-    )  # fmt: skip
+    )
 
 
 def without_values(error: BaseException) -> str:

@@ -92,9 +92,13 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
     if schedule is None:
         flat = [[i / steps, 1.0] for i in range(steps)]
         return {
-            "schedule": None, "points": [], "line": [[0.0, 1.0], [1.0, 1.0]], "steps": flat, "average": 1.0,
+            "schedule": None,
+            "points": [],
+            "line": [[0.0, 1.0], [1.0, 1.0]],
+            "steps": flat,
+            "average": 1.0,
             "words": "λ stays the same",
-        }  # fmt: skip
+        }
     places = {i / FINENESS for i in range(FINENESS + 1)} | {s for s, _ in points_of(schedule)}
     if isinstance(schedule, Step) and 0 < schedule.p < 1:
         places |= {1 - schedule.p - 1e-6, 1 - schedule.p}

@@ -133,10 +133,16 @@ def draw(
     lams = [column.dial() for column in settings.columns]
     found = list(
         drawing.sample(
-            pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
+            pipe,
+            dial,
+            shots,
+            lams,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            on_step=on_step,
             **call_of(settings),
         )
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - begun
     made = drawing.made_of(settings, pipe, dial)
     return [_drawn(settings, made, shot, image, told, seconds, preview) for shot, image, told in found]
@@ -171,9 +177,14 @@ def _scores(
 
 
 def _drawn(
-    settings: Settings, made: dict[str, Any], shot: Shot, image: Image.Image, told: drawing.Told, seconds: float,
+    settings: Settings,
+    made: dict[str, Any],
+    shot: Shot,
+    image: Image.Image,
+    told: drawing.Told,
+    seconds: float,
     preview: bool,
-) -> Drawn:  # fmt: skip
+) -> Drawn:
     own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
     assert told.run is not None
     judged = verdict(joined([told.run]))
@@ -188,13 +199,17 @@ def _drawn(
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
     return Drawn(
         image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview, warned, told.blacked_out
-    )  # fmt: skip
+    )
 
 
 def judged(
-    settings: Settings, pipe: DiffusionPipeline, dial: Dial, job: Job, report: Callable[[Step], None],
+    settings: Settings,
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    job: Job,
+    report: Callable[[Step], None],
     rewards: Sequence[PictureReward],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
 
     From `JUDGED` images, whose seeds begin with that of `settings`; see `weights.verdict`.
@@ -210,10 +225,16 @@ def judged(
     lams = [settings.columns[0].dial()]
     found = list(
         drawing.sample(
-            pipe, dial, shots, lams, steps=settings.steps, batch_size=settings.batch_size, on_step=on_step,
+            pipe,
+            dial,
+            shots,
+            lams,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            on_step=on_step,
             **call_of(settings),
         )
-    )  # fmt: skip
+    )
     run = joined([told.run for _, _, told in found if told.run is not None])
     hidden = sum(told.blacked_out for _, _, told in found)
     if hidden:

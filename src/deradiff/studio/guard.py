@@ -187,9 +187,12 @@ class Guard:
     def _said(self, path: str, visitor: str, body: bytes) -> BaseModel:
         """What a page says with `body`, without what it would not say. Raises `NotAsked`."""
         kinds: dict[str, type[BaseModel]] = {
-            "/gradio_api/queue/join": Event, "/gradio_api/run/predict": Event, "/gradio_api/component_server": Question,
-            "/gradio_api/cancel": Ended, "/gradio_api/reset": Reset,
-        }  # fmt: skip
+            "/gradio_api/queue/join": Event,
+            "/gradio_api/run/predict": Event,
+            "/gradio_api/component_server": Question,
+            "/gradio_api/cancel": Ended,
+            "/gradio_api/reset": Reset,
+        }
         kind = kinds.get(path.removesuffix("/"))
         if kind is None:
             raise NotAsked(404)

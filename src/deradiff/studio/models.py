@@ -41,9 +41,7 @@ class Machine:
 
     def options(self) -> dict[str, Any]:
         """These as fields of `Settings`."""
-        return {
-            "device": self.device, "dtype": self.dtype, "offload": self.offload, "allow_pickle": self.allow_pickle
-        }  # fmt: skip
+        return {"device": self.device, "dtype": self.dtype, "offload": self.offload, "allow_pickle": self.allow_pickle}
 
     def free(self) -> float:
         """The share of memory that is free where the models are."""

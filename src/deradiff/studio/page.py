@@ -20,9 +20,12 @@ PREVIEWS = {"A third of the steps": "steps", "Carry predictions over": "carry", 
 STRIP = "0:1.5:0.25"
 
 FAMILIES = {
-    "constant": "None: λ stays the same", "power": "Power: λ = s^p", "step": "Step: from 0 to λ at once",
-    "sigmoid": "Sigmoid", "spline": "Drawn: a monotone spline",
-}  # fmt: skip
+    "constant": "None: λ stays the same",
+    "power": "Power: λ = s^p",
+    "step": "Step: from 0 to λ at once",
+    "sigmoid": "Sigmoid",
+    "spline": "Drawn: a monotone spline",
+}
 
 LARGEST_UPLOAD = 16 * 2**20
 """Bytes of a PNG file whose settings are read."""
@@ -141,9 +144,12 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
     """Lay the page out, inside a `gr.Blocks`; `start` are the settings that it opens with."""
     forgive_cleared_numbers()
     made: dict[str, Any] = {
-        "models": gr.State([start.reference, *start.anchors.values()]), "shown": gr.State(None),
-        "side_a": gr.State(None), "side_b": gr.State(None), "strip_lams_drawn": gr.State([]),
-    }  # fmt: skip
+        "models": gr.State([start.reference, *start.anchors.values()]),
+        "shown": gr.State(None),
+        "side_a": gr.State(None),
+        "side_b": gr.State(None),
+        "strip_lams_drawn": gr.State([]),
+    }
     gr.HTML("<h1>deradiff studio</h1><p>One dial for how aligned a model is.</p>", elem_classes="title")
     with gr.Row(elem_id="desk"):
         with gr.Column(elem_id="front"):
@@ -173,9 +179,14 @@ def _of(kind: Any, made: dict[str, Any]) -> Any:
 
 def _front(start: Settings) -> dict[str, Any]:
     prompt = gr.Textbox(
-        start.prompts[0], label="Prompt", lines=2, max_lines=6, elem_id="prompt", autofocus=True,
+        start.prompts[0],
+        label="Prompt",
+        lines=2,
+        max_lines=6,
+        elem_id="prompt",
+        autofocus=True,
         max_length=scenes.LONGEST_PROMPT,
-    )  # fmt: skip
+    )
     with gr.Row(elem_id="go"):
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         cancel = gr.Button("Cancel", elem_id="cancel")
@@ -183,11 +194,17 @@ def _front(start: Settings) -> dict[str, Any]:
     with gr.Group(elem_classes="dial"):
         lams = [
             gr.Slider(
-                0, scenes.LARGEST_LAM, value=given[i] if i < len(given) else 0.0, step=0.01, label="λ",
-                elem_id=f"lam-{i}", visible=i < len(given), buttons=["reset"],
+                0,
+                scenes.LARGEST_LAM,
+                value=given[i] if i < len(given) else 0.0,
+                step=0.01,
+                label="λ",
+                elem_id=f"lam-{i}",
+                visible=i < len(given),
+                buttons=["reset"],
             )
             for i in range(scenes.MOST_ANCHORS)
-        ]  # fmt: skip
+        ]
         gr.HTML(html.SCALE, padding=True)
         meaning = gr.HTML(elem_id="meaning", padding=True)
     return {"prompt": prompt, "draw": draw, "cancel": cancel, "lams": lams, "meaning": meaning}
@@ -204,12 +221,22 @@ def _curve(start: Settings) -> dict[str, Any]:
         html_template=(PAGES / "curve.html").read_text(encoding="utf-8"),
         js_on_load=(PAGES / "curve.js").read_text(encoding="utf-8"),
         server_functions=[curves.answer],
-        elem_id="curve", padding=True, label="Annealing curve", closest=curves.CLOSEST, most_points=curves.MOST_POINTS,
-    )  # fmt: skip
+        elem_id="curve",
+        padding=True,
+        label="Annealing curve",
+        closest=curves.CLOSEST,
+        most_points=curves.MOST_POINTS,
+    )
     made["curve_export"] = gr.Code(
-        "", language="python", label="As a schedule of the library", interactive=False, lines=1, elem_id="curve-export",
-        wrap_lines=True, show_line_numbers=False,
-    )  # fmt: skip
+        "",
+        language="python",
+        label="As a schedule of the library",
+        interactive=False,
+        lines=1,
+        elem_id="curve-export",
+        wrap_lines=True,
+        show_line_numbers=False,
+    )
     with gr.Row():
         made["kept_curves"] = gr.Dropdown([], label="Kept curves", elem_id="kept-curves", value=None)
         made["curve_name"] = gr.Textbox(label="Keep this curve as", elem_id="curve-name", max_length=60)
@@ -226,9 +253,13 @@ def _sampling(start: Settings) -> dict[str, Any]:
         made["steps"] = gr.Slider(1, curves.MOST_STEPS, start.steps, step=1, label="Steps", elem_id="steps")
     with gr.Row():
         made["guidance_scale"] = gr.Number(
-            None, label="Guidance scale", info="Empty for the usual one, 1.5 with the digits", elem_id="guidance",
-            minimum=0, maximum=scenes.LARGEST_GUIDANCE,
-        )  # fmt: skip
+            None,
+            label="Guidance scale",
+            info="Empty for the usual one, 1.5 with the digits",
+            elem_id="guidance",
+            minimum=0,
+            maximum=scenes.LARGEST_GUIDANCE,
+        )
         made["seed"] = gr.Number(0, label="Seed", info="Of the noise", precision=0, elem_id="seed", minimum=0)
     made["new_seed"] = gr.Button("Another seed", elem_id="new-seed", size="sm")
     with gr.Row():
@@ -246,27 +277,43 @@ def _sampling(start: Settings) -> dict[str, Any]:
 def _models(start: Settings, references: list[str], anchors: list[str]) -> dict[str, Any]:
     return {
         "reference": gr.Dropdown(
-            references, value=start.reference, label="Reference", allow_custom_value=True, elem_id="reference",
+            references,
+            value=start.reference,
+            label="Reference",
+            allow_custom_value=True,
+            elem_id="reference",
             info="digits, a folder of the list, or a hub id",
         ),
         "anchors": gr.Dropdown(
-            anchors, value=list(start.anchors.values()), label="Anchors", multiselect=True,
-            max_choices=scenes.MOST_ANCHORS, allow_custom_value=True, elem_id="anchors",
+            anchors,
+            value=list(start.anchors.values()),
+            label="Anchors",
+            multiselect=True,
+            max_choices=scenes.MOST_ANCHORS,
+            allow_custom_value=True,
+            elem_id="anchors",
             info=f"The aligned models, {scenes.MOST_ANCHORS} at most; each gets a dial",
         ),
         "load": gr.Button("Load these models", elem_id="load"),
         "models_status": gr.HTML(elem_classes="status", elem_id="models-status"),
-    }  # fmt: skip
+    }
 
 
 def _image() -> dict[str, Any]:
     made: dict[str, Any] = {
         "picture": gr.Image(
-            None, type="filepath", format="png", label="Image", interactive=False, height=440, buttons=["fullscreen"],
-            elem_id="picture", elem_classes="picture",
+            None,
+            type="filepath",
+            format="png",
+            label="Image",
+            interactive=False,
+            height=440,
+            buttons=["fullscreen"],
+            elem_id="picture",
+            elem_classes="picture",
         ),
         "status": gr.HTML(html.status("Loading …"), elem_classes="status", elem_id="status"),
-    }  # fmt: skip
+    }
     with gr.Row(elem_id="with-image"):
         made["download"] = gr.DownloadButton("Download the PNG", elem_id="download", interactive=False)
         made["keep_a"] = gr.Button("Keep as A", elem_id="keep-a")
@@ -292,9 +339,17 @@ def _strip() -> dict[str, Any]:
         )
     made["strip_status"] = gr.HTML(elem_classes="status", elem_id="strip-status")
     made["strip"] = gr.Gallery(
-        None, label="Choose an image to turn the dial there", columns=4, object_fit="contain", format="png",
-        interactive=False, preview=False, elem_id="strip", elem_classes="strip", height="auto",
-    )  # fmt: skip
+        None,
+        label="Choose an image to turn the dial there",
+        columns=4,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        preview=False,
+        elem_id="strip",
+        elem_classes="strip",
+        height="auto",
+    )
     made["strip_table"] = gr.HTML(elem_classes="table", elem_id="strip-table")
     made["strip_download"] = gr.DownloadButton("Download the sheet", elem_id="strip-download", interactive=False)
     return made
@@ -304,10 +359,16 @@ def _comparison() -> dict[str, Any]:
     return {
         "sides": gr.HTML(html.sides(None, None), elem_id="sides"),
         "comparison": gr.ImageSlider(
-            None, type="filepath", format="png", label="A on the left, B on the right; drag the divider",
-            interactive=False, elem_id="comparison", elem_classes="comparison", max_height=480,
+            None,
+            type="filepath",
+            format="png",
+            label="A on the left, B on the right; drag the divider",
+            interactive=False,
+            elem_id="comparison",
+            elem_classes="comparison",
+            max_height=480,
         ),
-    }  # fmt: skip
+    }
 
 
 def _sharing() -> dict[str, Any]:
@@ -328,9 +389,12 @@ def _sharing() -> dict[str, Any]:
         )
         made["use_paste"] = gr.Button("Use it", elem_id="use-paste", scale=0)
     made["upload"] = gr.File(
-        label="A PNG that deradiff wrote: its settings are taken", file_types=[".png"], type="filepath",
-        elem_id="upload", height=150,
-    )  # fmt: skip
+        label="A PNG that deradiff wrote: its settings are taken",
+        file_types=[".png"],
+        type="filepath",
+        elem_id="upload",
+        height=150,
+    )
     made["python"] = gr.Code("", language="python", label="The same in Python", elem_id="python", **code)
     made["shell"] = gr.Code("", language="shell", label="The same as a command", elem_id="shell", **code)
     return made

@@ -179,16 +179,23 @@ class Keeping:
             own = (f"the model's own ({held.usual(settings.reference)})", "")
             fitting = [own, *held.schedulers(settings.reference)]
         return {
-            dial.models: models, **self._chosen(models), **sliders,
-            dial.prompt: settings.prompts[0], dial.negative_prompt: settings.negative_prompt or "",
+            dial.models: models,
+            **self._chosen(models),
+            **sliders,
+            dial.prompt: settings.prompts[0],
+            dial.negative_prompt: settings.negative_prompt or "",
             dial.curve: {"schedule": None if shape is None else shape.to_dict(), "steps": settings.steps},
-            on.family: family, on.parameter: gr.skip() if parameter is None else parameter,
+            on.family: family,
+            on.parameter: gr.skip() if parameter is None else parameter,
             on.curve_export: exported(shape),
-            dial.scheduler: gr.update(choices=fitting, value=settings.scheduler or ""), dial.steps: settings.steps,
-            dial.guidance_scale: settings.guidance_scale, dial.seed: settings.seeds[0],
-            dial.width: settings.width, dial.height: settings.height,
+            dial.scheduler: gr.update(choices=fitting, value=settings.scheduler or ""),
+            dial.steps: settings.steps,
+            dial.guidance_scale: settings.guidance_scale,
+            dial.seed: settings.seeds[0],
+            dial.width: settings.width,
+            dial.height: settings.height,
             self.session.view.meaning: self.session.meaning(settings),
-        }  # fmt: skip
+        }
 
     def components(self) -> list[Any]:
         """Everything that a change of all settings reaches, but for the image."""

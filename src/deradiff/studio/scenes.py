@@ -213,10 +213,19 @@ def of_record(record: Mapping[str, Any]) -> Settings:
         raise ValueError("this image's models were of a revision, which the studio cannot choose")
     lams = [lam.get(name, 0.0) for name in found.anchors] if isinstance(lam, Mapping) else [lam]
     return scene(
-        found.reference, list(found.anchors.values()), str(prompt), lams, schedule=shape, seed=seed,
-        scheduler=found.scheduler, steps=found.steps, guidance_scale=found.guidance_scale,
-        negative_prompt=found.negative_prompt, width=found.width, height=found.height,
-    )  # fmt: skip
+        found.reference,
+        list(found.anchors.values()),
+        str(prompt),
+        lams,
+        schedule=shape,
+        seed=seed,
+        scheduler=found.scheduler,
+        steps=found.steps,
+        guidance_scale=found.guidance_scale,
+        negative_prompt=found.negative_prompt,
+        width=found.width,
+        height=found.height,
+    )
 
 
 def _text(name: str, value: str) -> Any:
@@ -228,9 +237,13 @@ def _parsed(name: str, value: str) -> Any:
 
 
 _OPTIONAL: dict[str, Callable[[str, str], Any]] = {
-    "scheduler": _text, "negative_prompt": _text, "steps": _parsed, "guidance_scale": _parsed, "width": _parsed,
+    "scheduler": _text,
+    "negative_prompt": _text,
+    "steps": _parsed,
+    "guidance_scale": _parsed,
+    "width": _parsed,
     "height": _parsed,
-}  # fmt: skip
+}
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

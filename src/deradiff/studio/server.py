@@ -77,15 +77,31 @@ def app(desk: Desk, start: Settings, library: Path, token: str | None = None, ro
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     served.add_middleware(guard.Guard, blocks=blocks, folder=desk.folder, refused=_refusal)
     served.add_middleware(
-        Gate, admission=Admission(secrets.token_hex(4), token, "studio", root), longest=_longest, refused=_refusal,
+        Gate,
+        admission=Admission(secrets.token_hex(4), token, "studio", root),
+        longest=_longest,
+        refused=_refusal,
         headers=HEADERS,
-    )  # fmt: skip
+    )
     return gr.mount_gradio_app(
-        served, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=True,
-        max_file_size=page.LARGEST_UPLOAD, theme=page.theme(), css_paths=page.PAGES / "studio.css",
-        head_paths=page.PAGES / "head.html", enable_monitoring=False, mcp_server=False, pwa=False,
-        blocked_paths=[str(library)], root_path=root or None, app_kwargs={"openapi_url": None},
-    )  # fmt: skip
+        served,
+        blocks,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        show_error=True,
+        max_file_size=page.LARGEST_UPLOAD,
+        theme=page.theme(),
+        css_paths=page.PAGES / "studio.css",
+        head_paths=page.PAGES / "head.html",
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        blocked_paths=[str(library)],
+        root_path=root or None,
+        app_kwargs={"openapi_url": None},
+    )
 
 
 def desk_of(sources: Sources, machine: Machine, scored_by: tuple[str, ...] = ()) -> Desk:

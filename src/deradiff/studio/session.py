@@ -44,11 +44,19 @@ class Session:
         if lams is None:
             lams = [data[lam] for lam in dial.lams[: len(anchors)]]
         return scenes.scene(
-            reference, anchors, data[dial.prompt] or "", lams,
-            schedule=record_of(data[dial.curve]), negative_prompt=data[dial.negative_prompt],
-            seed=data[dial.seed] or 0, scheduler=data[dial.scheduler] or None, steps=data[dial.steps],
-            guidance_scale=data[dial.guidance_scale], width=data[dial.width], height=data[dial.height],
-        )  # fmt: skip
+            reference,
+            anchors,
+            data[dial.prompt] or "",
+            lams,
+            schedule=record_of(data[dial.curve]),
+            negative_prompt=data[dial.negative_prompt],
+            seed=data[dial.seed] or 0,
+            scheduler=data[dial.scheduler] or None,
+            steps=data[dial.steps],
+            guidance_scale=data[dial.guidance_scale],
+            width=data[dial.width],
+            height=data[dial.height],
+        )
 
     def meaning(self, settings: Settings) -> str:
         """What the λ of `settings` are, in words."""

@@ -41,10 +41,18 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
         then_exact(event.success(turning.preview, asked, shows, trigger_mode="always_last", **private))
 
     turned = [
-        *(lam.input for lam in dial.lams), dial.curve.input, dial.prompt.submit, on.draw.click, dial.scheduler.input,
-        dial.steps.input, dial.guidance_scale.submit, dial.seed.submit, dial.width.submit, dial.height.submit,
+        *(lam.input for lam in dial.lams),
+        dial.curve.input,
+        dial.prompt.submit,
+        on.draw.click,
+        dial.scheduler.input,
+        dial.steps.input,
+        dial.guidance_scale.submit,
+        dial.seed.submit,
+        dial.width.submit,
+        dial.height.submit,
         dial.negative_prompt.submit,
-    ]  # fmt: skip
+    ]
     then_exact(gr.on(turned, turning.preview, asked, shows, trigger_mode="always_last", **private))
     on.judge.click(turning.judge, asked, view.judgement, **private)
     on.cancel.click(turning.cancel, None, None, **quick)

@@ -67,10 +67,19 @@ def read(folder: Path, plan: Plan) -> list[Ballot]:
         is_check = not (row.left and row.right) and question in checked
         ballots.append(
             Ballot(
-                row.participant, row.position, configuration.name, configuration.prompt_set,
-                configuration.prompts[row.prompt], row.left, row.right, tuple(row.seeds), question, answer, is_check,
+                row.participant,
+                row.position,
+                configuration.name,
+                configuration.prompt_set,
+                configuration.prompts[row.prompt],
+                row.left,
+                row.right,
+                tuple(row.seeds),
+                question,
+                answer,
+                is_check,
             )
-        )  # fmt: skip
+        )
     return sorted(ballots, key=lambda ballot: (ballot.participant, ballot.position, keys.index(ballot.question)))
 
 

@@ -74,10 +74,8 @@ def preference_of(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) 
         normalised=_rates(own.mean(0), each, people),
         wins=_rate(_share(int(total[0]), int(total[2])), won, people),
         p_votes=sign_test(int(total[0]), int(total[2])),
-        p_participants=sign_test(
-            int((counts[:, 0] > counts[:, 2]).sum()), int((counts[:, 0] < counts[:, 2]).sum())
-        ),
-    )  # fmt: skip
+        p_participants=sign_test(int((counts[:, 0] > counts[:, 2]).sum()), int((counts[:, 0] < counts[:, 2]).sum())),
+    )
 
 
 def sign_test(first: int, second: int) -> float:

@@ -16,12 +16,28 @@ from deradiff.study.analysis import ALL, Analysis, Line
 from deradiff.study.preferences import Rate
 
 HEADER = (
-    "first", "second", "configuration", "prompt_set", "question", "participants", "votes", "votes_first", "votes_equal",
+    "first",
+    "second",
+    "configuration",
+    "prompt_set",
+    "question",
+    "participants",
+    "votes",
+    "votes_first",
+    "votes_equal",
     "votes_second",
-    *(f"{kind}_{which}{end}" for kind in ("share", "normalised") for which in ("first", "equal", "second")
-      for end in ("", "_low", "_high")),
-    "wins_first", "wins_first_low", "wins_first_high", "p_votes", "p_participants",
-)  # fmt: skip
+    *(
+        f"{kind}_{which}{end}"
+        for kind in ("share", "normalised")
+        for which in ("first", "equal", "second")
+        for end in ("", "_low", "_high")
+    ),
+    "wins_first",
+    "wins_first_low",
+    "wins_first_high",
+    "p_votes",
+    "p_participants",
+)
 """Of a table: shares lie between 0 and 1, with the ends of their 95% intervals; `wins_first` leaves Equal out."""
 
 NOTES = """\

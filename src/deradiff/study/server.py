@@ -59,7 +59,7 @@ REFUSED: dict[int, tuple[str, str]] = {
     431: ("This was not understood", _BEGIN),
     500: ("Something went wrong here", "What you sent before is kept. Go back, and send this again in a moment."),
     503: ("Too many people are voting", "What you sent before is kept. Go back, and send this again in a moment."),
-}  # fmt: skip
+}
 """The heading of what is refused, and the words where nothing more is known."""
 
 FULL = "The study has all the participants that it needs, and what you sent before is kept. Thank you."
@@ -70,9 +70,12 @@ NO_COOKIE = (
 )
 
 _templates = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+    loader=jinja2.FileSystemLoader(PAGES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
     lstrip_blocks=True,
-)  # fmt: skip
+)
 
 
 def app(votes: Votes, token: str | None = None, root: str = "") -> FastAPI:
@@ -84,9 +87,13 @@ def app(votes: Votes, token: str | None = None, root: str = "") -> FastAPI:
     pages = _Pages(votes, root)
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     served.add_middleware(
-        Gate, admission=admission, longest=lambda path: LONGEST_FORM, refused=pages.refusal, headers=HEADERS,
+        Gate,
+        admission=admission,
+        longest=lambda path: LONGEST_FORM,
+        refused=pages.refusal,
+        headers=HEADERS,
         open_paths=frozenset({"/style.css"}),  # the pages that refuse wear it too
-    )  # fmt: skip
+    )
     served.add_exception_handler(Refusal, pages.refused)
     served.add_exception_handler(Busy, pages.busy)
     cookie = f"participant-{votes.mark}"

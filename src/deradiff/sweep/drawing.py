@@ -324,9 +324,14 @@ def attempts_by_particles(
         generator = torch.Generator("cpu").manual_seed(shot.seed)
         try:
             swarm = sample_particles(
-                pipe, shot.prompt, particles, micro_batch=batch_size, generator=generator, num_inference_steps=steps,
+                pipe,
+                shot.prompt,
+                particles,
+                micro_batch=batch_size,
+                generator=generator,
+                num_inference_steps=steps,
                 **arguments,
-            )  # fmt: skip
+            )
         except NotFinite as error:
             yield shot, error.of(f"{error.image} for {_name(shot, lams)}"), Told()
             continue
@@ -337,9 +342,7 @@ def attempts_by_particles(
             on_step((number + 1) * steps, len(shots) * steps)
         require_size(pipe, swarm.images[0], arguments)
         chosen = int(swarm.picks(torch.Generator("cpu").manual_seed(shot.seed)))
-        told = Told(
-            particles=swarm, blacked_out=bool(swarm.blacked_out[chosen]), cuts=_cuts(pipe, shot, arguments)
-        )  # fmt: skip
+        told = Told(particles=swarm, blacked_out=bool(swarm.blacked_out[chosen]), cuts=_cuts(pipe, shot, arguments))
         yield shot, swarm.images[chosen], told
 
 

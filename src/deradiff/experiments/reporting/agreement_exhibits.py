@@ -93,11 +93,15 @@ def heat_maps(results: Results, study: Study) -> Exhibit:
     """Figures 12 and 13, and their like in A.9 to A.11: every anchor for every target."""
     rows = [
         (
-            *names(one), study.betas[one.pair.anchor], study.betas[one.pair.target], *numbers(one), *images(one),
+            *names(one),
+            study.betas[one.pair.anchor],
+            study.betas[one.pair.target],
+            *numbers(one),
+            *images(one),
             one.percent,
         )
         for one in study.compared
-    ]  # fmt: skip
+    ]
     short = sum(one.images < one.planned for one in study.compared)
     caption = (
         f"Mean {study.score} score of each anchor (row) that stands for each target (column), retrained models in the "
@@ -110,9 +114,16 @@ def heat_maps(results: Results, study: Study) -> Exhibit:
         caption += f" {short} of {len(study.compared)} cells lack images and give the number n that they have."
     header = ("anchor", "target", "anchor_beta", "target_beta", *NUMBERS, *COUNTS, "difference_percent")
     return exhibit(
-        results, "heat", study, "Every anchor for every target", caption, header, rows,
-        figure=agreement_figures.heat_maps(study), one_score=True,
-    )  # fmt: skip
+        results,
+        "heat",
+        study,
+        "Every anchor for every target",
+        caption,
+        header,
+        rows,
+        figure=agreement_figures.heat_maps(study),
+        one_score=True,
+    )
 
 
 def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
@@ -136,9 +147,16 @@ def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
     )
     header = ("anchor", "target", "method", "target_beta", *NUMBERS)
     return exhibit(
-        results, "lines", study, "Score against β", caption, header, rows,
-        figure=agreement_figures.lines(study, particles), one_score=True,
-    )  # fmt: skip
+        results,
+        "lines",
+        study,
+        "Score against β",
+        caption,
+        header,
+        rows,
+        figure=agreement_figures.lines(study, particles),
+        one_score=True,
+    )
 
 
 def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -217,9 +235,16 @@ def distribution(results: Results, study: Study, known: Known) -> Exhibit | None
     )
     header = ("part", "number", "error", "value")
     return exhibit(
-        results, "errors", study, "Distribution of absolute errors", caption, header, rows,
-        figure=agreement_statistics.distribution(study, known()), one_score=True,
-    )  # fmt: skip
+        results,
+        "errors",
+        study,
+        "Distribution of absolute errors",
+        caption,
+        header,
+        rows,
+        figure=agreement_statistics.distribution(study, known()),
+        one_score=True,
+    )
 
 
 def scatter(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -233,9 +258,16 @@ def scatter(results: Results, study: Study, known: Known) -> Exhibit | None:
         f"doublings of β from anchor to target. Bars are {BARS}: a pair whose bar crosses the identity may agree."
     )
     return exhibit(
-        results, "scatter", study, "Retrained against approximated", caption, POINTS, rows,
-        figure=agreement_statistics.scatter(study, known()), one_score=True,
-    )  # fmt: skip
+        results,
+        "scatter",
+        study,
+        "Retrained against approximated",
+        caption,
+        POINTS,
+        rows,
+        figure=agreement_statistics.scatter(study, known()),
+        one_score=True,
+    )
 
 
 def bland_altman(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -250,17 +282,27 @@ def bland_altman(results: Results, study: Study, known: Known) -> Exhibit | None
         "farthest off are named by their β."
     )
     return exhibit(
-        results, "bland-altman", study, "Bland-Altman plot", caption, POINTS, rows,
-        figure=agreement_statistics.bland_altman(study, known()), one_score=True,
-    )  # fmt: skip
+        results,
+        "bland-altman",
+        study,
+        "Bland-Altman plot",
+        caption,
+        POINTS,
+        rows,
+        figure=agreement_statistics.bland_altman(study, known()),
+        one_score=True,
+    )
 
 
 def _points(study: Study) -> list[tuple[Any, ...]]:
     return [
         (
-            *names(one), PARTS[part].label, agreement_statistics.doublings(study, one), *numbers(one),
+            *names(one),
+            PARTS[part].label,
+            agreement_statistics.doublings(study, one),
+            *numbers(one),
             (one.approximated + one.retrained) / 2,
         )
         for part in PARTS
         for one in study.part(part)
-    ]  # fmt: skip
+    ]

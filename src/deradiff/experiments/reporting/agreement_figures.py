@@ -278,9 +278,13 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside upper center", ncols=min(7, int(0.65 * figure.get_figwidth())),
-        columnspacing=1.3, handlelength=1.8,
-    )  # fmt: skip
+        entries.values(),
+        entries.keys(),
+        loc="outside upper center",
+        ncols=min(7, int(0.65 * figure.get_figwidth())),
+        columnspacing=1.3,
+        handlelength=1.8,
+    )
 
 
 # -- particles --------------------------------------------------------------------------------------------------------
@@ -300,13 +304,21 @@ def particles_beside(found: Sequence[tuple[Study, Study | None]]) -> Figure:
         for y, one in enumerate(study.compared):
             other = plain.at(one.pair.anchor, one.pair.target) if plain is not None else None
             for arm, label, away, shown in (
-                ("plain", "Algorithm 1", -0.14, other), ("particles", "particles", 0.14, one)
-            ):  # fmt: skip
+                ("plain", "Algorithm 1", -0.14, other),
+                ("particles", "particles", 0.14, one),
+            ):
                 if shown is not None:
                     ax.errorbar(
-                        shown.difference.value, y + away, xerr=intervals([shown]), fmt=ARMS[arm].marker,
-                        color=ARMS[arm].colour, markersize=6, capsize=3, linewidth=1.3, label=label,
-                    )  # fmt: skip
+                        shown.difference.value,
+                        y + away,
+                        xerr=intervals([shown]),
+                        fmt=ARMS[arm].marker,
+                        color=ARMS[arm].colour,
+                        markersize=6,
+                        capsize=3,
+                        linewidth=1.3,
+                        label=label,
+                    )
         names = [one.pair.approximated.name.replace(", ", ",\n", 1) for one in study.compared]
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
         ax.set_ylim(len(names) - 0.5, -0.5)

@@ -170,10 +170,16 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         error, interval = _spread(means) if there > 1 else (float("nan"), (float("nan"), float("nan")))
         compared.append(
             Compared(
-                pair, float(np.nanmean(first)), float(np.nanmean(second)),
-                Estimate(float(np.nanmean(first - second)), error), interval, there, int(both.sum()), both.size,
+                pair,
+                float(np.nanmean(first)),
+                float(np.nanmean(second)),
+                Estimate(float(np.nanmean(first - second)), error),
+                interval,
+                there,
+                int(both.sum()),
+                both.size,
             )
-        )  # fmt: skip
+        )
     models = results.plan.models
     names = {name for pair, *_ in columns for name in (pair.anchor, pair.target)}
     betas = {name: float(models[name].beta or 0) for name in names}

@@ -28,9 +28,7 @@ def names(one: Compared) -> tuple[str, str]:
 
 def numbers(one: Compared) -> tuple[float, ...]:
     """The values of `NUMBERS`."""
-    return (
-        one.pair.lam, one.approximated, one.retrained, one.difference.value, one.difference.error, *one.interval
-    )  # fmt: skip
+    return (one.pair.lam, one.approximated, one.retrained, one.difference.value, one.difference.error, *one.interval)
 
 
 def images(one: Compared) -> tuple[int, ...]:

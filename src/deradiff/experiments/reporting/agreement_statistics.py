@@ -97,9 +97,14 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         shares = np.array([0.0, *found.shares, 1.0])
         ax.step(errors, shares, where="post", color=style.colour, linewidth=1.8, ls="-" if interpolated else "--")
         ax.plot(
-            errors[1:-1], shares[1:-1], style.marker, color=style.colour, markersize=5, clip_on=False,
+            errors[1:-1],
+            shares[1:-1],
+            style.marker,
+            color=style.colour,
+            markersize=5,
+            clip_on=False,
             label=f"{style.label} (n = {found.pairs})",
-        )  # fmt: skip
+        )
     grid = np.geomspace(low, high, 200)
     if (chance := noise_distribution(study, grid)) is not None:
         ax.plot(grid, chance, color=NOISE, linewidth=1.4, ls=":", label="noise of the prompts alone, λ ≤ 1")
@@ -107,9 +112,17 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         ax.axvline(bound, color="#999999", linewidth=1, zorder=1)
         words = f"{bound:g}" if is_cosine(study.score) else f"{bound / study.original_sd:.2f} SD"
         ax.annotate(
-            words, (bound, 0.02), xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points",
-            rotation=90, fontsize=8, color="#666666", va="bottom", ha="left",
-        )  # fmt: skip
+            words,
+            (bound, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=8,
+            color="#666666",
+            va="bottom",
+            ha="left",
+        )
     ax.set_xscale("log")
     ax.set_xlim(low, high)
     ax.set_ylim(0, 1.03)
@@ -156,9 +169,13 @@ def _inset(ax: Axes, study: Study, known: Mapping[bool, ErrorDistribution]) -> N
     cells = [[_shown(name, columns[part][name]) for part in columns] for name in names]
     width = 0.25
     table = ax.table(
-        cells, rowLabels=names, colLabels=[PARTS[part].label for part in columns], loc="center right", cellLoc="right",
+        cells,
+        rowLabels=names,
+        colLabels=[PARTS[part].label for part in columns],
+        loc="center right",
+        cellLoc="right",
         colWidths=[width] * len(columns),
-    )  # fmt: skip
+    )
     table.auto_set_font_size(False)
     table.set_fontsize(9.5)
     table.scale(1, 1.4)
@@ -193,9 +210,13 @@ def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         if fit is not None:
             line = np.array([x.min(), x.max()])
             ax.plot(
-                line, fit.intercept.value + fit.slope.value * line, color="#CC79A7", linewidth=1.8, zorder=1,
+                line,
+                fit.intercept.value + fit.slope.value * line,
+                color="#CC79A7",
+                linewidth=1.8,
+                zorder=1,
                 label=f"fit: slope {fit.slope.value:.2f} ± {fit.slope.error:.2f}, r = {fit.correlation:.3f}",
-            )  # fmt: skip
+            )
         ax.set_xlabel(f"approximated: {unit(study.score)}")
         ax.set_ylabel(f"retrained: {unit(study.score)}")
         ax.legend(loc="best", fontsize=9)
@@ -217,13 +238,21 @@ def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
             ax.axhspan(*agreement.limits, color="#EAF1F6", zorder=0)
             low, high = agreement.limits
             for value, words, line in (
-                (agreement.bias, "bias", "-"), (low, f"−{LIMITS:g} SD", "--"), (high, f"+{LIMITS:g} SD", "--")
-            ):  # fmt: skip
+                (agreement.bias, "bias", "-"),
+                (low, f"−{LIMITS:g} SD", "--"),
+                (high, f"+{LIMITS:g} SD", "--"),
+            ):
                 ax.axhline(value, color="#0072B2", linewidth=1.2, ls=line, zorder=1)
                 ax.annotate(
-                    f"{words}\n{signed(value, 3)}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                    textcoords="offset points", va="center", fontsize=8.5, color="#004B75",
-                )  # fmt: skip
+                    f"{words}\n{signed(value, 3)}",
+                    (1.0, value),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8.5,
+                    color="#004B75",
+                )
         ax.set_xlabel(f"average of both: {unit(study.score)}")
         ax.set_ylabel("approximated − retrained")
         ax.margins(x=0.1)
@@ -250,9 +279,17 @@ def _by_part(
         style = PARTS[interpolated]
         where = np.array([place(one) for one in found])
         points = ax.scatter(
-            where[:, 0], where[:, 1], s=48, c=[doublings(study, one) for one in found], cmap="PuOr_r",
-            norm=Normalize(-largest, largest), marker=style.marker, edgecolors="#222222", linewidths=0.7, zorder=3,
-        )  # fmt: skip
+            where[:, 0],
+            where[:, 1],
+            s=48,
+            c=[doublings(study, one) for one in found],
+            cmap="PuOr_r",
+            norm=Normalize(-largest, largest),
+            marker=style.marker,
+            edgecolors="#222222",
+            linewidths=0.7,
+            zorder=3,
+        )
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_title(f"{style.label} (n = {len(found)})")
     figure.colorbar(points, ax=axes, label="log₂(β target / β anchor)", fraction=0.04, pad=0.02)
@@ -274,10 +311,16 @@ def _name_farthest(ax: Axes, study: Study, found: Sequence[Compared], x: Sequenc
             labels.append((middle, upright[i]))
             anchor, target = study.betas[found[i].pair.anchor], study.betas[found[i].pair.target]
             ax.annotate(
-                f"β {anchor:g} → {target:g}", (x[i], y[i]), xytext=(8 * side, 0), textcoords="offset points",
-                ha="left" if side > 0 else "right", va="center", fontsize=8, color="#333333",
+                f"β {anchor:g} → {target:g}",
+                (x[i], y[i]),
+                xytext=(8 * side, 0),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                fontsize=8,
+                color="#333333",
                 bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
+            )
             break
 
 
@@ -317,10 +360,15 @@ def verdicts(known: Mapping[str, Sequence[Judged]]) -> Figure:
             style = KINDS.get(kind, OTHER)
             some = [(estimated, true) for other, estimated, true in points if other == kind]
             entries[kind] = ax.errorbar(
-                [estimated.value for estimated, _ in some], [true.value for _, true in some],
-                [1.96 * true.error for _, true in some], fmt=style.marker, color=style.colour, markersize=6,
-                elinewidth=0.9, label=kind,
-            )  # fmt: skip
+                [estimated.value for estimated, _ in some],
+                [true.value for _, true in some],
+                [1.96 * true.error for _, true in some],
+                fmt=style.marker,
+                color=style.colour,
+                markersize=6,
+                elinewidth=0.9,
+                label=kind,
+            )
         for scale, limit in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
             scale("symlog", linthresh=0.1, linscale=0.8)
             limit(-end, end)

@@ -33,10 +33,17 @@ def table_1(results: Results, found: Sequence[Study]) -> Exhibit | None:
             noise, in_sd = study.noise(True), mae / study.original_sd if study.original_sd else float("nan")
             rows.append(
                 (
-                    study.score, len(part), mae, study.relative(mae), noise.error, noise.floor, in_sd,
-                    study.original_mean, study.original_sd,
+                    study.score,
+                    len(part),
+                    mae,
+                    study.relative(mae),
+                    noise.error,
+                    noise.floor,
+                    in_sd,
+                    study.original_mean,
+                    study.original_sd,
                 )
-            )  # fmt: skip
+            )
     if not rows:
         return None
     caption = (
@@ -47,9 +54,16 @@ def table_1(results: Results, found: Sequence[Study]) -> Exhibit | None:
         "every approximation agreed with its retrained model."
     )
     header = (
-        "score", "pairs", "MAE", "MAE, % of μ", "s.e. of the MAE over prompts", "MAE of noise alone", "MAE / SD", "μ",
+        "score",
+        "pairs",
+        "MAE",
+        "MAE, % of μ",
+        "s.e. of the MAE over prompts",
+        "MAE of noise alone",
+        "MAE / SD",
+        "μ",
         "SD",
-    )  # fmt: skip
+    )
     return exhibit(results, "table-1", found[0], "Approximation errors at λ in [0, 1]", caption, header, rows)
 
 
@@ -103,9 +117,15 @@ def particles(results: Results, found: Sequence[Study], plain: Sequence[Study]) 
     )
     header = ("anchor", "target", "method", "score", *NUMBERS, *COUNTS, "effective_particles", "collapsed")
     return exhibit(
-        results, "particles", found[0], "Particles beside Algorithm 1", caption, header, rows,
+        results,
+        "particles",
+        found[0],
+        "Particles beside Algorithm 1",
+        caption,
+        header,
+        rows,
         figure=agreement_figures.particles_beside([(study, by_score.get(study.score)) for study in found]),
-    )  # fmt: skip
+    )
 
 
 def verdict_counts(results: Results, found: Sequence[Study], said: Callable[[], list[Judged]]) -> Exhibit | None:
@@ -126,11 +146,19 @@ def verdict_errors(results: Results, found: Sequence[Study], said: Callable[[], 
     """Every verdict beside its true error; drawn where both are known."""
     rows = [
         (
-            *names(one.compared), one.score, one.compared.pair.lam, one.kind, one.judgement, *percent(one.estimated),
-            *percent(one.true), None if one.weighted is None else 100 * one.weighted, one.evenness, one.words,
+            *names(one.compared),
+            one.score,
+            one.compared.pair.lam,
+            one.kind,
+            one.judgement,
+            *percent(one.estimated),
+            *percent(one.true),
+            None if one.weighted is None else 100 * one.weighted,
+            one.evenness,
+            one.words,
         )
         for one in said()
-    ]  # fmt: skip
+    ]
     if not rows:
         return None
     known: dict[str, list[Judged]] = {}
@@ -149,13 +177,30 @@ def verdict_errors(results: Results, found: Sequence[Study], said: Callable[[], 
             f"error, the band is {TRUSTED:.0%} of the shift, and axes are linear within 10%, logarithmic beyond."
         )
     header = (
-        "anchor", "target", "score", "λ", "verdict", "which is", "estimated error, %", "estimate's ±", "true error, %",
-        "true error's ±", "weighted mean's error, %", "ESS/n", "in words",
-    )  # fmt: skip
+        "anchor",
+        "target",
+        "score",
+        "λ",
+        "verdict",
+        "which is",
+        "estimated error, %",
+        "estimate's ±",
+        "true error, %",
+        "true error's ±",
+        "weighted mean's error, %",
+        "ESS/n",
+        "in words",
+    )
     return exhibit(
-        results, "verdict-errors", found[0], "The verdict against the true error", caption, header, rows,
+        results,
+        "verdict-errors",
+        found[0],
+        "The verdict against the true error",
+        caption,
+        header,
+        rows,
         figure=agreement_statistics.verdicts(known) if known else None,
-    )  # fmt: skip
+    )
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -69,10 +69,16 @@ def judged(results: Results, study: Study) -> list[Judged]:
         estimated = None if verdict.error is None else Estimate(-verdict.error.value, verdict.error.error)
         found.append(
             Judged(
-                one, study.score, verdict.kind, verdict.words, verdict.comparison.evenness, estimated,
-                true, weighted,
+                one,
+                study.score,
+                verdict.kind,
+                verdict.words,
+                verdict.comparison.evenness,
+                estimated,
+                true,
+                weighted,
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -83,10 +83,14 @@ def series_of(results: Results) -> list[Series]:
         look = siblings.index(of) if len(siblings) <= FEW or kind == "model" else 0
         found.append(
             Series(
-                kind, _label(plan, kind, of, len(siblings)), variant, look, tuple(arms),
+                kind,
+                _label(plan, kind, of, len(siblings)),
+                variant,
+                look,
+                tuple(arms),
                 kind in ("realign", "anneal", "interpolate") or all(_strength(plan, arm) for arm in arms),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -171,9 +175,13 @@ def _label(plan: Plan, kind: str, of: str, siblings: int) -> str:
     if kind == "model":
         return f"{of}, as aligned"
     words = {
-        "realign": "realigned (DeRaDiff)", "particles": "realigned by particles", "anneal": "annealed guidance (AIG)",
-        "interpolate": "interpolated weights", "combine": "combined rewards", "optimize-noise": "optimised noise",
-    }[kind]  # fmt: skip
+        "realign": "realigned (DeRaDiff)",
+        "particles": "realigned by particles",
+        "anneal": "annealed guidance (AIG)",
+        "interpolate": "interpolated weights",
+        "combine": "combined rewards",
+        "optimize-noise": "optimised noise",
+    }[kind]
     return f"{words}, {model_label(plan, of)}" if of and 1 < siblings <= FEW else words
 
 

@@ -123,9 +123,15 @@ def offers(results: Results, prompts: str, score: str) -> list[Offer]:
     for power in range(1, 1 + int(math.log2(table.shape[1]))):
         count = 2**power
         best = Offer(
-            f"reference, best of {count}", "best-of", STYLES["best-of"].label, 0, False, best_of(table, count),
-            Evaluations(count * plain.forward), count * results.seconds(reference),
-        )  # fmt: skip
+            f"reference, best of {count}",
+            "best-of",
+            STYLES["best-of"].label,
+            0,
+            False,
+            best_of(table, count),
+            Evaluations(count * plain.forward),
+            count * results.seconds(reference),
+        )
         found.append(best)
     return found
 
@@ -171,9 +177,19 @@ def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit
         finite = offer.by_prompt[np.isfinite(offer.by_prompt)]
         spread = float(finite.std(ddof=1)) / len(finite) ** 0.5
         rows.append(
-            (offer.name, offer.kind, *offer.evaluations, relative[0], offer.seconds, relative[1], float(finite.mean()),
-             spread, *gain, "yes" if is_best else "")
-        )  # fmt: skip
+            (
+                offer.name,
+                offer.kind,
+                *offer.evaluations,
+                relative[0],
+                offer.seconds,
+                relative[1],
+                float(finite.mean()),
+                spread,
+                *gain,
+                "yes" if is_best else "",
+            )
+        )
         bought.append(Bought(offer.kind, offer.label, offer.look, offer.hollow, *gain[:3], *relative, is_best))
     yield Exhibit(
         key=f"equal-cost-{slug}",
@@ -181,13 +197,24 @@ def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit
         title=f"What methods gain at equal cost, {prompts}",
         caption=_cost_caption(results, prompts, score),
         header=(
-            "arm", "method", "forward evaluations", "backward evaluations", "evaluations / reference's", "seconds",
-            "seconds / reference's", "mean score", "s.e. of mean score", "difference to the reference", "95% from",
-            "95% to", "prompts (n)", "non-dominated",
+            "arm",
+            "method",
+            "forward evaluations",
+            "backward evaluations",
+            "evaluations / reference's",
+            "seconds",
+            "seconds / reference's",
+            "mean score",
+            "s.e. of mean score",
+            "difference to the reference",
+            "95% from",
+            "95% to",
+            "prompts (n)",
+            "non-dominated",
         ),
         rows=tuple(rows),
         figure=equal_cost(bought, f"{unit(short(score))},\ndifference to the reference"),
-    )  # fmt: skip
+    )
 
 
 def _cost_caption(results: Results, prompts: str, score: str) -> str:
@@ -238,11 +265,19 @@ def savings(results: Results) -> Iterator[Exhibit]:
     counts = [*([(targets, "targets of this plan")] if targets > 1 else []), *((n, "DeRaDiff, §6") for n in SWEEPS)]
     rows = tuple(
         (
-            count, which, count * hours, hours, (count - 1) * hours, 100 * saved(count), (count - 1) * one.exaflops,
-            twice, extra, (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,
+            count,
+            which,
+            count * hours,
+            hours,
+            (count - 1) * hours,
+            100 * saved(count),
+            (count - 1) * one.exaflops,
+            twice,
+            extra,
+            (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,
         )
         for count, which in counts
-    )  # fmt: skip
+    )
     yield Exhibit(
         key="compute-saved",
         section=SECTION,
@@ -256,8 +291,16 @@ def savings(results: Results) -> Iterator[Exhibit]:
             "sampling ran on the same hardware."
         ),
         header=(
-            "N", "which", "GPU hours, sweep", "GPU hours, aligned once", "GPU hours saved", "saved, %", "EFLOP saved",
-            "evaluations per image / reference's", "extra seconds per image", "images that use up the saving",
+            "N",
+            "which",
+            "GPU hours, sweep",
+            "GPU hours, aligned once",
+            "GPU hours saved",
+            "saved, %",
+            "EFLOP saved",
+            "evaluations per image / reference's",
+            "extra seconds per image",
+            "images that use up the saving",
         ),
         rows=rows,
-    )  # fmt: skip
+    )

@@ -155,10 +155,15 @@ def measured(
             within = _attempt(partial(take, chosen, labels[together]), refusals)
             values[measure], errors[measure] = (math.nan, math.nan) if within is None else within.mean
     return Measured(
-        images=len(places), prompts=len(labels.unique()), features=frechet.features, compared=spectral.compared,
-        values=values, errors=errors, caveats=tuple(filter(None, (frechet.caveat, spectral.caveat))),
+        images=len(places),
+        prompts=len(labels.unique()),
+        features=frechet.features,
+        compared=spectral.compared,
+        values=values,
+        errors=errors,
+        caveats=tuple(filter(None, (frechet.caveat, spectral.caveat))),
         refusals=tuple(refusals),
-    )  # fmt: skip
+    )
 
 
 def jackknifed(parts: Sequence[float]) -> float:
@@ -230,9 +235,17 @@ def table(results: Results, extractor: str, slug: str, found: dict[Arm, Measured
     for arm, mine in found.items():
         numbers = [number for measure in MEASURES for number in (mine.values[measure], mine.errors[measure])]
         rows.append(
-            (arm.name, kind_of(arm), mine.images, mine.prompts, mine.features, mine.compared, *numbers,
-             " ".join(mine.refusals))
-        )  # fmt: skip
+            (
+                arm.name,
+                kind_of(arm),
+                mine.images,
+                mine.prompts,
+                mine.features,
+                mine.compared,
+                *numbers,
+                " ".join(mine.refusals),
+            )
+        )
     return Exhibit(
         key=f"diversity-{slug}",
         section=SECTION,
@@ -245,15 +258,20 @@ def table(results: Results, extractor: str, slug: str, found: dict[Arm, Measured
             "coverage measures of its figures 4 and 17 to 24). Vendi score and mean pairwise Euclidean distance are "
             "within prompts, averaged over them; the second Vendi score is of all images together. The reference is "
             "compared with its own images, and other arms start from the same noise as it does: independent images "
-            f"would be farther apart. {_on_errors(found)}{_on_few(found)}"
-            + substitutes(results.plan, [where])
+            f"would be farther apart. {_on_errors(found)}{_on_few(found)}" + substitutes(results.plan, [where])
         ),
         header=(
-            "arm", "method", "images", "prompts", "features", "eigenvalues in LSCD",
-            *(column for measure in MEASURES for column in (measure.name, f"s.e. of {measure.name}")), "not measured",
+            "arm",
+            "method",
+            "images",
+            "prompts",
+            "features",
+            "eigenvalues in LSCD",
+            *(column for measure in MEASURES for column in (measure.name, f"s.e. of {measure.name}")),
+            "not measured",
         ),
         rows=tuple(rows),
-    )  # fmt: skip
+    )
 
 
 def _on_errors(found: dict[Arm, Measured]) -> str:
@@ -333,8 +351,9 @@ def spectral_illustration() -> Exhibit:
     clouds = reference_mismatch()
     numbers = {
         name: (cloud.frechet.value, cloud.spectral.scd, cloud.spectral.lscd)
-        for name, cloud in clouds.items() if name != "base"
-    }  # fmt: skip
+        for name, cloud in clouds.items()
+        if name != "base"
+    }
     return Exhibit(
         key="spectral-distance",
         section=SECTION,
@@ -347,14 +366,21 @@ def spectral_illustration() -> Exhibit:
             "functions that measure the arms. 500 points each, whose means and covariances are exactly those drawn."
         ),
         header=(
-            "distribution", "mean x", "mean y", "eigenvalue 1", "eigenvalue 2", "FID to D1", "SCD to D1", "LSCD to D1",
+            "distribution",
+            "mean x",
+            "mean y",
+            "eigenvalue 1",
+            "eigenvalue 2",
+            "FID to D1",
+            "SCD to D1",
+            "LSCD to D1",
         ),
         rows=tuple(
             (label, *clouds[name].mean.tolist(), *clouds[name].spectrum.tolist(), *numbers.get(name, (0.0, 0.0, 0.0)))
             for name, label in NAMES.items()
         ),
         figure=illustration({NAMES[name]: cloud for name, cloud in clouds.items()}),
-    )  # fmt: skip
+    )
 
 
 NAMES = {"base": "D1, base", "collapsed": "D2, tighter", "moved": "D3, moved"}

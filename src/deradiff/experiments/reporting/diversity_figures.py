@@ -42,9 +42,13 @@ def spectra_figure(base: Sequence[float], panels: Mapping[str, Sequence[Curve]])
         ax.axhline(1, color=BASE.colour, linewidth=1.2)
         for place, curve in enumerate(curves):
             ax.plot(
-                range(1, len(curve.values) + 1), curve.values, linewidth=1.4, linestyle=LINES[place % len(LINES)],
-                color=graded(place, len(curves)), label=curve.label,
-            )  # fmt: skip
+                range(1, len(curve.values) + 1),
+                curve.values,
+                linewidth=1.4,
+                linestyle=LINES[place % len(LINES)],
+                color=graded(place, len(curves)),
+                label=curve.label,
+            )
         ax.set_title(title)
         ax.set_ylabel("eigenvalue / reference's")
         ax.legend(fontsize=7.5, ncols=1 + (len(curves) > 4), handlelength=2.6, labelspacing=0.25, loc="lower left")

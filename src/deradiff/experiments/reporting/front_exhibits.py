@@ -42,9 +42,12 @@ from deradiff.measures import non_dominated
 SECTION = "Trade-offs"
 
 FRONTS = {
-    FID: "FID (← closer)", RECALL: "recall (closer →)", SCD: "SCD (← closer)", LSCD: "LSCD (← closer)",
+    FID: "FID (← closer)",
+    RECALL: "recall (closer →)",
+    SCD: "SCD (← closer)",
+    LSCD: "LSCD (← closer)",
     VENDI: "Vendi (more diverse →)",
-}  # fmt: skip
+}
 """The columns of AIG's figure 4, and Vendi, with what their axes are called."""
 
 FARTHEST = 2.0
@@ -109,9 +112,14 @@ def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measur
 
 
 def panel_of(
-    results: Results, points: Mapping[Arm, Point], upwards: str, across: str, maximize: bool, squared: bool,
+    results: Results,
+    points: Mapping[Arm, Point],
+    upwards: str,
+    across: str,
+    maximize: bool,
+    squared: bool,
     title: str = "",
-) -> Panel | None:  # fmt: skip
+) -> Panel | None:
     """The trade-off of these points; None where there are not two to compare with the reference.
 
     The ideal point is the best mean score at what the reference has across, as in AIG's figure 4.
@@ -137,14 +145,21 @@ def panel_of(
 
 
 _FRONT_HEADER = (
-    "prompts", "arm", "method", "series", "λ", "mean score", "s.e. of mean score", "prompts (n)",
+    "prompts",
+    "arm",
+    "method",
+    "series",
+    "λ",
+    "mean score",
+    "s.e. of mean score",
+    "prompts (n)",
     *(
         column
         for measure in FRONTS
         for column in (measure.name, f"s.e. of {measure.name}", f"non-dominated in {measure.name}")
     ),
     "images for diversity",
-)  # fmt: skip
+)
 
 
 def _front_rows(
@@ -157,9 +172,11 @@ def _front_rows(
             value
             for measure in FRONTS
             for value in (
-                mine.values[measure], mine.errors[measure], _yes(measure in row and arm in row[measure].front)
+                mine.values[measure],
+                mine.errors[measure],
+                _yes(measure in row and arm in row[measure].front),
             )
-        ]  # fmt: skip
+        ]
         rows.append((*_about(results, prompts, arm, score), *numbers, mine.images))
     return rows
 
@@ -173,9 +190,14 @@ def _about(results: Results, prompts: str, arm: Arm, score: str) -> tuple[Any, .
     series = next((one.label for one in series_of(results) if arm in one.arms), "reference")
     by_prompt = results.by_prompt(arm, prompts, score)
     return (
-        prompts, arm.name, kind_of(arm), series, arm.lam, *results.mean(arm, prompts, score),
+        prompts,
+        arm.name,
+        kind_of(arm),
+        series,
+        arm.lam,
+        *results.mean(arm, prompts, score),
         int(np.isfinite(by_prompt).sum()),
-    )  # fmt: skip
+    )
 
 
 def _yes(is_so: bool) -> str:
@@ -281,15 +303,26 @@ def returning(results: Results) -> Iterator[Exhibit]:
                 label = model_label(results.plan, anchor)
                 panels.setdefault(prompts, {}).setdefault(short(score), []).append(
                     Strip(
-                        label, [lam for lam, *_ in known], [one.value for *_, one in known],
-                        [one.low for *_, one in known], [one.high for *_, one in known],
+                        label,
+                        [lam for lam, *_ in known],
+                        [one.value for *_, one in known],
+                        [one.low for *_, one in known],
+                        [one.high for *_, one in known],
                     )
-                )  # fmt: skip
+                )
                 rows += [
-                    (prompts, score, anchor, lam, arm.name, *results.mean(arm, prompts, score), *one,
-                     one.value / whole if whole else math.nan)
+                    (
+                        prompts,
+                        score,
+                        anchor,
+                        lam,
+                        arm.name,
+                        *results.mean(arm, prompts, score),
+                        *one,
+                        one.value / whole if whole else math.nan,
+                    )
                     for lam, arm, one in known
-                ]  # fmt: skip
+                ]
     if rows:
         yield Exhibit(
             key="attributes-by-lambda",
@@ -303,12 +336,22 @@ def returning(results: Results) -> Iterator[Exhibit]:
                 "intervals by a paired bootstrap over prompts." + substitutes(results.plan, list(panels))
             ),
             header=(
-                "prompts", "score", "anchor", "λ", "arm", "mean", "s.e. of mean", "difference to the reference",
-                "95% from", "95% to", "prompts (n)", "share of the anchor's difference",
+                "prompts",
+                "score",
+                "anchor",
+                "λ",
+                "arm",
+                "mean",
+                "s.e. of mean",
+                "difference to the reference",
+                "95% from",
+                "95% to",
+                "prompts (n)",
+                "share of the anchor's difference",
             ),
             rows=tuple(rows),
             figure=attributes(panels),
-        )  # fmt: skip
+        )
 
 
 def strips(results: Results, prompts: str) -> dict[str, list[tuple[float, Arm]]]:

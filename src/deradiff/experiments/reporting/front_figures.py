@@ -98,9 +98,14 @@ def _trade_off(ax: Axes, panel: Panel) -> None:
         style, fill = style_of(series.kind, series.look), fill_of(series.kind, series.look)
         if series.connected and len(points) > 1:
             ax.plot(
-                [point.x for point in points], [point.y for point in points], color=style.colour, linewidth=1.1,
-                linestyle=LINES[series.variant % len(LINES)], alpha=0.75, zorder=2,
-            )  # fmt: skip
+                [point.x for point in points],
+                [point.y for point in points],
+                color=style.colour,
+                linewidth=1.1,
+                linestyle=LINES[series.variant % len(LINES)],
+                alpha=0.75,
+                zorder=2,
+            )
         for hollow in (False, True):
             some = [point for point in points if extrapolates(point.arm) == hollow]
             _marked(ax, some, style, None, fill="none" if hollow else fill)
@@ -110,9 +115,15 @@ def _trade_off(ax: Axes, panel: Panel) -> None:
         _marked(ax, [panel.unregularised], UNREGULARISED, UNREGULARISED.label, size=8.5)
     if panel.ideal is not None:
         ax.plot(
-            *panel.ideal, IDEAL.marker, color=IDEAL.colour, markersize=14, markeredgecolor="#222222",
-            markeredgewidth=0.7, label=IDEAL.label, zorder=3.5,
-        )  # fmt: skip
+            *panel.ideal,
+            IDEAL.marker,
+            color=IDEAL.colour,
+            markersize=14,
+            markeredgecolor="#222222",
+            markeredgewidth=0.7,
+            label=IDEAL.label,
+            zorder=3.5,
+        )
     every = {point.arm: point for point in (panel.base, *(point for _, points in panel.series for point in points))}
     _ringed(ax, [(point.x, point.y) for arm, point in every.items() if arm in panel.front])
     ax.margins(0.09)
@@ -158,9 +169,17 @@ def _paint(style: Style, fill: Fill) -> dict[str, Any]:
 def _ringed(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
     """Rings around what is non-dominated."""
     ax.plot(
-        [x for x, _ in places], [y for _, y in places], "o", markersize=11, markerfacecolor="none",
-        markeredgecolor="#222222", markeredgewidth=0.7, linestyle="none", label="non-dominated", zorder=5,
-    )  # fmt: skip
+        [x for x, _ in places],
+        [y for _, y in places],
+        "o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor="#222222",
+        markeredgewidth=0.7,
+        linestyle="none",
+        label="non-dominated",
+        zorder=5,
+    )
 
 
 def root_ticks(largest: float) -> list[float]:
@@ -206,9 +225,13 @@ def _legend(figure: Figure) -> None:
     # A character of the legend's 10 points is 0.07 inches wide on average, the marker and the gap six of them.
     columns = max(1, int(figure.get_figwidth() / (0.07 * (6 + max(map(len, entries))))))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside upper center", ncols=min(columns, len(entries)),
-        columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+        entries.values(),
+        entries.keys(),
+        loc="outside upper center",
+        ncols=min(columns, len(entries)),
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
 
 def plain(value: float, _: Any = None) -> str:
@@ -252,9 +275,14 @@ def equal_cost(bought: Sequence[Bought], gain: str) -> Figure:
             style, fill = style_of(one.kind, one.look), fill_of(one.kind, one.look)
             if math.isfinite(x):
                 ax.errorbar(
-                    x, one.gain, yerr=[[one.gain - one.low], [one.high - one.gain]], fmt=style.marker, markersize=5.5,
-                    elinewidth=0.9, **_paint(style, "none" if one.hollow else fill),
-                )  # fmt: skip
+                    x,
+                    one.gain,
+                    yerr=[[one.gain - one.low], [one.high - one.gain]],
+                    fmt=style.marker,
+                    markersize=5.5,
+                    elinewidth=0.9,
+                    **_paint(style, "none" if one.hollow else fill),
+                )
                 _named(ax, style, one.label, fill)
         ax.axhline(0, color=BASE.colour, linewidth=1.2, label=BASE.label)
     _ringed(axes[0], [(place, one.gain) for one, place in places if one.front])
@@ -294,9 +322,14 @@ def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[Bought]]]) ->
         ticks.append((start + end) / 2)
         best = max([best, *(one.gain for one in members)])
         ax.plot(
-            [start, end], [best, best], color="#444444", linewidth=1, linestyle=(0, (4, 2)),
-            label="best at this cost or less", zorder=1,
-        )  # fmt: skip
+            [start, end],
+            [best, best],
+            color="#444444",
+            linewidth=1,
+            linestyle=(0, (4, 2)),
+            label="best at this cost or less",
+            zorder=1,
+        )
         if number % 2:
             ax.axvspan(start, end, color="#F1F1F1", zorder=0)
         start = end
@@ -336,16 +369,29 @@ def attributes(panels: Mapping[str, Mapping[str, Sequence[Strip]]]) -> Figure:
                 colour = graded(number, len(anchors))
                 bars = [np.subtract(strip.values, strip.lows), np.subtract(strip.highs, strip.values)]
                 ax.errorbar(
-                    strip.lams, strip.values, yerr=bars, color=colour, fmt=MODEL_MARKERS[number % len(MODEL_MARKERS)],
-                    linestyle=LINES[number % len(LINES)], markersize=4.5, linewidth=1.2, elinewidth=0.9,
+                    strip.lams,
+                    strip.values,
+                    yerr=bars,
+                    color=colour,
+                    fmt=MODEL_MARKERS[number % len(MODEL_MARKERS)],
+                    linestyle=LINES[number % len(LINES)],
+                    markersize=4.5,
+                    linewidth=1.2,
+                    elinewidth=0.9,
                     label=f"anchor {strip.anchor}",
-                )  # fmt: skip
+                )
             for lam, words in ((0, "reference"), (1, "anchor")):
                 ax.axvline(lam, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
                 ax.annotate(
-                    words, (lam, 1), (2, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                    fontsize=7.5, color="#666666", va="top",
-                )  # fmt: skip
+                    words,
+                    (lam, 1),
+                    (2, -2),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color="#666666",
+                    va="top",
+                )
             ax.set_title(f"{score} on “{prompts}”")
             ax.margins(y=0.14)
         row[0].set_ylabel("difference to the reference,\npoints of the score")

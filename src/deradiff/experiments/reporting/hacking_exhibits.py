@@ -157,13 +157,16 @@ def table(results: Results, features: str) -> Iterator[Exhibit]:
     caption = _caption(results, rows, name)
     cells = tuple(_cells(features, row) for row in rows)
     title = f"Undoing reward hacking by {name}"
+    yield Exhibit(key("hacking-table", features), SECTION, title, f"{caption} After DeRaDiff, Table 3.", HEADER, cells)
     yield Exhibit(
-        key("hacking-table", features), SECTION, title, f"{caption} After DeRaDiff, Table 3.", HEADER, cells
-    )  # fmt: skip
-    yield Exhibit(
-        key("hacking-distance", features), SECTION, title, f"{caption} After DeRaDiff, figure 10.", HEADER, cells,
+        key("hacking-distance", features),
+        SECTION,
+        title,
+        f"{caption} After DeRaDiff, figure 10.",
+        HEADER,
+        cells,
         figure=draw(rows, name),
-    )  # fmt: skip
+    )
 
 
 def distances(results: Results, undoing: Undoing, prompts: str, features: str) -> Distances | None:
@@ -176,9 +179,14 @@ def distances(results: Results, undoing: Undoing, prompts: str, features: str) -
     rows, columns = (np.asarray(side) for side in zip(*places, strict=True))
     count = len(np.unique(rows))
     return Distances(
-        undoing, prompts, distance(healthy, hacked), distance(healthy, realigned),
-        bootstrapped(hacked, realigned, healthy, rows), count, apart(hacked, realigned, healthy, columns),
-    )  # fmt: skip
+        undoing,
+        prompts,
+        distance(healthy, hacked),
+        distance(healthy, realigned),
+        bootstrapped(hacked, realigned, healthy, rows),
+        count,
+        apart(hacked, realigned, healthy, columns),
+    )
 
 
 Vectors = Float[np.ndarray, "image feature"]
@@ -240,20 +248,53 @@ def apart(
 
 
 HEADER = (
-    "features", "prompts", "hacked", "realigned", "healthy", "λ", "distance of hacked", "s.e. (hacked)",
-    "distance of realigned", "s.e. (realigned)", "Δ", "s.e. (Δ)", "Δ in %", "s.e. (Δ in %)", "prompts (n)",
-    "images (n)", "hacked, other seeds", "realigned, other seeds", "healthy, other seeds", "few samples",
-)  # fmt: skip
+    "features",
+    "prompts",
+    "hacked",
+    "realigned",
+    "healthy",
+    "λ",
+    "distance of hacked",
+    "s.e. (hacked)",
+    "distance of realigned",
+    "s.e. (realigned)",
+    "Δ",
+    "s.e. (Δ)",
+    "Δ in %",
+    "s.e. (Δ in %)",
+    "prompts (n)",
+    "images (n)",
+    "hacked, other seeds",
+    "realigned, other seeds",
+    "healthy, other seeds",
+    "few samples",
+)
 
 
 def _cells(features: str, row: Distances) -> tuple[Any, ...]:
     undoing, errors = row.undoing, row.errors
     return (
-        features, row.prompts, undoing.hacked.name, undoing.realigned.name, undoing.healthy.name, undoing.realigned.lam,
-        row.hacked.value, errors["hacked"], row.realigned.value, errors["realigned"], row.undone, errors["undone"],
-        row.percent, errors["percent"], row.prompt_count, row.hacked.samples[0],
-        row.apart["hacked"], row.apart["realigned"], row.apart["healthy"], row.caveat,
-    )  # fmt: skip
+        features,
+        row.prompts,
+        undoing.hacked.name,
+        undoing.realigned.name,
+        undoing.healthy.name,
+        undoing.realigned.lam,
+        row.hacked.value,
+        errors["hacked"],
+        row.realigned.value,
+        errors["realigned"],
+        row.undone,
+        errors["undone"],
+        row.percent,
+        errors["percent"],
+        row.prompt_count,
+        row.hacked.samples[0],
+        row.apart["hacked"],
+        row.apart["realigned"],
+        row.apart["healthy"],
+        row.caveat,
+    )
 
 
 def _caption(results: Results, rows: Sequence[Distances], name: str) -> str:
@@ -289,8 +330,12 @@ def _first(rows: Sequence[Distances]) -> list[Distances]:
 
 
 LEGEND = (
-    "hacked", "hacked, other seeds", "realigned by DeRaDiff", "realigned, other seeds", "healthy, other seeds",
-)  # fmt: skip
+    "hacked",
+    "hacked, other seeds",
+    "realigned by DeRaDiff",
+    "realigned, other seeds",
+    "healthy, other seeds",
+)
 
 
 def draw(rows: Sequence[Distances], name: str) -> Figure:
@@ -311,9 +356,13 @@ def draw(rows: Sequence[Distances], name: str) -> Figure:
         named |= dict(zip(words, handles, strict=True))
     order = sorted(named, key=LEGEND.index)
     figure.legend(
-        [named[words] for words in order], order, loc="outside upper center", ncols=3 if len(sets) > 1 else 2,
-        frameon=False, fontsize=9,
-    )  # fmt: skip
+        [named[words] for words in order],
+        order,
+        loc="outside upper center",
+        ncols=3 if len(sets) > 1 else 2,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
@@ -325,14 +374,22 @@ def _panel(axes: Axes, rows: Sequence[Distances]) -> None:
         text = f"{-row.percent:+.0f}%".replace("-", "−")
         axes.annotate(
             text, (sum(ends) / 2, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK
-        )  # fmt: skip
+        )
     for which, words, marker, colour in (("hacked", LEGEND[0], "o", VERMILLION), ("realigned", LEGEND[2], "D", BLUE)):
         values = [getattr(row, which).value for row in rows]
         errors = [row.errors[which] for row in rows]
         axes.errorbar(
-            values, places, xerr=errors, fmt=marker, color=colour, markersize=7, capsize=3, lw=1.2, label=words,
+            values,
+            places,
+            xerr=errors,
+            fmt=marker,
+            color=colour,
+            markersize=7,
+            capsize=3,
+            lw=1.2,
+            label=words,
             clip_on=False,
-        )  # fmt: skip
+        )
         other = [row.apart[which] for row in rows]
         if np.isfinite(other).any():
             axes.plot(

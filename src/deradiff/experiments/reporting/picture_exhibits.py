@@ -185,9 +185,15 @@ def mean_lam(arm: Arm) -> float:
 
 
 def _compared(
-    results: Results, before: Sequence[Arm | None], columns: Sequence[Column], after: Sequence[Arm | None], name: str,
-    title: str, caption: str, source: str,
-) -> Iterator[Exhibit]:  # fmt: skip
+    results: Results,
+    before: Sequence[Arm | None],
+    columns: Sequence[Column],
+    after: Sequence[Arm | None],
+    name: str,
+    title: str,
+    caption: str,
+    source: str,
+) -> Iterator[Exhibit]:
     """A sheet of `columns` between what they are to be compared with, if any of them has pictures."""
     ends = [[Column(label(results.plan, arm), arm) for arm in side if arm is not None] for side in (before, after)]
     columns = [*ends[0], *columns, *ends[1]]

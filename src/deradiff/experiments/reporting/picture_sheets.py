@@ -211,9 +211,16 @@ def panels(
 
 
 def _exhibit(
-    results: Results, key: str, section: str, title: str, caption: str, columns: Sequence[Column], of: Sequence[Shot],
-    picture: Image.Image, planned: int,
-) -> Exhibit:  # fmt: skip
+    results: Results,
+    key: str,
+    section: str,
+    title: str,
+    caption: str,
+    columns: Sequence[Column],
+    of: Sequence[Shot],
+    picture: Image.Image,
+    planned: int,
+) -> Exhibit:
     rows = listed(results, columns, of)
     if len(rows) < planned:
         caption += f" {planned - len(rows)} of {planned} pictures are not there: they are crossed out or left out."

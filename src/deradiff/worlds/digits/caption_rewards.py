@@ -45,9 +45,12 @@ def machine() -> Machine:
         # scikit-learn keeps, for the vectors of one class, a row of coefficients for each other class.
         row[owned[i]], row[owned[j]] = dual[j - 1, owned[i]], dual[i, owned[j]]
     return Machine(
-        torch.from_numpy(trained.support_vectors_), coefficients, torch.from_numpy(trained.intercept_), contestants,
+        torch.from_numpy(trained.support_vectors_),
+        coefficients,
+        torch.from_numpy(trained.intercept_),
+        contestants,
         trained.gamma,
-    )  # fmt: skip
+    )
 
 
 def margins(ink_maps: Float[Tensor, "batch 256"]) -> Float[Tensor, "batch contest"]:
