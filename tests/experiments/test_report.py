@@ -18,7 +18,7 @@ from PIL import Image
 from deradiff.experiments import running
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.reporting import report, report_page
-from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.exhibits import Exhibit, as_csv
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.files import pages
@@ -78,7 +78,7 @@ def each(*found: Exhibit | Exception) -> Callable[[Results], Iterator[Exhibit]]:
     return gather
 
 
-Write = Callable[..., tuple[report.Written, Parsed]]
+Write = Callable[..., tuple[report.WrittenReport, Parsed]]
 
 
 @pytest.fixture
@@ -278,5 +278,5 @@ def test_tables_set_words_apart() -> None:
 
 
 def test_csv_writes_what_is_not_known_as_nothing() -> None:
-    data = report.as_csv(("a", "b,c"), ((float("nan"), None), (0.1 + 0.2, "λ\n1")))
+    data = as_csv(("a", "b,c"), ((float("nan"), None), (0.1 + 0.2, "λ\n1")))
     assert list(csv.reader(io.StringIO(data.decode()))) == [["a", "b,c"], ["", ""], ["0.30000000000000004", "λ\n1"]]

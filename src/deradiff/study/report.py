@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.reporting.report import draw
+from deradiff.experiments.reporting.exhibits import Exhibit, write_exhibit
 from deradiff.files.outputs import replaced
 from deradiff.files.pages import counted
 from deradiff.study import figures
@@ -55,7 +54,7 @@ def write(found: Analysis, out: Path) -> list[Path]:
     with replaced(out, "analysis", ["summary.txt"]) as folder:
         summary = folder / "summary.txt"
         summary.write_text(summary_of(found), encoding="utf-8")
-        files = [summary, *(file for exhibit in exhibits(found) for file in draw(exhibit, (), folder).files)]
+        files = [summary, *(file for exhibit in exhibits(found) for file in write_exhibit(exhibit, (), folder).files)]
     return [out / file.name for file in files]
 
 

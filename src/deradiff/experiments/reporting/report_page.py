@@ -6,17 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deradiff.experiments.plan import write_plan
+from deradiff.experiments.reporting.exhibits import WrittenExhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import IMAGE, Store
 from deradiff.files import pages
 from deradiff.files.pages import counted
 from deradiff.files.records import versions
-
-if TYPE_CHECKING:
-    from deradiff.experiments.reporting.report import Drawn
 
 STYLE = """
 nav { border: 1px solid #e4e4e8; border-radius: 6px; padding: .4rem 1.2rem; margin: 1.5rem 0; font-size: 15px; }
@@ -35,10 +33,12 @@ EXAMPLES = 3
 """Images that are named for every error of a scorer."""
 
 
-def page(every: Sequence[Results], store: Store, drawn: Sequence[Drawn], failed: Sequence[tuple[str, str]]) -> str:
+def page(
+    every: Sequence[Results], store: Store, drawn: Sequence[WrittenExhibit], failed: Sequence[tuple[str, str]]
+) -> str:
     """The page of a plan, with its results by every way of sampling."""
     plan = every[0].plan
-    sections: dict[str, list[Drawn]] = {}
+    sections: dict[str, list[WrittenExhibit]] = {}
     for one in drawn:
         sections.setdefault(one.exhibit.section, []).append(one)
     title = f"{plan.name}: report"
@@ -95,7 +95,7 @@ def _note(words: str) -> str:
     return f'<p class="note">{escape(words)}</p>'
 
 
-def _navigation(sections: Mapping[str, Sequence[Drawn]]) -> str:
+def _navigation(sections: Mapping[str, Sequence[WrittenExhibit]]) -> str:
     entries = []
     for number, (section, found) in enumerate(sections.items(), 1):
         listed = "".join(f'<li><a href="#{one.exhibit.key}">{escape(one.exhibit.title)}</a></li>' for one in found)
@@ -109,7 +109,7 @@ def _navigation(sections: Mapping[str, Sequence[Drawn]]) -> str:
 # -- exhibits ---------------------------------------------------------------------------------------------------------
 
 
-def _exhibit(one: Drawn) -> str:
+def _exhibit(one: WrittenExhibit) -> str:
     exhibit = one.exhibit
     parts = [f'<section id="{exhibit.key}"><h3>{escape(exhibit.title)}</h3>']
     numbers = _rows(exhibit.header, exhibit.rows)
@@ -118,7 +118,7 @@ def _exhibit(one: Drawn) -> str:
     else:
         parts.append(numbers)
     parts.append(f'<p class="caption">{escape(exhibit.caption)}</p>')
-    parts += [_note(words) for words in one.warned]
+    parts += [_note(words) for words in one.warnings]
     if one.picture is not None and 0 < len(exhibit.rows) <= LONGEST:
         parts.append(f"<details><summary>Numbers</summary>{numbers}</details>")
     links = ", ".join(f'<a href="{escape(file.name)}">{escape(file.suffix[1:].upper())}</a>' for file in one.files)
