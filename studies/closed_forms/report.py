@@ -6,16 +6,14 @@ Sentences are made from the numbers. A comparison that comes out otherwise reads
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.verdict import EVEN, TRUSTED, TRUSTING
-from deradiff.files import pages
 from deradiff.files.figure_styles import ARMS
 from deradiff.files.outputs import replaced
-from deradiff.files.pages import counted, table
+from deradiff.files.pages import counted, templates
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from studies.closed_forms import figures
@@ -53,23 +51,6 @@ def _written(records: Sequence[Record], plan: Plan, out: Path) -> list[Path]:
 def page(records: Sequence[Record], plan: Plan, figures: dict[str, Path]) -> str:
     """The report as HTML that needs no other file."""
     worlds = list(dict.fromkeys(record["case"]["world"] for record in records))
-    parts = [
-        "<h1>Realignment against the truth</h1>",
-        f'<p class="lead">{len(records)} cases in {counted(len(worlds), "closed-form world")} '
-        f"({escape(', '.join(worlds))}): DDIM on Stable Diffusion's schedule, {plan.steps} steps, {plan.samples:,} "
-        "samples a case. Errors are shares of the exact reward shift, the exact expected reward at λ minus the "
-        "reference's; ± is one standard error in tables and two in figures.</p>",
-        "<h2>Bounds</h2>",
-        f"<p>{escape(bounds_sentence(plan))}</p>",
-        _goals(records),
-        "<h2>The verdict against the true error</h2>",
-        f"<p>{escape(verdict_sentence(records))}</p>",
-        _figure(figures["verdict"]),
-        _verdicts(records),
-        "<h2>How even weights have to be</h2>",
-        f"<p>{escape(evenness_sentence(records))}</p>",
-        _evenness(records),
-    ]
     sentences: list[tuple[str, str, Callable[[Sequence[Record]], str], list[Record]]] = [
         ("modes", "Mode weights", modes_sentence, select(records, world="crossing", study="grid")),
         ("particles", "Error against the number of particles", particles_sentence, select(records, study="particles")),
@@ -83,15 +64,28 @@ def page(records: Sequence[Record], plan: Plan, figures: dict[str, Path]) -> str
             (f"error-{world}", f"Error against λ: {world}", errors_sentence, grid),
             (f"two-rewards-{world}", f"Two rewards mixed, λ each: {world}", errors_sentence, both),
         ]
-    for name, title, sentence, found in sentences:
-        if name in figures:
-            parts += [
-                f"<h2>{escape(title)}</h2>",
-                f"<p>{escape(sentence(found))}</p>",
-                _figure(figures[name]),
-            ]
-    parts += ["<h2>All cases</h2>", _explanation(), *(_cases(select(records, world=world)) for world in worlds)]
-    return pages.page("Realignment against the truth", parts)
+    return (
+        templates(Path(__file__).parent)
+        .get_template("report.html")
+        .render(
+            title="Realignment against the truth",
+            lead=(
+                f"{len(records)} cases in {counted(len(worlds), 'closed-form world')} ({', '.join(worlds)}): DDIM on "
+                f"Stable Diffusion's schedule, {plan.steps} steps, {plan.samples:,} samples a case. Errors are shares "
+                "of the exact reward shift, the exact expected reward at λ minus the reference's; ± is one standard "
+                "error in tables and two in figures."
+            ),
+            figures=figures,
+            bounds=bounds_sentence(plan),
+            goals=goals(records),
+            verdict=verdict_sentence(records),
+            verdicts=_verdicts(records),
+            evenness=evenness_sentence(records),
+            evenness_table=_evenness(records),
+            sections=[(name, title, sentence(some)) for name, title, sentence, some in sentences if name in figures],
+            cases=[_cases(select(records, world=world)) for world in worlds],
+        )
+    )
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------
@@ -228,28 +222,11 @@ def _signed(estimate: Estimate) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _figure(path: Path) -> str:
-    return pages.figure(path.read_bytes(), "png", path.stem)
+Table: TypeAlias = tuple[Sequence[str], list[tuple[str, ...]]]
+"""Headings and rows."""
 
 
-def _goals(records: Sequence[Record]) -> str:
-    return table(
-        ("", "at most", "worst", "", "runs", "where it is worst"),
-        [
-            (
-                escape(goal.words),
-                f"{goal.limit:.0%}",
-                f"{goal.worst:.2%}",
-                '<span class="met">met</span>' if goal.met else '<span class="missed">missed</span>',
-                str(goal.runs),
-                escape(goal.where),
-            )
-            for goal in goals(records)
-        ],
-    )
-
-
-def _verdicts(records: Sequence[Record]) -> str:
+def _verdicts(records: Sequence[Record]) -> Table:
     rows = verdict_rows(records)
     cells = [
         (
@@ -275,14 +252,14 @@ def _verdicts(records: Sequence[Record]) -> str:
         f"{max((row.worst for row in rows), default=0):.1%}",
     )
     limit = f"{TRUSTED:.0%}"
-    return table(
+    return (
         ("verdict", "η", "runs", f"true error ≤ {limit}", f"> {limit}", "false alarms", "misses", "largest true error"),
         [*cells, total],
     )
 
 
-def _evenness(records: Sequence[Record]) -> str:
-    return table(
+def _evenness(records: Sequence[Record]) -> Table:
+    return (
         (
             "ESS/n",
             "sampler",
@@ -295,7 +272,7 @@ def _evenness(records: Sequence[Record]) -> str:
         [
             (
                 f"{row.low:g}–{row.high:g}",
-                "η &gt; 0" if row.stochastic else "η = 0",
+                "η > 0" if row.stochastic else "η = 0",
                 str(row.runs),
                 f"{row.plain:.1%}",
                 f"{row.weighted:.1%}",
@@ -304,57 +281,52 @@ def _evenness(records: Sequence[Record]) -> str:
             )
             for row in evenness_rows(records)
         ],
-        words=range(2),
     )
 
 
-def _explanation() -> str:
-    return (
-        "<p>Every cell: expected reward ± standard error; below it the error relative to the exact shift; below that "
-        "TV, the total variation of the mode weights from the exact ones, and in brackets what sampling error alone "
-        "would make of it. KL: of the paths of Algorithm 1 from the reference's, and of the exactly aligned model from "
-        "the reference, in nats. The reward of two anchors is the sum of theirs.</p>"
-    )
-
-
-def _cases(records: Sequence[Record]) -> str:
+def _cases(records: Sequence[Record]) -> tuple[str, Sequence[str], list[dict[str, Any]]]:
+    """The world, and the headings and rows of its table."""
     arms = [arm for arm in ARMS if any(arm in record["arms"] for record in records)]
     judgement = ("ESS/n", "verdict", "estimated", "true", "path KL", "KL")
     headings = ("case", "exact", *(ARMS[arm].label for arm in arms), *judgement)
     rows = []
     for record in records:
-        case, verdict = record["case"], record.get("verdict")
-        name = f"η = {case['eta']:g}, β = {case['beta']:g}, λ = {case['lam']:g}"
-        details = f"{escape(case['study'])}, {case['steps']} steps, K = {case['count']}"
+        case, exact = record["case"], record["exact"]
         rows.append(
-            (
-                f"{name}<br><small>{details}</small>",
-                f"{record['exact']['reward']:.3f}<br><small>shift {record['exact']['shift']:.3f}</small>",
-                *(_arm(record, arm) for arm in arms),
-                *(_judgement(record) if verdict else ("",) * 5),
-                f"{record['exact']['divergence']:.3f}",
-            )
+            {
+                "name": f"η = {case['eta']:g}, β = {case['beta']:g}, λ = {case['lam']:g}",
+                "details": f"{case['study']}, {case['steps']} steps, K = {case['count']}",
+                "exact": f"{exact['reward']:.3f}",
+                "shift": f"shift {exact['shift']:.3f}",
+                "arms": [_arm(record, arm) for arm in arms],
+                "verdict": _judgement(record) if record.get("verdict") else None,
+                "divergence": f"{exact['divergence']:.3f}",
+            }
         )
-    title = f"{escape(records[0]['case']['world'])}: {counted(len(records), 'case')}"
-    return f"<details><summary>{title}</summary>{table(headings, rows)}</details>"
+    return records[0]["case"]["world"], headings, rows
 
 
-def _arm(record: Record, arm: str) -> str:
+def _arm(record: Record, arm: str) -> dict[str, str] | None:
     estimate = error(record, arm)
     if estimate is None:
-        return ""
-    found = record["arms"][arm]
-    value, deviation = found["reward"]
-    even = f", ESS/n {found['evenness']:.2f}" if "evenness" in found else ""
-    return (
-        f"{value:.3f} ± {deviation:.3f}<br>{_signed(estimate)}<br>"
-        f"<small>TV {found['modes_off']:.3f} ({found['modes_allowance']:.3f}){even}</small>"
-    )
+        return None
+    measured = record["arms"][arm]
+    value, deviation = measured["reward"]
+    even = f", ESS/n {measured['evenness']:.2f}" if "evenness" in measured else ""
+    return {
+        "value": f"{value:.3f} ± {deviation:.3f}",
+        "error": _signed(estimate),
+        "modes": f"TV {measured['modes_off']:.3f} ({measured['modes_allowance']:.3f}){even}",
+    }
 
 
-def _judgement(record: Record) -> tuple[str, ...]:
+def _judgement(record: Record) -> dict[str, str]:
     verdict = record["verdict"]
-    estimated = "" if verdict["error"] is None else _signed(Estimate(-verdict["error"][0], verdict["error"][1]))
-    path_kl = "" if verdict["path_kl"] is None else f"{verdict['path_kl'][0]:.3f}"
-    kind = f'<span title="{escape(verdict["words"])}">{escape(verdict["kind"])}</span>'
-    return f"{verdict['evenness']:.2f}", kind, estimated, _signed(true_error(record)), path_kl
+    return {
+        "evenness": f"{verdict['evenness']:.2f}",
+        "kind": verdict["kind"],
+        "words": verdict["words"],
+        "estimated": "" if verdict["error"] is None else _signed(Estimate(-verdict["error"][0], verdict["error"][1])),
+        "true": _signed(true_error(record)),
+        "path_kl": "" if verdict["path_kl"] is None else f"{verdict['path_kl'][0]:.3f}",
+    }

@@ -310,4 +310,4 @@ def test_words_that_look_like_html_are_escaped(finished: Path) -> None:
             found["verdict"]["words"] = '<b>"off"</b>'
     figures = {path.stem: path for path in finished.glob("*.png")}
     page = report.page(records, SMALL, figures)
-    assert "<b>" not in page and "&lt;b&gt;&quot;off&quot;" in page
+    assert "<b>" not in page and "&lt;b&gt;&#34;off&#34;" in page

@@ -293,7 +293,7 @@ def test_the_server_is_named_when_its_extra_is_missing(monkeypatch: pytest.Monke
     import importlib
     import sys
 
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, server.__name__)
     with pytest.raises(ImportError, match=r"pip install 'deradiff\[study\]'"):
         importlib.import_module(server.__name__)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from deradiff.files.pages import templates
 from deradiff.servers.access import HEADERS as EVERYWHERE
 from deradiff.servers.access import Admission, keyed
 from deradiff.study.plan import ANSWERS, PAIR
 from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, Votes
 
 try:
-    import jinja2
     from fastapi import FastAPI, HTTPException, Request, Response
     from fastapi.responses import HTMLResponse, RedirectResponse
     from starlette.concurrency import run_in_threadpool
@@ -67,14 +67,6 @@ FULL = "The study has all the participants that it needs, and what you sent befo
 NO_COOKIE = (
     "Your browser did not send the cookie by which your answers are kept together. Allow cookies for this site, then "
     "begin at the first page. The cookie holds a random number and nothing about you."
-)
-
-_templates = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(PAGES),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
 )
 
 
@@ -181,7 +173,7 @@ class _Pages:
 
     def page(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page that no browser keeps."""
-        content = _templates.get_template(name).render(plan=self.votes.plan, root=self.root, **values)
+        content = templates(PAGES).get_template(name).render(plan=self.votes.plan, root=self.root, **values)
         return HTMLResponse(content, status, {"Cache-Control": "no-store"})
 
     def pair(self, key: str, *, chosen: Mapping[str, str] | None = None, status: int = 200) -> Response:
