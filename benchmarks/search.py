@@ -40,9 +40,9 @@ from deradiff.files.writing import write_json
 from deradiff.search import Goal, maximise, spaces
 from deradiff.search import running as searching
 from deradiff.search.answers import Best
-from deradiff.search.evaluation import Laboratory
-from deradiff.search.loop import FRACTION, State
-from deradiff.search.proposals import Models, propose
+from deradiff.search.evaluation import PointEvaluator
+from deradiff.search.loop import FRACTION, SearchState
+from deradiff.search.proposals import Surrogates, propose
 from deradiff.search.surrogate import Observed, Surrogate
 from deradiff.sweep.jobs import cores, reproducible
 from studies.search_baseline import algorithm_2
@@ -57,7 +57,7 @@ SPACE, GOAL = spaces.lam("anchor"), Goal.read(["score"])
 
 
 def searched(problem: Problem, **settings: Any) -> dict[str, Any]:
-    state = State()
+    state = SearchState()
     answer = maximise(SPACE, GOAL, problem.tables, budget=BUDGET, seed=problem.seed, state=state, **settings)
     assert isinstance(answer, Best)
     (lam,), ((low, high),) = answer.point, answer.ranges
@@ -150,7 +150,7 @@ def with_neighbours(problem: Problem, budget: int, step: float) -> float:
     points = [*SPACE.first()]
     while True:
         table, at = expanded(problem, points, step)
-        models = Models([Surrogate(SPACE.unit(at), Observed.of(table), len(points))], [])
+        models = Surrogates([Surrogate(SPACE.unit(at), Observed.of(table), len(points))], [])
         candidates = SPACE.candidates(len(points), points)
         if len(points) == budget:
             return problem.regret(candidates[int(models.gains[0].mean(SPACE.unit(candidates)).argmax())][0])
@@ -225,9 +225,9 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
     with terminal.stages(Console(stderr=True)) as report:
         # It goes on in the same folder: first until it stops by itself, then until the budget is used.
         found = [searching.run(plan, SPACE, goal, folder, crew, report, budget=10, fraction=f) for f in (FRACTION, 0.0)]
-        with Laboratory(plan, SPACE, folder, crew, report, goal.names) as laboratory:
+        with PointEvaluator(plan, SPACE, folder, crew, report, goal.names) as evaluator:
             grid = [(round(float(lam), 3),) for lam in np.linspace(0, 1, lams)]
-            means = goal.objectives[0].table(laboratory(grid)).mean(1)
+            means = goal.objectives[0].table(evaluator(grid)).mean(1)
     searches = {}
     for name, outcome in zip(("stopping", "all ten"), found, strict=True):
         answer = outcome.answer

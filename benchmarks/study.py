@@ -43,7 +43,7 @@ from deradiff.experiments import plan as experiments
 from deradiff.experiments.running import contents, record
 from deradiff.experiments.store import Store
 from deradiff.study import sources
-from deradiff.study.plan import ANSWERS, QUESTIONS, Plan, parse_plan, write_plan
+from deradiff.study.plan import ANSWERS, QUESTIONS, StudyPlan, parse_plan, write_plan
 from deradiff.study.votes import file_of
 
 OUT = Path(__file__).with_suffix(".json")
@@ -86,7 +86,7 @@ def noise(name: str) -> bytes:
     return held.getvalue()
 
 
-def plan_of(folder: Path) -> Plan:
+def plan_of(folder: Path) -> StudyPlan:
     """Each participant sees every prompt once."""
     drafted = sources.drafted(folder / "experiment", ["one,other"], folder).model_dump(mode="json")
     return parse_plan(drafted | {"pairs_per_participant": PAIRS, "attention_checks": CHECKS}, "the benchmark")

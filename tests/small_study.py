@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from deradiff.experiments import running
 from deradiff.study import server, tiles
-from deradiff.study.plan import Plan, parse_plan
+from deradiff.study.plan import StudyPlan, parse_plan
 from deradiff.study.votes import Votes
 from small_experiment import Fake, silent, small
 
@@ -50,7 +50,7 @@ def data(**changes: Any) -> dict[str, Any]:
     }
 
 
-def planned(**changes: Any) -> Plan:
+def planned(**changes: Any) -> StudyPlan:
     """The same, read."""
     return parse_plan(data(**changes), "the small study")
 

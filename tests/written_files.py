@@ -47,7 +47,7 @@ from deradiff.sampling.full_steps import Profile
 from deradiff.sampling.reuse import Reuse
 from deradiff.search import running as search
 from deradiff.search import spaces
-from deradiff.search.evaluation import Laboratory
+from deradiff.search.evaluation import PointEvaluator
 from deradiff.studio import curves, scenes
 from deradiff.studio.library import Kept
 from deradiff.study import ballots, votes
@@ -403,8 +403,8 @@ def databases(folder: Path) -> Iterator[Written]:
             assert shown is not None
             opened.vote(key, shown.id, small_study.answers()).result()
     out = folder / "experiment"
-    laboratory = object.__new__(Laboratory)
-    laboratory.space = spaces.lam("strong")
+    evaluator = object.__new__(PointEvaluator)
+    evaluator.space = spaces.lam("strong")
     with Store(out) as store:
         store.begin({"versions": {}, "plan": "small"})
         store.put_scores("features", "x", [(image, np.ones(3), None) for image in store.drawn().values()])
@@ -416,7 +416,7 @@ def databases(folder: Path) -> Iterator[Written]:
             for arm in found.arms:
                 found.measured(arm), found.path_kl(arm, "few"), found.seconds(arm), found.mean(arm, "few", "digits")
             list(experiment_export.rows(planned, store))
-            store.features("x"), store.batches(), store.known(), search._known(store, laboratory, "it")
+            store.features("x"), store.batches(), store.known(), search._known(store, evaluator, "it")
 
     def read_study() -> None:
         planned = votes.plan_of(folder / "study")

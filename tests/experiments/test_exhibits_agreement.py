@@ -15,7 +15,7 @@ from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.verdict import Comparison, Verdict
 from deradiff.experiments.plan import Arm, Plan, parse_plan
 from deradiff.experiments.reporting import agreement_exhibits, agreement_figures, agreement_statistics
-from deradiff.experiments.reporting.agreement_pairs import Compared, Study, resampled_means, studies
+from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study, resampled_means, studies
 from deradiff.experiments.reporting.agreement_summaries import middle
 from deradiff.experiments.reporting.agreement_verdicts import Judged, counts, judged
 from deradiff.experiments.reporting.exhibits import Exhibit
@@ -410,9 +410,9 @@ def test_judgements_are_those_of_the_digits() -> None:
     assert seen == {"right", "miss", "false alarm", "open"}
 
 
-def some_pair() -> Compared:
+def some_pair() -> ComparedPair:
     arm = Arm("a", "realign")
-    return Compared(Pair("a", "b", 0.5, arm, arm), 0, 0, Estimate(0, 0), (0, 0), 2, 2, 2)
+    return ComparedPair(Pair("a", "b", 0.5, arm, arm), 0, 0, Estimate(0, 0), (0, 0), 2, 2, 2)
 
 
 def test_verdicts_stand_beside_the_true_error(results: Scored) -> None:

@@ -27,7 +27,7 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     Measured,
     diversity,
 )
-from deradiff.experiments.reporting.front_figures import Bought, by_cost, root_ticks
+from deradiff.experiments.reporting.front_figures import GainAtCost, by_cost, root_ticks
 from deradiff.experiments.results import Results
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
@@ -397,8 +397,8 @@ def test_gains_at_equal_cost_are_paired_differences(results: Results) -> None:
 
 
 def test_arms_of_one_cost_stand_together() -> None:
-    def one(kind: str, gain: float, cost: float) -> Bought:
-        return Bought(kind, kind, 0, False, gain, gain, gain, cost, 1.0, False)
+    def one(kind: str, gain: float, cost: float) -> GainAtCost:
+        return GainAtCost(kind, kind, 0, False, gain, gain, gain, cost, 1.0, False)
 
     groups = by_cost([one("realign", 2, 2), one("model", 5, 1), one("realign", 1, 2.001), one("anneal", 0, 1.9)])
     assert [(cost, [arm.gain for arm in arms]) for cost, arms in groups] == [(1, [5]), (1.9, [0]), (2, [1, 2])]

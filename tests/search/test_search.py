@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deradiff.search import Goal, Refused, Tables, maximise, spaces
+from deradiff.search import Goal, PointRefused, Tables, maximise, spaces
 from deradiff.search.answers import Best, Front
 from deradiff.search.goals import Constraint, Objective
-from deradiff.search.loop import State
-from deradiff.search.proposals import Models, propose
-from deradiff.search.spaces import Point, Space
+from deradiff.search.loop import SearchState
+from deradiff.search.proposals import Surrogates, propose
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.search.surrogate import KEPT, Observed, Surrogate
 from studies.search_baseline import LINE, _fitted, algorithm_2
 
@@ -47,9 +47,9 @@ def peak(point: Point) -> dict[str, float]:
 
 
 def find(
-    goal: Goal, score: Callable[[Point], dict[str, float]] = peak, space: Space | None = None, **options: object
-) -> tuple[Best | Front, State]:
-    state = State()
+    goal: Goal, score: Callable[[Point], dict[str, float]] = peak, space: SearchSpace | None = None, **options: object
+) -> tuple[Best | Front, SearchState]:
+    state = SearchState()
     answer = maximise(space or spaces.lam("anchor"), goal, measured(score), state=state, **options)  # type: ignore[arg-type]
     return answer, state
 
@@ -102,7 +102,7 @@ def test_a_single_unit_has_no_error() -> None:
 def test_nothing_new_is_proposed_where_everything_is_known() -> None:
     space = spaces.lam("anchor", 0, 0.02)
     points = [(0.0,), (0.01,), (0.02,)]
-    models = Models.of(space, SCORE, points, measured(peak)(points), 0)
+    models = Surrogates.of(space, SCORE, points, measured(peak)(points), 0)
     assert propose(space, models, points, space.candidates(0, points), 0).point is None
 
 
@@ -206,7 +206,7 @@ def test_scattered_candidates_cover_the_simplex_evenly() -> None:
         (lambda: spaces.lam("a", 0, math.nan), "must be finite"),
     ],
 )
-def test_spaces_that_cannot_be_searched(make: Callable[[], Space], message: str) -> None:
+def test_spaces_that_cannot_be_searched(make: Callable[[], SearchSpace], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -309,10 +309,10 @@ def test_a_point_that_is_refused_bounds_the_search() -> None:
     def up_to(points: Sequence[Point]) -> Tables:
         asked.append(points[-1])
         if points[-1][0] > 1.3:
-            raise Refused(f"no mixture at {points[-1][0]}")
+            raise PointRefused(f"no mixture at {points[-1][0]}")
         return evaluate(points)
 
-    state = State()
+    state = SearchState()
     answer = maximise(spaces.lam("a", 0, 2), SCORE, up_to, state=state)
     assert isinstance(answer, Best) and 1.2 <= answer.point[0] <= 1.3
     assert (2.0,) in state.refused and all(point[0] <= 1.3 for point in state.points)

@@ -21,7 +21,7 @@ from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw
 from deradiff.search import Goal, figures, run, spaces
 from deradiff.search.answers import Best, Front
-from deradiff.search.running import Outcome
+from deradiff.search.running import SearchOutcome
 from deradiff.search.summary import sentences
 from deradiff.sweep.notation import schedule
 from small_experiment import Fake, files, silent, small
@@ -129,7 +129,7 @@ class Smooth(Fake):
         return chance.normal(size=4).astype(np.float32) * (1 - 0.9 * min(picture["lam"], 1.0))
 
 
-def search(folder: Path, crew: Any, goal: Goal = GOAL, given: Plan | None = None, **options: Any) -> Outcome:
+def search(folder: Path, crew: Any, goal: Goal = GOAL, given: Plan | None = None, **options: Any) -> SearchOutcome:
     space = options.pop("space", SPACE)
     return run(given or plan(), space, goal, folder, lambda: crew, silent, **{"budget": 4, "fraction": 0.0} | options)
 
@@ -198,7 +198,7 @@ def test_an_image_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     [spaces.lams(["strong", "weak"]), spaces.power("strong"), spaces.knots("strong", [0, 1])],
     ids=lambda space: space.kind,
 )
-def test_other_spaces_are_drawn_too(tmp_path: Path, space: spaces.Space) -> None:
+def test_other_spaces_are_drawn_too(tmp_path: Path, space: spaces.SearchSpace) -> None:
     outcome = search(tmp_path / "x", Smooth(), space=space, budget=len(space.first()) + 1)
     assert isinstance(outcome.answer, Best) and len(outcome.answer.point) == len(space.coordinates)
     # By the mean λ of a run: what Smooth likes is met within what a point more can tell.

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from deradiff.experiments.store import StoreError
-from deradiff.study.plan import ANSWERS, Cell, parse_plan, read_plan, write_plan
+from deradiff.study.plan import ANSWERS, StudyCell, parse_plan, read_plan, write_plan
 from deradiff.study.sources import arms_named, drafted, located, opened
 from small_study import PROMPTS, data, experiment, planned
 
@@ -39,12 +39,12 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 
 def test_what_is_compared() -> None:
     three = planned(configuration={"methods": {"a": "strong", "b": "weak", "c": "reference"}})
-    assert three.cells == (Cell(0, "a", "b"), Cell(0, "a", "c"), Cell(0, "b", "c"))
+    assert three.cells == (StudyCell(0, "a", "b"), StudyCell(0, "a", "c"), StudyCell(0, "b", "c"))
     assert (three.different_pairs, three.shown) == (9, 4)
     other = data()["configurations"][0] | {"name": "other", "methods": {"weak": "w", "strong": "s"}}
     two = planned(configurations=[data()["configurations"][0], other])
     # One order for both, so that their votes can be pooled.
-    assert two.cells == (Cell(0, "strong", "weak"), Cell(1, "strong", "weak"))
+    assert two.cells == (StudyCell(0, "strong", "weak"), StudyCell(1, "strong", "weak"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from deradiff.study import ballots, tiles, votes, writing
-from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, StudyError, Votes
+from deradiff.study.votes import AlreadyAnswered, Busy, NotShown, StudyError, StudyFull, Votes
 from small_study import answers, begun, experiment, planned
 
 
@@ -168,7 +168,7 @@ def test_who_has_voted_sees_the_next_pair_whoever_else_reads(drawn: Path, tmp_pa
 def test_no_one_beyond_the_last(drawn: Path, tmp_path: Path) -> None:
     with study(drawn, tmp_path, most_participants=1) as found:
         all_answered(found, found.begin().result())
-        with pytest.raises(Full):
+        with pytest.raises(StudyFull):
             found.begin().result()
 
 
@@ -189,9 +189,9 @@ def test_who_has_not_voted_takes_no_place(drawn: Path, tmp_path: Path) -> None:
             silent += [begun.result() for begun in [found.begin() for _ in range(200)]]
         vote(found, silent[0])
         vote(found, found.begin().result())
-        with pytest.raises(Full):  # two have voted
+        with pytest.raises(StudyFull):  # two have voted
             found.begin().result()
-        with pytest.raises(Full):
+        with pytest.raises(StudyFull):
             vote(found, silent[1])
         vote(found, silent[0])  # who has a place goes on
     assert len({one.participant for one in ballots.read(found.folder, found.plan)}) == 2
@@ -207,20 +207,20 @@ def test_a_place_is_given_back_and_one_that_was_earned_is_not(
         left, late = found.begin().result(), found.begin().result()
         vote(found, left)
         all_answered(found, late)
-        with pytest.raises(Full):
+        with pytest.raises(StudyFull):
             found.begin().result()
     now[0] += votes.PLACE_SECONDS - 1
     with study(drawn, tmp_path, most_participants=2) as found:  # times are not kept: they count from the opening
-        with pytest.raises(Full):
+        with pytest.raises(StudyFull):
             found.begin().result()
         now[0] += votes.PLACE_SECONDS + 1
         third = found.begin().result()
         vote(found, third)
-        with pytest.raises(Full):  # a place that was given back is gone, and no vote with it
+        with pytest.raises(StudyFull):  # a place that was given back is gone, and no vote with it
             vote(found, left)
         now[0] += votes.PLACE_SECONDS + 1
         vote(found, left)
-        with pytest.raises(Full):
+        with pytest.raises(StudyFull):
             vote(found, third)
     assert Counter(one.participant for one in ballots.read(found.folder, found.plan)) == {1: 2 * 3, 2: 4 * 3, 3: 3}
 

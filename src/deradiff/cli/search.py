@@ -9,7 +9,7 @@ from deradiff.cli import arguments, terminal
 
 if TYPE_CHECKING:
     from deradiff.experiments.executors import Crew
-    from deradiff.search.spaces import Space
+    from deradiff.search.spaces import SearchSpace
 
 MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched", "Sampling", "Machine"
 
@@ -142,7 +142,7 @@ def search(
         from deradiff.sampling.devices import device_called, device_name
         from deradiff.search import summary
         from deradiff.search.goals import Goal
-        from deradiff.search.loop import State
+        from deradiff.search.loop import SearchState
         from deradiff.search.running import run
         from deradiff.sweep.jobs import cores
         from deradiff.sweep.pipelines import known_beta
@@ -185,7 +185,7 @@ def search(
             size = workers or (cores() if place == "cpu" else 1)
             return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
 
-        def told(state: State) -> None:
+        def told(state: SearchState) -> None:
             console.print(summary.evaluated(space, state))
 
         outcome = run(
@@ -219,7 +219,7 @@ def _prompts(given: list[str], source: str | None, count: int | None) -> dict[st
     return {"source": source} | ({} if count is None else {"count": count, "draw_seed": 0})
 
 
-def _space(over: str, anchors: tuple[str, ...], limits: str | None, box: bool) -> "Space":
+def _space(over: str, anchors: tuple[str, ...], limits: str | None, box: bool) -> "SearchSpace":
     """What `--over`, `--range` and `--box` ask for."""
     from deradiff.search import spaces
     from deradiff.sweep.notation import decimal

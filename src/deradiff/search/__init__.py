@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deradiff.search import spaces as spaces
     from deradiff.search.goals import Goal as Goal
     from deradiff.search.goals import Tables as Tables
-    from deradiff.search.loop import Refused as Refused
+    from deradiff.search.loop import PointRefused as PointRefused
     from deradiff.search.loop import maximise as maximise
     from deradiff.search.running import run as run
 
@@ -25,12 +25,12 @@ if missing := [name for name in ("botorch", "gpytorch") if find_spec(name) is No
 # BoTorch takes seconds to import: a name is fetched from its module when somebody asks for it.
 _HOME = {
     "Goal": "deradiff.search.goals",
-    "Refused": "deradiff.search.loop",
+    "PointRefused": "deradiff.search.loop",
     "Tables": "deradiff.search.goals",
     "maximise": "deradiff.search.loop",
     "run": "deradiff.search.running",
 }
-__all__ = ["Goal", "Refused", "Tables", "maximise", "run", "spaces"]
+__all__ = ["Goal", "PointRefused", "Tables", "maximise", "run", "spaces"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deradiff.measures.fronts import non_dominated
 from deradiff.search.goals import Goal, Tables
-from deradiff.search.proposals import Models, Proposal
-from deradiff.search.spaces import Point, Space
+from deradiff.search.proposals import Proposal, Surrogates
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.search.surrogate import Observed, Surrogate
 
 LEVEL = 0.9
@@ -38,7 +38,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluatedPoint:
     """What was measured at one point."""
 
     point: Point
@@ -81,7 +81,7 @@ class Best:
     conditions: tuple[Condition, ...]
     reachable: bool
     """Whether any point meets all conditions; if none does, the point is that which comes nearest."""
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvaluatedPoint, ...]
     stopped: str
     """Why no more points were evaluated."""
 
@@ -102,16 +102,16 @@ class Front:
     """The Pareto set of several objectives, of the points that were evaluated and meet the conditions."""
 
     points: tuple[OnFront, ...]
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[EvaluatedPoint, ...]
     stopped: str
 
 
 def best(
-    space: Space,
+    space: SearchSpace,
     goal: Goal,
     points: Sequence[Point],
     tables: Tables,
-    models: Models,
+    models: Surrogates,
     proposal: Proposal,
     stopped: str,
     seed: int,
@@ -142,7 +142,7 @@ def best(
 
 
 def front(
-    space: Space, goal: Goal, points: Sequence[Point], tables: Tables, models: Models, stopped: str, seed: int
+    space: SearchSpace, goal: Goal, points: Sequence[Point], tables: Tables, models: Surrogates, stopped: str, seed: int
 ) -> Front:
     """The answer of a search for several objectives after evaluating `points`."""
     at, count = space.unit(points), len(models.gains)
@@ -168,12 +168,12 @@ def front(
     return Front(tuple(sorted(found, key=lambda one: one.point)), evaluations(goal, points, tables), stopped)
 
 
-def evaluations(goal: Goal, points: Sequence[Point], tables: Tables) -> tuple[Evaluation, ...]:
+def evaluations(goal: Goal, points: Sequence[Point], tables: Tables) -> tuple[EvaluatedPoint, ...]:
     """What was measured, point by point."""
     scores = [objective.table(tables) for objective in goal.objectives]
     gains = [Observed.of(s - o.at_reference(tables)) for o, s in zip(goal.objectives, scores, strict=True)]
     return tuple(
-        Evaluation(
+        EvaluatedPoint(
             point,
             tuple(float(table[k].mean()) for table in scores),
             tuple(float(gain.means[k]) for gain in gains),
@@ -194,7 +194,7 @@ def _all(conditions: Sequence[Tensor], like: Tensor) -> Tensor:
     return holds
 
 
-def _nearest(models: Models, at: Float[Tensor, "candidate coordinate"]) -> int:
+def _nearest(models: Surrogates, at: Float[Tensor, "candidate coordinate"]) -> int:
     """The candidate whose worst margin is best, each margin in standard deviations."""
     margins = torch.stack([margin.mean(at) / margin.scale for margin in models.margins])
     return int(margins.amin(0).argmax())

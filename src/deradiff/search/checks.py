@@ -29,7 +29,7 @@ LOW_RECALL = 0.5
 
 
 @dataclass(frozen=True)
-class Compared:
+class ReferenceComparison:
     """One number of the winner beside the reference's; the difference is taken unit by unit."""
 
     name: str
@@ -52,7 +52,7 @@ class Compared:
 class Check:
     """What speaks for and against the winner, and a sentence that sums it up."""
 
-    compared: tuple[Compared, ...]
+    compared: tuple[ReferenceComparison, ...]
     words: str
 
 
@@ -79,7 +79,7 @@ def nothing_to_check() -> Check:
     return Check((), "The reference itself is best: nothing was hacked.")
 
 
-def _compared(name: str, before: Float[Tensor, " unit"], after: Float[Tensor, " unit"]) -> Compared:
+def _compared(name: str, before: Float[Tensor, " unit"], after: Float[Tensor, " unit"]) -> ReferenceComparison:
     was, now = mean(before), mean(after)
     difference = mean(after - before)
     fell = difference.value < -ERRORS * difference.error
@@ -89,10 +89,10 @@ def _compared(name: str, before: Float[Tensor, " unit"], after: Float[Tensor, " 
         suspicious = fell and -difference.value > LOST_DIVERSITY * was.value
     else:
         suspicious = fell
-    return Compared(name, was.value, now.value, difference, suspicious)
+    return ReferenceComparison(name, was.value, now.value, difference, suspicious)
 
 
-def _words(compared: Sequence[Compared]) -> str:
+def _words(compared: Sequence[ReferenceComparison]) -> str:
     against = [str(one) for one in compared if one.suspicious]
     if not against:
         return f"No sign of reward hacking: {', '.join(map(str, compared))}."

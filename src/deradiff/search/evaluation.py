@@ -16,13 +16,13 @@ from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Task
 from deradiff.search.goals import Tables
-from deradiff.search.loop import Refused
-from deradiff.search.readings import Unscored, by_unit, nearby, require_measured
-from deradiff.search.spaces import Point, Space
+from deradiff.search.loop import PointRefused
+from deradiff.search.readings import TooFewScores, by_unit, nearby, require_measured
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.sweep.jobs import Report
 
 
-class Laboratory:
+class PointEvaluator:
     """Evaluates points of a space in the folder of an experiment. A context manager, which ends the workers.
 
     Args:
@@ -44,7 +44,7 @@ class Laboratory:
     def __init__(
         self,
         plan: Plan,
-        space: Space,
+        space: SearchSpace,
         folder: Path,
         crew: Callable[[], Crew],
         report: Report,
@@ -61,34 +61,34 @@ class Laboratory:
         self.left_out = 0
         """Images that are left out everywhere, since a score of theirs failed somewhere."""
         self._crew, self._report, self._maker = crew, report, about
-        self._hired: list[Crew] = []
+        self._shared: list[Crew] = []
         self._ran = False
         require_measured(plan, self.prompts, self.names, weighted)
         if nearby is not None:
             _require_nearby(plan, space, self.names, weighted, nearby)
 
-    def __enter__(self) -> Laboratory:
+    def __enter__(self) -> PointEvaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for crew in self._hired:
+        for crew in self._shared:
             crew.close()
-        self._hired.clear()
+        self._shared.clear()
 
     def __call__(self, points: Sequence[Point]) -> Tables:
         """Measure all of these points.
 
-        Raises `Refused` for the last one where the models have no mixture or its images mostly no scores, and what a
-        run raises.
+        Raises `PointRefused` for the last one where the models have no mixture or its images mostly no scores, and what
+        a run raises.
         """
         results = self.drawn(points)
         arms = [self.reference(results), *(self.space.arm(results.plan, point) for point in points)]
         try:
             rows, self.left_out = by_unit(results, arms, self.prompts, self.names, weighted=self.weighted)
-        except Unscored as error:
+        except TooFewScores as error:
             if error.arm == arms[0]:
                 raise ValueError(f"the reference: {error}") from None
-            raise Refused(str(error)) from None
+            raise PointRefused(str(error)) from None
         reference, *others = rows
         tables = Tables(reference, {name: torch.stack([row[name] for row in others]) for name in self.names})
         return tables if self.nearby is None else self._with_nearby(tables, results, arms, points)
@@ -132,14 +132,14 @@ class Laboratory:
         """Draw and score what `plan` wants, also what was lost since it was drawn, and with weights as they are now."""
         self._ran = True
         try:
-            running.run(plan, self.folder, self._lend, self._report, about=self._maker)
+            running.run(plan, self.folder, self._share, self._report, about=self._maker)
         except IllConditionedMixture as error:
-            raise Refused(f"the models have no mixture there: {error}") from None
+            raise PointRefused(f"the models have no mixture there: {error}") from None
 
-    def _lend(self) -> Crew:
-        if not self._hired:
-            self._hired.append(self._crew())
-        return _Lent(self._hired[0])
+    def _share(self) -> Crew:
+        if not self._shared:
+            self._shared.append(self._crew())
+        return _SharedCrew(self._shared[0])
 
     def _complete(self, plan: Plan) -> bool:
         """Whether a run would have nothing to do, of models whose weights are those of the last one."""
@@ -153,7 +153,7 @@ class Laboratory:
             )
 
 
-def _require_nearby(plan: Plan, space: Space, names: Sequence[str], weighted: bool, nearby: float) -> None:
+def _require_nearby(plan: Plan, space: SearchSpace, names: Sequence[str], weighted: bool, nearby: float) -> None:
     """Raise `ValueError` where scores at other λ cannot be estimated from the same images."""
     if not 0 < nearby <= 0.5:
         raise ValueError(f"nearby is a distance of λ, above 0 and at most 0.5; got {nearby:g}")
@@ -165,7 +165,7 @@ def _require_nearby(plan: Plan, space: Space, names: Sequence[str], weighted: bo
         raise ValueError(f"of {', '.join(others)} nothing nearby can be estimated: only of the scores of single images")
 
 
-class _Lent:
+class _SharedCrew:
     """A crew that outlives single runs, so that models are loaded once in a search."""
 
     def __init__(self, crew: Crew) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from deradiff.search.answers import Best, Front
 from deradiff.search.goals import Goal
-from deradiff.search.loop import State
-from deradiff.search.spaces import Coordinate, Point, Space
+from deradiff.search.loop import SearchState
+from deradiff.search.spaces import Coordinate, Point, SearchSpace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ BAND = 1.6448536269514722
 """Standard deviations that hold 90% of a normal distribution."""
 
 
-def draw(space: Space, goal: Goal, state: State, answer: Best | Front, path: Path) -> None:
+def draw(space: SearchSpace, goal: Goal, state: SearchState, answer: Best | Front, path: Path) -> None:
     """Write the figure of a search to `path` as PNG (DeRaDiff, figure 8).
 
     For one objective: a panel for every coordinate along the line through the answer, with the acquisition function
@@ -43,14 +43,14 @@ def draw(space: Space, goal: Goal, state: State, answer: Best | Front, path: Pat
     figure.savefig(path, format="png", dpi=150)
 
 
-def _line(space: Space, point: Point, k: int) -> list[Point]:
+def _line(space: SearchSpace, point: Point, k: int) -> list[Point]:
     """The points of the space on the line through `point` along coordinate `k`."""
     values = space.coordinates[k].values()
     line = [tuple(value if i == k else at for i, at in enumerate(point)) for value in values]
     return [one for one in line if space.holds(one)]
 
 
-def _posterior(axes: Axes, space: Space, goal: Goal, state: State, answer: Best, k: int) -> None:
+def _posterior(axes: Axes, space: SearchSpace, goal: Goal, state: SearchState, answer: Best, k: int) -> None:
     """Posterior mean and band of the score along one coordinate, with what was observed."""
     assert state.models is not None and state.tables is not None
     (gain,), line = state.models.gains, _line(space, answer.point, k)
@@ -91,7 +91,7 @@ def _posterior(axes: Axes, space: Space, goal: Goal, state: State, answer: Best,
     axes.grid(alpha=0.25)
 
 
-def _acquisition(axes: Axes, space: Space, state: State, answer: Best, k: int) -> None:
+def _acquisition(axes: Axes, space: SearchSpace, state: SearchState, answer: Best, k: int) -> None:
     """What another evaluation would be expected to gain, along one coordinate."""
     assert state.proposal is not None
     values = dict(zip(state.proposal.candidates, state.proposal.values.tolist(), strict=True))
@@ -122,7 +122,7 @@ def _spread_evenly(axes: Axes, coordinate: Coordinate) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
-def _front(axes: Axes, space: Space, goal: Goal, answer: Front, j: int) -> None:
+def _front(axes: Axes, space: SearchSpace, goal: Goal, answer: Front, j: int) -> None:
     """The gains of all evaluations in the first objective and the j-th, and the Pareto set among them."""
     axes.errorbar(
         [one.gains[0] for one in answer.evaluations],

@@ -9,42 +9,42 @@ import numpy as np
 
 from deradiff.search.answers import Best, Front, best, front
 from deradiff.search.goals import Goal, Tables
-from deradiff.search.proposals import Models, Proposal, propose
-from deradiff.search.spaces import Point, Space
+from deradiff.search.proposals import Proposal, Surrogates, propose
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.search.surrogate import Observed
 
 FRACTION = 0.05
 """The search stops where another evaluation is expected to gain less than this share of the gain's own error."""
 
 Evaluate = Callable[[Sequence[Point]], Tables]
-"""Measures all of these points, the last of which is new. Raises `Refused` for a point that cannot be used."""
+"""Measures all of these points, the last of which is new. Raises `PointRefused` for a point that cannot be used."""
 
 
-class Refused(ValueError):
+class PointRefused(ValueError):
     """A point has no distribution, or next to no scores; the search goes on without it and what lies beyond it."""
 
 
 @dataclass
-class State:
+class SearchState:
     """How far a search has come: what figures and records are made from."""
 
     points: list[Point] = field(default_factory=list)
     refused: dict[Point, str] = field(default_factory=dict)
     tables: Tables | None = None
-    models: Models | None = None
+    models: Surrogates | None = None
     proposal: Proposal | None = None
 
 
 def maximise(
-    space: Space,
+    space: SearchSpace,
     goal: Goal,
     evaluate: Evaluate,
     *,
     budget: int = 8,
     seed: int = 0,
     fraction: float = FRACTION,
-    state: State | None = None,
-    report: Callable[[State], None] | None = None,
+    state: SearchState | None = None,
+    report: Callable[[SearchState], None] | None = None,
 ) -> Best | Front:
     """Find the point of `space` that `goal` likes best, or the Pareto set of several objectives.
 
@@ -65,10 +65,10 @@ def maximise(
 
     Raises:
         ValueError: a budget below the number of end points; fewer than two units; a score that is the same everywhere;
-            the reference or an anchor being `Refused`.
+            the reference or an anchor being `PointRefused`.
         ImportError: BoTorch is not installed.
     """
-    now = State() if state is None else state
+    now = SearchState() if state is None else state
     _require_budget(space, budget)
     for point in space.first():
         _take(now, point, evaluate)
@@ -78,7 +78,7 @@ def maximise(
         now.tables = evaluate(now.points)
         _require_differences(goal, now.tables)
         chance = _chance(seed, len(now.points))
-        now.models = Models.of(space, goal, now.points, now.tables, chance)
+        now.models = Surrogates.of(space, goal, now.points, now.tables, chance)
         candidates = space.candidates(chance, now.points, _promising(space, now.models, now.points), now.refused)
         now.proposal = propose(space, now.models, now.points, candidates, chance)
         if report is not None:
@@ -93,16 +93,16 @@ def maximise(
     return best(space, goal, now.points, now.tables, now.models, now.proposal, stopped, chance)
 
 
-def _take(now: State, point: Point, evaluate: Evaluate) -> None:
+def _take(now: SearchState, point: Point, evaluate: Evaluate) -> None:
     """Evaluate a point and keep it, or why it cannot be."""
     try:
         now.tables = evaluate([*now.points, point])
         now.points.append(point)
-    except Refused as error:
+    except PointRefused as error:
         now.refused[point] = str(error)
 
 
-def _why_stop(now: State, goal: Goal, budget: int, fraction: float) -> str:
+def _why_stop(now: SearchState, goal: Goal, budget: int, fraction: float) -> str:
     """Why no more is evaluated; empty where more is."""
     assert now.tables is not None and now.proposal is not None
     if now.proposal.point is None:
@@ -129,14 +129,14 @@ def _error_of_gain(goal: Goal, tables: Tables) -> float:
     return error or gains.error_of_difference(order[0], order[1])
 
 
-def _promising(space: Space, models: Models, points: Sequence[Point]) -> list[Point]:
+def _promising(space: SearchSpace, models: Surrogates, points: Sequence[Point]) -> list[Point]:
     """The two best points of each objective, around which candidates are added."""
     at = space.unit(points)
     ranked = [gain.mean(at).argsort(descending=True)[:2].tolist() for gain in models.gains]
     return list(dict.fromkeys(points[k] for places in ranked for k in places))
 
 
-def _require_budget(space: Space, budget: int) -> None:
+def _require_budget(space: SearchSpace, budget: int) -> None:
     needed = len(space.first())
     if budget < needed:
         raise ValueError(
@@ -164,4 +164,4 @@ def _chance(seed: int, evaluations: int) -> int:
     return int(np.random.SeedSequence([seed, evaluations]).generate_state(1)[0])
 
 
-__all__ = ["FRACTION", "Evaluate", "Refused", "State", "maximise"]
+__all__ = ["FRACTION", "Evaluate", "PointRefused", "SearchState", "maximise"]

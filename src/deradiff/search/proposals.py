@@ -27,21 +27,21 @@ from torch import Tensor
 
 from deradiff.measures.fronts import non_dominated
 from deradiff.search.goals import Goal, Tables
-from deradiff.search.spaces import Point, Space
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.search.surrogate import AT_ONCE, Observed, Surrogate, several
 
 DRAWS = 64
 """Draws that an acquisition function averages over, for each hyperparameter."""
 
 
-class Models(NamedTuple):
+class Surrogates(NamedTuple):
     """A surrogate for each objective's gain over the reference, and for each condition's margin."""
 
     gains: list[Surrogate]
     margins: list[Surrogate]
 
     @classmethod
-    def of(cls, space: Space, goal: Goal, points: Sequence[Point], tables: Tables, seed: int) -> Models:
+    def of(cls, space: SearchSpace, goal: Goal, points: Sequence[Point], tables: Tables, seed: int) -> Surrogates:
         """Those of what was observed at `points`, and estimated near them."""
         at = space.unit([*points, *tables.near])
         tables = tables.extended()
@@ -65,7 +65,9 @@ class Proposal:
     """The expected improvement at each."""
 
 
-def propose(space: Space, models: Models, known: Sequence[Point], candidates: list[Point], seed: int) -> Proposal:
+def propose(
+    space: SearchSpace, models: Surrogates, known: Sequence[Point], candidates: list[Point], seed: int
+) -> Proposal:
     """The candidate of the largest expected improvement that is not `known` yet."""
     at, seen = space.unit(candidates), space.unit(known)
     with warnings.catch_warnings(), torch.no_grad():
@@ -86,7 +88,7 @@ def _evaluated(acquisition: Any, at: Float[Tensor, "candidate coordinate"]) -> F
     return torch.cat([acquisition(part[:, None, :]) for part in at.split(AT_ONCE)])
 
 
-def _improvement(models: Models, seen: Float[Tensor, "point coordinate"], seed: int) -> Any:
+def _improvement(models: Surrogates, seen: Float[Tensor, "point coordinate"], seed: int) -> Any:
     """Log noisy expected improvement, weighted by the chance that all conditions hold."""
     sampler = SobolQMCNormalSampler(torch.Size([DRAWS]), seed=seed)
     if not models.margins:
@@ -106,7 +108,7 @@ def _first(samples: Tensor, X: Tensor | None = None) -> Tensor:
     return samples[..., 0]
 
 
-def _hypervolume(models: Models, seen: Float[Tensor, "point coordinate"], seed: int) -> Any:
+def _hypervolume(models: Surrogates, seen: Float[Tensor, "point coordinate"], seed: int) -> Any:
     """Noisy expected hypervolume improvement.
 
     Not its logarithm, of which BoTorch compiles a C++ part at first use: that helps to follow gradients, and here the
@@ -127,7 +129,7 @@ def _hypervolume(models: Models, seen: Float[Tensor, "point coordinate"], seed: 
     )
 
 
-def _conditions(models: Models) -> list[Callable[[Tensor], Tensor]]:
+def _conditions(models: Surrogates) -> list[Callable[[Tensor], Tensor]]:
     """As BoTorch wants them: below zero where they hold."""
 
     def below(place: int, margin: Surrogate) -> Callable[[Tensor], Tensor]:

@@ -35,7 +35,7 @@ Table = Float[np.ndarray, "prompt seed"]
 Kept = Bool[np.ndarray, "prompt seed"]
 
 
-class Unscored(ValueError):
+class TooFewScores(ValueError):
     """Too few images of an arm have scores."""
 
     def __init__(self, arm: Arm, message: str) -> None:
@@ -176,12 +176,12 @@ class _Arm:
         return mine + count / (count - 1).clamp(min=1) * (there - mine)
 
     def require_enough(self) -> None:
-        """Raise `Unscored` where too few images have their scores."""
+        """Raise `TooFewScores` where too few images have their scores."""
         if self.there.mean() >= ENOUGH:
             return
         errors = [error for _, _, error in self._results.failures]
         why = f"; the first error: {errors[0]}" if errors else ""
-        raise Unscored(self._arm, f"{1 - self.there.mean():.0%} of the images could not be scored{why}")
+        raise TooFewScores(self._arm, f"{1 - self.there.mean():.0%} of the images could not be scored{why}")
 
     def unit(self, name: str, kept: Kept, reference: _Arm) -> Float[Tensor, " unit"]:
         """A score or measure of the images that are kept, unit by unit."""

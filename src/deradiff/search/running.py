@@ -26,10 +26,10 @@ from deradiff.files.writing import write_json
 from deradiff.search import figures
 from deradiff.search.answers import Best, Front
 from deradiff.search.checks import Check, check, nothing_to_check
-from deradiff.search.evaluation import Laboratory
+from deradiff.search.evaluation import PointEvaluator
 from deradiff.search.goals import Goal, Tables
-from deradiff.search.loop import FRACTION, Refused, State, maximise
-from deradiff.search.spaces import Point, Space
+from deradiff.search.loop import FRACTION, PointRefused, SearchState, maximise
+from deradiff.search.spaces import Point, SearchSpace
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.sheets import contact_sheet
 
@@ -41,7 +41,7 @@ FACT = "search"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SearchOutcome:
     """What a search found, and where it is written down."""
 
     answer: Best | Front
@@ -58,7 +58,7 @@ class Outcome:
 
 def run(
     plan: Plan,
-    space: Space,
+    space: SearchSpace,
     goal: Goal,
     folder: Path,
     crew: Callable[[], Crew],
@@ -71,8 +71,8 @@ def run(
     weighted: bool = False,
     nearby: float | None = None,
     about: Mapping[str, Any] | None = None,
-    told: Callable[[State], None] | None = None,
-) -> Outcome:
+    told: Callable[[SearchState], None] | None = None,
+) -> SearchOutcome:
     """Search `space` by an experiment in `folder`, which goes on where it was interrupted.
 
     The plan gives models, prompts, sampling, scores and features; its scores that the goal does not name are held out
@@ -94,10 +94,10 @@ def run(
         about: what the workers are, such as their device, for the record of every image.
         told: told of the search's state after every evaluation.
 
-    Raises what `loop.maximise`, `evaluation.Laboratory` and `experiments.running.run` raise.
+    Raises what `loop.maximise`, `evaluation.PointEvaluator` and `experiments.running.run` raise.
     """
-    state = State()
-    with Laboratory(
+    state = SearchState()
+    with PointEvaluator(
         plan,
         space,
         folder,
@@ -108,57 +108,59 @@ def run(
         weighted=weighted,
         nearby=nearby,
         about=about,
-    ) as laboratory:
-        identity = _identity(laboratory, seed)
-        _resume(laboratory, identity)
+    ) as evaluator:
+        identity = _identity(evaluator, seed)
+        _resume(evaluator, identity)
 
         def evaluate(points: Sequence[Point]) -> Tables:
-            _remember(laboratory, identity, points)
+            _remember(evaluator, identity, points)
             try:
-                return laboratory(points)
-            except Refused:
-                _remember(laboratory, identity, (), points[-1])
+                return evaluator(points)
+            except PointRefused:
+                _remember(evaluator, identity, (), points[-1])
                 raise
 
         answer = maximise(space, goal, evaluate, budget=budget, seed=seed, fraction=fraction, state=state, report=told)
         winners = [answer.point] if isinstance(answer, Best) else [one.point for one in answer.points]
-        _remember(laboratory, identity, winners)
-        results = laboratory.drawn(list(dict.fromkeys([*state.points, *winners])))
-        reference = laboratory.reference(results)
+        _remember(evaluator, identity, winners)
+        results = evaluator.drawn(list(dict.fromkeys([*state.points, *winners])))
+        reference = evaluator.reference(results)
         checks = {
             point: nothing_to_check()
             if not any(point) and space.kind in ("lam", "lams")
-            else check(results, reference, space.arm(results.plan, point), laboratory.prompts, goal)
+            else check(results, reference, space.arm(results.plan, point), evaluator.prompts, goal)
             for point in winners
         }
-        verdict = _verdict(laboratory, goal, results, winners)
-        outcome = Outcome(answer, checks, state.refused, verdict, laboratory.left_out)
-        outcome.files.extend(_written(folder, laboratory, goal, state, outcome, results, seed))
+        verdict = _verdict(evaluator, goal, results, winners)
+        outcome = SearchOutcome(answer, checks, state.refused, verdict, evaluator.left_out)
+        outcome.files.extend(_written(folder, evaluator, goal, state, outcome, results, seed))
     return outcome
 
 
-def _verdict(laboratory: Laboratory, goal: Goal, results: Results, winners: Sequence[Point]) -> dict[str, Any] | None:
+def _verdict(
+    evaluator: PointEvaluator, goal: Goal, results: Results, winners: Sequence[Point]
+) -> dict[str, Any] | None:
     """How far the best point's first score is from the retrained model's."""
     name = goal.objectives[0].terms[0][0]
     if len(goal.objectives) > 1 or name not in goal.scores:
         return None
-    found = results.verdict(laboratory.space.arm(results.plan, winners[0]), laboratory.prompts, name)
+    found = results.verdict(evaluator.space.arm(results.plan, winners[0]), evaluator.prompts, name)
     return None if found is None else found.record()
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
-def _identity(laboratory: Laboratory, seed: int) -> str:
+def _identity(evaluator: PointEvaluator, seed: int) -> str:
     """What decides which images a search draws and in which batches."""
-    decides = [laboratory.plan.model_dump(mode="json"), asdict(laboratory.space), laboratory.prompts, seed]
+    decides = [evaluator.plan.model_dump(mode="json"), asdict(evaluator.space), evaluator.prompts, seed]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def _remember(laboratory: Laboratory, identity: str, points: Sequence[Point], refused: Point | None = None) -> None:
+def _remember(evaluator: PointEvaluator, identity: str, points: Sequence[Point], refused: Point | None = None) -> None:
     """Write down which points are drawn, before they are."""
-    with Store(laboratory.folder, create=True) as store:
-        known = _known(store, laboratory, identity)
+    with Store(evaluator.folder, create=True) as store:
+        known = _known(store, evaluator, identity)
         now = [point for point in dict.fromkeys([*known, *points]) if point != refused]
         if now != known:
             store.remember(FACT, {"identity": identity, "points": now})
@@ -169,57 +171,63 @@ class _SearchRecord(Record):
     points: list[list[float]]
 
 
-def _known(store: Store, laboratory: Laboratory, identity: str) -> list[Point]:
+def _known(store: Store, evaluator: PointEvaluator, identity: str) -> list[Point]:
     """The points that this search has drawn so far, or had begun to."""
     found = store.fact(FACT, _SearchRecord)
     if not found or found["identity"] != identity:
         return []
     points = [tuple(point) for point in found["points"]]
-    if any(len(point) != len(laboratory.space.coordinates) or not all(map(math.isfinite, point)) for point in points):
+    if any(len(point) != len(evaluator.space.coordinates) or not all(map(math.isfinite, point)) for point in points):
         raise StoreError(f"the fact {FACT!r} in {store.file} holds points of another space: {DAMAGED}")
     return points
 
 
-def _resume(laboratory: Laboratory, identity: str) -> None:
+def _resume(evaluator: PointEvaluator, identity: str) -> None:
     """Make whole what this search has drawn so far, all of it at once.
 
     Images that shared a batch are drawn in it again, so that a resumed search sees the same images to the last bit.
     """
-    if not (laboratory.folder / "store.sqlite").exists():
+    if not (evaluator.folder / "store.sqlite").exists():
         return
-    with Store(laboratory.folder, write=False) as store:
-        points = _known(store, laboratory, identity)
+    with Store(evaluator.folder, write=False) as store:
+        points = _known(store, evaluator, identity)
     if points:
-        with suppress(Refused):  # it broke off at such a point, and will meet it again
-            laboratory.run(laboratory.planned(points))
+        with suppress(PointRefused):  # it broke off at such a point, and will meet it again
+            evaluator.run(evaluator.planned(points))
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
 
 
 def _written(
-    folder: Path, laboratory: Laboratory, goal: Goal, state: State, outcome: Outcome, results: Results, seed: int
+    folder: Path,
+    evaluator: PointEvaluator,
+    goal: Goal,
+    state: SearchState,
+    outcome: SearchOutcome,
+    results: Results,
+    seed: int,
 ) -> list[Path]:
     """The record, the figure and the sheet."""
     names = ["search.png", "sheet.png", "search.json"]
-    about = record(laboratory, goal, outcome, seed)
+    about = record(evaluator, goal, outcome, seed)
     with replaced(folder, "search", names) as inside:
-        figures.draw(laboratory.space, goal, state, outcome.answer, inside / names[0])
-        write_png(inside / names[1], _sheet(laboratory, outcome, results), about)
+        figures.draw(evaluator.space, goal, state, outcome.answer, inside / names[0])
+        write_png(inside / names[1], _sheet(evaluator, outcome, results), about)
         write_json(inside / names[2], about)
     return [folder / name for name in names]
 
 
-def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> dict[str, Any]:
+def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: int) -> dict[str, Any]:
     """Everything about a search that is not in the store, as plain data."""
-    space = laboratory.space
+    space = evaluator.space
     return {
         "space": {"kind": space.kind, "anchors": space.anchors, "simplex": space.simplex, "places": space.places}
         | {"coordinates": [asdict(coordinate) for coordinate in space.coordinates]},
         "objectives": [str(objective) for objective in goal.objectives],
         "conditions": [condition.text for condition in goal.constraints],
-        "weighted": laboratory.weighted,
-        "nearby": laboratory.nearby,
+        "weighted": evaluator.weighted,
+        "nearby": evaluator.nearby,
         "seed": seed,
         "answer": asdict(outcome.answer),
         "checks": [{"point": point} | asdict(one) for point, one in outcome.checks.items()],
@@ -230,10 +238,10 @@ def record(laboratory: Laboratory, goal: Goal, outcome: Outcome, seed: int) -> d
     }
 
 
-def _sheet(laboratory: Laboratory, outcome: Outcome, results: Results) -> Image.Image:
+def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) -> Image.Image:
     """The first prompts by the reference, the winners and the anchors."""
-    space, plan = laboratory.space, results.plan
-    columns: dict[str, Arm] = {"reference": laboratory.reference(results)}
+    space, plan = evaluator.space, results.plan
+    columns: dict[str, Arm] = {"reference": evaluator.reference(results)}
     for point in list(outcome.checks)[:SHOWN]:
         columns[f"{space.words(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
             plan, point
@@ -241,16 +249,16 @@ def _sheet(laboratory: Laboratory, outcome: Outcome, results: Results) -> Image.
     for point, name in zip(_alone(space), space.anchors, strict=False):
         if point in [one.point for one in outcome.answer.evaluations] and point not in outcome.checks:
             columns[f"{name}\nλ = 1"] = space.arm(plan, point)
-    texts = results.contents.texts[laboratory.prompts][:SHOWN]
-    rows = [[_opened(results, arm, laboratory.prompts, row) for arm in columns.values()] for row in range(len(texts))]
-    seeds = plan.prompts[laboratory.prompts].seeds
+    texts = results.contents.texts[evaluator.prompts][:SHOWN]
+    rows = [[_opened(results, arm, evaluator.prompts, row) for arm in columns.values()] for row in range(len(texts))]
+    seeds = plan.prompts[evaluator.prompts].seeds
     labels = [f"{text}\nseed {seeds[0]}" for text in texts]
     return contact_sheet(
         filled(rows), list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise"
     )
 
 
-def _alone(space: Space) -> list[Point]:
+def _alone(space: SearchSpace) -> list[Point]:
     """Where each anchor acts alone."""
     if space.kind not in ("lam", "lams"):
         return []

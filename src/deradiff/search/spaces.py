@@ -64,7 +64,7 @@ class Coordinate:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """A space to be searched. Made by `lam`, `lams`, `power` or `knots`."""
 
     kind: Kind
@@ -191,15 +191,17 @@ def _beyond(point: Point, limit: Point) -> bool:
 # -- the four kinds ---------------------------------------------------------------------------------------------------
 
 
-def lam(anchor: str, low: float | int = 0.0, high: float | int = 1.0) -> Space:
+def lam(anchor: str, low: float | int = 0.0, high: float | int = 1.0) -> SearchSpace:
     """λ of one anchor (DeRaDiff, equation 39): from `low` to `high`, at most from 0 to 2; above 1 it extrapolates.
 
     Raises `ValueError` for a range that is empty or reaches further.
     """
-    return Space("lam", (_range("λ", low, high, 0.0),), (anchor,))
+    return SearchSpace("lam", (_range("λ", low, high, 0.0),), (anchor,))
 
 
-def lams(anchors: Sequence[str], low: float | int = 0.0, high: float | int = 1.0, *, simplex: bool = True) -> Space:
+def lams(
+    anchors: Sequence[str], low: float | int = 0.0, high: float | int = 1.0, *, simplex: bool = True
+) -> SearchSpace:
     """λ for each of several anchors (DeRaDiff, appendix A.4), each from `low` to `high`.
 
     On the `simplex` they sum to at most 1, what is left being the reference's weight; otherwise they fill a box, in
@@ -210,10 +212,12 @@ def lams(anchors: Sequence[str], low: float | int = 0.0, high: float | int = 1.0
         raise ValueError(f"λ of several anchors needs two different ones at least, got {', '.join(anchors) or 'none'}")
     if simplex and high > 1:
         raise ValueError(f"λ that sum to at most 1 cannot reach {high:g}: search a box instead of the simplex")
-    return Space("lams", tuple(_range(f"λ of {name}", low, high, 0.0) for name in anchors), tuple(anchors), simplex)
+    return SearchSpace(
+        "lams", tuple(_range(f"λ of {name}", low, high, 0.0) for name in anchors), tuple(anchors), simplex
+    )
 
 
-def power(anchor: str, low: float | int = 0.25, high: float | int = 5.0) -> Space:
+def power(anchor: str, low: float | int = 0.25, high: float | int = 5.0) -> SearchSpace:
     """The power p of `λ(s) = s**p` (Annealed Importance Guidance, appendix A.7.3), evenly by its logarithm.
 
     Raises `ValueError` unless 0 < `low` < `high`.
@@ -221,12 +225,12 @@ def power(anchor: str, low: float | int = 0.25, high: float | int = 5.0) -> Spac
     low, high = finite(low, "the smallest p"), finite(high, "the largest p")
     if not 0 < low < high:
         raise ValueError(f"a power is searched from a positive p to a larger one, not from {low:g} to {high:g}")
-    return Space("power", (Coordinate("p", low, high, log=True),), (anchor,))
+    return SearchSpace("power", (Coordinate("p", low, high, log=True),), (anchor,))
 
 
 def knots(
     anchor: str, places: Sequence[float | int] = (0.0, 0.5, 1.0), low: float | int = 0.0, high: float | int = 1.0
-) -> Space:
+) -> SearchSpace:
     """λ of a spline (`schedules.Spline`) at each of `places`, in progress from 0 (noise) to 1 (image).
 
     Raises `ValueError` for fewer than two places, places that do not rise within [0, 1], and a range as `lam` does.
@@ -234,7 +238,7 @@ def knots(
     at = tuple(finite(place, "a knot's place") for place in places)
     if len(at) < 2 or at[0] < 0 or at[-1] > 1 or any(b <= a for a, b in pairwise(at)):
         raise ValueError(f"a spline's knots are two places at least that rise from 0 to 1, got {list(at)}")
-    return Space("knots", tuple(_range(f"λ at s = {plain(s)}", low, high, 0.0) for s in at), (anchor,), places=at)
+    return SearchSpace("knots", tuple(_range(f"λ at s = {plain(s)}", low, high, 0.0) for s in at), (anchor,), places=at)
 
 
 def _range(name: str, low: float | int, high: float | int, least: float) -> Coordinate:

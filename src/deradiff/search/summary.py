@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from deradiff.search.answers import LEVEL, Best, Condition, Front, Interval
 from deradiff.search.goals import Goal
-from deradiff.search.loop import State
-from deradiff.search.running import Outcome
-from deradiff.search.spaces import Point, Space
+from deradiff.search.loop import SearchState
+from deradiff.search.running import SearchOutcome
+from deradiff.search.spaces import Point, SearchSpace
 
 UNTOLD = ("exact", "few", "no target")
 """Verdicts that say nothing about the answer."""
 
 
-def sentences(space: Space, goal: Goal, outcome: Outcome, anchor_beta: float | None = None) -> Iterator[str]:
+def sentences(
+    space: SearchSpace, goal: Goal, outcome: SearchOutcome, anchor_beta: float | None = None
+) -> Iterator[str]:
     """The answer, how sure it is, what holds there and what does not, each a sentence or two."""
     answer = outcome.answer
     if isinstance(answer, Best):
@@ -31,7 +33,7 @@ def sentences(space: Space, goal: Goal, outcome: Outcome, anchor_beta: float | N
         yield f"{outcome.left_out} images were left out at every point, since a score of theirs failed at some."
 
 
-def evaluated(space: Space, state: State) -> str:
+def evaluated(space: SearchSpace, state: SearchState) -> str:
     """The last evaluation, and where to next, in one line."""
     assert state.tables is not None and state.proposal is not None
     names = [f"{name} {float(table[-1].mean()):.4g}" for name, table in state.tables.points.items()]
@@ -40,7 +42,7 @@ def evaluated(space: Space, state: State) -> str:
     return f"{len(state.points)}. {space.words(state.points[-1])}: {', '.join(names)}{after}"
 
 
-def _best(space: Space, goal: Goal, answer: Best, anchor_beta: float | None) -> Iterator[str]:
+def _best(space: SearchSpace, goal: Goal, answer: Best, anchor_beta: float | None) -> Iterator[str]:
     (objective,) = goal.objectives
     where = _where(space, answer.point, answer.ranges)
     beta = ""
@@ -63,7 +65,7 @@ def _best(space: Space, goal: Goal, answer: Best, anchor_beta: float | None) -> 
         yield f"Where the best {' and '.join(wide)} lies can hardly be told: draw more prompts, or more seeds of them."
 
 
-def _front(space: Space, goal: Goal, outcome: Outcome, answer: Front) -> Iterator[str]:
+def _front(space: SearchSpace, goal: Goal, outcome: SearchOutcome, answer: Front) -> Iterator[str]:
     if not answer.points:
         yield "No point meets all conditions."
         return
@@ -80,7 +82,7 @@ def _surely(condition: Condition) -> bool:
     return condition.probability > 0.99
 
 
-def _where(space: Space, point: Point, ranges: tuple[tuple[float, float], ...]) -> str:
+def _where(space: SearchSpace, point: Point, ranges: tuple[tuple[float, float], ...]) -> str:
     parts = zip(space.coordinates, point, ranges, strict=True)
     return ", ".join(f"{c.name} = {value:g}, in [{low:g}, {high:g}]" for c, value, (low, high) in parts)
 

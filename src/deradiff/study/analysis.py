@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deradiff.files import pages
 from deradiff.study.ballots import Ballot, mistakes
-from deradiff.study.plan import Plan
+from deradiff.study.plan import StudyPlan
 from deradiff.study.preferences import Preference, counted, preference_of, votes_each
 
 ALL = "all"
@@ -30,7 +30,7 @@ class Line:
 class Analysis:
     """What a study has found."""
 
-    plan: Plan
+    plan: StudyPlan
     participants: int
     """Who voted and is counted."""
     failed: int
@@ -45,7 +45,7 @@ class Analysis:
     by_configuration: tuple[Line, ...]
 
 
-def analysed(plan: Plan, ballots: Sequence[Ballot]) -> Analysis:
+def analysed(plan: StudyPlan, ballots: Sequence[Ballot]) -> Analysis:
     """Count the votes of everybody who did not fail the attention checks.
 
     Raises `ValueError` where nobody is left, or nobody has voted yet.
@@ -76,7 +76,7 @@ def analysed(plan: Plan, ballots: Sequence[Ballot]) -> Analysis:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _lines(plan: Plan, ballots: Sequence[Ballot], configuration: str | None) -> Iterator[Line]:
+def _lines(plan: StudyPlan, ballots: Sequence[Ballot], configuration: str | None) -> Iterator[Line]:
     """The preferences of one configuration, or of all, that anybody voted on."""
     some = [one for one in ballots if configuration in (None, one.configuration)]
     sets = {one.name: one.prompt_set for one in plan.configurations}

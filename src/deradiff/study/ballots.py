@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from deradiff.files import databases
-from deradiff.study.plan import ANSWERS, Answer, Plan
+from deradiff.study.plan import ANSWERS, Answer, StudyPlan
 from deradiff.study.rows import CURE, StudyError, pair_of
 from deradiff.study.votes import connected, file_of
 
@@ -45,7 +45,7 @@ class Ballot:
         return {"left": self.left, "equal": None, "right": self.right}[self.answer]
 
 
-def read(folder: Path, plan: Plan) -> list[Ballot]:
+def read(folder: Path, plan: StudyPlan) -> list[Ballot]:
     """Every vote of the study in `folder`, in the order of participants and their pairs.
 
     The study may go on meanwhile. Raises `StudyError` where there is none, and names a row that is damaged.

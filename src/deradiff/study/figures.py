@@ -32,7 +32,7 @@ class Bar(NamedTuple):
     rates: tuple[Rate, Rate, Rate]
 
 
-class Panel(NamedTuple):
+class SharesPanel(NamedTuple):
     """Two methods, and their bars in groups that keep apart."""
 
     first: str
@@ -41,7 +41,7 @@ class Panel(NamedTuple):
 
 
 @dressed
-def shares(panels: Sequence[Panel], across: str) -> Figure:
+def shares(panels: Sequence[SharesPanel], across: str) -> Figure:
     """A panel for every two methods, a bar for every question and group; `across` says what shares are of."""
     rows = [sum(len(bars) + (0.9 if name else 0) for name, bars in panel.groups.items()) for panel in panels]
     figure = Figure(figsize=(9.5, 0.42 * sum(rows) + 1.25 * len(panels) + 0.3), layout="constrained")
@@ -67,7 +67,7 @@ def histogram(votes: Sequence[int]) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, panel: Panel) -> None:
+def _panel(ax: Axes, panel: SharesPanel) -> None:
     at, ticks, labels = 0.0, [], []
     for name, bars in panel.groups.items():
         if name:

@@ -29,7 +29,7 @@ INTRODUCTION = (
 )
 
 
-class Question(Part):
+class StudyQuestion(Part):
     """What is asked of every pair."""
 
     key: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")
@@ -40,9 +40,9 @@ class Question(Part):
 
 
 QUESTIONS = (
-    Question(key="diversity", text="Which set is more varied?"),
-    Question(key="aesthetics", text="Which set looks better?", checked=True),
-    Question(key="agreement", text="Which set fits the text better?", checked=True),
+    StudyQuestion(key="diversity", text="Which set is more varied?"),
+    StudyQuestion(key="aesthetics", text="Which set looks better?", checked=True),
+    StudyQuestion(key="agreement", text="Which set fits the text better?", checked=True),
 )
 """The paper's three: diversity, quality, and agreement with the prompt. Noise may well pass for varied."""
 
@@ -91,7 +91,7 @@ class Configuration(Part):
         return given
 
 
-class Cell(NamedTuple):
+class StudyCell(NamedTuple):
     """Two methods of a configuration."""
 
     configuration: int
@@ -99,7 +99,7 @@ class Cell(NamedTuple):
     second: str
 
 
-class Place(NamedTuple):
+class StudyImage(NamedTuple):
     """Which image of a study: the configuration's and the prompt's number, the method, the seed."""
 
     configuration: int
@@ -108,11 +108,11 @@ class Place(NamedTuple):
     seed: int
 
 
-NOISE = Place(-1, "", 0, 0)
+NOISE = StudyImage(-1, "", 0, 0)
 """The image that attention checks show instead of a method's."""
 
 
-class Plan(Part):
+class StudyPlan(Part):
     """A study. Raises `ValueError` (pydantic's) for what does not fit together."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -127,11 +127,11 @@ class Plan(Part):
     """Checks that a participant may answer wrongly and still be counted."""
     most_participants: int = Field(default=1000, ge=1)
     """Nobody is let in beyond so many."""
-    questions: Several[Question] = Field(default=QUESTIONS, min_length=1)
+    questions: Several[StudyQuestion] = Field(default=QUESTIONS, min_length=1)
     configurations: Several[Configuration] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _fits(self) -> Plan:
+    def _fits(self) -> StudyPlan:
         _require_once([one.name for one in self.configurations], "configurations are")
         _require_once([one.key for one in self.questions], "questions are")
         if any(one.key == PAIR for one in self.questions):
@@ -164,11 +164,11 @@ class Plan(Part):
         return tuple(dict.fromkeys(name for one in self.configurations for name in one.methods))
 
     @property
-    def cells(self) -> tuple[Cell, ...]:
+    def cells(self) -> tuple[StudyCell, ...]:
         """Every two methods that are compared, configuration by configuration, in the order of `methods`."""
         order = self.methods
         return tuple(
-            Cell(number, first, second)
+            StudyCell(number, first, second)
             for number, one in enumerate(self.configurations)
             for first, second in combinations(sorted(one.methods, key=order.index), 2)
         )
@@ -179,17 +179,17 @@ class Plan(Part):
         return sum(len(self.configurations[cell.configuration].prompts) for cell in self.cells)
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> StudyPlan:
     """The plan in a YAML file; raises as `plans.read` does."""
-    return plans.read(Plan, path, "plan of a study", "deradiff study plan EXPERIMENT")
+    return plans.read(StudyPlan, path, "plan of a study", "deradiff study plan EXPERIMENT")
 
 
-def parse_plan(content: Any, where: str) -> Plan:
+def parse_plan(content: Any, where: str) -> StudyPlan:
     """The plan that is plain data; raises as `plans.parse` does."""
-    return plans.parse(Plan, content, where, "plan of a study")
+    return plans.parse(StudyPlan, content, where, "plan of a study")
 
 
-def write_plan(plan: Plan) -> str:
+def write_plan(plan: StudyPlan) -> str:
     """The plan as YAML that `read_plan` reads, with all that can be changed."""
     data = plan.model_dump(mode="json")
     for one in data["configurations"]:

@@ -91,7 +91,7 @@ def row(line: Line) -> tuple[Any, ...]:
     return (*about, one.participants, sum(one.votes), *one.votes, *rates, one.p_votes, one.p_participants)
 
 
-def panels(lines: Sequence[Line], normalised: bool) -> list[figures.Panel]:
+def panels(lines: Sequence[Line], normalised: bool) -> list[figures.SharesPanel]:
     """A panel for every two methods, with a group of bars for each configuration."""
     found: dict[tuple[str, str], dict[str, list[figures.Bar]]] = {}
     for line in lines:
@@ -99,7 +99,7 @@ def panels(lines: Sequence[Line], normalised: bool) -> list[figures.Panel]:
         one = line.preference
         bar = figures.Bar(line.question, sum(one.votes), one.normalised if normalised else one.shares)
         found.setdefault((line.first, line.second), {}).setdefault(group, []).append(bar)
-    return [figures.Panel(first, second, groups) for (first, second), groups in found.items()]
+    return [figures.SharesPanel(first, second, groups) for (first, second), groups in found.items()]
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------

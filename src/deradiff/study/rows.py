@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from deradiff.files.reading import Record, fit, parse
-from deradiff.study.plan import TILES, Plan
+from deradiff.study.plan import TILES, StudyPlan
 
 CURE = "restore the database from a copy, or begin a new study"
 
@@ -17,7 +17,7 @@ class StudyError(RuntimeError):
     """The study cannot be opened, read or written; the message says what to do."""
 
 
-class PairRow(Record):
+class ShownPair(Record):
     """A pair that was shown: its numbers in the plan, the method on each side (empty for noise), nine seeds."""
 
     participant: NonNegativeInt
@@ -29,12 +29,12 @@ class PairRow(Record):
     seeds: list[NonNegativeInt]
 
 
-def pair_of(plan: Plan, values: Sequence[Any], where: str) -> PairRow:
-    """A row's values, in the order of `PairRow`, as a pair of `plan`. Raises `StudyError` that says where it is not."""
-    named = dict(zip(PairRow.model_fields, values, strict=True))
+def pair_of(plan: StudyPlan, values: Sequence[Any], where: str) -> ShownPair:
+    """A row's values, in the order of `ShownPair`, as a pair of `plan`. Raises `StudyError` where it is none."""
+    named = dict(zip(ShownPair.model_fields, values, strict=True))
     try:
         named["seeds"] = parse(list[int], named["seeds"], f"the seeds of {where}", "list of seeds", CURE)
-        row = fit(PairRow, named, where, "pair of this study", CURE)
+        row = fit(ShownPair, named, where, "pair of this study", CURE)
     except ValueError as error:
         raise StudyError(str(error)) from None
     cells = plan.cells

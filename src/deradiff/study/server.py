@@ -17,7 +17,7 @@ from deradiff.files.pages import templates
 from deradiff.servers.access import HEADERS as EVERYWHERE
 from deradiff.servers.access import Admission, keyed
 from deradiff.study.plan import ANSWERS, PAIR
-from deradiff.study.votes import AlreadyAnswered, Busy, Full, NotShown, Votes
+from deradiff.study.votes import AlreadyAnswered, Busy, NotShown, StudyFull, Votes
 
 try:
     from fastapi import FastAPI, HTTPException, Request, Response
@@ -100,7 +100,7 @@ def app(votes: Votes, token: str | None = None, root: str = "") -> FastAPI:
         if not votes.knows(request.cookies.get(cookie, "")):
             try:
                 key = await asyncio.wrap_future(votes.begin())
-            except Full:
+            except StudyFull:
                 raise HTTPException(403, FULL) from None
             keep(response, request, cookie, key, admission.cookie_path, "strict")
         return response
@@ -120,7 +120,7 @@ def app(votes: Votes, token: str | None = None, root: str = "") -> FastAPI:
             raise HTTPException(403, "The vote is for a pair that you were not shown, and was not counted.") from None
         except AlreadyAnswered:
             raise HTTPException(409, "You have answered this pair before, and that answer stays.") from None
-        except Full:
+        except StudyFull:
             raise HTTPException(403, FULL) from None
         except ValueError:
             return pages.pair(key, chosen=answers, status=422)

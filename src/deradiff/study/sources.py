@@ -14,13 +14,13 @@ from deradiff.experiments.running import contents, cut_prompts
 from deradiff.experiments.store import Image, Store
 from deradiff.files.records import slug
 from deradiff.sampling.truncation import PromptCut
-from deradiff.study.plan import TILES, Configuration, Place, Plan, parse_plan
+from deradiff.study.plan import TILES, Configuration, StudyImage, StudyPlan, parse_plan
 
 PAIRS = 20
 """Of a participant, where there are as many; about ten minutes."""
 
 
-def drafted(folder: Path, methods: Sequence[str], beside: Path) -> Plan:
+def drafted(folder: Path, methods: Sequence[str], beside: Path) -> StudyPlan:
     """A plan that compares arms of the experiment in `folder`: all of its prompts, each way of sampling by itself.
 
     Args:
@@ -101,21 +101,21 @@ def arms_named(texts: Iterable[str], known: Collection[str]) -> list[str]:
     return list(found)
 
 
-def located(plan: Plan, beside: Path) -> dict[Place, Image]:
+def located(plan: StudyPlan, beside: Path) -> dict[StudyImage, Image]:
     """Every image that the plan may show, by its place; `beside` is the folder of the plan.
 
     Raises:
         StoreError: a folder holds no experiment.
         ValueError: an arm, a prompt or a seed that the experiment does not have, or an image that is missing.
     """
-    found: dict[Place, Image] = {}
+    found: dict[StudyImage, Image] = {}
     for number, one in enumerate(plan.configurations):
         folder = beside / one.experiment
         with opened(folder) as (planned, store):
             items = _items(one, planned, store, folder)
             drawn, unmade = store.drawn(), store.unmade()
         wanted = {
-            Place(number, method, row, seed): items[arm, prompt, seed]
+            StudyImage(number, method, row, seed): items[arm, prompt, seed]
             for method, arm in one.methods.items()
             for row, prompt in enumerate(one.prompts)
             for seed in one.seeds
@@ -163,7 +163,7 @@ def _items(
 
 
 def _missing(
-    one: Configuration, missing: Sequence[Place], wanted: int, folder: Path, told: Mapping[str, Any] | None
+    one: Configuration, missing: Sequence[StudyImage], wanted: int, folder: Path, told: Mapping[str, Any] | None
 ) -> str:
     """`told` is what is known of the first image that is missing, if it was drawn and is none."""
     first = missing[0]

@@ -12,7 +12,7 @@ from PIL import Image
 from deradiff.experiments import store as experiments
 from deradiff.files.images import read_rgb, rgb
 from deradiff.files.writing import whole
-from deradiff.study.plan import NOISE, Place, Plan
+from deradiff.study.plan import NOISE, StudyImage, StudyPlan
 from deradiff.study.votes import Votes, file_of
 
 SMALLEST, LARGEST = 160, 384
@@ -25,7 +25,7 @@ TOGETHER = 64
 """Tiles that are entered at once."""
 
 
-def prepare(votes: Votes, images: Mapping[Place, experiments.Image], report: Callable[[int, int], None]) -> None:
+def prepare(votes: Votes, images: Mapping[StudyImage, experiments.Image], report: Callable[[int, int], None]) -> None:
     """Make the tile of every image that has none yet, and one of noise; a study that was interrupted goes on.
 
     `report(done, total)` is called along the way. Raises `Missing` for an image that was altered since it was drawn.
@@ -33,7 +33,7 @@ def prepare(votes: Votes, images: Mapping[Place, experiments.Image], report: Cal
     votes.folder.joinpath("images").mkdir(exist_ok=True)
     done = votes.entered()
     left = [place for place in images if place not in done]
-    batch: dict[Place, str] = {}
+    batch: dict[StudyImage, str] = {}
     for count, place in enumerate(left, len(images) - len(left)):
         report(count, len(images))
         batch[place] = kept(read_rgb(images[place].read(), str(images[place].path)), votes.folder)
@@ -47,7 +47,7 @@ def prepare(votes: Votes, images: Mapping[Place, experiments.Image], report: Cal
     report(len(images), len(images))
 
 
-def ready(folder: Path, plan: Plan, beside: Path, report: Callable[[int, int], None]) -> Votes:
+def ready(folder: Path, plan: StudyPlan, beside: Path, report: Callable[[int, int], None]) -> Votes:
     """The study of `plan` in `folder` with all of its images: a new one, or one that was begun there.
 
     The experiments, whose paths count from the folder `beside`, are needed until every tile is made, and not after.
@@ -98,7 +98,7 @@ def noise(size: tuple[int, int]) -> Image.Image:
     return rgb(Image.fromarray(levels))
 
 
-def _located(plan: Plan, beside: Path) -> dict[Place, experiments.Image]:
+def _located(plan: StudyPlan, beside: Path) -> dict[StudyImage, experiments.Image]:
     """`sources.located`, imported when it is needed: a study that goes on need not wait for diffusers to load."""
     from deradiff.study.sources import located
 

@@ -23,11 +23,11 @@ from typing import Any
 from deradiff.files import databases
 from deradiff.files.folders import contents
 from deradiff.files.reading import parse
-from deradiff.study.plan import ANSWERS, NOISE, TILES, Place, Plan, parse_plan
+from deradiff.study.plan import ANSWERS, NOISE, TILES, StudyImage, StudyPlan, parse_plan
 from deradiff.study.rows import CURE, StudyError, pair_of
 from deradiff.study.writing import Busy, Writer
 
-__all__ = ["AlreadyAnswered", "Busy", "Full", "NotShown", "Shown", "StudyError", "Votes", "file_of", "plan_of"]
+__all__ = ["AlreadyAnswered", "Busy", "NotShown", "Shown", "StudyError", "StudyFull", "Votes", "file_of", "plan_of"]
 
 SCHEMA = 1
 """The version of the tables below; a database of a later one is refused."""
@@ -74,7 +74,7 @@ class AlreadyAnswered(ValueError):
     """A second, different vote for a pair."""
 
 
-class Full(RuntimeError):
+class StudyFull(RuntimeError):
     """The study has as many participants as its plan allows."""
 
 
@@ -104,7 +104,7 @@ class Votes:
         StudyError: the folder holds other files, another study, or one of a later version; the disk is full.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: StudyPlan) -> None:
         self.folder, self._file = folder, file_of(folder)
         if not self._file.exists():
             _require_room(folder)
@@ -147,12 +147,12 @@ class Votes:
 
     # -- images -------------------------------------------------------------------------------------------------------
 
-    def entered(self) -> dict[Place, str]:
+    def entered(self) -> dict[StudyImage, str]:
         """The file of every image that was entered, by its place."""
         rows = self._all("SELECT configuration, method, prompt, seed, file FROM images")
-        return {Place(*place): str(file) for *place, file in rows}
+        return {StudyImage(*place): str(file) for *place, file in rows}
 
-    def enter(self, files: Mapping[Place, str]) -> None:
+    def enter(self, files: Mapping[StudyImage, str]) -> None:
         """Keep the files of images."""
         rows = [(*place, file) for place, file in files.items()]
         self._writer.do(lambda db: db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?)", rows)).result()
@@ -165,9 +165,10 @@ class Votes:
     # -- participants and pairs ---------------------------------------------------------------------------------------
 
     def begin(self) -> Future[str]:
-        """A new participant, whose first pair is chosen; gives the key that they are known by. Raises `Full`, `Busy`.
+        """A new participant, whose first pair is chosen; gives the key that they are known by.
 
         The key itself is kept nowhere but with the participant, who has no place before the first vote.
+        Raises `StudyFull`, `Busy`.
         """
         key = secrets.token_urlsafe(24)
 
@@ -238,11 +239,11 @@ class Votes:
         return self._writer.do(work)
 
     def _require_place(self, db: sqlite3.Connection) -> None:
-        """Raise `Full` where all places are taken: by who has answered every pair, and who voted lately."""
+        """Raise `StudyFull` where all places are taken: by who has answered every pair, and who voted lately."""
         self._voted = {number: voted for number, voted in self._voted.items() if not self._lapsed(number)}
         finished = {row[0] for row in db.execute(_FINISHED, (self.plan.shown - 1,))}
         if len(finished | self._voted.keys()) >= self.plan.most_participants:
-            raise Full(f"the study has its {self.plan.most_participants} participants")
+            raise StudyFull(f"the study has its {self.plan.most_participants} participants")
 
     def _lapsed(self, participant: int) -> bool:
         return monotonic() - self._voted[participant] > PLACE_SECONDS
@@ -259,7 +260,7 @@ class Votes:
         return next(iter(self._all(query, *values)), None)
 
     def _files(self, configuration: int, method: str, prompt: int, seeds: list[int]) -> tuple[str, ...]:
-        places = [Place(configuration, method, prompt, seed) if method else NOISE for seed in seeds]
+        places = [StudyImage(configuration, method, prompt, seed) if method else NOISE for seed in seeds]
         query = "SELECT file FROM images WHERE configuration = ? AND method = ? AND prompt = ? AND seed = ?"
         rows = [self._one(query, *place) for place in places]
         if None in rows:
@@ -329,7 +330,7 @@ def connected(file: Path, *, write: bool = True) -> sqlite3.Connection:
     return db
 
 
-def plan_of(folder: Path) -> Plan:
+def plan_of(folder: Path) -> StudyPlan:
     """The plan of the study in `folder`. Raises `StudyError` where there is none."""
     if not file_of(folder).is_file():
         raise StudyError(f"{folder} holds no study: start one with `deradiff study serve PLAN --out {folder}`")
@@ -338,7 +339,7 @@ def plan_of(folder: Path) -> Plan:
         return _plan_in(db, file)
 
 
-def require_answers(plan: Plan, answers: Mapping[str, str]) -> None:
+def require_answers(plan: StudyPlan, answers: Mapping[str, str]) -> None:
     """Raise `ValueError` unless each question, and nothing else, has one of the three answers."""
     keys = [question.key for question in plan.questions]
     if missing := [key for key in keys if key not in answers]:
@@ -347,13 +348,13 @@ def require_answers(plan: Plan, answers: Mapping[str, str]) -> None:
         raise ValueError(f"{strange[0][:80]!r} answers no question of this study")
 
 
-def check_positions(plan: Plan) -> list[int]:
+def check_positions(plan: StudyPlan) -> list[int]:
     """Where a participant's attention checks stand: at random, one in each of as many equal stretches."""
     ends = [round(part * plan.shown / max(1, plan.attention_checks)) for part in range(plan.attention_checks + 1)]
     return [_chance.randrange(ends[part], ends[part + 1]) for part in range(plan.attention_checks)]
 
 
-def next_pair(plan: Plan, seen: set[tuple[int, int]], shown: Mapping[int, int]) -> tuple[int, int]:
+def next_pair(plan: StudyPlan, seen: set[tuple[int, int]], shown: Mapping[int, int]) -> tuple[int, int]:
     """A cell and a prompt that the participant has not seen: of the cells shown least so far, at random."""
     unseen: dict[int, list[int]] = {}
     for number, cell in enumerate(plan.cells):
@@ -370,7 +371,7 @@ def _require_room(folder: Path) -> None:
         raise StudyError(f"{folder} holds other files and no study: name a new folder")
 
 
-def _make_tables(db: sqlite3.Connection, file: Path, plan: Plan) -> None:
+def _make_tables(db: sqlite3.Connection, file: Path, plan: StudyPlan) -> None:
     """Make the tables where there are none; two servers that start at once make them once."""
     with databases.explained(file, StudyError):
         db.execute("BEGIN IMMEDIATE")
@@ -385,7 +386,7 @@ def _make_tables(db: sqlite3.Connection, file: Path, plan: Plan) -> None:
         db.execute("COMMIT")
 
 
-def _plan_in(db: sqlite3.Connection, file: Path) -> Plan:
+def _plan_in(db: sqlite3.Connection, file: Path) -> StudyPlan:
     with databases.explained(file, StudyError):
         row = db.execute("SELECT value FROM facts WHERE name = 'plan'").fetchone()
     if row is None:

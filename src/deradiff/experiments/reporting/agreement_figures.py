@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from deradiff.experiments.reporting.agreement_pairs import COSINES, Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import COSINES, ComparedPair, Study
 from deradiff.files.figure_styles import ARMS, LOOK
 
 RETRAINED, REFERENCE = "#222222", "#8A8A8A"
@@ -105,7 +105,7 @@ def heat_maps(study: Study) -> Figure:
     return figure
 
 
-def _table(cells: Sequence[Sequence[Compared | None]], value: Callable[[Compared], float]) -> np.ndarray:
+def _table(cells: Sequence[Sequence[ComparedPair | None]], value: Callable[[ComparedPair], float]) -> np.ndarray:
     return np.array([[float("nan") if one is None else value(one) for one in row] for row in cells])
 
 
@@ -130,12 +130,12 @@ def _write(ax: Axes, row: int, column: int, words: str, bold: bool) -> None:
     ax.text(column, row, words, ha="center", va="center", color=colour, fontsize=8.5, weight="bold" if bold else None)
 
 
-def _counted(one: Compared, words: str) -> str:
+def _counted(one: ComparedPair, words: str) -> str:
     """A cell's words, with the number of its images where some are missing."""
     return words if one.images == one.planned else f"{words}\nn = {one.images}"
 
 
-def _mark(ax: Axes, cells: Sequence[Sequence[Compared | None]]) -> None:
+def _mark(ax: Axes, cells: Sequence[Sequence[ComparedPair | None]]) -> None:
     """A dashed frame inside the cells where an anchor stands for itself; hatching where there is no pair."""
     for i, row in enumerate(cells):
         for j, one in enumerate(row):
@@ -222,7 +222,7 @@ def _retrained_line(ax: Axes, study: Study) -> None:
         ax.axhline(study.reference.value, color=REFERENCE, linestyle=":", linewidth=1.3, label="reference (β → ∞)")
 
 
-def _approximated(ax: Axes, study: Study, found: Sequence[Compared], arm: str, label: str) -> None:
+def _approximated(ax: Axes, study: Study, found: Sequence[ComparedPair], arm: str, label: str) -> None:
     if not found:
         return
     style = ARMS[arm]
@@ -265,7 +265,7 @@ def _beta_axis(ax: Axes, study: Study, inches: float) -> None:
         other.tick_params(axis="x", labelrotation=90 if crowded else 0, labelsize=8.5)
 
 
-def intervals(found: Sequence[Compared]) -> np.ndarray:
+def intervals(found: Sequence[ComparedPair]) -> np.ndarray:
     """The 95% intervals of differences as bars below and above, of shape (2, pair)."""
     bars = [(one.difference.value - one.interval[0], one.interval[1] - one.difference.value) for one in found]
     return np.maximum(np.nan_to_num(np.array(bars).T), 0.0)

@@ -18,7 +18,7 @@ COSINES = ("pickscore", "hps-v2.0", "hps-v2.1", "clip")
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedPair:
     """One pair, over the images that both of its models have: the same prompts, the same seeds."""
 
     pair: Pair
@@ -64,7 +64,7 @@ class Study:
     family: str
     prompts: str
     score: str
-    compared: tuple[Compared, ...]
+    compared: tuple[ComparedPair, ...]
     resampled: Float[np.ndarray, "resample pair"]
     """The pairs' differences over resampled prompts: row by row the same prompts for all of them."""
     betas: dict[str, float]
@@ -100,7 +100,7 @@ class Study:
             if not found.alone and (found.pair.lam <= 1) == interpolated
         ]
 
-    def part(self, interpolated: bool) -> list[Compared]:
+    def part(self, interpolated: bool) -> list[ComparedPair]:
         """The pairs at λ ≤ 1, or those at λ > 1, without anchors that stand for themselves."""
         return [self.compared[place] for place in self.places(interpolated)]
 
@@ -131,7 +131,7 @@ class Study:
         """The models that are stood for, in the same order."""
         return [name for name in self.betas if any(found.pair.target == name for found in self.compared)]
 
-    def at(self, anchor: str, target: str) -> Compared | None:
+    def at(self, anchor: str, target: str) -> ComparedPair | None:
         """The pair of these two; None where there is none."""
         return next((one for one in self.compared if (one.pair.anchor, one.pair.target) == (anchor, target)), None)
 
@@ -169,7 +169,7 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         there = int(both.any(1).sum())
         error, interval = _spread(means) if there > 1 else (float("nan"), (float("nan"), float("nan")))
         compared.append(
-            Compared(
+            ComparedPair(
                 pair,
                 float(np.nanmean(first)),
                 float(np.nanmean(second)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deradiff.algorithm.estimates import Estimate
-from deradiff.experiments.reporting.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.files.records import slug
@@ -21,17 +21,17 @@ NUMBERS = ("lambda", "approximated", "retrained", "difference", "standard_error"
 COUNTS = ("prompts", "images", "planned")
 
 
-def names(one: Compared) -> tuple[str, str]:
+def names(one: ComparedPair) -> tuple[str, str]:
     """The anchor and the target."""
     return one.pair.anchor, one.pair.target
 
 
-def numbers(one: Compared) -> tuple[float, ...]:
+def numbers(one: ComparedPair) -> tuple[float, ...]:
     """The values of `NUMBERS`."""
     return (one.pair.lam, one.approximated, one.retrained, one.difference.value, one.difference.error, *one.interval)
 
 
-def images(one: Compared) -> tuple[int, ...]:
+def images(one: ComparedPair) -> tuple[int, ...]:
     """The values of `COUNTS`."""
     return one.prompts, one.images, one.planned
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from deradiff.algorithm.verdict import TRUSTED
 from deradiff.experiments.reporting.agreement_figures import dressed, intervals, is_cosine, signed, unit
-from deradiff.experiments.reporting.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study
 from deradiff.experiments.reporting.agreement_verdicts import Judged
 from deradiff.files.figure_styles import KINDS, Style
 from deradiff.measures.agreement import (
@@ -199,7 +199,7 @@ def _shown(name: str, value: float) -> str:
 def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6a: retrained means against approximations, with the identity and a linear fit."""
 
-    def panel(ax: Axes, interpolated: bool, found: Sequence[Compared]) -> None:
+    def panel(ax: Axes, interpolated: bool, found: Sequence[ComparedPair]) -> None:
         x, y = (np.array([getattr(one, name) for one in found]) for name in ("approximated", "retrained"))
         bars = intervals(found)[::-1]  # upright is the retrained mean: approximated - difference
         ax.errorbar(x, y, bars, fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
@@ -228,7 +228,7 @@ def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
 def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6b: differences against the means of both models, with bias and limits of agreement."""
 
-    def panel(ax: Axes, interpolated: bool, found: Sequence[Compared]) -> None:
+    def panel(ax: Axes, interpolated: bool, found: Sequence[ComparedPair]) -> None:
         x = [(one.approximated + one.retrained) / 2 for one in found]
         y = [one.difference.value for one in found]
         ax.errorbar(x, y, intervals(found), fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
@@ -265,8 +265,8 @@ def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
 
 def _by_part(
     study: Study,
-    panel: Callable[[Axes, bool, Sequence[Compared]], None],
-    place: Callable[[Compared], tuple[float, float]],
+    panel: Callable[[Axes, bool, Sequence[ComparedPair]], None],
+    place: Callable[[ComparedPair], tuple[float, float]],
     height: float,
 ) -> Figure:
     """A panel for λ ≤ 1 and one for λ > 1, points coloured by how far apart the strengths of anchor and target are."""
@@ -296,7 +296,9 @@ def _by_part(
     return figure
 
 
-def _name_farthest(ax: Axes, study: Study, found: Sequence[Compared], x: Sequence[float], y: Sequence[float]) -> None:
+def _name_farthest(
+    ax: Axes, study: Study, found: Sequence[ComparedPair], x: Sequence[float], y: Sequence[float]
+) -> None:
     """The β of the pairs that are farthest off, where a label has room beside its point."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     across, upright = (np.array(x) - left) / (right - left), (np.array(y) - low) / (high - low)
@@ -324,7 +326,7 @@ def _name_farthest(ax: Axes, study: Study, found: Sequence[Compared], x: Sequenc
             break
 
 
-def doublings(study: Study, one: Compared) -> float:
+def doublings(study: Study, one: ComparedPair) -> float:
     """log₂(β_target / β_anchor): how many doublings of β lie between target and anchor, positive at λ < 1."""
     return math.log2(study.betas[one.pair.target] / study.betas[one.pair.anchor])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.verdict import TRUSTED, TRUSTING
-from deradiff.experiments.reporting.agreement_pairs import Compared, Study
+from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study
 from deradiff.experiments.results import Results
 
 JUDGEMENTS = ("right", "false alarm", "miss", "open")
@@ -20,7 +20,7 @@ class Judged:
     Errors are Algorithm 1's in shares of the shift, the retrained model's mean minus the reference's.
     """
 
-    compared: Compared
+    compared: ComparedPair
     score: str
     kind: str
     words: str

@@ -13,7 +13,7 @@ from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import unit
 from deradiff.experiments.reporting.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
 from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.reporting.front_figures import STYLES, Bought, equal_cost, extrapolates
+from deradiff.experiments.reporting.front_figures import STYLES, GainAtCost, equal_cost, extrapolates
 from deradiff.experiments.results import Results, Table
 from deradiff.measures import non_dominated
 from deradiff.sweep import notation
@@ -33,7 +33,7 @@ NOTHING = 1e-12
 # -- network evaluations ----------------------------------------------------------------------------------------------
 
 
-class Evaluations(NamedTuple):
+class EvaluationCounts(NamedTuple):
     """How often denoisers are evaluated for one image; a guided step evaluates each model twice."""
 
     forward: float
@@ -45,7 +45,7 @@ class Evaluations(NamedTuple):
         return self.forward + self.backward
 
 
-def evaluations(results: Results, arm: Arm, prompts: str) -> Evaluations | None:
+def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationCounts | None:
     """What an image of `arm` takes by itself; None where only its images could tell, and there are none.
 
     A model without weight in a step is not evaluated in it: λ = 0 is the reference alone, λ = 1 the anchor alone. An
@@ -55,12 +55,12 @@ def evaluations(results: Results, arm: Arm, prompts: str) -> Evaluations | None:
         told = results.told(arm, prompts)
         if not told:
             return None
-        return Evaluations(*(float(np.mean([one[name] for one in told])) for name in ("forward", "backward")))
+        return EvaluationCounts(*(float(np.mean([one[name] for one in told])) for name in ("forward", "backward")))
     sampling = results.plan.sampling[arm.sampling]
     calls = calls_of(sampling.scheduler, sampling.steps)
     guided = 2 if sampling.guidance_scale is None or sampling.guidance_scale > 1 else 1
     per_call = [models_at(arm, call / calls) for call in range(calls)]
-    return Evaluations(float(guided * sum(per_call) * max(1, arm.particles)))
+    return EvaluationCounts(float(guided * sum(per_call) * max(1, arm.particles)))
 
 
 def calls_of(scheduler: str | None, steps: int) -> int:
@@ -92,7 +92,7 @@ def exhibits(results: Results) -> Iterator[Exhibit]:
     yield from savings(results)
 
 
-class Offer(NamedTuple):
+class ArmCost(NamedTuple):
     """One way to spend evaluations."""
 
     name: str
@@ -101,11 +101,11 @@ class Offer(NamedTuple):
     look: int
     hollow: bool
     by_prompt: ByPrompt
-    evaluations: Evaluations
+    evaluations: EvaluationCounts
     seconds: float
 
 
-def offers(results: Results, prompts: str, score: str) -> list[Offer]:
+def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
     """Every arm with its cost, and the reference with the best of several images, which costs as many times more."""
     reference = results.reference
     if reference is None:
@@ -116,20 +116,20 @@ def offers(results: Results, prompts: str, score: str) -> list[Offer]:
         cost = evaluations(results, arm, prompts)
         if cost is not None and arm != reference:
             by_prompt = results.by_prompt(arm, prompts, score)
-            found.append(Offer(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
+            found.append(ArmCost(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
     plain = evaluations(results, reference, prompts)
     assert plain is not None
     table = results.scores(reference, prompts, score)
     for power in range(1, 1 + int(math.log2(table.shape[1]))):
         count = 2**power
-        best = Offer(
+        best = ArmCost(
             f"reference, best of {count}",
             "best-of",
             STYLES["best-of"].label,
             0,
             False,
             best_of(table, count),
-            Evaluations(count * plain.forward),
+            EvaluationCounts(count * plain.forward),
             count * results.seconds(reference),
         )
         found.append(best)
@@ -190,7 +190,7 @@ def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit
                 "yes" if is_best else "",
             )
         )
-        bought.append(Bought(offer.kind, offer.label, offer.look, offer.hollow, *gain[:3], *relative, is_best))
+        bought.append(GainAtCost(offer.kind, offer.label, offer.look, offer.hollow, *gain[:3], *relative, is_best))
     yield Exhibit(
         key=f"equal-cost-{slug}",
         section=SECTION,

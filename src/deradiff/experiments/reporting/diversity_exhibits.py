@@ -26,7 +26,7 @@ from deradiff.experiments.reporting.arm_series import (
     short_label,
     substitutes,
 )
-from deradiff.experiments.reporting.diversity_figures import Curve, illustration, spectra_figure
+from deradiff.experiments.reporting.diversity_figures import SpectrumCurve, illustration, spectra_figure
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 from deradiff.measures import (
@@ -96,17 +96,17 @@ class Measured:
     """Why a measure is missing."""
 
 
-class _Set(NamedTuple):
+class _FeatureSet(NamedTuple):
     """Features of some images, and what FID and the spectral distances need of them."""
 
     features: Float[Tensor, "image feature"]
     statistics: Statistics
 
 
-Place = tuple[int, int]
+PromptAndSeed = tuple[int, int]
 """The prompt and the seed of an image, by number."""
 
-Vectors = Mapping[Place, Float[np.ndarray, " feature"]]
+Vectors = Mapping[PromptAndSeed, Float[np.ndarray, " feature"]]
 
 
 def diversity(results: Results, extractor: str) -> dict[Arm, Measured]:
@@ -119,7 +119,7 @@ def diversity(results: Results, extractor: str) -> dict[Arm, Measured]:
     if reference is None:
         return {}
     known = results.features_by_place(reference, where, extractor)
-    prepared: dict[tuple[Place, ...], list[_Set]] = {}
+    prepared: dict[tuple[PromptAndSeed, ...], list[_FeatureSet]] = {}
     found: dict[Drawing, Measured] = {}
     for arm in distinct(results, where):
         vectors = results.features_by_place(arm, where, extractor)
@@ -133,7 +133,7 @@ def diversity(results: Results, extractor: str) -> dict[Arm, Measured]:
 
 
 def measured(
-    reference: Sequence[_Set], generated: Sequence[_Set], places: Sequence[Place], neighbours: int
+    reference: Sequence[_FeatureSet], generated: Sequence[_FeatureSet], places: Sequence[PromptAndSeed], neighbours: int
 ) -> Measured:
     """Every measure of an arm's images, which are those at `places`, against the reference's (see `_sets`).
 
@@ -174,7 +174,7 @@ def jackknifed(parts: Sequence[float]) -> float:
 
 
 def _against(
-    reference: _Set, generated: _Set, neighbours: int, refusals: dict[str, None]
+    reference: _FeatureSet, generated: _FeatureSet, neighbours: int, refusals: dict[str, None]
 ) -> tuple[dict[Measure, float], Frechet, SpectralDistance]:
     frechet = frechet_distance(reference.statistics, generated.statistics)
     spectral = spectral_distance(reference.statistics, generated.statistics)
@@ -200,7 +200,7 @@ def _attempt(measure: Callable[[], T], refusals: dict[str, None]) -> T | None:
         return None
 
 
-def _sets(vectors: Vectors, places: Sequence[Place]) -> list[_Set]:
+def _sets(vectors: Vectors, places: Sequence[PromptAndSeed]) -> list[_FeatureSet]:
     """All images at `places`, then all but those of one fold of the prompts after the other.
 
     There are no folds where the measures are not affordable, or where too few images would be left.
@@ -211,7 +211,7 @@ def _sets(vectors: Vectors, places: Sequence[Place]) -> list[_Set]:
     kept = [of % parts != fold for fold in range(parts)]
     if features.shape[1] > AFFORDABLE or min(int(rows.sum()) for rows in kept) < 2:
         kept = []
-    return [_Set(some, Statistics.of(some)) for some in (features, *(features[rows] for rows in kept))]
+    return [_FeatureSet(some, Statistics.of(some)) for some in (features, *(features[rows] for rows in kept))]
 
 
 # -- exhibits ---------------------------------------------------------------------------------------------------------
@@ -305,14 +305,14 @@ def spectra(results: Results, extractor: str, slug: str, found: dict[Arm, Measur
         arms = [arm for arm in series.arms if arm in others]
         if len(arms) > max(1, len(longest.get(series.kind, []))):
             longest[series.kind], labels[series.kind] = arms, series.label
-    panels: dict[str, list[Curve]] = {}
+    panels: dict[str, list[SpectrumCurve]] = {}
     rows = []
     for kind, arms in longest.items():
         for arm in spaced(arms, CURVES):
             mine = _eigenvalues(results, arm, extractor)
             ranks = min(len(base), len(mine))
             ratio = mine[:ranks] / base[:ranks]
-            panels.setdefault(labels[kind], []).append(Curve(short_label(results.plan, arm), ratio.tolist()))
+            panels.setdefault(labels[kind], []).append(SpectrumCurve(short_label(results.plan, arm), ratio.tolist()))
             rows += [
                 (arm.name, rank + 1, float(mine[rank]), float(base[rank]), float(ratio[rank])) for rank in range(ranks)
             ]

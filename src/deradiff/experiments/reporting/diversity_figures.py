@@ -18,7 +18,7 @@ from deradiff.files.figure_styles import Style
 from deradiff.measures.spectral import Cloud
 
 
-class Curve(NamedTuple):
+class SpectrumCurve(NamedTuple):
     """A labelled sequence over ranks."""
 
     label: str
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
 
 
 @dressed
-def spectra_figure(base: Sequence[float], panels: Mapping[str, Sequence[Curve]]) -> Figure:
+def spectra_figure(base: Sequence[float], panels: Mapping[str, Sequence[SpectrumCurve]]) -> Figure:
     """The reference's spectrum, and for each series a panel of ratios to it."""
     # The first panel is as wide as it takes for the others to fill their rows of three.
     width = 1 + -(1 + len(panels)) % 3

@@ -35,7 +35,7 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     diversity,
 )
 from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.reporting.front_figures import Panel, Point, Strip, attributes, trade_offs
+from deradiff.experiments.reporting.front_figures import ArmPoint, Strip, TradeOffPanel, attributes, trade_offs
 from deradiff.experiments.results import Results
 from deradiff.measures import non_dominated
 
@@ -90,7 +90,7 @@ def fronts(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> Ite
                 )
 
 
-def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measured]) -> dict[Measure, Panel]:
+def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measured]) -> dict[Measure, TradeOffPanel]:
     """The panels of one prompt set, one for each measure that the reference and two more arms have."""
     upwards = {
         arm: mean
@@ -100,7 +100,7 @@ def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measur
     panels = {}
     for measure, across in FRONTS.items():
         points = {
-            arm: Point(arm, found[arm].values[measure], mean, found[arm].errors[measure], error)
+            arm: ArmPoint(arm, found[arm].values[measure], mean, found[arm].errors[measure], error)
             for arm, (mean, error) in upwards.items()
             if math.isfinite(found[arm].values[measure])
         }
@@ -113,13 +113,13 @@ def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measur
 
 def panel_of(
     results: Results,
-    points: Mapping[Arm, Point],
+    points: Mapping[Arm, ArmPoint],
     upwards: str,
     across: str,
     maximize: bool,
     squared: bool,
     title: str = "",
-) -> Panel | None:
+) -> TradeOffPanel | None:
     """The trade-off of these points; None where there are not two to compare with the reference.
 
     The ideal point is the best mean score at what the reference has across, as in AIG's figure 4.
@@ -131,7 +131,7 @@ def panel_of(
     best = non_dominated(plane, (True, maximize)).tolist()
     unregularised = results.model(chosen) if chosen else None
     series = [(one, tuple(points[arm] for arm in one.arms if arm in points)) for one in series_of(results)]
-    return Panel(
+    return TradeOffPanel(
         series=tuple((one, some) for one, some in series if some),
         base=points[reference],
         unregularised=points.get(unregularised) if unregularised else None,
@@ -163,7 +163,7 @@ _FRONT_HEADER = (
 
 
 def _front_rows(
-    results: Results, prompts: str, score: str, found: Mapping[Arm, Measured], row: Mapping[Measure, Panel]
+    results: Results, prompts: str, score: str, found: Mapping[Arm, Measured], row: Mapping[Measure, TradeOffPanel]
 ) -> list[tuple[Any, ...]]:
     rows = []
     for arm in sorted({point.arm for panel in row.values() for point in _points(panel)}, key=results.arms.index):
@@ -181,7 +181,7 @@ def _front_rows(
     return rows
 
 
-def _points(panel: Panel) -> list[Point]:
+def _points(panel: TradeOffPanel) -> list[ArmPoint]:
     return [panel.base, *(point for _, points in panel.series for point in points)]
 
 
@@ -254,7 +254,7 @@ def divergence(results: Results) -> Iterator[Exhibit]:
             kl, kl_error = over_prompts(results.path_kl(arm, prompts))
             mean, error = results.mean(arm, prompts, score)
             if math.isfinite(kl) and math.isfinite(mean):
-                points[arm] = Point(arm, kl, mean, kl_error, error)
+                points[arm] = ArmPoint(arm, kl, mean, kl_error, error)
         panel = panel_of(results, points, unit(short(score)), "path KL to the reference, nats", False, True, prompts)
         if panel is not None:
             panels.append(panel)

@@ -48,7 +48,7 @@ GRADIENT = "viridis"
 Fill = Literal["full", "left", "top", "none"]
 
 
-class Point(NamedTuple):
+class ArmPoint(NamedTuple):
     """An arm in a plane, with standard errors (NaN for none)."""
 
     arm: Arm
@@ -59,12 +59,12 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Panel:
+class TradeOffPanel:
     """One trade-off: reward upwards, what it costs across."""
 
-    series: tuple[tuple[Series, tuple[Point, ...]], ...]
-    base: Point
-    unregularised: Point | None
+    series: tuple[tuple[Series, tuple[ArmPoint, ...]], ...]
+    base: ArmPoint
+    unregularised: ArmPoint | None
     ideal: tuple[float, float] | None
     front: frozenset[Arm]
     """The non-dominated arms."""
@@ -76,7 +76,7 @@ class Panel:
 
 
 @dressed
-def trade_offs(panels: Sequence[Sequence[Panel]]) -> Figure:
+def trade_offs(panels: Sequence[Sequence[TradeOffPanel]]) -> Figure:
     """A grid of panels; a row shares its reward."""
     columns = max(map(len, panels))
     figure = Figure(figsize=(min(WIDTH, 3.9 * columns + 0.8), 2.75 * len(panels) + 1.1), layout="constrained")
@@ -93,7 +93,7 @@ def trade_offs(panels: Sequence[Sequence[Panel]]) -> Figure:
     return figure
 
 
-def _trade_off(ax: Axes, panel: Panel) -> None:
+def _trade_off(ax: Axes, panel: TradeOffPanel) -> None:
     for series, points in panel.series:
         style, fill = style_of(series.kind, series.look), fill_of(series.kind, series.look)
         if series.connected and len(points) > 1:
@@ -141,7 +141,7 @@ def extrapolates(arm: Arm) -> bool:
 
 
 def _marked(
-    ax: Axes, points: Sequence[Point], style: Style, label: str | None, *, fill: Fill = "full", size: float = 5.5
+    ax: Axes, points: Sequence[ArmPoint], style: Style, label: str | None, *, fill: Fill = "full", size: float = 5.5
 ) -> None:
     """Arms with a bar for each standard error that there is; `label` for the legend."""
     if not points:
@@ -247,7 +247,7 @@ def graded(number: int, count: int) -> Any:
 # -- equal cost -------------------------------------------------------------------------------------------------------
 
 
-class Bought(NamedTuple):
+class GainAtCost(NamedTuple):
     """What an arm gains over the reference, with the ends of its interval, and what it costs relative to it."""
 
     kind: str
@@ -263,7 +263,7 @@ class Bought(NamedTuple):
 
 
 @dressed
-def equal_cost(bought: Sequence[Bought], gain: str) -> Figure:
+def equal_cost(bought: Sequence[GainAtCost], gain: str) -> Figure:
     """Gain against cost: by network evaluations, arms of one cost side by side, and by measured seconds."""
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     axes: Any = figure.subplots(1, 2, sharey=True, width_ratios=(1.8, 1))
@@ -296,7 +296,7 @@ def equal_cost(bought: Sequence[Bought], gain: str) -> Figure:
     return figure
 
 
-def by_cost(bought: Sequence[Bought]) -> list[tuple[float, list[Bought]]]:
+def by_cost(bought: Sequence[GainAtCost]) -> list[tuple[float, list[GainAtCost]]]:
     """The arms of each cost, the cheapest first; in each, methods together, by gain."""
     costs = sorted({round(one.evaluations, 2) for one in bought})
     kinds = list(STYLES)
@@ -312,7 +312,7 @@ def by_cost(bought: Sequence[Bought]) -> list[tuple[float, list[Bought]]]:
     ]
 
 
-def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[Bought]]]) -> list[tuple[Bought, float]]:
+def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[GainAtCost]]]) -> list[tuple[GainAtCost, float]]:
     """A place for every arm, on bands that are labelled with their cost; and the best gain so far as a line."""
     places, ticks, best, start = [], [], -math.inf, 0.0
     for number, (_, members) in enumerate(groups):

@@ -15,7 +15,7 @@ from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.picture_sheets import (
     SAME_NOISE,
-    Column,
+    SheetColumn,
     best_set,
     drawn,
     key,
@@ -122,9 +122,9 @@ def triples(results: Results) -> Iterator[Exhibit]:
         healthy = undoing.realigned.target
         how = f"λ = {lam:.3g}" + (f", {undoing.realigned.particles} particles" if undoing.realigned.particles else "")
         columns = [
-            Column(f"{hacked}, hacked\n{strength(plan, hacked, 1.0)}", undoing.hacked),
-            Column(f"realigned\n{how}\n{strength(plan, hacked, lam)}", undoing.realigned),
-            Column(f"{healthy}, healthy\n{strength(plan, healthy, 1.0)}", undoing.healthy),
+            SheetColumn(f"{hacked}, hacked\n{strength(plan, hacked, 1.0)}", undoing.hacked),
+            SheetColumn(f"realigned\n{how}\n{strength(plan, hacked, lam)}", undoing.realigned),
+            SheetColumn(f"{healthy}, healthy\n{strength(plan, healthy, 1.0)}", undoing.healthy),
         ]
         noise = "" if undoing.realigned.particles else f"{SAME_NOISE}. "
         yield sheet(

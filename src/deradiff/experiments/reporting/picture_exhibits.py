@@ -9,8 +9,8 @@ from deradiff.experiments.reporting import hacking_exhibits
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.picture_sheets import (
     SAME_NOISE,
-    Column,
-    Shot,
+    SheetColumn,
+    SheetImage,
     best_set,
     drawn,
     key,
@@ -68,7 +68,7 @@ def strips(results: Results) -> Iterator[Exhibit]:
         there = drawn(results, [arm for _, arm in steps], of)
         if not any(arm in inner for arm in there):
             continue
-        columns = [Column(_at(results, anchor, lam), arm) for lam, arm in steps if arm in there]
+        columns = [SheetColumn(_at(results, anchor, lam), arm) for lam, arm in steps if arm in there]
         yield sheet(
             results,
             key("strip", anchor),
@@ -114,10 +114,10 @@ def pairs(results: Results) -> Iterator[Exhibit]:
         if not retrained or not chosen:
             continue
         own = strength(results.plan, target, 1.0)
-        columns = [Column(f"{target}, aligned\n{own}", retrained[0])]
+        columns = [SheetColumn(f"{target}, aligned\n{own}", retrained[0])]
         for pair in chosen:
             reached = strength(results.plan, pair.anchor, pair.lam)
-            columns.append(Column(f"from {pair.anchor}\nλ = {pair.lam:.3g}\n{reached}", pair.approximated))
+            columns.append(SheetColumn(f"from {pair.anchor}\nλ = {pair.lam:.3g}\n{reached}", pair.approximated))
         some = "every anchor" if len(mine) == len(chosen) else f"{len(chosen)} of {len(mine)} anchors, spread over λ"
         yield sheet(
             results,
@@ -151,7 +151,7 @@ def combinations(results: Results) -> Iterator[Exhibit]:
         yield from _compared(
             results,
             [results.reference, *map(results.model, anchors)],
-            [Column(label(results.plan, arm), arm) for arm in arms],
+            [SheetColumn(label(results.plan, arm), arm) for arm in arms],
             [],
             key("combined", *anchors),
             f"{' and '.join(anchors)} at once",
@@ -167,7 +167,7 @@ def annealings(results: Results) -> Iterator[Exhibit]:
         yield from _compared(
             results,
             [results.reference],
-            [Column("\n".join(shape_of(arm).split(", ")), arm) for arm in arms],
+            [SheetColumn("\n".join(shape_of(arm).split(", ")), arm) for arm in arms],
             [results.model(anchor)],
             key("annealed", anchor),
             f"Annealed guidance of {anchor}",
@@ -187,7 +187,7 @@ def mean_lam(arm: Arm) -> float:
 def _compared(
     results: Results,
     before: Sequence[Arm | None],
-    columns: Sequence[Column],
+    columns: Sequence[SheetColumn],
     after: Sequence[Arm | None],
     name: str,
     title: str,
@@ -195,7 +195,7 @@ def _compared(
     source: str,
 ) -> Iterator[Exhibit]:
     """A sheet of `columns` between what they are to be compared with, if any of them has pictures."""
-    ends = [[Column(label(results.plan, arm), arm) for arm in side if arm is not None] for side in (before, after)]
+    ends = [[SheetColumn(label(results.plan, arm), arm) for arm in side if arm is not None] for side in (before, after)]
     columns = [*ends[0], *columns, *ends[1]]
     prompts = best_set(results, [column.arm for column in columns])
     of = shots(results, prompts)
@@ -278,7 +278,7 @@ def methods(results: Results) -> Iterator[Exhibit]:
             f"Every method, {anchor}",
             f"One image by every method. {CHOICE.format(anchor=anchor)} {noise_of(arms)}. "
             f"{uncurated(results, prompts, of)} After Annealed Importance Guidance, figures 11 and 12.",
-            [Column(label(results.plan, arm), arm) for arm in arms],
+            [SheetColumn(label(results.plan, arm), arm) for arm in arms],
             of,
         )
 
@@ -292,7 +292,7 @@ def grids(results: Results) -> Iterator[Exhibit]:
     for anchor in focus(results):
         arms = representatives(results, anchor)
         for number, text in enumerate(results.contents.texts[prompts][: plan.report.pictures], 1):
-            of = [Shot(text, seed) for seed in seeds]
+            of = [SheetImage(text, seed) for seed in seeds]
             there = drawn(results, arms, of)
             if len(there) < 2:
                 continue
@@ -303,7 +303,7 @@ def grids(results: Results) -> Iterator[Exhibit]:
                 f"Images of the same {len(seeds)} seeds, in the same places, by every method: look at how much varies "
                 f"within a panel. {CHOICE.format(anchor=anchor)} {noise_of(there)}. {uncurated(results, prompts, of)} "
                 "After Annealed Importance Guidance, figures 2 and 13 to 16.",
-                [Column(label(plan, arm), arm) for arm in there],
+                [SheetColumn(label(plan, arm), arm) for arm in there],
                 of,
             )
 

@@ -28,14 +28,14 @@ SAME_NOISE = "All images of a seed start from the same noise"
 ABSENT = (225, 225, 228)
 
 
-class Shot(NamedTuple):
+class SheetImage(NamedTuple):
     """What a picture is of, whoever drew it."""
 
     prompt: str
     seed: int
 
 
-class Column(NamedTuple):
+class SheetColumn(NamedTuple):
     """The pictures of one arm, and what a sheet calls them."""
 
     label: str
@@ -43,7 +43,7 @@ class Column(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredPicture:
     """A picture that is there: its prompt set and its place in it."""
 
     prompts: str
@@ -60,13 +60,13 @@ class Place:
 # -- which pictures ---------------------------------------------------------------------------------------------------
 
 
-def shots(results: Results, prompts: str, seeds: int = 1) -> list[Shot]:
+def shots(results: Results, prompts: str, seeds: int = 1) -> list[SheetImage]:
     """The first prompts of a set, as many as the plan wants pictured, each with the first seeds."""
     texts = results.contents.texts[prompts][: results.plan.report.pictures]
-    return [Shot(text, seed) for text in texts for seed in results.plan.prompts[prompts].seeds[:seeds]]
+    return [SheetImage(text, seed) for text in texts for seed in results.plan.prompts[prompts].seeds[:seeds]]
 
 
-def found(results: Results, arm: Arm, shot: Shot) -> Place | None:
+def found(results: Results, arm: Arm, shot: SheetImage) -> StoredPicture | None:
     """Where an arm's picture of a prompt and a seed is, in whichever set; None where it is not there."""
     for name in results.plan.sets(arm.prompts):
         texts, seeds = results.contents.texts[name], results.plan.prompts[name].seeds
@@ -74,11 +74,11 @@ def found(results: Results, arm: Arm, shot: Shot) -> Place | None:
             row, column = texts.index(shot.prompt), seeds.index(shot.seed)
             path = results.image(arm, name, row, column)
             if path is not None and path.is_file():
-                return Place(name, row, column, path)
+                return StoredPicture(name, row, column, path)
     return None
 
 
-def drawn(results: Results, arms: Iterable[Arm], of: Sequence[Shot]) -> list[Arm]:
+def drawn(results: Results, arms: Iterable[Arm], of: Sequence[SheetImage]) -> list[Arm]:
     """Those of `arms` that have any of the pictures."""
     return [arm for arm in arms if any(found(results, arm, shot) for shot in of)]
 
@@ -134,7 +134,7 @@ def strength(plan: Plan, model: str, lam: float) -> str:
     return f"{'β' if lam == 1 else 'β/λ'} = {f'{reached:.0f}' if reached >= 1000 else f'{reached:.4g}'}"
 
 
-def uncurated(results: Results, prompts: str, of: Sequence[Shot]) -> str:
+def uncurated(results: Results, prompts: str, of: Sequence[SheetImage]) -> str:
     """The sentence by which a caption says which pictures these are, and what their prompts stand for."""
     texts, seeds = list(dict.fromkeys(shot.prompt for shot in of)), list(dict.fromkeys(shot.seed for shot in of))
     first = results.contents.texts[prompts].index(texts[0])
@@ -157,7 +157,7 @@ def header(plan: Plan) -> tuple[str, ...]:
     return "prompt", "seed", "arm", "file", *plan.scores
 
 
-def listed(results: Results, columns: Sequence[Column], of: Sequence[Shot]) -> tuple[tuple[Any, ...], ...]:
+def listed(results: Results, columns: Sequence[SheetColumn], of: Sequence[SheetImage]) -> tuple[tuple[Any, ...], ...]:
     """A row for every picture that is there: whose it is, its file and its scores, NaN for one that it has not."""
     rows = []
     for shot in of:
@@ -177,8 +177,8 @@ def sheet(
     key: str,
     title: str,
     caption: str,
-    columns: Sequence[Column],
-    of: Sequence[Shot],
+    columns: Sequence[SheetColumn],
+    of: Sequence[SheetImage],
     *,
     section: str = "Pictures",
     upright: bool = False,
@@ -202,7 +202,7 @@ def sheet(
 
 
 def panels(
-    results: Results, key: str, title: str, caption: str, columns: Sequence[Column], of: Sequence[Shot]
+    results: Results, key: str, title: str, caption: str, columns: Sequence[SheetColumn], of: Sequence[SheetImage]
 ) -> Exhibit:
     """A titled panel for every arm, with its pictures of all shots of one prompt."""
     grid = filled([[_picture(results, column.arm, shot, LARGEST_CELL) for shot in of] for column in columns])
@@ -216,8 +216,8 @@ def _exhibit(
     section: str,
     title: str,
     caption: str,
-    columns: Sequence[Column],
-    of: Sequence[Shot],
+    columns: Sequence[SheetColumn],
+    of: Sequence[SheetImage],
     picture: Image.Image,
     planned: int,
 ) -> Exhibit:
@@ -232,7 +232,7 @@ def key(*parts: str) -> str:
     return "-".join(slug(part) for part in parts)
 
 
-def _picture(results: Results, arm: Arm, shot: Shot, side: int) -> Image.Image | None:
+def _picture(results: Results, arm: Arm, shot: SheetImage, side: int) -> Image.Image | None:
     place = found(results, arm, shot)
     if place is None:
         return None
