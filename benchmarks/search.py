@@ -238,7 +238,7 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
             "high": answer.ranges[0][1],
             "evaluations": len(answer.evaluations),
             "stopped": answer.stopped,
-            "check": next(iter(outcome.checks.values())).words,
+            "check": next(iter(outcome.checks.values())).sentence,
         }
     return searches | {"grid": {"lams": lams, "best": grid[int(means.argmax())][0], "means": means.tolist()}}
 

@@ -116,25 +116,25 @@ def differences(results: Scored, score: str = "pickscore") -> dict[tuple[float, 
 def test_six_strengths_give_fifteen_pairs_of_either_sort(results: Scored) -> None:
     (study,) = studies(results)
     inside, outside = study.part(True), study.part(False)
-    assert len(inside) == len(outside) == 15 and len(study.compared) == 36
-    assert all(study.betas[one.pair.anchor] < study.betas[one.pair.target] for one in inside)
-    assert all(study.betas[one.pair.anchor] > study.betas[one.pair.target] for one in outside)
+    assert len(inside) == len(outside) == 15 and len(study.pairs) == 36
+    assert all(study.betas[pair.models.anchor] < study.betas[pair.models.target] for pair in inside)
+    assert all(study.betas[pair.models.anchor] > study.betas[pair.models.target] for pair in outside)
     assert study.anchors == study.targets == [name_of(beta) for beta in BETAS]
 
 
 def test_differences_and_their_errors_are_those_of_a_paired_bootstrap(results: Scored) -> None:
     (study,) = studies(results)
-    for one in study.part(True)[::4]:
+    for pair in study.part(True)[::4]:
         approximated, retrained = (
             torch.from_numpy(results.scores(arm, "main", "pickscore"))
-            for arm in (one.pair.approximated, one.pair.retrained)
+            for arm in (pair.models.approximated, pair.models.retrained)
         )
         truth = paired_difference(approximated, retrained, seed=5)
-        assert one.difference.value == pytest.approx(truth.estimate.value, abs=1e-12)
-        assert one.difference.error == pytest.approx(truth.estimate.error, rel=0.05)
-        assert one.interval == pytest.approx(truth.interval, abs=0.15 * truth.estimate.error)
+        assert pair.difference.value == pytest.approx(truth.estimate.value, abs=1e-12)
+        assert pair.difference.error == pytest.approx(truth.estimate.error, rel=0.05)
+        assert pair.interval == pytest.approx(truth.interval, abs=0.15 * truth.estimate.error)
         alone = [float(scores.mean(1).std() / PROMPTS**0.5) for scores in (approximated, retrained)]
-        assert one.difference.error < 0.3 * math.hypot(*alone)  # what prompts share has cancelled
+        assert pair.difference.error < 0.3 * math.hypot(*alone)  # what prompts share has cancelled
 
 
 def test_resamples_take_the_same_prompts_for_all_pairs() -> None:
@@ -152,14 +152,14 @@ def test_a_pair_is_compared_over_the_images_that_both_models_have() -> None:
         table = results.known[name, "main", "pickscore"]
         table[rows, seeds] = np.nan
     (study,) = studies(results)
-    one = study.at("b500", "b1000")
-    assert one is not None
+    pair = study.at("b500", "b1000")
+    assert pair is not None
     first = results.known["b500 → b1000", "main", "pickscore"]
     second = results.known["b1000", "main", "pickscore"]
     by_prompt = [float(first[i, 0] - second[i, 0]) for i in range(4)]
     by_prompt += [float((first[i] - second[i]).mean()) for i in range(4, 30)]
-    assert one.difference.value == pytest.approx(float(np.mean(by_prompt)), abs=1e-12)
-    assert (one.prompts, one.images, one.planned) == (30, 56, 80)
+    assert pair.difference.value == pytest.approx(float(np.mean(by_prompt)), abs=1e-12)
+    assert (pair.prompts, pair.images, pair.planned) == (30, 56, 80)
     exhibit = next(made for made in agreement_exhibits.exhibits(results) if "-heat-" in made.key)
     assert "2 of 4 cells lack images" in exhibit.caption
     assert exhibit.figure is not None and "n = 56" in written(exhibit.figure)
@@ -171,7 +171,7 @@ def test_what_has_no_approximation_has_no_study(results: Scored) -> None:
         for key, table in results.known.items()
         if "→" not in key[0] or key[0] in ("b500 → b500", "b1000 → b500")
     }
-    assert [len(study.compared) for study in studies(Scored(results.plan, known))] == [2]
+    assert [len(study.pairs) for study in studies(Scored(results.plan, known))] == [2]
     del known["b1000 → b500", "main", "pickscore"]
     assert list(studies(Scored(results.plan, known))) == []
     assert list(agreement_exhibits.exhibits(Scored(results.plan, known))) == []
@@ -189,7 +189,7 @@ def test_another_model_of_the_same_strength_is_an_approximation() -> None:
         ],
     )
     (study,) = studies(results_of(twin))
-    assert [one.pair.target for one in study.part(True)] == ["twin"] and not study.part(False)
+    assert [pair.models.target for pair in study.part(True)] == ["twin"] and not study.part(False)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_where_models_agree_the_whole_error_is_the_noise_of_the_prompts() -> Non
                 retrained = results.known[arm.target, "main", "pickscore"]
                 results.known[arm.name, "main", "pickscore"] = retrained + rng.normal(0, 0.003, retrained.shape)
         (study,) = studies(results)
-        mae = np.mean([abs(one.difference.value) for one in study.part(True)])
+        mae = np.mean([abs(pair.difference.value) for pair in study.part(True)])
         ratios.append(float(mae / study.noise(True).floor))
     assert float(np.mean(ratios)) == pytest.approx(1, abs=0.15)
 
@@ -278,8 +278,8 @@ def test_table_2_is_of_the_middle_anchor_in_per_cent_of_the_retrained_mean(
 
 
 def test_thresholds_are_the_papers_for_cosines_and_scaled_for_others() -> None:
-    (one, other) = studies(results_of(plan_of(scores=("clip=folder", "digits"))))
-    assert agreement_statistics.thresholds(one) == (5e-4, 1e-3)
+    (cosine, other) = studies(results_of(plan_of(scores=("clip=folder", "digits"))))
+    assert agreement_statistics.thresholds(cosine) == (5e-4, 1e-3)
     means = [estimate.value for estimate in other.retrained.values()]
     expected = [np.std(means, ddof=1) * bound / 0.001434 for bound in (5e-4, 1e-3)]
     assert agreement_statistics.thresholds(other) == pytest.approx(expected)
@@ -404,9 +404,9 @@ def test_judgements_are_those_of_the_digits() -> None:
     ):
         errors = {"algorithm 1": Estimate(error * 0.7, deviation * 0.7), "weighted": Estimate(weighted * 0.7, 0.0)}
         truth = truth_report.Row("f", "t", 1.0, "r", Estimate(shift, 0.0), errors, kind, "")
-        one = Judged(some_pair(), "r", kind, "", 0.5, None, Estimate(error, deviation), weighted)
-        assert one.judgement == truth.judgement, (kind, error, deviation, weighted)
-        seen.add(one.judgement)
+        claim = Judged(some_pair(), "r", kind, "", 0.5, None, Estimate(error, deviation), weighted)
+        assert claim.judgement == truth.judgement, (kind, error, deviation, weighted)
+        seen.add(claim.judgement)
     assert seen == {"right", "miss", "false alarm", "open"}
 
 
@@ -426,15 +426,17 @@ def test_verdicts_stand_beside_the_true_error(results: Scored) -> None:
         "b500 → b1000, 4 particles": verdict_of("trust", 0.0, None),
     }
     (study,) = studies(said)
-    (one,) = judged(said, study)  # neither the anchor itself nor particles are judged
-    assert one.estimated == Estimate(0.25, 0.1) and one.true is not None and one.weighted is not None
-    assert one.true.value == pytest.approx(away / abs(shift)) and one.weighted == pytest.approx(one.true.value / 4)
-    assert one.evenness == 0.5
+    (claim,) = judged(said, study)  # neither the anchor itself nor particles are judged
+    assert claim.estimated == Estimate(0.25, 0.1) and claim.true is not None and claim.weighted is not None
+    assert claim.true.value == pytest.approx(away / abs(shift)) and claim.weighted == pytest.approx(
+        claim.true.value / 4
+    )
+    assert claim.evenness == 0.5
     made = {exhibit.key: exhibit for exhibit in agreement_exhibits.exhibits(said)}
     errors = made["agreement-verdict-errors-dpo-main"]
     assert column(errors, "true error, %") == pytest.approx([100 * away / abs(shift)])
     assert column(errors, "estimated error, %") == [25.0] and errors.figure is not None
-    expected = "right" if abs(one.true.value) > 2 * one.true.error else "false alarm"
+    expected = "right" if abs(claim.true.value) > 2 * claim.true.error else "false alarm"
     assert column(errors, "which is") == [expected]
     tally = (1, 1, 0, 0, 0) if expected == "right" else (1, 0, 1, 0, 0)
     assert made["agreement-verdicts-dpo-main"].rows == (("pickscore", "off", *tally), ("all", "", *tally))
@@ -450,10 +452,17 @@ def test_without_a_reference_verdicts_are_open(results: Scored) -> None:
 
 
 def test_counts_are_by_score_and_kind() -> None:
-    def one(score: str, kind: str, true: float) -> Judged:
+    def judged_as(score: str, kind: str, true: float) -> Judged:
         return Judged(some_pair(), score, kind, "", 0.5, None, Estimate(true, 0.001), 0.0)
 
-    rows = counts([one("a", "trust", 0.0), one("a", "trust", 0.5), one("b", "off", 0.5), one("a", "few", 0.5)])
+    rows = counts(
+        [
+            judged_as("a", "trust", 0.0),
+            judged_as("a", "trust", 0.5),
+            judged_as("b", "off", 0.5),
+            judged_as("a", "few", 0.5),
+        ]
+    )
     assert rows == [
         ("a", "trust", 2, 1, 0, 1, 0),
         ("b", "off", 1, 1, 0, 0, 0),

@@ -14,7 +14,7 @@ from PIL import Image
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting import hacking_exhibits, picture_exhibits
 from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.reporting.picture_sheets import ABSENT, best_set, found, label, shots
+from deradiff.experiments.reporting.picture_sheets import ABSENT, best_set, label, shots, stored_picture
 from deradiff.experiments.results import Results
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
@@ -279,7 +279,7 @@ def test_labels_say_what_and_with_what(results: Results) -> None:
     assert label(plan, arm(results, "refl")) == "refl"
     few = shots(results, "few")
     assert best_set(results, results.of_method("optimize-noise")) == "main", "where the same pictures are"
-    place = found(results, results.of_method("optimize-noise")[0], few[0])
+    place = stored_picture(results, results.of_method("optimize-noise")[0], few[0])
     assert place is not None and place.prompts == "few"
 
 

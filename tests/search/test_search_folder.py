@@ -308,16 +308,18 @@ def test_hacking_shows_in_what_was_held_out(tmp_path: Path) -> None:
     given = plan(features=["digits"], report={"neighbours": 3})
     falls = search(tmp_path / "x", Smooth(best=0.9), Goal.read(["legible"]), given)
     (found,) = falls.checks.values()
-    assert "This may be reward hacking" in found.words and "the Vendi score" not in found.words.split("hacking")[0]
+    assert (
+        "This may be reward hacking" in found.sentence and "the Vendi score" not in found.sentence.split("hacking")[0]
+    )
     recall = next(one for one in found.compared if one.name == "recall")
     assert recall.winner < 0.5 and recall.suspicious
     bold = next(one for one in found.compared if one.name == "bold")
     assert bold.difference.value == pytest.approx(3 * falls.answer.point[0]) and not bold.suspicious  # type: ignore[union-attr]
     fine = search(tmp_path / "y", Smooth(best=0.05), Goal.read(["legible"]), plan())
-    (words,) = [one.words for one in fine.checks.values()]
-    assert words.startswith("No sign of reward hacking: bold rises (+0.1")
+    (sentence,) = [check.sentence for check in fine.checks.values()]
+    assert sentence.startswith("No sign of reward hacking: bold rises (+0.1")
     bare = search(tmp_path / "z", Smooth(), Goal.read(["legible"]), plan(scores=["legible"]))
-    assert next(iter(bare.checks.values())).words.startswith("Not checked")
+    assert next(iter(bare.checks.values())).sentence.startswith("Not checked")
 
 
 # -- real pictures -----------------------------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def test_scores_nearby_come_from_the_same_images(tmp_path: Path) -> None:
         states.append(state.tables)
 
     crew = Smooth(log_weight=0.1, log_ratio=0.5)
-    search(tmp_path / "x", crew, given=given, weighted=True, nearby=0.1, budget=3, told=keep)
+    search(tmp_path / "x", crew, given=given, weighted=True, nearby=0.1, budget=3, on_evaluation=keep)
     tables = states[0]
     assert set(tables.near) == {(0.4,), (0.6,)}, "λ = 0 and 1 run one model, whose path has no ratio"
     estimated = dict(zip(tables.near, tables.estimates["legible"], strict=True))

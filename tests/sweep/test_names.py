@@ -168,7 +168,7 @@ def test_points_of_a_search_are_found_by_what_they_are() -> None:
 
 def test_points_of_a_search_that_differ_look_different() -> None:
     space = spaces.lam("strong", 0.0, 0.12345678)
-    assert space.words((0.12345678,)) != space.words((0.12345679,))
+    assert space.text((0.12345678,)) != space.text((0.12345679,))
     assert spaces.power("strong", 0.5, 1234567.25).schedule((1234567.25,)) == "power:1234567.25"
 
 

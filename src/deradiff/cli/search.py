@@ -185,7 +185,7 @@ def search(
             size = workers or (cores() if place == "cpu" else 1)
             return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
 
-        def told(state: SearchState) -> None:
+        def print_evaluation(state: SearchState) -> None:
             console.print(summary.evaluated(space, state))
 
         outcome = run(
@@ -200,7 +200,7 @@ def search(
             weighted=weighted,
             nearby=nearby,
             about={"device": device_name(place), "threads": 1 if place == "cpu" else None},
-            told=told,
+            on_evaluation=print_evaluation,
         )
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in summary.sentences(space, goal, outcome, beta):

@@ -327,8 +327,8 @@ def paired(approximated: Values, original: Values) -> tuple[np.ndarray, np.ndarr
 
 def numbers(values: Values, name: str) -> np.ndarray:
     """`values` as float64. Raises `ValueError` where they are not finite."""
-    found = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
-    if not np.isfinite(found).all():
-        broken = np.flatnonzero(~np.isfinite(found))
-        raise ValueError(f"{len(broken)} of {len(found)} {name} are NaN or infinite, number {broken[0]} first")
-    return found
+    numbers = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
+    if not np.isfinite(numbers).all():
+        broken = np.flatnonzero(~np.isfinite(numbers))
+        raise ValueError(f"{len(broken)} of {len(numbers)} {name} are NaN or infinite, number {broken[0]} first")
+    return numbers

@@ -161,10 +161,10 @@ def folder_with_weights(model: str | Path) -> Path:
 def whole(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A transformers model of that class. Raises `ValueError` where the folder lacks tensors of it."""
     with reading_model(folder):
-        network, found = kind.from_pretrained(
+        network, loading = kind.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    absent = sorted(found["missing_keys"])
+    absent = sorted(loading["missing_keys"])
     if absent:
         raise ValueError(f"{folder} lacks {len(absent)} tensors of {kind.__name__}, {absent[0]} for one")
     return network.to(device)

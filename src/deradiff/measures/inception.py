@@ -220,10 +220,10 @@ def load(model: str | Path | None) -> Inception:
 def weights_file(model: str | Path) -> Path:
     """`model`, or the published file in the folder `model`. Raises `ValueError` where it is not."""
     path = Path(model).expanduser()
-    found = path / WEIGHTS.rpartition("/")[2] if path.is_dir() else path
-    if not found.is_file():
-        raise ValueError(f"{found} is not there: Inception's weights are the file at {WEIGHTS}")
-    return found
+    file = path / WEIGHTS.rpartition("/")[2] if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: Inception's weights are the file at {WEIGHTS}")
+    return file
 
 
 def published() -> dict[str, Tensor]:

@@ -36,21 +36,21 @@ class SpectralDistance:
     def caveat(self) -> str | None:
         """What a report has to say beside the values where images are few or not as many in both sets; else None."""
         first, second = self.samples
-        told = []
+        caveats = []
         if self.compared < self.features:
-            told.append(
+            caveats.append(
                 f"{first} and {second} images for {self.features} features: LSCD compares {self.compared} eigenvalues, "
                 f"the other {self.features - self.compared} are zero for lack of images. Of few images, small "
                 "eigenvalues are too small and large ones too large"
             )
         if first != second:
-            told.append(
+            caveats.append(
                 f"{first} images against {second}: with different numbers even equal distributions have different "
                 "spectra, so draw as many of either"
             )
         if math.isinf(self.lscd):
-            told.append("LSCD is infinite: along some axis one of the sets does not vary at all")
-        return ". ".join(told) + "." if told else None
+            caveats.append("LSCD is infinite: along some axis one of the sets does not vary at all")
+        return ". ".join(caveats) + "." if caveats else None
 
 
 def spectrum(features: Float[Tensor, "image feature"] | Statistics, name: str = "the") -> Float[Tensor, " feature"]:
@@ -59,11 +59,11 @@ def spectrum(features: Float[Tensor, "image feature"] | Statistics, name: str = 
     Those that are zero but for rounding are zero, and so are those beyond `samples - 1`. Raises `ValueError` as
     `statistics.require_features` does.
     """
-    found = statistics_of(features, name)
-    deviations = singular_values(found.root)
-    bound = max(found.root.shape) * torch.finfo(deviations.dtype).eps * deviations[:1]
+    statistics = statistics_of(features, name)
+    deviations = singular_values(statistics.root)
+    bound = max(statistics.root.shape) * torch.finfo(deviations.dtype).eps * deviations[:1]
     variances = torch.where(deviations > bound, deviations, 0).square()
-    return torch.cat([variances, variances.new_zeros(found.features - len(variances))])
+    return torch.cat([variances, variances.new_zeros(statistics.features - len(variances))])
 
 
 def spectral_distance(

@@ -20,13 +20,13 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises `ValueError` if it is damaged or holds other things.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as tensors alone: it is damaged, or holds code, which is never run "
             f"({str(error).partition(chr(10))[0]})"
         ) from error
-    tensors = found.get("state_dict", found) if isinstance(found, dict) else found
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} is no checkpoint of a model: neither it nor its 'state_dict' is tensors by name")
     return tensors

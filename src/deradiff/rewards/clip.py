@@ -110,10 +110,10 @@ def clip_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
 
     require_weights(folder)
     with reading_model(folder):
-        model, found = CLIPModel.from_pretrained(
+        model, loading = CLIPModel.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    absent = sorted(found["missing_keys"])
+    absent = sorted(loading["missing_keys"])
     if absent:
         raise ValueError(
             f"{folder} is not a whole CLIP model: {len(absent)} tensors are missing, {absent[0]} for one. A reward "

@@ -136,17 +136,17 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Queries, keys and values, one matrix there, are apart here; the projections, multiplied from the right there, are
     transposed. The prefix `module.` of distributed training goes.
     """
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for old, tensor in tensors.items():
         name = old.removeprefix("module.")
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if "self_attn.in_proj_" in name:
             parts = zip("qkv", tensor.chunk(3), strict=True)
-            found |= {name.replace("in_proj_", f"{letter}_proj."): part.contiguous() for letter, part in parts}
+            converted |= {name.replace("in_proj_", f"{letter}_proj."): part.contiguous() for letter, part in parts}
         else:
-            found[name] = tensor.T.contiguous() if name.endswith("_projection.weight") else tensor.contiguous()
-    return found
+            converted[name] = tensor.T.contiguous() if name.endswith("_projection.weight") else tensor.contiguous()
+    return converted
 
 
 def convert(checkpoint: str | Path, folder: str | Path, config: Mapping[str, Any] = VIT_H_14) -> Path:

@@ -150,13 +150,13 @@ def torchvision_pixels(
 
     The two differ in half a pixel of margin: CLIP's processor gives it to the lower side, torchvision to the even one.
     """
-    found = []
+    converted = []
     for part in batches(images, torch.device(device)):
         # Where the even side is the upper one, it is the lower one in the picture's mirror image.
         margins = (length - side for length in resized_shape(part, side))
         mirrored = [axis for axis, margin in zip((2, 3), margins, strict=True) if margin % 4 == 3]
-        found.append(clip_pixels(part.flip(mirrored), side, mean, std, device, dtype).flip(mirrored))
-    return torch.cat(found)
+        converted.append(clip_pixels(part.flip(mirrored), side, mean, std, device, dtype).flip(mirrored))
+    return torch.cat(converted)
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -231,15 +231,15 @@ RENAMED = (
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict as `vision_model.*`, `text_model.*`, `layers.*`; names nobody knows are kept."""
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for old, tensor in tensors.items():
         if re.search(UNUSED, old):
             continue
         name = old
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
-        found[name] = tensor.contiguous()
-    return found
+        converted[name] = tensor.contiguous()
+    return converted
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

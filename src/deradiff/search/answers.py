@@ -156,7 +156,7 @@ def front(
     kept = allowed[non_dominated(means, [True] * count)]
     on_front = _undominated(gains[:, allowed])
     chances = dict(zip(allowed.tolist(), on_front.tolist(), strict=True))
-    found = [
+    members = [
         OnFront(
             points[k],
             tuple(_interval(gains[:, k, j]) for j in range(count)),
@@ -165,7 +165,7 @@ def front(
         )
         for k in kept.tolist()
     ]
-    return Front(tuple(sorted(found, key=lambda one: one.point)), evaluations(goal, points, tables), stopped)
+    return Front(tuple(sorted(members, key=lambda member: member.point)), evaluations(goal, points, tables), stopped)
 
 
 def evaluations(goal: Goal, points: Sequence[Point], tables: Tables) -> tuple[EvaluatedPoint, ...]:
@@ -224,6 +224,6 @@ def _conditions(goal: Goal, draws: Sequence[Float[Tensor, " draw"]]) -> tuple[Co
 
 def _undominated(gains: Float[Tensor, "draw point objective"]) -> Float[Tensor, " point"]:
     """How often no other point is at least as good in every objective and better in one."""
-    mine, others = gains[:, :, None], gains[:, None]
-    beaten = (others >= mine).all(3) & (others > mine).any(3)
+    own, others = gains[:, :, None], gains[:, None]
+    beaten = (others >= own).all(3) & (others > own).any(3)
     return 1 - beaten.any(2).double().mean(0)

@@ -53,7 +53,7 @@ class Check:
     """What speaks for and against the winner, and a sentence that sums it up."""
 
     compared: tuple[ReferenceComparison, ...]
-    words: str
+    sentence: str
 
 
 def measured(plan: Plan, prompts: str, goal: Goal) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ def _compared(name: str, before: Float[Tensor, " unit"], after: Float[Tensor, " 
 
 
 def _words(compared: Sequence[ReferenceComparison]) -> str:
-    against = [str(one) for one in compared if one.suspicious]
+    against = [str(comparison) for comparison in compared if comparison.suspicious]
     if not against:
         return f"No sign of reward hacking: {', '.join(map(str, compared))}."
     return (

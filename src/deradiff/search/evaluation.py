@@ -96,17 +96,17 @@ class PointEvaluator:
     def _with_nearby(self, tables: Tables, results: Results, arms: Sequence[Arm], points: Sequence[Point]) -> Tables:
         """The tables with what is estimated beside each point, of those beside several beside the first."""
         (coordinate,) = self.space.coordinates
-        found: dict[Point, Mapping[str, Any]] = {}
+        estimates: dict[Point, Mapping[str, Any]] = {}
         moved = nearby(results, arms, self.prompts, self.names, self.nearby or 0)[1:]
         for (lam,), moves in zip(points, moved, strict=True):
             for move, scores in moves.items():
                 at = (round(lam + move, 6),)
                 if coordinate.low <= at[0] <= coordinate.high and at not in points:
-                    found.setdefault(at, scores)
-        if not found:
+                    estimates.setdefault(at, scores)
+        if not estimates:
             return tables
-        rows = {name: torch.stack([scores[name] for scores in found.values()]) for name in self.names}
-        return tables._replace(near=tuple(found), estimates=rows)
+        rows = {name: torch.stack([scores[name] for scores in estimates.values()]) for name in self.names}
+        return tables._replace(near=tuple(estimates), estimates=rows)
 
     def planned(self, points: Sequence[Point]) -> Plan:
         """The plan with arms for the reference and these points."""

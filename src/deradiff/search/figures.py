@@ -47,7 +47,7 @@ def _line(space: SearchSpace, point: Point, k: int) -> list[Point]:
     """The points of the space on the line through `point` along coordinate `k`."""
     values = space.coordinates[k].values()
     line = [tuple(value if i == k else at for i, at in enumerate(point)) for value in values]
-    return [one for one in line if space.holds(one)]
+    return [candidate for candidate in line if space.holds(candidate)]
 
 
 def _posterior(axes: Axes, space: SearchSpace, goal: Goal, state: SearchState, answer: Best, k: int) -> None:
@@ -67,20 +67,20 @@ def _posterior(axes: Axes, space: SearchSpace, goal: Goal, state: SearchState, a
         label="90% of the posterior",
     )
     axes.plot(x, mean.tolist(), color=BLUE, linewidth=2, label="posterior mean")
-    on_line = [one for one in answer.evaluations if one.point in {*line}]
-    away = [one for one in answer.evaluations if one.point not in {*line}]
-    for found, colour, words in ((on_line, INK, "evaluations"), (away, GREY, "evaluations off this line")):
-        if found:
+    on_line = [evaluation for evaluation in answer.evaluations if evaluation.point in {*line}]
+    away = [evaluation for evaluation in answer.evaluations if evaluation.point not in {*line}]
+    for evaluations, colour, label in ((on_line, INK, "evaluations"), (away, GREY, "evaluations off this line")):
+        if evaluations:
             axes.errorbar(
-                [one.point[k] for one in found],
-                [level + one.gains[0] for one in found],
-                [BAND * one.errors[0] for one in found],
+                [evaluation.point[k] for evaluation in evaluations],
+                [level + evaluation.gains[0] for evaluation in evaluations],
+                [BAND * evaluation.errors[0] for evaluation in evaluations],
                 fmt="o",
                 color=colour,
                 markersize=4,
                 capsize=2,
                 linewidth=1,
-                label=words,
+                label=label,
             )
     low, high = answer.ranges[k]
     axes.axvspan(low, high, color=ORANGE, alpha=0.12, linewidth=0)
@@ -125,25 +125,25 @@ def _spread_evenly(axes: Axes, coordinate: Coordinate) -> None:
 def _front(axes: Axes, space: SearchSpace, goal: Goal, answer: Front, j: int) -> None:
     """The gains of all evaluations in the first objective and the j-th, and the Pareto set among them."""
     axes.errorbar(
-        [one.gains[0] for one in answer.evaluations],
-        [one.gains[j] for one in answer.evaluations],
-        [BAND * one.errors[j] for one in answer.evaluations],
-        [BAND * one.errors[0] for one in answer.evaluations],
+        [evaluation.gains[0] for evaluation in answer.evaluations],
+        [evaluation.gains[j] for evaluation in answer.evaluations],
+        [BAND * evaluation.errors[j] for evaluation in answer.evaluations],
+        [BAND * evaluation.errors[0] for evaluation in answer.evaluations],
         fmt="o",
         color=GREY,
         markersize=4,
         linewidth=0.8,
         label="evaluations",
     )
-    order = sorted(answer.points, key=lambda one: one.gains[0].value)
-    x, y = [one.gains[0].value for one in order], [one.gains[j].value for one in order]
+    order = sorted(answer.points, key=lambda member: member.gains[0].value)
+    x, y = [member.gains[0].value for member in order], [member.gains[j].value for member in order]
     line = "o-" if len(goal.objectives) == 2 else "o"  # a line through the projection of more would mean nothing
     axes.plot(x, y, line, color=ORANGE, markersize=6, linewidth=1.5, label="Pareto set")
-    for one in order:
-        text = ", ".join(f"{value:g}" for value in one.point)
+    for member in order:
+        text = ", ".join(f"{value:g}" for value in member.point)
         axes.annotate(
             text,
-            (one.gains[0].value, one.gains[j].value),
+            (member.gains[0].value, member.gains[j].value),
             xytext=(5, 5),
             textcoords="offset points",
             fontsize="x-small",

@@ -99,8 +99,8 @@ class Constraint:
 
     def table(self, tables: Tables) -> Float[Tensor, "point unit"]:
         """By how much the condition is met at every point, unit by unit; negative where it is not."""
-        found = _sum(self.terms, tables.points) - self.least
-        return found - _sum(self.terms, tables.reference) if self.relative else found
+        margin = _sum(self.terms, tables.points) - self.least
+        return margin - _sum(self.terms, tables.reference) if self.relative else margin
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ _TERM = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*?\s+|(?P<times>[0-9.eE+-]+)\
 
 def _terms(text: str) -> tuple[tuple[str, float], ...]:
     """Names and factors of a sum; a name that comes twice is added up."""
-    found: dict[str, float] = {}
+    factors: dict[str, float] = {}
     sign = 1.0
     stripped = text.strip()
     if stripped.startswith("-"):
@@ -152,9 +152,9 @@ def _terms(text: str) -> tuple[tuple[str, float], ...]:
         if match is None:
             raise ValueError(f"{text!r} is no sum of scores: write NAME, or NAME - 0.1*OTHER, with spaces around the -")
         factor = match["factor"] or match["times"] or "1"
-        found[match["name"]] = found.get(match["name"], 0.0) + sign * float(decimal(factor, text, "factor"))
+        factors[match["name"]] = factors.get(match["name"], 0.0) + sign * float(decimal(factor, text, "factor"))
         sign = 1.0 if then == "+" else -1.0
-    return tuple(found.items())
+    return tuple(factors.items())
 
 
 def _factor(factor: float) -> str:

@@ -141,7 +141,7 @@ def _require_budget(space: SearchSpace, budget: int) -> None:
     if budget < needed:
         raise ValueError(
             f"a budget of {budget} evaluations does not reach the points to begin with, {needed} of them "
-            f"({'; '.join(space.words(point) for point in space.first())}): give at least {needed}, better "
+            f"({'; '.join(space.text(point) for point in space.first())}): give at least {needed}, better "
             f"{needed + 5}"
         )
 

@@ -72,7 +72,7 @@ def by_unit(
     """
     read, kept = _read(results, arms, prompts, names, weighted)
     reference, left_out = read[0], int((~kept).sum())
-    return [{name: one.unit(name, kept, reference) for name in names} for one in read], left_out
+    return [{name: arm.unit(name, kept, reference) for name in names} for arm in read], left_out
 
 
 def nearby(
@@ -89,10 +89,10 @@ def nearby(
     if len(kept) < 2:
         raise ValueError("scores nearby are compared prompt by prompt: give two prompts at least")
     return [
-        {move: {name: one.moved(name, kept, move) for name in names} for move in (-step, step)}
-        if one.ratios.any()
+        {move: {name: arm.moved(name, kept, move) for name in names} for move in (-step, step)}
+        if arm.ratios.any()
         else {}
-        for one in read
+        for arm in read
     ]
 
 
@@ -101,9 +101,9 @@ def _read(
 ) -> tuple[list[_Arm], Kept]:
     """The arms, and the images of which all that is needed is known at all of them."""
     read = [_Arm(results, arm, prompts, names, weighted) for arm in arms]
-    for one in read:
-        one.require_enough()
-    kept = np.logical_and.reduce([one.there for one in read])
+    for arm in read:
+        arm.require_enough()
+    kept = np.logical_and.reduce([arm.there for arm in read])
     if {*names} & {*WITHIN_PROMPTS}:
         kept = kept & (kept.sum(1, keepdims=True) >= 2)
     return read, kept
@@ -137,43 +137,43 @@ class _Arm:
             return self._results.scores(self._arm, self._prompts, name)
         if not any(lam for _, lam in self._arm.anchors):
             return np.zeros(self._shape)  # the reference
-        found = self._results.path_kl(self._arm, self._prompts)
-        if not np.isfinite(found).any():
+        path_kl = self._results.path_kl(self._arm, self._prompts)
+        if not np.isfinite(path_kl).any():
             raise ValueError(
                 "the path KL is not known for this sampler: it needs one that draws noise in every step, such as "
                 "euler-a or ddpm"
             )
-        return found
+        return path_kl
 
     def _log_weights(self) -> Table:
         """log W of every image; zero where one model acts alone."""
-        told = self._results.told(self._arm, self._prompts)
-        obstacles = sorted({obstacle for one in told for obstacle in one.get("obstacles", ())})
+        metadata = self._results.told(self._arm, self._prompts)
+        obstacles = sorted({obstacle for image in metadata for obstacle in image.get("obstacles", ())})
         if obstacles:
             reasons = "; ".join(OBSTACLES[obstacle] for obstacle in obstacles)
             raise ValueError(f"there is no retrained model whose score could be estimated: {reasons}")
-        return self._by_place(lambda told: told.get("log_weight", 0.0))
+        return self._by_place(lambda metadata: metadata.get("log_weight", 0.0))
 
     @property
     def ratios(self) -> Table:
         """The log ratio of every image's path; zero where it is not known."""
-        return self._by_place(lambda told: sum(told.get("log_ratios", {}).values()))
+        return self._by_place(lambda metadata: sum(metadata.get("log_ratios", {}).values()))
 
     def _by_place(self, number: Callable[[dict[str, Any]], float]) -> Table:
         """A number from what was told about every image; zero where the image is not there, which is never kept."""
         table = np.zeros(self._shape)
-        for place, told in self._results.told_by_place(self._arm, self._prompts).items():
-            table[place] = number(told)
+        for place, metadata in self._results.told_by_place(self._arm, self._prompts).items():
+            table[place] = number(metadata)
         return table
 
     def moved(self, name: str, kept: Kept, move: float) -> Float[Tensor, " unit"]:
         """A score prompt by prompt, if λ were so much larger."""
         assert self._weights is not None
         table = self._tables[name]
-        mine = _weighted(table, self._weights, kept)
+        here = _weighted(table, self._weights, kept)
         there = _weighted(table, self._weights + move * self.ratios, kept)
         count = torch.from_numpy(kept.sum(1)[kept.any(1)]).double()
-        return mine + count / (count - 1).clamp(min=1) * (there - mine)
+        return here + count / (count - 1).clamp(min=1) * (there - here)
 
     def require_enough(self) -> None:
         """Raise `TooFewScores` where too few images have their scores."""
@@ -210,8 +210,8 @@ class _Arm:
             raise ValueError(f"recall looks at {k} neighbours: {len(drawn)} images are too few, draw more")
         centre = known.mean(0)
         radii = squared_radii(drawn - centre, k)
-        found = [(squared <= radii).any(1) for _, squared in squared_distances(known - centre, drawn - centre)]
-        return torch.cat(found).numpy()
+        covered = [(squared <= radii).any(1) for _, squared in squared_distances(known - centre, drawn - centre)]
+        return torch.cat(covered).numpy()
 
 
 # -- from images to units ---------------------------------------------------------------------------------------------

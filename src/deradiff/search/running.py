@@ -71,7 +71,7 @@ def run(
     weighted: bool = False,
     nearby: float | None = None,
     about: Mapping[str, Any] | None = None,
-    told: Callable[[SearchState], None] | None = None,
+    on_evaluation: Callable[[SearchState], None] | None = None,
 ) -> SearchOutcome:
     """Search `space` by an experiment in `folder`, which goes on where it was interrupted.
 
@@ -92,7 +92,7 @@ def run(
         nearby: of a weighted search along one λ: also use scores this much below and above every point, estimated from
             the same images.
         about: what the workers are, such as their device, for the record of every image.
-        told: told of the search's state after every evaluation.
+        on_evaluation: told of the search's state after every evaluation.
 
     Raises what `loop.maximise`, `evaluation.PointEvaluator` and `experiments.running.run` raise.
     """
@@ -120,8 +120,10 @@ def run(
                 _remember(evaluator, identity, (), points[-1])
                 raise
 
-        answer = maximise(space, goal, evaluate, budget=budget, seed=seed, fraction=fraction, state=state, report=told)
-        winners = [answer.point] if isinstance(answer, Best) else [one.point for one in answer.points]
+        answer = maximise(
+            space, goal, evaluate, budget=budget, seed=seed, fraction=fraction, state=state, report=on_evaluation
+        )
+        winners = [answer.point] if isinstance(answer, Best) else [member.point for member in answer.points]
         _remember(evaluator, identity, winners)
         results = evaluator.drawn(list(dict.fromkeys([*state.points, *winners])))
         reference = evaluator.reference(results)
@@ -144,8 +146,8 @@ def _verdict(
     name = goal.objectives[0].terms[0][0]
     if len(goal.objectives) > 1 or name not in goal.scores:
         return None
-    found = results.verdict(evaluator.space.arm(results.plan, winners[0]), evaluator.prompts, name)
-    return None if found is None else found.record()
+    verdict = results.verdict(evaluator.space.arm(results.plan, winners[0]), evaluator.prompts, name)
+    return None if verdict is None else verdict.record()
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -173,10 +175,10 @@ class _SearchRecord(Record):
 
 def _known(store: Store, evaluator: PointEvaluator, identity: str) -> list[Point]:
     """The points that this search has drawn so far, or had begun to."""
-    found = store.fact(FACT, _SearchRecord)
-    if not found or found["identity"] != identity:
+    saved = store.fact(FACT, _SearchRecord)
+    if not saved or saved["identity"] != identity:
         return []
-    points = [tuple(point) for point in found["points"]]
+    points = [tuple(point) for point in saved["points"]]
     if any(len(point) != len(evaluator.space.coordinates) or not all(map(math.isfinite, point)) for point in points):
         raise StoreError(f"the fact {FACT!r} in {store.file} holds points of another space: {DAMAGED}")
     return points
@@ -230,7 +232,7 @@ def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: 
         "nearby": evaluator.nearby,
         "seed": seed,
         "answer": asdict(outcome.answer),
-        "checks": [{"point": point} | asdict(one) for point, one in outcome.checks.items()],
+        "checks": [_check_record(point, checked) for point, checked in outcome.checks.items()],
         "refused": [{"point": point, "why": why} for point, why in outcome.refused.items()],
         "verdict": outcome.verdict,
         "left_out": outcome.left_out,
@@ -238,16 +240,20 @@ def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: 
     }
 
 
+def _check_record(point: Point, checked: Check) -> dict[str, Any]:
+    return {"point": point, "compared": [asdict(number) for number in checked.compared], "words": checked.sentence}
+
+
 def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) -> Image.Image:
     """The first prompts by the reference, the winners and the anchors."""
     space, plan = evaluator.space, results.plan
     columns: dict[str, Arm] = {"reference": evaluator.reference(results)}
     for point in list(outcome.checks)[:SHOWN]:
-        columns[f"{space.words(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
+        columns[f"{space.text(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
             plan, point
         )
     for point, name in zip(_alone(space), space.anchors, strict=False):
-        if point in [one.point for one in outcome.answer.evaluations] and point not in outcome.checks:
+        if point in [evaluation.point for evaluation in outcome.answer.evaluations] and point not in outcome.checks:
             columns[f"{name}\nλ = 1"] = space.arm(plan, point)
     texts = results.contents.texts[evaluator.prompts][:SHOWN]
     rows = [[_opened(results, arm, evaluator.prompts, row) for arm in columns.values()] for row in range(len(texts))]

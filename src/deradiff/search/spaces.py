@@ -52,10 +52,10 @@ class Coordinate:
     def value(self, place: float) -> float:
         """The value at a place in [0, 1], rounded to `DECIMALS`."""
         if self.log:
-            found = math.exp(math.log(self.low) + place * math.log(self.high / self.low))
+            value = math.exp(math.log(self.low) + place * math.log(self.high / self.low))
         else:
-            found = self.low + place * (self.high - self.low)
-        return min(max(round(found, DECIMALS), self.low), self.high)
+            value = self.low + place * (self.high - self.low)
+        return min(max(round(value, DECIMALS), self.low), self.high)
 
     def values(self) -> list[float]:
         """All that can be told apart: every hundredth, or 101 of them evenly by logarithm."""
@@ -89,10 +89,10 @@ class SearchSpace:
         alone = [
             tuple(1.0 if k == i else 0.0 for k in range(len(ends))) for i in range(len(ends))
         ]  # λ = 1 of one anchor, 0 of the others
-        found = [tuple(0.0 for _ in ends), *alone]
+        points = [tuple(0.0 for _ in ends), *alone]
         if max(coordinate.high for coordinate in self.coordinates) > 1:
-            found.append(tuple(coordinate.high for coordinate in self.coordinates))
-        return list(dict.fromkeys(point for point in [*found, self._middle()] if self.holds(point)))
+            points.append(tuple(coordinate.high for coordinate in self.coordinates))
+        return list(dict.fromkeys(point for point in [*points, self._middle()] if self.holds(point)))
 
     def _middle(self) -> Point:
         if self.simplex:
@@ -120,12 +120,12 @@ class SearchSpace:
         """
         limits = [self._limit(point, known) for point in refused]
         if len(self.coordinates) == 1:
-            found: list[Point] = [(value,) for value in self.coordinates[0].values()]
+            candidates: list[Point] = [(value,) for value in self.coordinates[0].values()]
         else:
-            found = [*self._scattered(seed), *(near for point in around for near in self._near(point))]
+            candidates = [*self._scattered(seed), *(near for point in around for near in self._near(point))]
         kept = [
             point
-            for point in dict.fromkeys([*known, *found])
+            for point in dict.fromkeys([*known, *candidates])
             if point in known or (self.holds(point) and not any(_beyond(point, limit) for limit in limits))
         ]
         return sorted(kept) if len(self.coordinates) == 1 else kept
@@ -179,7 +179,7 @@ class SearchSpace:
         wanted = Arm("", self.method(point)["method"], tuple(zip(self.anchors, lams, strict=True)), schedule).content
         return next(arm for arm in plan.arms() if arm.content == wanted)
 
-    def words(self, point: Point) -> str:
+    def text(self, point: Point) -> str:
         """The point for people."""
         return ", ".join(f"{c.name} = {plain(value)}" for c, value in zip(self.coordinates, point, strict=True))
 

@@ -21,14 +21,14 @@ def sentences(
     answer = outcome.answer
     if isinstance(answer, Best):
         yield from _best(space, goal, answer, anchor_beta)
-        yield from (check.words for check in outcome.checks.values())
+        yield from (check.sentence for check in outcome.checks.values())
         if outcome.verdict and outcome.verdict["kind"] not in UNTOLD:
             yield f"Beside a retrained model: {outcome.verdict['words']}."
     else:
         yield from _front(space, goal, outcome, answer)
     yield f"Stopped after {len(answer.evaluations)} evaluations: {answer.stopped}."
     for point, why in outcome.refused.items():
-        yield f"{space.words(point)} could not be used, and nothing beyond it was tried: {why}"
+        yield f"{space.text(point)} could not be used, and nothing beyond it was tried: {why}"
     if outcome.left_out:
         yield f"{outcome.left_out} images were left out at every point, since a score of theirs failed at some."
 
@@ -38,8 +38,8 @@ def evaluated(space: SearchSpace, state: SearchState) -> str:
     assert state.tables is not None and state.proposal is not None
     names = [f"{name} {float(table[-1].mean()):.4g}" for name, table in state.tables.points.items()]
     then = state.proposal.point
-    after = "" if then is None else f"; next {space.words(then)}, expected to gain {state.proposal.gain:.2g}"
-    return f"{len(state.points)}. {space.words(state.points[-1])}: {', '.join(names)}{after}"
+    after = "" if then is None else f"; next {space.text(then)}, expected to gain {state.proposal.gain:.2g}"
+    return f"{len(state.points)}. {space.text(state.points[-1])}: {', '.join(names)}{after}"
 
 
 def _best(space: SearchSpace, goal: Goal, answer: Best, anchor_beta: float | None) -> Iterator[str]:
@@ -70,12 +70,12 @@ def _front(space: SearchSpace, goal: Goal, outcome: SearchOutcome, answer: Front
         yield "No point meets all conditions."
         return
     yield f"{len(answer.points)} points that no other beats in every objective:"
-    for one in answer.points:
-        gains = [f"{o} {_signed(gain)}" for o, gain in zip(goal.objectives, one.gains, strict=True)]
-        yield f"{space.words(one.point)}: {', '.join(gains)}; on the front with probability {one.probability:.0%}"
-        yield from (f"  {condition}" for condition in one.conditions if not _surely(condition))
-        if outcome.checks[one.point].compared:
-            yield f"  {outcome.checks[one.point].words}"
+    for member in answer.points:
+        gains = [f"{o} {_signed(gain)}" for o, gain in zip(goal.objectives, member.gains, strict=True)]
+        yield f"{space.text(member.point)}: {', '.join(gains)}; on the front with probability {member.probability:.0%}"
+        yield from (f"  {condition}" for condition in member.conditions if not _surely(condition))
+        if outcome.checks[member.point].compared:
+            yield f"  {outcome.checks[member.point].sentence}"
 
 
 def _surely(condition: Condition) -> bool:

@@ -73,10 +73,10 @@ class Observed:
         slack = (units - 1) / (units - 3) if units > 3 else 3.0
         return cls(table.mean(1), slack * away @ away.T / (units * (units - 1)))
 
-    def error_of_difference(self, one: int, other: int) -> float:
+    def error_of_difference(self, first: int, second: int) -> float:
         """The standard error of the difference between two points, unit by unit."""
         c = self.covariance
-        return float((c[one, one] + c[other, other] - 2 * c[one, other]).clamp(min=0).sqrt())
+        return float((c[first, first] + c[second, second] - 2 * c[first, second]).clamp(min=0).sqrt())
 
 
 class Surrogate:
@@ -109,8 +109,10 @@ class Surrogate:
     @torch.no_grad()
     def _alone(self, at: Float[Tensor, "point coordinate"]) -> tuple[Float[Tensor, " point"], Float[Tensor, " point"]]:
         """Mean and variance of each point by itself, standardised."""
-        found = [self.model.posterior(part[:, None, :]) for part in at.split(AT_ONCE)]
-        means, variances = ([getattr(one, f"mixture_{name}") for one in found] for name in ("mean", "variance"))
+        posteriors = [self.model.posterior(part[:, None, :]) for part in at.split(AT_ONCE)]
+        means, variances = (
+            [getattr(posterior, f"mixture_{name}") for posterior in posteriors] for name in ("mean", "variance")
+        )
         return torch.cat(means).flatten(), torch.cat(variances).flatten()
 
     @torch.no_grad()
@@ -161,8 +163,8 @@ class _Ensemble(SingleTaskGP):
 
     def posterior(self, X: Tensor, *arguments: Any, **options: Any) -> GaussianMixturePosterior:
         """The posterior at `X`, a mixture over the hyperparameters."""
-        found: Any = super().posterior(X.unsqueeze(MCMC_DIM), *arguments, **options)
-        return GaussianMixturePosterior(distribution=found.distribution)
+        posterior: Any = super().posterior(X.unsqueeze(MCMC_DIM), *arguments, **options)
+        return GaussianMixturePosterior(distribution=posterior.distribution)
 
 
 class _KnownNoise(FixedNoiseGaussianLikelihood):

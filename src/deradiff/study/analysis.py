@@ -66,10 +66,10 @@ def analysed(plan: StudyPlan, ballots: Sequence[Ballot]) -> Analysis:
         participants=len(people),
         failed=len(failed),
         unchecked=sum(checks[number][1] == 0 for number in people),
-        left_side=(sum(one.answer == "left" for one in valid), sum(one.answer == "right" for one in valid)),
+        left_side=(sum(ballot.answer == "left" for ballot in valid), sum(ballot.answer == "right" for ballot in valid)),
         pairs=tuple(votes_each(valid).values()),
         overall=tuple(_lines(plan, valid, None)),
-        by_configuration=tuple(line for one in plan.configurations for line in _lines(plan, valid, one.name)),
+        by_configuration=tuple(line for each in plan.configurations for line in _lines(plan, valid, each.name)),
     )
 
 
@@ -78,11 +78,11 @@ def analysed(plan: StudyPlan, ballots: Sequence[Ballot]) -> Analysis:
 
 def _lines(plan: StudyPlan, ballots: Sequence[Ballot], configuration: str | None) -> Iterator[Line]:
     """The preferences of one configuration, or of all, that anybody voted on."""
-    some = [one for one in ballots if configuration in (None, one.configuration)]
-    sets = {one.name: one.prompt_set for one in plan.configurations}
+    some = [ballot for ballot in ballots if configuration in (None, ballot.configuration)]
+    sets = {each.name: each.prompt_set for each in plan.configurations}
     for first, second in dict.fromkeys(cell[1:] for cell in plan.cells):
         for question in plan.questions:
-            counts = counted([one for one in some if one.question == question.key], first, second)
+            counts = counted([ballot for ballot in some if ballot.question == question.key], first, second)
             if len(counts):
                 where = (ALL, ALL) if configuration is None else (configuration, sets[configuration])
                 yield Line(first, second, *where, question.key, preference_of(counts))

@@ -94,7 +94,7 @@ def mistakes(ballots: Iterable[Ballot]) -> dict[int, tuple[int, int]]:
         if ballot.checked:
             wrong = not ballot.chosen
             of_participant[ballot.position] = of_participant.get(ballot.position, False) or wrong
-    return {number: (sum(found.values()), len(found)) for number, found in checks.items()}
+    return {number: (sum(answered.values()), len(answered)) for number, answered in checks.items()}
 
 
 def write_csv(ballots: Iterable[Ballot], file: Path) -> None:

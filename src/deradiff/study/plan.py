@@ -64,9 +64,9 @@ class Configuration(Part):
     @field_validator("methods")
     @classmethod
     def _different(cls, given: dict[str, str]) -> dict[str, str]:
-        for (one, arm), (other, same) in combinations(given.items(), 2):
+        for (first, arm), (second, same) in combinations(given.items(), 2):
             if arm == same:
-                raise ValueError(f"{one!r} and {other!r} are both the arm {arm!r}: compare two that differ")
+                raise ValueError(f"{first!r} and {second!r} are both the arm {arm!r}: compare two that differ")
         return given
 
     @field_validator("seeds", mode="before")
@@ -132,9 +132,9 @@ class StudyPlan(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> StudyPlan:
-        _require_once([one.name for one in self.configurations], "configurations are")
-        _require_once([one.key for one in self.questions], "questions are")
-        if any(one.key == PAIR for one in self.questions):
+        _require_once([item.name for item in self.configurations], "configurations are")
+        _require_once([item.key for item in self.questions], "questions are")
+        if any(item.key == PAIR for item in self.questions):
             raise ValueError(f"a question is called {PAIR!r}, which is the form's own: give it another name")
         if self.pairs_per_participant > self.different_pairs:
             raise ValueError(
@@ -161,7 +161,7 @@ class StudyPlan(Part):
     @property
     def methods(self) -> tuple[str, ...]:
         """All methods, in the order in which the plan names them."""
-        return tuple(dict.fromkeys(name for one in self.configurations for name in one.methods))
+        return tuple(dict.fromkeys(name for configuration in self.configurations for name in configuration.methods))
 
     @property
     def cells(self) -> tuple[StudyCell, ...]:
@@ -169,8 +169,8 @@ class StudyPlan(Part):
         order = self.methods
         return tuple(
             StudyCell(number, first, second)
-            for number, one in enumerate(self.configurations)
-            for first, second in combinations(sorted(one.methods, key=order.index), 2)
+            for number, configuration in enumerate(self.configurations)
+            for first, second in combinations(sorted(configuration.methods, key=order.index), 2)
         )
 
     @property
@@ -192,8 +192,8 @@ def parse_plan(content: Any, where: str) -> StudyPlan:
 def write_plan(plan: StudyPlan) -> str:
     """The plan as YAML that `read_plan` reads, with all that can be changed."""
     data = plan.model_dump(mode="json")
-    for one in data["configurations"]:
-        one["seeds"] = plans.seed_range(one["seeds"])
+    for configuration in data["configurations"]:
+        configuration["seeds"] = plans.seed_range(configuration["seeds"])
     return plans.write(data)
 
 

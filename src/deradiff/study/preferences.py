@@ -85,21 +85,21 @@ def sign_test(first: int, second: int) -> float:
 
 def counted(ballots: Iterable[Ballot], first: str, second: str) -> Counts:
     """Votes of each participant between two methods, whichever side they were shown on; others are left out."""
-    found: dict[int, list[int]] = {}
+    counts: dict[int, list[int]] = {}
     for ballot in ballots:
         if {ballot.left, ballot.right} == {first, second}:
-            row = found.setdefault(ballot.participant, [0, 0, 0])
+            row = counts.setdefault(ballot.participant, [0, 0, 0])
             row[1 if ballot.chosen is None else 0 if ballot.chosen == first else 2] += 1
-    return np.array(list(found.values()), dtype=np.int64).reshape(len(found), 3)
+    return np.array(list(counts.values()), dtype=np.int64).reshape(len(counts), 3)
 
 
 def votes_each(ballots: Iterable[Ballot]) -> Mapping[int, int]:
     """How many pairs every participant answered."""
     pairs = {(ballot.participant, ballot.position) for ballot in ballots}
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for participant, _ in sorted(pairs):
-        found[participant] = found.get(participant, 0) + 1
-    return found
+        counts[participant] = counts.get(participant, 0) + 1
+    return counts
 
 
 def _rates(values: Float[np.ndarray, " answer"], resampled: np.ndarray, people: int) -> tuple[Rate, Rate, Rate]:

@@ -46,21 +46,24 @@ votes of one person are not; by person, everybody counts once, by what they pref
 the number of tests."""
 
 
-def write(found: Analysis, out: Path) -> list[Path]:
+def write(analysis: Analysis, out: Path) -> list[Path]:
     """Write summary, tables and figures into `out`, made where there is none; returns the summary first.
 
     They take the places of an earlier analysis. Raises as `replaced` does.
     """
     with replaced(out, "analysis", ["summary.txt"]) as folder:
         summary = folder / "summary.txt"
-        summary.write_text(summary_of(found), encoding="utf-8")
-        files = [summary, *(file for exhibit in exhibits(found) for file in write_exhibit(exhibit, (), folder).files)]
+        summary.write_text(summary_of(analysis), encoding="utf-8")
+        files = [
+            summary,
+            *(file for exhibit in exhibits(analysis) for file in write_exhibit(exhibit, (), folder).files),
+        ]
     return [out / file.name for file in files]
 
 
-def exhibits(found: Analysis) -> Iterator[Exhibit]:
+def exhibits(analysis: Analysis) -> Iterator[Exhibit]:
     """Figures and their numbers: configurations together and one by one, also with participants weighing the same."""
-    for key, number, lines in (("overall", "6", found.overall), ("configurations", "7", found.by_configuration)):
+    for key, number, lines in (("overall", "6", analysis.overall), ("configurations", "7", analysis.by_configuration)):
         for normalised in (False, True):
             of = "mean of participants' shares" if normalised else "share of votes"
             yield Exhibit(
@@ -78,37 +81,51 @@ def exhibits(found: Analysis) -> Iterator[Exhibit]:
         title="pairs that participants answered",
         caption="After AIG's figure 8b.",
         header=("pairs_answered",),
-        rows=tuple((count,) for count in sorted(found.pairs)),
-        figure=figures.histogram(found.pairs),
+        rows=tuple((count,) for count in sorted(analysis.pairs)),
+        figure=figures.histogram(analysis.pairs),
     )
 
 
 def row(line: Line) -> tuple[Any, ...]:
     """A line of a table, after `HEADER`."""
-    one = line.preference
-    rates = [end for rate in (*one.shares, *one.normalised, one.wins) for end in (rate.value, rate.low, rate.high)]
+    preference = line.preference
+    rates = [
+        end
+        for rate in (*preference.shares, *preference.normalised, preference.wins)
+        for end in (rate.value, rate.low, rate.high)
+    ]
     about = (line.first, line.second, line.configuration, line.prompt_set, line.question)
-    return (*about, one.participants, sum(one.votes), *one.votes, *rates, one.p_votes, one.p_participants)
+    return (
+        *about,
+        preference.participants,
+        sum(preference.votes),
+        *preference.votes,
+        *rates,
+        preference.p_votes,
+        preference.p_participants,
+    )
 
 
 def panels(lines: Sequence[Line], normalised: bool) -> list[figures.SharesPanel]:
     """A panel for every two methods, with a group of bars for each configuration."""
-    found: dict[tuple[str, str], dict[str, list[figures.Bar]]] = {}
+    groups_of: dict[tuple[str, str], dict[str, list[figures.Bar]]] = {}
     for line in lines:
         group = "" if line.configuration == ALL else line.configuration
-        one = line.preference
-        bar = figures.Bar(line.question, sum(one.votes), one.normalised if normalised else one.shares)
-        found.setdefault((line.first, line.second), {}).setdefault(group, []).append(bar)
-    return [figures.SharesPanel(first, second, groups) for (first, second), groups in found.items()]
+        preference = line.preference
+        bar = figures.Bar(
+            line.question, sum(preference.votes), preference.normalised if normalised else preference.shares
+        )
+        groups_of.setdefault((line.first, line.second), {}).setdefault(group, []).append(bar)
+    return [figures.SharesPanel(first, second, groups) for (first, second), groups in groups_of.items()]
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
 
 
-def summary_of(found: Analysis) -> str:
+def summary_of(analysis: Analysis) -> str:
     """The analysis in words and tables of plain text."""
-    parts = [*_who(found), "", NOTES]
-    for heading, lines in (("All configurations", found.overall), ("By configuration", found.by_configuration)):
+    parts = [*_who(analysis), "", NOTES]
+    for heading, lines in (("All configurations", analysis.overall), ("By configuration", analysis.by_configuration)):
         parts += ["", heading, "-" * len(heading)]
         for title in dict.fromkeys(map(_title, lines)):
             parts += ["", title, _columns("", "", "n", "first", "equal", "second", "sign test")]
@@ -116,15 +133,15 @@ def summary_of(found: Analysis) -> str:
     return "\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def _who(found: Analysis) -> Iterator[str]:
-    plan, (left, right) = found.plan, found.left_side
-    people, pairs = counted(found.participants, "participant"), counted(sum(found.pairs), "pair")
+def _who(analysis: Analysis) -> Iterator[str]:
+    plan, (left, right) = analysis.plan, analysis.left_side
+    people, pairs = counted(analysis.participants, "participant"), counted(sum(analysis.pairs), "pair")
     yield f"{plan.name}: {people}, {pairs}, {counted(len(plan.questions), 'question')} about each."
     if plan.attention_checks:
         allowed = f"more than {plan.mistakes_allowed}" if plan.mistakes_allowed else "any"
-        yield f"Left out: {counted(found.failed, 'participant')} who got {allowed} of the attention checks wrong."
-    if found.unchecked and plan.attention_checks:
-        yield f"Counted unchecked: {counted(found.unchecked, 'participant')} who stopped before an attention check."
+        yield f"Left out: {counted(analysis.failed, 'participant')} who got {allowed} of the attention checks wrong."
+    if analysis.unchecked and plan.attention_checks:
+        yield f"Counted unchecked: {counted(analysis.unchecked, 'participant')} who stopped before an attention check."
     if left + right:
         yield f"Of the answers that are not Equal, {left / (left + right):.1%} are for the set on the left."
 
@@ -135,15 +152,19 @@ def _title(line: Line) -> str:
 
 
 def _rows(line: Line) -> Iterator[str]:
-    one = line.preference
-    votes = sum(one.votes)
-    first, equal, second = map(_rate, one.shares)
-    yield _columns(line.question, "votes", f"{votes:,}", first, equal, second, f"p = {one.p_votes:.2g}")
-    first, equal, second = map(_rate, one.normalised)
-    yield _columns("", "by person", f"{one.participants:,}", first, equal, second, f"p = {one.p_participants:.2g}")
-    if votes > one.votes[1]:
-        lost = Rate(1 - one.wins.value, 1 - one.wins.high, 1 - one.wins.low)
-        yield _columns("", "without Equal", f"{votes - one.votes[1]:,}", _rate(one.wins), "", _rate(lost), "")
+    preference = line.preference
+    votes = sum(preference.votes)
+    first, equal, second = map(_rate, preference.shares)
+    yield _columns(line.question, "votes", f"{votes:,}", first, equal, second, f"p = {preference.p_votes:.2g}")
+    first, equal, second = map(_rate, preference.normalised)
+    yield _columns(
+        "", "by person", f"{preference.participants:,}", first, equal, second, f"p = {preference.p_participants:.2g}"
+    )
+    if votes > preference.votes[1]:
+        lost = Rate(1 - preference.wins.value, 1 - preference.wins.high, 1 - preference.wins.low)
+        yield _columns(
+            "", "without Equal", f"{votes - preference.votes[1]:,}", _rate(preference.wins), "", _rate(lost), ""
+        )
 
 
 def _columns(question: str, kind: str, number: str, first: str, equal: str, second: str, test: str) -> str:

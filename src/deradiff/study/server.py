@@ -184,11 +184,11 @@ class _Pages:
         incomplete = chosen is not None
         return self.page("pair.html", status, pair=shown, answers=ANSWERS, chosen=chosen or {}, incomplete=incomplete)
 
-    def refusal(self, status: int, words: str | None = None) -> Response:
+    def refusal(self, status: int, message: str | None = None) -> Response:
         """Why something was not done."""
         heading, usual = REFUSED.get(status, REFUSED[400])
         links = {"back": status != 401, "onward": status == 409}
-        return self.page("refused.html", status, heading=heading, words=words or usual, **links)
+        return self.page("refused.html", status, heading=heading, message=message or usual, **links)
 
     async def refused(self, request: Request, error: Exception) -> Response:
         """The page of an `HTTPException`."""

@@ -69,7 +69,7 @@ def drafted(folder: Path, methods: Sequence[str], beside: Path) -> StudyPlan:
             for sampling, name in enough
         ]
         name = f"{planned.name}-{slug(' '.join(names), 60)}"
-    pairs = len(names) * (len(names) - 1) // 2 * sum(len(one["prompts"]) for one in configurations)
+    pairs = len(names) * (len(names) - 1) // 2 * sum(len(configuration["prompts"]) for configuration in configurations)
     count = min(PAIRS, pairs)
     plan = parse_plan(
         {
@@ -89,16 +89,16 @@ def arms_named(texts: Iterable[str], known: Collection[str]) -> list[str]:
 
     Raises `ValueError` where a piece begins no name.
     """
-    found: dict[str, None] = {}
+    named: dict[str, None] = {}
     for text in texts:
         pieces = text.split(",")
         while pieces:
             ends = [end for end in range(len(pieces), 0, -1) if ",".join(pieces[:end]).strip() in known]
             if not ends:
                 raise ValueError(f"there is no arm {pieces[0].strip()!r}: the experiment has {_listed(known)}")
-            found[",".join(pieces[: ends[0]]).strip()] = None
+            named[",".join(pieces[: ends[0]]).strip()] = None
             pieces = pieces[ends[0] :]
-    return list(found)
+    return list(named)
 
 
 def located(plan: StudyPlan, beside: Path) -> dict[StudyImage, Image]:
@@ -108,23 +108,23 @@ def located(plan: StudyPlan, beside: Path) -> dict[StudyImage, Image]:
         StoreError: a folder holds no experiment.
         ValueError: an arm, a prompt or a seed that the experiment does not have, or an image that is missing.
     """
-    found: dict[StudyImage, Image] = {}
-    for number, one in enumerate(plan.configurations):
-        folder = beside / one.experiment
+    images: dict[StudyImage, Image] = {}
+    for number, configuration in enumerate(plan.configurations):
+        folder = beside / configuration.experiment
         with opened(folder) as (planned, store):
-            items = _items(one, planned, store, folder)
+            items = _items(configuration, planned, store, folder)
             drawn, unmade = store.drawn(), store.unmade()
         wanted = {
             StudyImage(number, method, row, seed): items[arm, prompt, seed]
-            for method, arm in one.methods.items()
-            for row, prompt in enumerate(one.prompts)
-            for seed in one.seeds
+            for method, arm in configuration.methods.items()
+            for row, prompt in enumerate(configuration.prompts)
+            for seed in configuration.seeds
         }
         missing = [place for place, item in wanted.items() if item not in drawn or not drawn[item].path.is_file()]
         if missing:
-            raise ValueError(_missing(one, missing, len(wanted), folder, unmade.get(wanted[missing[0]])))
-        found |= {place: drawn[item] for place, item in wanted.items()}
-    return found
+            raise ValueError(_missing(configuration, missing, len(wanted), folder, unmade.get(wanted[missing[0]])))
+        images |= {place: drawn[item] for place, item in wanted.items()}
+    return images
 
 
 @contextmanager
@@ -138,42 +138,50 @@ def opened(folder: Path) -> Iterator[tuple[experiments.Plan, Store]]:
 
 
 def _items(
-    one: Configuration, planned: experiments.Plan, store: Store, folder: Path
+    configuration: Configuration, planned: experiments.Plan, store: Store, folder: Path
 ) -> dict[tuple[str, str, int], str]:
     """The identity of every image that the configuration may name, by arm, prompt and seed."""
     cells = contents(planned, store, fresh=False).cells
     items = {
         (cell.arm.name, cell.drawing.prompt, cell.drawing.seed): item
         for cell, item in cells.items()
-        if (cell.arm.sampling, cell.prompts) == (one.sampling, one.prompt_set)
+        if (cell.arm.sampling, cell.prompts) == (configuration.sampling, configuration.prompt_set)
     }
-    where = f"configuration {one.name!r}: the experiment in {folder}"
-    if one.sampling not in planned.sampling:
-        raise ValueError(f"{where} does not sample by {one.sampling!r}; it has {_listed(planned.sampling)}")
-    if one.prompt_set not in planned.prompts:
-        raise ValueError(f"{where} has no prompt set {one.prompt_set!r}; it has {_listed(planned.prompts)}")
+    where = f"configuration {configuration.name!r}: the experiment in {folder}"
+    if configuration.sampling not in planned.sampling:
+        raise ValueError(f"{where} does not sample by {configuration.sampling!r}; it has {_listed(planned.sampling)}")
+    if configuration.prompt_set not in planned.prompts:
+        raise ValueError(f"{where} has no prompt set {configuration.prompt_set!r}; it has {_listed(planned.prompts)}")
     arms = {arm for arm, _, _ in items}
-    if unknown := [arm for arm in one.methods.values() if arm not in arms]:
-        raise ValueError(f"{where} has no arm {_listed(unknown)} for {one.prompt_set}; it has {_listed(arms)}")
-    if unknown := [prompt for prompt in one.prompts if prompt not in {prompt for _, prompt, _ in items}]:
-        raise ValueError(f"{where} has no prompt {unknown[0][:80]!r} in {one.prompt_set} ({len(unknown)} are unknown)")
-    if strange := {*one.seeds} - {seed for _, _, seed in items}:
+    if unknown := [arm for arm in configuration.methods.values() if arm not in arms]:
+        raise ValueError(
+            f"{where} has no arm {_listed(unknown)} for {configuration.prompt_set}; it has {_listed(arms)}"
+        )
+    if unknown := [prompt for prompt in configuration.prompts if prompt not in {prompt for _, prompt, _ in items}]:
+        raise ValueError(
+            f"{where} has no prompt {unknown[0][:80]!r} in {configuration.prompt_set} ({len(unknown)} are unknown)"
+        )
+    if strange := {*configuration.seeds} - {seed for _, _, seed in items}:
         raise ValueError(f"{where} was not drawn with seed {_listed(sorted(strange))}")
     return items
 
 
 def _missing(
-    one: Configuration, missing: Sequence[StudyImage], wanted: int, folder: Path, told: Mapping[str, Any] | None
+    configuration: Configuration,
+    missing: Sequence[StudyImage],
+    wanted: int,
+    folder: Path,
+    metadata: Mapping[str, Any] | None,
 ) -> str:
-    """`told` is what is known of the first image that is missing, if it was drawn and is none."""
+    """`metadata` is what is known of the first image that is missing, if it was drawn and is none."""
     first = missing[0]
     which = (
-        f"configuration {one.name!r}: {len(missing)} of {wanted} images are missing in {folder}, the first is "
-        f"{first.method!r} for {one.prompts[first.prompt][:80]!r} with seed {first.seed}"
+        f"configuration {configuration.name!r}: {len(missing)} of {wanted} images are missing in {folder}, the first "
+        f"is {first.method!r} for {configuration.prompts[first.prompt][:80]!r} with seed {first.seed}"
     )
-    if told is None:
+    if metadata is None:
         return f"{which}: finish the experiment with `deradiff experiment run`, or leave these prompts or seeds out"
-    why = "the pipeline's safety checker blacked it out" if told.get("blacked_out") else told["failed"]
+    why = "the pipeline's safety checker blacked it out" if metadata.get("blacked_out") else metadata["failed"]
     return f"{which}, which is no picture: {why}. Leave these prompts or seeds out"
 
 

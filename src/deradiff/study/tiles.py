@@ -66,7 +66,10 @@ def ready(folder: Path, plan: StudyPlan, beside: Path, report: Callable[[int, in
 
 def is_complete(votes: Votes) -> bool:
     """Whether every image has its tile: the experiments are not needed any more."""
-    wanted = sum(len(one.methods) * len(one.prompts) * len(one.seeds) for one in votes.plan.configurations)
+    wanted = sum(
+        len(configuration.methods) * len(configuration.prompts) * len(configuration.seeds)
+        for configuration in votes.plan.configurations
+    )
     return len(votes.entered()) == wanted + 1  # and noise
 
 

@@ -159,8 +159,8 @@ class Votes:
 
     def image(self, name: str) -> Path | None:
         """The file entered under this name, None for any other: a path that a browser makes up leads nowhere."""
-        found = self._one("SELECT file FROM images WHERE file = ?", name)
-        return None if found is None else self.folder / "images" / found[0]
+        entered = self._one("SELECT file FROM images WHERE file = ?", name)
+        return None if entered is None else self.folder / "images" / entered[0]
 
     # -- participants and pairs ---------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class Votes:
                 require_answers(self.plan, given)
                 if row[0] not in self._voted or self._lapsed(row[0]):
                     self._require_place(db)
-                db.executemany("INSERT INTO votes VALUES (?, ?, ?)", [(pair, *one) for one in given.items()])
+                db.executemany("INSERT INTO votes VALUES (?, ?, ?)", [(pair, *answer) for answer in given.items()])
                 self._voted[row[0]] = monotonic()
                 self._issue(db, row[0])
 

@@ -35,13 +35,13 @@ def exhibits(results: Results) -> Iterator[Exhibit]:
     """
     plain, beside = _grouped(studies(results)), _grouped(studies(results, particles=True))
     parts: list[partial[Any]] = []
-    for found in plain.values():
-        said = cache(partial(_all_judged, results, found))
-        parts += [partial(table_1, results, found), partial(table_2, results, found)]
-        parts += [partial(verdict_counts, results, found, said), partial(verdict_errors, results, found, said)]
-    for group, found in beside.items():
-        parts.append(partial(particles, results, found, plain.get(group, [])))
-    every = [study for found in plain.values() for study in found]
+    for members in plain.values():
+        claims = cache(partial(_all_judged, results, members))
+        parts += [partial(table_1, results, members), partial(table_2, results, members)]
+        parts += [partial(verdict_counts, results, members, claims), partial(verdict_errors, results, members, claims)]
+    for group, members in beside.items():
+        parts.append(partial(particles, results, members, plain.get(group, [])))
+    every = [study for members in plain.values() for study in members]
     for study in sorted(every, key=lambda study: results.plan.scores.index(study.score)):
         also = [other for other in beside.get(_group(study), []) if other.score == study.score]
         known = cache(partial(_parts, study))
@@ -50,8 +50,8 @@ def exhibits(results: Results) -> Iterator[Exhibit]:
     return filter(None, map(_made, parts))
 
 
-def _all_judged(results: Results, found: Sequence[Study]) -> list[Judged]:
-    return [one for study in found for one in judged(results, study)]
+def _all_judged(results: Results, studies: Sequence[Study]) -> list[Judged]:
+    return [claim for study in studies for claim in judged(results, study)]
 
 
 def _parts(study: Study) -> dict[bool, Numbers]:
@@ -66,10 +66,10 @@ def _group(study: Study) -> tuple[str, str]:
     return study.family, study.prompts
 
 
-def _grouped(found: Iterator[Study]) -> dict[tuple[str, str], list[Study]]:
+def _grouped(every: Iterator[Study]) -> dict[tuple[str, str], list[Study]]:
     """The studies of each family and prompt set: one for every score."""
     groups: dict[tuple[str, str], list[Study]] = {}
-    for study in found:
+    for study in every:
         groups.setdefault(_group(study), []).append(study)
     return groups
 
@@ -93,16 +93,16 @@ def heat_maps(results: Results, study: Study) -> Exhibit:
     """Figures 12 and 13, and their like in A.9 to A.11: every anchor for every target."""
     rows = [
         (
-            *names(one),
-            study.betas[one.pair.anchor],
-            study.betas[one.pair.target],
-            *numbers(one),
-            *images(one),
-            one.percent,
+            *names(pair),
+            study.betas[pair.models.anchor],
+            study.betas[pair.models.target],
+            *numbers(pair),
+            *images(pair),
+            pair.percent,
         )
-        for one in study.compared
+        for pair in study.pairs
     ]
-    short = sum(one.images < one.planned for one in study.compared)
+    short = sum(pair.images < pair.planned for pair in study.pairs)
     caption = (
         f"Mean {study.score} score of each anchor (row) that stands for each target (column), retrained models in the "
         "row below, and at the right the approximated minus the retrained mean (DeRaDiff, figures 12, 13 and their "
@@ -111,7 +111,7 @@ def heat_maps(results: Results, study: Study) -> Exhibit:
         "errors are in the CSV file."
     )
     if short:
-        caption += f" {short} of {len(study.compared)} cells lack images and give the number n that they have."
+        caption += f" {short} of {len(study.pairs)} cells lack images and give the number n that they have."
     header = ("anchor", "target", "anchor_beta", "target_beta", *NUMBERS, *COUNTS, "difference_percent")
     return exhibit(
         results,
@@ -136,8 +136,8 @@ def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
         value, error = study.reference
         rows.append((None, None, "reference", None, 0.0, None, value, None, error, None, None))
     for label, some in (("Algorithm 1", study), ("particles", particles)):
-        for one in some.compared if some is not None else ():
-            rows.append((*names(one), label, study.betas[one.pair.target], *numbers(one)))
+        for pair in some.pairs if some is not None else ():
+            rows.append((*names(pair), label, study.betas[pair.models.target], *numbers(pair)))
     caption = (
         f"Mean {study.score} score against the target's β, retrained and approximated from one anchor a panel "
         f"(DeRaDiff, figures 5 and 9). Bars are {BARS}: one that does not reach the retrained model is a difference "
@@ -161,7 +161,7 @@ def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
 
 def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
     """Tables 6 to 17: all statistics of Table 5, at λ ≤ 1 and at λ > 1."""
-    columns = {part: dict(_statistics(study, part, found)) for part, found in known().items()}
+    columns = {part: dict(_statistics(study, part, numbers_of_part)) for part, numbers_of_part in known().items()}
     lines = dict.fromkeys(line for column in columns.values() for line in column)
     if not lines:
         return None
@@ -178,9 +178,9 @@ def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
     return exhibit(results, "statistics", study, "Statistics of agreement", caption, header, rows, one_score=True)
 
 
-def _statistics(study: Study, part: bool, found: Numbers) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def _statistics(study: Study, part: bool, statistics_of_part: Numbers) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The lines of one part: name, value, per cent of the mean of retrained models."""
-    agreement, noise, fit = found.agreement, study.noise(part), found.scatter
+    agreement, noise, fit = statistics_of_part.agreement, study.noise(part), statistics_of_part.scatter
     if agreement is None:
         return
 
@@ -213,9 +213,9 @@ def _statistics(study: Study, part: bool, found: Numbers) -> Iterator[tuple[str,
 def distribution(results: Results, study: Study, known: Known) -> Exhibit | None:
     """Figure 4: the distribution of absolute errors."""
     rows: list[tuple[Any, ...]] = []
-    for part, found in known().items():
-        if found.errors is not None:
-            label, errors = PARTS[part].label, found.errors
+    for part, statistics_of_part in known().items():
+        if statistics_of_part.errors is not None:
+            label, errors = PARTS[part].label, statistics_of_part.errors
             rows += [(label, name, None, value) for name, value in agreement_statistics.inset_rows(study, errors)]
             steps = zip(errors.errors, errors.shares, strict=True)
             rows += [(label, "share of pairs with at most this error", error, share) for error, share in steps]
@@ -297,12 +297,12 @@ def bland_altman(results: Results, study: Study, known: Known) -> Exhibit | None
 def _points(study: Study) -> list[tuple[Any, ...]]:
     return [
         (
-            *names(one),
+            *names(pair),
             PARTS[part].label,
-            agreement_statistics.doublings(study, one),
-            *numbers(one),
-            (one.approximated + one.retrained) / 2,
+            agreement_statistics.doublings(study, pair),
+            *numbers(pair),
+            (pair.approximated + pair.retrained) / 2,
         )
         for part in PARTS
-        for one in study.part(part)
+        for pair in study.part(part)
     ]

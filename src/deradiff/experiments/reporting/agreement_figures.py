@@ -63,20 +63,26 @@ def heat_maps(study: Study) -> Figure:
     cells = [[study.at(anchor, target) for target in columns] for anchor in rows]
     retrained = [study.retrained[target].value for target in columns]
 
-    means = _table(cells, lambda one: one.approximated)
+    means = _table(cells, lambda pair: pair.approximated)
     both = np.vstack([means, retrained])
     digits = _decimals(both, 4)
     _paint(axes[0], both, "viridis", Normalize(np.nanmin(both), np.nanmax(both)), unit(study.score))
     for i, row in enumerate(cells):
-        for j, one in enumerate(row):
-            if one is not None:
-                _write(axes[0], i, j, _counted(one, f"{one.approximated:.{digits}f}"), one.certain and not one.alone)
+        for j, pair in enumerate(row):
+            if pair is not None:
+                _write(
+                    axes[0],
+                    i,
+                    j,
+                    _counted(pair, f"{pair.approximated:.{digits}f}"),
+                    pair.certain and not pair.alone,
+                )
     for j, value in enumerate(retrained):
         _write(axes[0], len(rows), j, f"{value:.{digits}f}", False)
     axes[0].axhline(len(rows) - 0.5, color="white", linewidth=5)
     axes[0].set_title("approximated mean; below the bar: retrained")
 
-    away = _table(cells, lambda one: float("nan") if one.alone else one.difference.value)
+    away = _table(cells, lambda pair: float("nan") if pair.alone else pair.difference.value)
     power = _power(away)
     away = away / 10.0**power
     limit = (float(np.nanmax(np.abs(away))) if np.isfinite(away).any() else 0.0) or 1.0
@@ -84,10 +90,10 @@ def heat_maps(study: Study) -> Figure:
     scale = f", in 10{str(power).translate(SUPERSCRIPTS)}" if power else ""
     _paint(axes[1], away, "PuOr", Normalize(-limit, limit), f"approximated − retrained mean{scale}")
     for i, row in enumerate(cells):
-        for j, one in enumerate(row):
-            if one is not None:
-                words = "anchor" if one.alone else signed(away[i, j], most=finest)
-                _write(axes[1], i, j, _counted(one, words), one.certain and not one.alone)
+        for j, pair in enumerate(row):
+            if pair is not None:
+                text = "anchor" if pair.alone else signed(away[i, j], most=finest)
+                _write(axes[1], i, j, _counted(pair, text), pair.certain and not pair.alone)
     axes[1].set_title(f"difference{scale}; below the orange line: λ > 1")
 
     for ax in axes:
@@ -106,7 +112,7 @@ def heat_maps(study: Study) -> Figure:
 
 
 def _table(cells: Sequence[Sequence[ComparedPair | None]], value: Callable[[ComparedPair], float]) -> np.ndarray:
-    return np.array([[float("nan") if one is None else value(one) for one in row] for row in cells])
+    return np.array([[float("nan") if pair is None else value(pair) for pair in row] for row in cells])
 
 
 def _paint(ax: Axes, values: np.ndarray, colours: str, norm: Normalize, label: str) -> None:
@@ -119,7 +125,7 @@ def _paint(ax: Axes, values: np.ndarray, colours: str, norm: Normalize, label: s
     ax.figure.colorbar(painted, ax=ax, label=label, fraction=0.05, pad=0.02).outline.set_visible(False)
 
 
-def _write(ax: Axes, row: int, column: int, words: str, bold: bool) -> None:
+def _write(ax: Axes, row: int, column: int, text: str, bold: bool) -> None:
     """The number in a cell, in black or white after the cell's lightness."""
     painted = ax.images[0]
     value = painted.get_array()[row, column]  # type: ignore[index]
@@ -127,21 +133,21 @@ def _write(ax: Axes, row: int, column: int, words: str, bold: bool) -> None:
     if not np.ma.is_masked(value):
         red, green, blue, _ = painted.cmap(painted.norm(value))
         colour = "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
-    ax.text(column, row, words, ha="center", va="center", color=colour, fontsize=8.5, weight="bold" if bold else None)
+    ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8.5, weight="bold" if bold else None)
 
 
-def _counted(one: ComparedPair, words: str) -> str:
+def _counted(pair: ComparedPair, text: str) -> str:
     """A cell's words, with the number of its images where some are missing."""
-    return words if one.images == one.planned else f"{words}\nn = {one.images}"
+    return text if pair.images == pair.planned else f"{text}\nn = {pair.images}"
 
 
 def _mark(ax: Axes, cells: Sequence[Sequence[ComparedPair | None]]) -> None:
     """A dashed frame inside the cells where an anchor stands for itself; hatching where there is no pair."""
     for i, row in enumerate(cells):
-        for j, one in enumerate(row):
-            if one is None:
+        for j, pair in enumerate(row):
+            if pair is None:
                 ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", ec="#D8D8D8", lw=0))
-            elif one.alone:
+            elif pair.alone:
                 ax.add_patch(Rectangle((j - 0.43, i - 0.41), 0.86, 0.82, fill=False, ls=(0, (3, 2)), ec="#B0B0B0"))
 
 
@@ -191,11 +197,11 @@ def lines(study: Study, particles: Study | None) -> Figure:
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     for place, (ax, anchor) in enumerate(zip(axes, anchors, strict=False)):
         _retrained_line(ax, study)
-        found = [one for one in study.compared if one.pair.anchor == anchor]
-        found.sort(key=lambda one: study.betas[one.pair.target])
-        _approximated(ax, study, found, "plain", "Algorithm 1")
+        pairs = [pair for pair in study.pairs if pair.models.anchor == anchor]
+        pairs.sort(key=lambda pair: study.betas[pair.models.target])
+        _approximated(ax, study, pairs, "plain", "Algorithm 1")
         if particles is not None:
-            also = [one for one in particles.compared if one.pair.anchor == anchor and not one.alone]
+            also = [pair for pair in particles.pairs if pair.models.anchor == anchor and not pair.alone]
             _approximated(ax, study, also, "particles", "particles")
         _mark_anchor(ax, study, anchor)
         ax.set_title(f"anchor {study.inline(anchor)}")
@@ -222,14 +228,14 @@ def _retrained_line(ax: Axes, study: Study) -> None:
         ax.axhline(study.reference.value, color=REFERENCE, linestyle=":", linewidth=1.3, label="reference (β → ∞)")
 
 
-def _approximated(ax: Axes, study: Study, found: Sequence[ComparedPair], arm: str, label: str) -> None:
-    if not found:
+def _approximated(ax: Axes, study: Study, pairs: Sequence[ComparedPair], arm: str, label: str) -> None:
+    if not pairs:
         return
     style = ARMS[arm]
     ax.errorbar(
-        [study.betas[one.pair.target] for one in found],
-        [one.approximated for one in found],
-        intervals(found),
+        [study.betas[pair.models.target] for pair in pairs],
+        [pair.approximated for pair in pairs],
+        intervals(pairs),
         fmt=style.marker,
         color=style.colour,
         markersize=5,
@@ -265,9 +271,9 @@ def _beta_axis(ax: Axes, study: Study, inches: float) -> None:
         other.tick_params(axis="x", labelrotation=90 if crowded else 0, labelsize=8.5)
 
 
-def intervals(found: Sequence[ComparedPair]) -> np.ndarray:
+def intervals(pairs: Sequence[ComparedPair]) -> np.ndarray:
     """The 95% intervals of differences as bars below and above, of shape (2, pair)."""
-    bars = [(one.difference.value - one.interval[0], one.interval[1] - one.difference.value) for one in found]
+    bars = [(pair.difference.value - pair.interval[0], pair.interval[1] - pair.difference.value) for pair in pairs]
     return np.maximum(np.nan_to_num(np.array(bars).T), 0.0)
 
 
@@ -291,21 +297,21 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 @dressed
-def particles_beside(found: Sequence[tuple[Study, Study | None]]) -> Figure:
+def particles_beside(by_score: Sequence[tuple[Study, Study | None]]) -> Figure:
     """What Algorithm 1 and particles miss of the retrained model: a row for each pair, a panel for each score.
 
     Each entry is the particles' study of one score, and Algorithm 1's of the same.
     """
-    most = max(len(study.compared) for study, _ in found)
-    figure = Figure(figsize=(min(11.5, 3 + 3.2 * len(found)), 1.7 + 0.6 * most), layout="constrained")
-    axes: list[Axes] = list(figure.subplots(1, len(found), squeeze=False).flat)
-    for ax, (study, plain) in zip(axes, found, strict=True):
+    most = max(len(study.pairs) for study, _ in by_score)
+    figure = Figure(figsize=(min(11.5, 3 + 3.2 * len(by_score)), 1.7 + 0.6 * most), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(1, len(by_score), squeeze=False).flat)
+    for ax, (study, plain) in zip(axes, by_score, strict=True):
         ax.axvline(0, color=RETRAINED, linewidth=1.3, label="retrained")
-        for y, one in enumerate(study.compared):
-            other = plain.at(one.pair.anchor, one.pair.target) if plain is not None else None
+        for y, pair in enumerate(study.pairs):
+            other = plain.at(pair.models.anchor, pair.models.target) if plain is not None else None
             for arm, label, away, shown in (
                 ("plain", "Algorithm 1", -0.14, other),
-                ("particles", "particles", 0.14, one),
+                ("particles", "particles", 0.14, pair),
             ):
                 if shown is not None:
                     ax.errorbar(
@@ -319,7 +325,7 @@ def particles_beside(found: Sequence[tuple[Study, Study | None]]) -> Figure:
                         linewidth=1.3,
                         label=label,
                     )
-        names = [one.pair.approximated.name.replace(", ", ",\n", 1) for one in study.compared]
+        names = [pair.models.approximated.name.replace(", ", ",\n", 1) for pair in study.pairs]
         ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.grid(False, axis="y")

@@ -21,7 +21,7 @@ COSINES = ("pickscore", "hps-v2.0", "hps-v2.1", "clip")
 class ComparedPair:
     """One pair, over the images that both of its models have: the same prompts, the same seeds."""
 
-    pair: Pair
+    models: Pair
     approximated: float
     retrained: float
     difference: Estimate
@@ -35,7 +35,7 @@ class ComparedPair:
     @property
     def alone(self) -> bool:
         """Whether the anchor stands for itself: λ = 1, and nothing is approximated."""
-        return self.pair.anchor == self.pair.target
+        return self.models.anchor == self.models.target
 
     @property
     def percent(self) -> float:
@@ -64,7 +64,7 @@ class Study:
     family: str
     prompts: str
     score: str
-    compared: tuple[ComparedPair, ...]
+    pairs: tuple[ComparedPair, ...]
     resampled: Float[np.ndarray, "resample pair"]
     """The pairs' differences over resampled prompts: row by row the same prompts for all of them."""
     betas: dict[str, float]
@@ -90,27 +90,25 @@ class Study:
         return 100 * value / abs(self.original_mean) if self.original_mean else float("nan")
 
     def places(self, interpolated: bool) -> list[int]:
-        """Where in `compared` the pairs at λ ≤ 1 are, or those at λ > 1; anchors that stand for themselves are neither.
+        """Where in `pair` the pairs at λ ≤ 1 are, or those at λ > 1; anchors that stand for themselves are neither.
 
         DeRaDiff's Tables 6 to 17 leave the diagonal out too: six strengths give 15 pairs of either sort.
         """
         return [
-            place
-            for place, found in enumerate(self.compared)
-            if not found.alone and (found.pair.lam <= 1) == interpolated
+            place for place, pair in enumerate(self.pairs) if not pair.alone and (pair.models.lam <= 1) == interpolated
         ]
 
     def part(self, interpolated: bool) -> list[ComparedPair]:
         """The pairs at λ ≤ 1, or those at λ > 1, without anchors that stand for themselves."""
-        return [self.compared[place] for place in self.places(interpolated)]
+        return [self.pairs[place] for place in self.places(interpolated)]
 
     def noise(self, interpolated: bool) -> PromptNoise:
         """How much of these pairs' MAE is noise of the prompts; NaN without pairs, or where one has a single prompt."""
         places = self.places(interpolated)
-        if not places or any(self.compared[place].prompts < 2 for place in places):
+        if not places or any(self.pairs[place].prompts < 2 for place in places):
             return PromptNoise(float("nan"), float("nan"))
         resampled = self.resampled[:, places]
-        centred = resampled - [self.compared[place].difference.value for place in places]
+        centred = resampled - [self.pairs[place].difference.value for place in places]
         return PromptNoise(float(np.nanstd(np.abs(resampled).mean(1), ddof=1)), float(np.nanmean(np.abs(centred))))
 
     def label(self, model: str) -> str:
@@ -124,16 +122,19 @@ class Study:
     @property
     def anchors(self) -> list[str]:
         """The models that are realigned, weakest regularisation (smallest β) first."""
-        return [name for name in self.betas if any(found.pair.anchor == name for found in self.compared)]
+        return [name for name in self.betas if any(pair.models.anchor == name for pair in self.pairs)]
 
     @property
     def targets(self) -> list[str]:
         """The models that are stood for, in the same order."""
-        return [name for name in self.betas if any(found.pair.target == name for found in self.compared)]
+        return [name for name in self.betas if any(pair.models.target == name for pair in self.pairs)]
 
     def at(self, anchor: str, target: str) -> ComparedPair | None:
         """The pair of these two; None where there is none."""
-        return next((one for one in self.compared if (one.pair.anchor, one.pair.target) == (anchor, target)), None)
+        return next(
+            (pair for pair in self.pairs if (pair.models.anchor, pair.models.target) == (anchor, target)),
+            None,
+        )
 
     def shift(self, model: str) -> float | None:
         """How far retraining moved the mean score from the reference's; None where that was not drawn."""
@@ -147,9 +148,9 @@ def studies(results: Results, particles: bool = False) -> Iterator[Study]:
         for family in results.families():
             members = [pair for pair in pairs if results.plan.models[pair.anchor].family == family]
             for prompts in results.plan.prompts:
-                found = study(results, members, family, prompts, score)
-                if found is not None:
-                    yield found
+                made = study(results, members, family, prompts, score)
+                if made is not None:
+                    yield made
 
 
 def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, score: str) -> Study | None:
@@ -164,11 +165,11 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         return None
     away = np.stack([first - second for _, _, first, second in columns], axis=1)
     resampled = resampled_means(away)
-    compared = []
+    compared_pairs = []
     for (pair, both, first, second), means in zip(columns, resampled.T, strict=True):
         there = int(both.any(1).sum())
         error, interval = _spread(means) if there > 1 else (float("nan"), (float("nan"), float("nan")))
-        compared.append(
+        compared_pairs.append(
             ComparedPair(
                 pair,
                 float(np.nanmean(first)),
@@ -190,7 +191,7 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         family=family,
         prompts=prompts,
         score=score,
-        compared=tuple(compared),
+        pairs=tuple(compared_pairs),
         resampled=resampled,
         betas=dict(sorted(betas.items(), key=lambda item: (item[1], item[0]))),
         retrained=retrained,
@@ -208,14 +209,14 @@ def resampled_means(
     rng, count = np.random.default_rng(seed), len(values)
     there = np.isfinite(values)
     known = np.where(there, values, 0.0)
-    found = np.empty((resamples, values.shape[1]))
+    means = np.empty((resamples, values.shape[1]))
     step = max(1, HELD // count)
     for start in range(0, resamples, step):
-        rows = found[start : start + step]
+        rows = means[start : start + step]
         times = rng.multinomial(count, np.full(count, 1 / count), size=len(rows)).astype(float)
         with np.errstate(invalid="ignore"):  # 0/0 where none of a pair's few prompts was drawn
             rows[:] = (times @ known) / (times @ there)
-    return found
+    return means
 
 
 def _by_prompt(table: Float[np.ndarray, "prompt seed"], both: np.ndarray) -> Float[np.ndarray, " prompt"]:

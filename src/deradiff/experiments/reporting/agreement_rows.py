@@ -21,19 +21,26 @@ NUMBERS = ("lambda", "approximated", "retrained", "difference", "standard_error"
 COUNTS = ("prompts", "images", "planned")
 
 
-def names(one: ComparedPair) -> tuple[str, str]:
+def names(pair: ComparedPair) -> tuple[str, str]:
     """The anchor and the target."""
-    return one.pair.anchor, one.pair.target
+    return pair.models.anchor, pair.models.target
 
 
-def numbers(one: ComparedPair) -> tuple[float, ...]:
+def numbers(pair: ComparedPair) -> tuple[float, ...]:
     """The values of `NUMBERS`."""
-    return (one.pair.lam, one.approximated, one.retrained, one.difference.value, one.difference.error, *one.interval)
+    return (
+        pair.models.lam,
+        pair.approximated,
+        pair.retrained,
+        pair.difference.value,
+        pair.difference.error,
+        *pair.interval,
+    )
 
 
-def images(one: ComparedPair) -> tuple[int, ...]:
+def images(pair: ComparedPair) -> tuple[int, ...]:
     """The values of `COUNTS`."""
-    return one.prompts, one.images, one.planned
+    return pair.prompts, pair.images, pair.planned
 
 
 def percent(estimate: Estimate | None) -> tuple[float | None, float | None]:

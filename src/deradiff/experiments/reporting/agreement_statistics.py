@@ -54,7 +54,7 @@ class Numbers:
 def numbers(study: Study, interpolated: bool) -> Numbers:
     """All statistics of one part of a study."""
     part = study.part(interpolated)
-    approximated, retrained = [one.approximated for one in part], [one.retrained for one in part]
+    approximated, retrained = [pair.approximated for pair in part], [pair.retrained for pair in part]
     if len(part) < 2:
         return Numbers(None, None, None)
     fits = len(part) >= 3 and np.ptp(approximated) > 0 and np.ptp(retrained) > 0
@@ -85,16 +85,16 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 4: the ECDF of absolute errors, beside it the table of its inset."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     ax, aside = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    known = {interpolated: found.errors for interpolated, found in parts.items() if found.errors is not None}
-    positive = [error for found in known.values() for error in found.errors if error > 0]
+    known = {interpolated: part.errors for interpolated, part in parts.items() if part.errors is not None}
+    positive = [error for part in known.values() for error in part.errors if error > 0]
     low, high = (min(positive) / 1.6, max(positive) * 1.6) if positive else (0.1, 1.0)
     bounds = thresholds(study)
     if bounds:
         low, high = min(low, bounds[0] / 1.6), max(high, bounds[-1] * 1.6)
-    for interpolated, found in known.items():
+    for interpolated, part in known.items():
         style = PARTS[interpolated]
-        errors = np.maximum(np.array([low, *found.errors, high]), low)
-        shares = np.array([0.0, *found.shares, 1.0])
+        errors = np.maximum(np.array([low, *part.errors, high]), low)
+        shares = np.array([0.0, *part.shares, 1.0])
         ax.step(errors, shares, where="post", color=style.colour, linewidth=1.8, ls="-" if interpolated else "--")
         ax.plot(
             errors[1:-1],
@@ -103,16 +103,16 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
             color=style.colour,
             markersize=5,
             clip_on=False,
-            label=f"{style.label} (n = {found.pairs})",
+            label=f"{style.label} (n = {part.pairs})",
         )
     grid = np.geomspace(low, high, 200)
     if (chance := noise_distribution(study, grid)) is not None:
         ax.plot(grid, chance, color=NOISE, linewidth=1.4, ls=":", label="noise of the prompts alone, λ ≤ 1")
     for bound in bounds:
         ax.axvline(bound, color="#999999", linewidth=1, zorder=1)
-        words = f"{bound:g}" if is_cosine(study.score) else f"{bound / study.original_sd:.2f} SD"
+        text = f"{bound:g}" if is_cosine(study.score) else f"{bound / study.original_sd:.2f} SD"
         ax.annotate(
-            words,
+            text,
             (bound, 0.02),
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),
@@ -136,23 +136,23 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
 def noise_distribution(study: Study, errors: np.ndarray) -> np.ndarray | None:
     """The ECDF at `errors` that resampling prompts alone would make of pairs at λ ≤ 1 that agree perfectly."""
     places = study.places(True)
-    if not places or any(study.compared[place].prompts < 2 for place in places):
+    if not places or any(study.pairs[place].prompts < 2 for place in places):
         return None
-    away = study.resampled[:, places] - [study.compared[place].difference.value for place in places]
+    away = study.resampled[:, places] - [study.pairs[place].difference.value for place in places]
     known = np.sort(np.abs(away[np.isfinite(away)]))
     return np.searchsorted(known, errors, side="right") / len(known)
 
 
-def inset_rows(study: Study, found: ErrorDistribution) -> list[tuple[str, float]]:
+def inset_rows(study: Study, errors: ErrorDistribution) -> list[tuple[str, float]]:
     """The lines of figure 4's table, errors also as shares of the retrained models' standard deviation."""
-    rows: list[tuple[str, float]] = [("n (pairs)", found.pairs), ("MAE", found.mae)]
-    rows += [("median" if p == 0.5 else f"{100 * p:g}th percentile", error) for p, error in found.quantiles.items()]
-    rows.append(("maximum", found.maximum))
-    rows += [(f"share ≤ {_bound(study, bound)}", share) for bound, share in found.fractions.items()]
+    rows: list[tuple[str, float]] = [("n (pairs)", errors.pairs), ("MAE", errors.mae)]
+    rows += [("median" if p == 0.5 else f"{100 * p:g}th percentile", error) for p, error in errors.quantiles.items()]
+    rows.append(("maximum", errors.maximum))
+    rows += [(f"share ≤ {_bound(study, bound)}", share) for bound, share in errors.fractions.items()]
     sd = study.original_sd
     if sd > 0:
-        rows.append(("MAE / SD of retrained", found.mae / sd))
-        rows.append(("median / SD of retrained", found.quantiles[0.5] / sd))
+        rows.append(("MAE / SD of retrained", errors.mae / sd))
+        rows.append(("median / SD of retrained", errors.quantiles[0.5] / sd))
     rows.append(("retrained mean", study.original_mean))
     rows.append(("retrained SD", sd))
     return rows
@@ -164,7 +164,7 @@ def _bound(study: Study, bound: float) -> str:
 
 def _inset(ax: Axes, study: Study, known: Mapping[bool, ErrorDistribution]) -> None:
     ax.set_axis_off()
-    columns = {interpolated: dict(inset_rows(study, found)) for interpolated, found in known.items()}
+    columns = {interpolated: dict(inset_rows(study, errors)) for interpolated, errors in known.items()}
     names = list(next(iter(columns.values())))
     cells = [[_shown(name, columns[part][name]) for part in columns] for name in names]
     width = 0.25
@@ -199,9 +199,9 @@ def _shown(name: str, value: float) -> str:
 def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6a: retrained means against approximations, with the identity and a linear fit."""
 
-    def panel(ax: Axes, interpolated: bool, found: Sequence[ComparedPair]) -> None:
-        x, y = (np.array([getattr(one, name) for one in found]) for name in ("approximated", "retrained"))
-        bars = intervals(found)[::-1]  # upright is the retrained mean: approximated - difference
+    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> None:
+        x, y = (np.array([getattr(pair, name) for pair in pairs]) for name in ("approximated", "retrained"))
+        bars = intervals(pairs)[::-1]  # upright is the retrained mean: approximated - difference
         ax.errorbar(x, y, bars, fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
         ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
         ends = ends + np.array([-0.06, 0.06]) * max(np.ptp(ends), 1e-12)
@@ -221,30 +221,30 @@ def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         ax.set_ylabel(f"retrained: {unit(study.score)}")
         ax.legend(loc="best", fontsize=9)
 
-    return _by_part(study, panel, lambda one: (one.approximated, one.retrained), height=4.6)
+    return _by_part(study, panel, lambda pair: (pair.approximated, pair.retrained), height=4.6)
 
 
 @dressed
 def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6b: differences against the means of both models, with bias and limits of agreement."""
 
-    def panel(ax: Axes, interpolated: bool, found: Sequence[ComparedPair]) -> None:
-        x = [(one.approximated + one.retrained) / 2 for one in found]
-        y = [one.difference.value for one in found]
-        ax.errorbar(x, y, intervals(found), fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
+    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> None:
+        x = [(pair.approximated + pair.retrained) / 2 for pair in pairs]
+        y = [pair.difference.value for pair in pairs]
+        ax.errorbar(x, y, intervals(pairs), fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
         ax.axhline(0, color="#222222", linewidth=0.9, zorder=1)
         agreement = parts[interpolated].agreement
         if agreement is not None:
             ax.axhspan(*agreement.limits, color="#EAF1F6", zorder=0)
             low, high = agreement.limits
-            for value, words, line in (
+            for value, text, line in (
                 (agreement.bias, "bias", "-"),
                 (low, f"−{LIMITS:g} SD", "--"),
                 (high, f"+{LIMITS:g} SD", "--"),
             ):
                 ax.axhline(value, color="#0072B2", linewidth=1.2, ls=line, zorder=1)
                 ax.annotate(
-                    f"{words}\n{signed(value, 3)}",
+                    f"{text}\n{signed(value, 3)}",
                     (1.0, value),
                     xycoords=("axes fraction", "data"),
                     xytext=(4, 0),
@@ -256,10 +256,13 @@ def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         ax.set_xlabel(f"average of both: {unit(study.score)}")
         ax.set_ylabel("approximated − retrained")
         ax.margins(x=0.1)
-        _name_farthest(ax, study, found, x, y)
+        _name_farthest(ax, study, pairs, x, y)
 
     return _by_part(
-        study, panel, lambda one: ((one.approximated + one.retrained) / 2, one.difference.value), height=4.6
+        study,
+        panel,
+        lambda pair: ((pair.approximated + pair.retrained) / 2, pair.difference.value),
+        height=4.6,
     )
 
 
@@ -270,19 +273,19 @@ def _by_part(
     height: float,
 ) -> Figure:
     """A panel for λ ≤ 1 and one for λ > 1, points coloured by how far apart the strengths of anchor and target are."""
-    parts = {interpolated: found for interpolated in PARTS if (found := study.part(interpolated))}
+    parts = {interpolated: pairs for interpolated in PARTS if (pairs := study.part(interpolated))}
     figure = Figure(figsize=(11.5 if len(parts) > 1 else 7, height), layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, len(parts), squeeze=False).flat)
-    largest = max(abs(doublings(study, one)) for found in parts.values() for one in found) or 1.0
-    for ax, (interpolated, found) in zip(axes, parts.items(), strict=True):
-        panel(ax, interpolated, found)
+    largest = max(abs(doublings(study, pair)) for pairs in parts.values() for pair in pairs) or 1.0
+    for ax, (interpolated, pairs) in zip(axes, parts.items(), strict=True):
+        panel(ax, interpolated, pairs)
         style = PARTS[interpolated]
-        where = np.array([place(one) for one in found])
+        where = np.array([place(pair) for pair in pairs])
         points = ax.scatter(
             where[:, 0],
             where[:, 1],
             s=48,
-            c=[doublings(study, one) for one in found],
+            c=[doublings(study, pair) for pair in pairs],
             cmap="PuOr_r",
             norm=Normalize(-largest, largest),
             marker=style.marker,
@@ -291,19 +294,19 @@ def _by_part(
             zorder=3,
         )
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_title(f"{style.label} (n = {len(found)})")
+        ax.set_title(f"{style.label} (n = {len(pairs)})")
     figure.colorbar(points, ax=axes, label="log₂(β target / β anchor)", fraction=0.04, pad=0.02)
     return figure
 
 
 def _name_farthest(
-    ax: Axes, study: Study, found: Sequence[ComparedPair], x: Sequence[float], y: Sequence[float]
+    ax: Axes, study: Study, pairs: Sequence[ComparedPair], x: Sequence[float], y: Sequence[float]
 ) -> None:
     """The β of the pairs that are farthest off, where a label has room beside its point."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     across, upright = (np.array(x) - left) / (right - left), (np.array(y) - low) / (high - low)
     labels: list[tuple[float, float]] = []
-    for i in sorted(range(len(found)), key=lambda i: -abs(y[i]))[:LABELLED]:
+    for i in sorted(range(len(pairs)), key=lambda i: -abs(y[i]))[:LABELLED]:
         for side in (-1, 1) if across[i] > 0.5 else (1, -1):
             middle = across[i] + 0.17 * side
             near = (np.abs(across - middle) < 0.16) & (np.abs(upright - upright[i]) < 0.03)
@@ -311,7 +314,7 @@ def _name_farthest(
             if taken or near.any() or not 0.15 < middle < 0.85:
                 continue
             labels.append((middle, upright[i]))
-            anchor, target = study.betas[found[i].pair.anchor], study.betas[found[i].pair.target]
+            anchor, target = study.betas[pairs[i].models.anchor], study.betas[pairs[i].models.target]
             ax.annotate(
                 f"β {anchor:g} → {target:g}",
                 (x[i], y[i]),
@@ -326,9 +329,9 @@ def _name_farthest(
             break
 
 
-def doublings(study: Study, one: ComparedPair) -> float:
+def doublings(study: Study, pair: ComparedPair) -> float:
     """log₂(β_target / β_anchor): how many doublings of β lie between target and anchor, positive at λ < 1."""
-    return math.log2(study.betas[one.pair.target] / study.betas[one.pair.anchor])
+    return math.log2(study.betas[pair.models.target] / study.betas[pair.models.anchor])
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
@@ -342,20 +345,22 @@ def verdicts(known: Mapping[str, Sequence[Judged]]) -> Figure:
 
     Those whose errors are not known are left out.
     """
-    found = {
+    shown = {
         score: [
-            (one.kind, one.estimated, one.true) for one in some if one.estimated is not None and one.true is not None
+            (claim.kind, claim.estimated, claim.true)
+            for claim in some
+            if claim.estimated is not None and claim.true is not None
         ]
         for score, some in known.items()
     }
-    columns = min(3, len(found))
-    rows = math.ceil(len(found) / columns)
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(3.8 * columns + 0.6, 3.8 * rows + 0.5), layout="constrained")
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    largest = max(abs(x.value) for points in found.values() for _, *both in points for x in both)
+    largest = max(abs(x.value) for points in shown.values() for _, *both in points for x in both)
     end = max(2.0, largest * 1.6)
     entries: dict[str, Any] = {}
-    for ax, (score, points) in zip(axes, found.items(), strict=False):
+    for ax, (score, points) in zip(axes, shown.items(), strict=False):
         ax.axhspan(-TRUSTED, TRUSTED, color="#EAF1F6", zorder=0)
         ax.plot([-end, end], [-end, end], color="#888888", linewidth=1)
         for kind in dict.fromkeys(kind for kind, _, _ in points):
@@ -380,7 +385,7 @@ def verdicts(known: Mapping[str, Sequence[Judged]]) -> Figure:
             axis.set_minor_locator(NullLocator())
         ax.set_title(score)
         ax.set_xlabel("estimated error, % of the shift")
-    for ax in axes[len(found) :]:
+    for ax in axes[len(shown) :]:
         ax.set_visible(False)
     for row in range(rows):
         axes[row * columns].set_ylabel("true error, % of the shift")

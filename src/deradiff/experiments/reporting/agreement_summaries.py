@@ -23,13 +23,13 @@ from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
 
 
-def table_1(results: Results, found: Sequence[Study]) -> Exhibit | None:
+def table_1(results: Results, studies: Sequence[Study]) -> Exhibit | None:
     """Table 1: mean absolute errors at λ in [0, 1], of every score."""
     rows = []
-    for study in found:
+    for study in studies:
         part = study.part(True)
         if part:
-            mae = sum(abs(one.difference.value) for one in part) / len(part)
+            mae = sum(abs(pair.difference.value) for pair in part) / len(part)
             noise, in_sd = study.noise(True), mae / study.original_sd if study.original_sd else float("nan")
             rows.append(
                 (
@@ -64,20 +64,24 @@ def table_1(results: Results, found: Sequence[Study]) -> Exhibit | None:
         "μ",
         "SD",
     )
-    return exhibit(results, "table-1", found[0], "Approximation errors at λ in [0, 1]", caption, header, rows)
+    return exhibit(results, "table-1", studies[0], "Approximation errors at λ in [0, 1]", caption, header, rows)
 
 
-def table_2(results: Results, found: Sequence[Study]) -> Exhibit:
+def table_2(results: Results, studies: Sequence[Study]) -> Exhibit:
     """Table 2: retrained and approximated means side by side, for the middle anchor."""
-    first = found[0]
+    first = studies[0]
     anchor, targets = middle(first), first.targets
     rows: list[tuple[Any, ...]] = []
-    for study in found:
+    for study in studies:
         cells = [study.at(anchor, target) for target in targets]
         rows += [
-            (study.score, "retrained", *(None if one is None else one.retrained for one in cells)),
-            (study.score, "approximated", *(None if one is None else one.approximated for one in cells)),
-            (study.score, "absolute difference, %", *(None if one is None else one.percent for one in cells)),
+            (study.score, "retrained", *(None if pair is None else pair.retrained for pair in cells)),
+            (study.score, "approximated", *(None if pair is None else pair.approximated for pair in cells)),
+            (
+                study.score,
+                "absolute difference, %",
+                *(None if pair is None else pair.percent for pair in cells),
+            ),
         ]
     caption = (
         f"Mean scores of the retrained models and of their approximations from {first.inline(anchor)}, the middle one "
@@ -90,23 +94,23 @@ def table_2(results: Results, found: Sequence[Study]) -> Exhibit:
 
 def middle(study: Study) -> str:
     """The anchor in the middle by β, of those that stand for most targets: DeRaDiff's Table 2 has the third of six."""
-    reach = {anchor: sum(one.pair.anchor == anchor for one in study.compared) for anchor in study.anchors}
+    reach = {anchor: sum(pair.models.anchor == anchor for pair in study.pairs) for anchor in study.anchors}
     widest = [anchor for anchor in study.anchors if reach[anchor] == max(reach.values())]
     return widest[(len(widest) - 1) // 2]
 
 
-def particles(results: Results, found: Sequence[Study], plain: Sequence[Study]) -> Exhibit:
+def particles(results: Results, studies: Sequence[Study], plain: Sequence[Study]) -> Exhibit:
     """Particles beside Algorithm 1 and the retrained model; `plain` are Algorithm 1's studies of the same scores."""
     by_score = {study.score: study for study in plain}
     rows: list[tuple[Any, ...]] = []
-    for study in found:
+    for study in studies:
         other = by_score.get(study.score)
-        for one in study.compared:
-            told = results.told(one.pair.approximated, study.prompts)
-            effective = [item["effective"] for item in told if item.get("effective") is not None]
-            collapsed = [item["collapsed"] for item in told if item.get("collapsed") is not None]
-            drawn = f"{one.pair.approximated.particles} particles", one, (_mean(effective), _mean(collapsed))
-            same = other.at(one.pair.anchor, one.pair.target) if other is not None else None
+        for pair in study.pairs:
+            metadata = results.told(pair.models.approximated, study.prompts)
+            effective = [item["effective"] for item in metadata if item.get("effective") is not None]
+            collapsed = [item["collapsed"] for item in metadata if item.get("collapsed") is not None]
+            drawn = f"{pair.models.approximated.particles} particles", pair, (_mean(effective), _mean(collapsed))
+            same = other.at(pair.models.anchor, pair.models.target) if other is not None else None
             for name, shown, extra in (("Algorithm 1", same, (None, None)), drawn):
                 if shown is not None:
                     rows.append((*names(shown), name, study.score, *numbers(shown), *images(shown), *extra))
@@ -119,18 +123,18 @@ def particles(results: Results, found: Sequence[Study], plain: Sequence[Study]) 
     return exhibit(
         results,
         "particles",
-        found[0],
+        studies[0],
         "Particles beside Algorithm 1",
         caption,
         header,
         rows,
-        figure=agreement_figures.particles_beside([(study, by_score.get(study.score)) for study in found]),
+        figure=agreement_figures.particles_beside([(study, by_score.get(study.score)) for study in studies]),
     )
 
 
-def verdict_counts(results: Results, found: Sequence[Study], said: Callable[[], list[Judged]]) -> Exhibit | None:
+def verdict_counts(results: Results, studies: Sequence[Study], claims: Callable[[], list[Judged]]) -> Exhibit | None:
     """How often the verdicts were right, by score and kind."""
-    if not said():
+    if not claims():
         return None
     caption = (
         "How often the verdicts were right that weights give before anything is retrained. Shares are of the shift "
@@ -139,32 +143,32 @@ def verdict_counts(results: Results, found: Sequence[Study], said: Callable[[], 
         "standard errors and the weighted mean is nearer, else a false alarm. All others claim nothing, and are open."
     )
     header = ("score", "verdict", "approximations", "right", "false alarms", "misses", "open")
-    return exhibit(results, "verdicts", found[0], "How often verdicts were right", caption, header, counts(said()))
+    return exhibit(results, "verdicts", studies[0], "How often verdicts were right", caption, header, counts(claims()))
 
 
-def verdict_errors(results: Results, found: Sequence[Study], said: Callable[[], list[Judged]]) -> Exhibit | None:
+def verdict_errors(results: Results, studies: Sequence[Study], claims: Callable[[], list[Judged]]) -> Exhibit | None:
     """Every verdict beside its true error; drawn where both are known."""
     rows = [
         (
-            *names(one.compared),
-            one.score,
-            one.compared.pair.lam,
-            one.kind,
-            one.judgement,
-            *percent(one.estimated),
-            *percent(one.true),
-            None if one.weighted is None else 100 * one.weighted,
-            one.evenness,
-            one.words,
+            *names(claim.pair),
+            claim.score,
+            claim.pair.models.lam,
+            claim.kind,
+            claim.judgement,
+            *percent(claim.estimated),
+            *percent(claim.true),
+            None if claim.weighted is None else 100 * claim.weighted,
+            claim.evenness,
+            claim.sentence,
         )
-        for one in said()
+        for claim in claims()
     ]
     if not rows:
         return None
     known: dict[str, list[Judged]] = {}
-    for one in said():
-        if one.estimated is not None and one.true is not None:
-            known.setdefault(one.score, []).append(one)
+    for claim in claims():
+        if claim.estimated is not None and claim.true is not None:
+            known.setdefault(claim.score, []).append(claim)
     caption = (
         "Errors of Algorithm 1's mean in per cent of the shift from the reference to the retrained model: as the "
         "verdict estimated it from the weights, and as it is. In the table ± is one standard error, of the true error "
@@ -194,7 +198,7 @@ def verdict_errors(results: Results, found: Sequence[Study], said: Callable[[], 
     return exhibit(
         results,
         "verdict-errors",
-        found[0],
+        studies[0],
         "The verdict against the true error",
         caption,
         header,

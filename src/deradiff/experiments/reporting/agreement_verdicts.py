@@ -20,10 +20,10 @@ class Judged:
     Errors are Algorithm 1's in shares of the shift, the retrained model's mean minus the reference's.
     """
 
-    compared: ComparedPair
+    pair: ComparedPair
     score: str
     kind: str
-    words: str
+    sentence: str
     evenness: float
     estimated: Estimate | None
     """None where the verdict knew no shift."""
@@ -55,21 +55,21 @@ class Judged:
 
 def judged(results: Results, study: Study) -> list[Judged]:
     """The verdicts of a study's approximations, where weights tell of any; an anchor as it is needs none."""
-    found = []
-    for one in study.compared:
-        verdict = None if one.alone else results.verdict(one.pair.approximated, study.prompts, study.score)
+    claims = []
+    for pair in study.pairs:
+        verdict = None if pair.alone else results.verdict(pair.models.approximated, study.prompts, study.score)
         if verdict is None:
             continue
-        shift = study.shift(one.pair.target)
+        shift = study.shift(pair.models.target)
         true = weighted = None
         if shift:
-            true = Estimate(one.difference.value / abs(shift), one.difference.error / abs(shift))
-            weighted = (verdict.comparison.weighted.value - one.retrained) / abs(shift)
+            true = Estimate(pair.difference.value / abs(shift), pair.difference.error / abs(shift))
+            weighted = (verdict.comparison.weighted.value - pair.retrained) / abs(shift)
         # The verdict counts weighted minus plain, the truth plain minus retrained.
         estimated = None if verdict.error is None else Estimate(-verdict.error.value, verdict.error.error)
-        found.append(
+        claims.append(
             Judged(
-                one,
+                pair,
                 study.score,
                 verdict.kind,
                 verdict.words,
@@ -79,18 +79,18 @@ def judged(results: Results, study: Study) -> list[Judged]:
                 weighted,
             )
         )
-    return found
+    return claims
 
 
-def counts(found: Sequence[Judged]) -> list[tuple[str | int, ...]]:
+def counts(claims: Sequence[Judged]) -> list[tuple[str | int, ...]]:
     """By score and kind of verdict, and last of all together: how many there were, and how many of each judgement."""
     groups: dict[tuple[str, str], list[Judged]] = {}
-    for one in found:
-        groups.setdefault((one.score, one.kind), []).append(one)
+    for claim in claims:
+        groups.setdefault((claim.score, claim.kind), []).append(claim)
     rows: list[tuple[str | int, ...]] = [(*group, *_count(some)) for group, some in groups.items()]
-    return [*rows, ("all", "", *_count(found))]
+    return [*rows, ("all", "", *_count(claims))]
 
 
-def _count(found: Sequence[Judged]) -> tuple[int, ...]:
-    said = [one.judgement for one in found]
-    return (len(said), *(said.count(judgement) for judgement in JUDGEMENTS))
+def _count(claims: Sequence[Judged]) -> tuple[int, ...]:
+    judgements = [claim.judgement for claim in claims]
+    return (len(judgements), *(judgements.count(judgement) for judgement in JUDGEMENTS))

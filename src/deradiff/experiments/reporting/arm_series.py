@@ -75,13 +75,13 @@ def series_of(results: Results) -> list[Series]:
         elif arm.method != "reference":
             names = "" if arm.method in ("combine", "optimize-noise") else arm.anchors[0][0]
             groups.setdefault((kind_of(arm), names, arm.schedule.partition(":")[0]), []).append(arm)
-    found: list[Series] = []
+    series: list[Series] = []
     for (kind, of, *_), arms in groups.items():
         siblings = sorted({key[1] for key in groups if key[0] == kind})
         arms.sort(key=lambda arm: _parameter(plan, arm))
-        variant = sum(one.kind == kind for one in found)
+        variant = sum(earlier.kind == kind for earlier in series)
         look = siblings.index(of) if len(siblings) <= FEW or kind == "model" else 0
-        found.append(
+        series.append(
             Series(
                 kind,
                 _label(plan, kind, of, len(siblings)),
@@ -91,7 +91,7 @@ def series_of(results: Results) -> list[Series]:
                 kind in ("realign", "anneal", "interpolate") or all(_strength(plan, arm) for arm in arms),
             )
         )
-    return found
+    return series
 
 
 def model_label(plan: Plan, name: str) -> str:
@@ -116,18 +116,18 @@ def short(name: str) -> str:
 
 def keys(names: Sequence[str]) -> dict[str, str]:
     """Names as parts of file names, each another."""
-    found: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for name in names:
-        mine = slug(short(name))
-        number = sum(known.partition(".")[0] == mine for known in found.values())
-        found[name] = f"{mine}.{number + 1}" if number else mine
-    return found
+        part = slug(short(name))
+        number = sum(known.partition(".")[0] == part for known in parts.values())
+        parts[name] = f"{part}.{number + 1}" if number else part
+    return parts
 
 
 def substitutes(plan: Plan, names: Sequence[str]) -> str:
     """The sentence of a caption that says which prompts are not the papers' own; empty where all are."""
-    told = [f"{name} stands for {text}" for name in names if (text := plan.prompts[name].substitute_for)]
-    return f" Substituted prompts: {'; '.join(told)}." if told else ""
+    notes = [f"{name} stands for {text}" for name in names if (text := plan.prompts[name].substitute_for)]
+    return f" Substituted prompts: {'; '.join(notes)}." if notes else ""
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def change(results: Results, by_prompt: ByPrompt, prompts: str, score: str) -> C
     both = np.isfinite(by_prompt) & np.isfinite(known)
     if both.sum() < 2:
         return None
-    found = paired_difference(torch.from_numpy(by_prompt[both, None]), torch.from_numpy(known[both, None]))
-    return Change(found.estimate.value, *found.interval, found.prompts)
+    difference = paired_difference(torch.from_numpy(by_prompt[both, None]), torch.from_numpy(known[both, None]))
+    return Change(difference.estimate.value, *difference.interval, difference.prompts)
 
 
 def over_prompts(table: Float[np.ndarray, "prompt seed"]) -> tuple[float, float]:
@@ -174,7 +174,7 @@ def over_prompts(table: Float[np.ndarray, "prompt seed"]) -> tuple[float, float]
 def _label(plan: Plan, kind: str, of: str, siblings: int) -> str:
     if kind == "model":
         return f"{of}, as aligned"
-    words = {
+    method = {
         "realign": "realigned (DeRaDiff)",
         "particles": "realigned by particles",
         "anneal": "annealed guidance (AIG)",
@@ -182,7 +182,7 @@ def _label(plan: Plan, kind: str, of: str, siblings: int) -> str:
         "combine": "combined rewards",
         "optimize-noise": "optimised noise",
     }[kind]
-    return f"{words}, {model_label(plan, of)}" if of and 1 < siblings <= FEW else words
+    return f"{method}, {model_label(plan, of)}" if of and 1 < siblings <= FEW else method
 
 
 def _strength(plan: Plan, arm: Arm) -> float:

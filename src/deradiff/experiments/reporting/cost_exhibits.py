@@ -52,10 +52,12 @@ def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationCounts | 
     experiment may evaluate more than that, for the path KL, or where images of different λ share a batch.
     """
     if arm.noise is not None:
-        told = results.told(arm, prompts)
-        if not told:
+        metadata = results.told(arm, prompts)
+        if not metadata:
             return None
-        return EvaluationCounts(*(float(np.mean([one[name] for one in told])) for name in ("forward", "backward")))
+        return EvaluationCounts(
+            *(float(np.mean([image[name] for image in metadata])) for name in ("forward", "backward"))
+        )
     sampling = results.plan.sampling[arm.sampling]
     calls = calls_of(sampling.scheduler, sampling.steps)
     guided = 2 if sampling.guidance_scale is None or sampling.guidance_scale > 1 else 1
@@ -110,13 +112,13 @@ def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
     reference = results.reference
     if reference is None:
         return []
-    labels = {arm: (one.kind, one.label, one.look) for one in series_of(results) for arm in one.arms}
-    found = []
+    labels = {arm: (series.kind, series.label, series.look) for series in series_of(results) for arm in series.arms}
+    costs = []
     for arm in distinct(results, prompts):
         cost = evaluations(results, arm, prompts)
         if cost is not None and arm != reference:
             by_prompt = results.by_prompt(arm, prompts, score)
-            found.append(ArmCost(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
+            costs.append(ArmCost(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
     plain = evaluations(results, reference, prompts)
     assert plain is not None
     table = results.scores(reference, prompts, score)
@@ -132,8 +134,8 @@ def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
             EvaluationCounts(count * plain.forward),
             count * results.seconds(reference),
         )
-        found.append(best)
-    return found
+        costs.append(best)
+    return costs
 
 
 def best_of(table: Table, count: int) -> ByPrompt:
@@ -142,13 +144,13 @@ def best_of(table: Table, count: int) -> ByPrompt:
     Without bias: the mean maximum over all subsets of that size, in which the k-th smallest of n is the greatest
     `C(k - 1, count - 1)` times out of `C(n, count)`.
     """
-    found = np.full(len(table), np.nan)
+    expected = np.full(len(table), np.nan)
     for row, scores in enumerate(table):
         known = np.sort(scores[np.isfinite(scores)])
         if len(known) >= count:
             shares = [math.comb(k, count - 1) / math.comb(len(known), count) for k in range(len(known))]
-            found[row] = float(np.dot(known, shares))
-    return found
+            expected[row] = float(np.dot(known, shares))
+    return expected
 
 
 def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit]:
@@ -255,7 +257,7 @@ def savings(results: Results) -> Iterator[Exhibit]:
 
     targets = len({arm.target for arm in realigned if arm.target})
     hours = results.plan.report.alignment_gpu_hours
-    one = PaperInputs(gpu_hours=hours)
+    paper = PaperInputs(gpu_hours=hours)
     reference = results.reference
     mixing = [arm for arm in realigned if arm.lam not in (0.0, 1.0)]
     extra = twice = math.nan
@@ -271,7 +273,7 @@ def savings(results: Results) -> Iterator[Exhibit]:
             hours,
             (count - 1) * hours,
             100 * saved(count),
-            (count - 1) * one.exaflops,
+            (count - 1) * paper.exaflops,
             twice,
             extra,
             (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,

@@ -120,16 +120,16 @@ def diversity(results: Results, extractor: str) -> dict[Arm, Measured]:
         return {}
     known = results.features_by_place(reference, where, extractor)
     prepared: dict[tuple[PromptAndSeed, ...], list[_FeatureSet]] = {}
-    found: dict[Drawing, Measured] = {}
+    by_drawing: dict[Drawing, Measured] = {}
     for arm in distinct(results, where):
         vectors = results.features_by_place(arm, where, extractor)
         places = tuple(sorted(known.keys() & vectors.keys()))
         if len(places) >= 2:
             if places not in prepared:
                 prepared[places] = _sets(known, places)
-            mine = _sets(vectors, places)
-            found[drawing(results, arm)] = measured(prepared[places], mine, places, results.plan.report.neighbours)
-    return {arm: found[drawn] for arm in arms_on(results, where) if (drawn := drawing(results, arm)) in found}
+            own = _sets(vectors, places)
+            by_drawing[drawing(results, arm)] = measured(prepared[places], own, places, results.plan.report.neighbours)
+    return {arm: by_drawing[drawn] for arm in arms_on(results, where) if (drawn := drawing(results, arm)) in by_drawing}
 
 
 def measured(
@@ -220,30 +220,30 @@ def _sets(vectors: Vectors, places: Sequence[PromptAndSeed]) -> list[_FeatureSet
 def exhibits(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> Iterator[Exhibit]:
     """The table and the spectra for each extractor (see `diversity`), and the illustration of spectral distances."""
     slugs = keys(list(diversities))
-    for extractor, found in diversities.items():
-        if found:
-            yield table(results, extractor, slugs[extractor], found)
-            yield spectra(results, extractor, slugs[extractor], found)
+    for extractor, by_arm in diversities.items():
+        if by_arm:
+            yield table(results, extractor, slugs[extractor], by_arm)
+            yield spectra(results, extractor, slugs[extractor], by_arm)
     if any(diversities.values()):
         yield spectral_illustration()
 
 
-def table(results: Results, extractor: str, slug: str, found: dict[Arm, Measured]) -> Exhibit:
+def table(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measured]) -> Exhibit:
     """All measures of all arms."""
     where, k = results.diversity_on, results.plan.report.neighbours
     rows = []
-    for arm, mine in found.items():
-        numbers = [number for measure in MEASURES for number in (mine.values[measure], mine.errors[measure])]
+    for arm, of_arm in by_arm.items():
+        numbers = [number for measure in MEASURES for number in (of_arm.values[measure], of_arm.errors[measure])]
         rows.append(
             (
                 arm.name,
                 kind_of(arm),
-                mine.images,
-                mine.prompts,
-                mine.features,
-                mine.compared,
+                of_arm.images,
+                of_arm.prompts,
+                of_arm.features,
+                of_arm.compared,
                 *numbers,
-                " ".join(mine.refusals),
+                " ".join(of_arm.refusals),
             )
         )
     return Exhibit(
@@ -258,7 +258,7 @@ def table(results: Results, extractor: str, slug: str, found: dict[Arm, Measured
             "coverage measures of its figures 4 and 17 to 24). Vendi score and mean pairwise Euclidean distance are "
             "within prompts, averaged over them; the second Vendi score is of all images together. The reference is "
             "compared with its own images, and other arms start from the same noise as it does: independent images "
-            f"would be farther apart. {_on_errors(found)}{_on_few(found)}" + substitutes(results.plan, [where])
+            f"would be farther apart. {_on_errors(by_arm)}{_on_few(by_arm)}" + substitutes(results.plan, [where])
         ),
         header=(
             "arm",
@@ -274,31 +274,31 @@ def table(results: Results, extractor: str, slug: str, found: dict[Arm, Measured
     )
 
 
-def _on_errors(found: dict[Arm, Measured]) -> str:
-    groups = min(FOLDS, max(mine.prompts for mine in found.values()))
+def _on_errors(by_arm: dict[Arm, Measured]) -> str:
+    groups = min(FOLDS, max(of_arm.prompts for of_arm in by_arm.values()))
     how = (
         f"by a jackknife over prompts, {groups} groups of them left out in turn on both sides"
-        if any(math.isfinite(mine.errors[FID]) for mine in found.values())
+        if any(math.isfinite(of_arm.errors[FID]) for of_arm in by_arm.values())
         else f"not estimated for measures of all images (more than {AFFORDABLE} features, or too few images)"
     )
     return f"Standard errors (s.e.) are {how}; over prompts for what is measured within them."
 
 
-def _on_few(found: dict[Arm, Measured]) -> str:
+def _on_few(by_arm: dict[Arm, Measured]) -> str:
     """What too few samples do, in the words of the first arm that has something to say."""
-    told = [(arm, mine.caveats) for arm, mine in found.items() if mine.caveats and arm.method != "reference"]
-    if not told:
+    caveated = [(arm, of_arm.caveats) for arm, of_arm in by_arm.items() if of_arm.caveats and arm.method != "reference"]
+    if not caveated:
         return ""
-    arm, caveats = told[0]
-    return f" Few samples in {len(told)} of {len(found)} arms, for example {arm.name}: {' '.join(caveats)}"
+    arm, caveats = caveated[0]
+    return f" Few samples in {len(caveated)} of {len(by_arm)} arms, for example {arm.name}: {' '.join(caveats)}"
 
 
-def spectra(results: Results, extractor: str, slug: str, found: dict[Arm, Measured]) -> Exhibit:
+def spectra(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measured]) -> Exhibit:
     """The eigenvalues that SCD and LSCD compare, of one series of each method."""
     where, reference = results.diversity_on, results.reference
     assert reference is not None
     base = _eigenvalues(results, reference, extractor)
-    others = {arm for arm in distinct(results, where) if arm in found and found[arm].images > 2}
+    others = {arm for arm in distinct(results, where) if arm in by_arm and by_arm[arm].images > 2}
     longest: dict[str, list[Arm]] = {}
     labels = {}
     for series in series_of(results):
@@ -309,12 +309,13 @@ def spectra(results: Results, extractor: str, slug: str, found: dict[Arm, Measur
     rows = []
     for kind, arms in longest.items():
         for arm in spaced(arms, CURVES):
-            mine = _eigenvalues(results, arm, extractor)
-            ranks = min(len(base), len(mine))
-            ratio = mine[:ranks] / base[:ranks]
+            eigenvalues = _eigenvalues(results, arm, extractor)
+            ranks = min(len(base), len(eigenvalues))
+            ratio = eigenvalues[:ranks] / base[:ranks]
             panels.setdefault(labels[kind], []).append(SpectrumCurve(short_label(results.plan, arm), ratio.tolist()))
             rows += [
-                (arm.name, rank + 1, float(mine[rank]), float(base[rank]), float(ratio[rank])) for rank in range(ranks)
+                (arm.name, rank + 1, float(eigenvalues[rank]), float(base[rank]), float(ratio[rank]))
+                for rank in range(ranks)
             ]
     return Exhibit(
         key=f"spectra-{slug}",

@@ -71,38 +71,38 @@ def fronts(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> Ite
     """For each score and extractor: the score on every prompt set against every measure of diversity."""
     scores, extractors = keys(results.plan.scores), keys(list(diversities))
     for score in results.plan.scores:
-        for extractor, found in diversities.items():
-            grid = {prompts: front(results, prompts, score, found) for prompts in results.plan.prompts}
+        for extractor, by_arm in diversities.items():
+            grid = {prompts: front(results, prompts, score, by_arm) for prompts in results.plan.prompts}
             grid = {prompts: row for prompts, row in grid.items() if row}
             if grid:
                 yield Exhibit(
                     key=f"front-{scores[score]}-{extractors[extractor]}",
                     section=SECTION,
                     title=f"{short(score)} against diversity, by {short(extractor)} features",
-                    caption=_front_caption(results, score, extractor, found, list(grid)),
+                    caption=_front_caption(results, score, extractor, by_arm, list(grid)),
                     header=_FRONT_HEADER,
                     rows=tuple(
                         row
                         for prompts, panels in grid.items()
-                        for row in _front_rows(results, prompts, score, found, panels)
+                        for row in _front_rows(results, prompts, score, by_arm, panels)
                     ),
                     figure=trade_offs([list(row.values()) for row in grid.values()]),
                 )
 
 
-def front(results: Results, prompts: str, score: str, found: Mapping[Arm, Measured]) -> dict[Measure, TradeOffPanel]:
+def front(results: Results, prompts: str, score: str, by_arm: Mapping[Arm, Measured]) -> dict[Measure, TradeOffPanel]:
     """The panels of one prompt set, one for each measure that the reference and two more arms have."""
     upwards = {
         arm: mean
         for arm in distinct(results, prompts, results.diversity_on)
-        if arm in found and math.isfinite((mean := results.mean(arm, prompts, score))[0])
+        if arm in by_arm and math.isfinite((mean := results.mean(arm, prompts, score))[0])
     }
     panels = {}
     for measure, across in FRONTS.items():
         points = {
-            arm: ArmPoint(arm, found[arm].values[measure], mean, found[arm].errors[measure], error)
+            arm: ArmPoint(arm, by_arm[arm].values[measure], mean, by_arm[arm].errors[measure], error)
             for arm, (mean, error) in upwards.items()
-            if math.isfinite(found[arm].values[measure])
+            if math.isfinite(by_arm[arm].values[measure])
         }
         label = f"“{prompts}”\n{unit(short(score))}"
         panel = panel_of(results, points, label, across, measure.maximize, measure.squared)
@@ -130,9 +130,9 @@ def panel_of(
     plane = torch.tensor([[point.y, point.x] for point in points.values()], dtype=torch.float64)
     best = non_dominated(plane, (True, maximize)).tolist()
     unregularised = results.model(chosen) if chosen else None
-    series = [(one, tuple(points[arm] for arm in one.arms if arm in points)) for one in series_of(results)]
+    series = [(line, tuple(points[arm] for arm in line.arms if arm in points)) for line in series_of(results)]
     return TradeOffPanel(
-        series=tuple((one, some) for one, some in series if some),
+        series=tuple((line, some) for line, some in series if some),
         base=points[reference],
         unregularised=points.get(unregularised) if unregularised else None,
         ideal=(points[reference].x, max(point.y for point in points.values())),
@@ -163,21 +163,21 @@ _FRONT_HEADER = (
 
 
 def _front_rows(
-    results: Results, prompts: str, score: str, found: Mapping[Arm, Measured], row: Mapping[Measure, TradeOffPanel]
+    results: Results, prompts: str, score: str, by_arm: Mapping[Arm, Measured], row: Mapping[Measure, TradeOffPanel]
 ) -> list[tuple[Any, ...]]:
     rows = []
     for arm in sorted({point.arm for panel in row.values() for point in _points(panel)}, key=results.arms.index):
-        mine = found[arm]
+        of_arm = by_arm[arm]
         numbers = [
             value
             for measure in FRONTS
             for value in (
-                mine.values[measure],
-                mine.errors[measure],
+                of_arm.values[measure],
+                of_arm.errors[measure],
                 _yes(measure in row and arm in row[measure].front),
             )
         ]
-        rows.append((*_about(results, prompts, arm, score), *numbers, mine.images))
+        rows.append((*_about(results, prompts, arm, score), *numbers, of_arm.images))
     return rows
 
 
@@ -187,7 +187,7 @@ def _points(panel: TradeOffPanel) -> list[ArmPoint]:
 
 def _about(results: Results, prompts: str, arm: Arm, score: str) -> tuple[Any, ...]:
     """The first columns of a trade-off's rows."""
-    series = next((one.label for one in series_of(results) if arm in one.arms), "reference")
+    series = next((line.label for line in series_of(results) if arm in line.arms), "reference")
     by_prompt = results.by_prompt(arm, prompts, score)
     return (
         prompts,
@@ -214,16 +214,16 @@ _MARKS = (
 
 
 def _front_caption(
-    results: Results, score: str, extractor: str, found: Mapping[Arm, Measured], sets: Sequence[str]
+    results: Results, score: str, extractor: str, by_arm: Mapping[Arm, Measured], sets: Sequence[str]
 ) -> str:
     where, wanted = results.diversity_on, results.plan.report
     figures = "figures 4 and 17 to 20" if score == results.plan.scores[0] else "figures 21 to 24"
     errors = (
         "Horizontal bars: ±1 standard error, for Vendi over prompts, else by a jackknife over prompts"
-        if any(math.isfinite(mine.errors[FID]) for mine in found.values())
+        if any(math.isfinite(of_arm.errors[FID]) for of_arm in by_arm.values())
         else "Horizontal bars: ±1 standard error over prompts, for Vendi alone"
     )
-    images = sorted({mine.images for mine in found.values()})
+    images = sorted({of_arm.images for of_arm in by_arm.values()})
     return (
         f"Mean {short(score)} on each prompt set against diversity on “{where}” ({_span(images)} images of each arm), "
         f"by {short(extractor)} features, against the reference's images: Fréchet distance (FID where the features are "
@@ -296,18 +296,20 @@ def returning(results: Results) -> Iterator[Exhibit]:
         for score in results.plan.scores:
             for anchor, arms in strips(results, prompts).items():
                 changes = [change(results, results.by_prompt(arm, prompts, score), prompts, score) for _, arm in arms]
-                known = [(lam, arm, one) for (lam, arm), one in zip(arms, changes, strict=True) if one is not None]
+                known = [
+                    (lam, arm, moved) for (lam, arm), moved in zip(arms, changes, strict=True) if moved is not None
+                ]
                 if sum(0 < lam < 1 for lam, *_ in known) < 2:
                     continue
-                whole = next((one.value for lam, _, one in known if lam == 1), math.nan)
+                whole = next((moved.value for lam, _, moved in known if lam == 1), math.nan)
                 label = model_label(results.plan, anchor)
                 panels.setdefault(prompts, {}).setdefault(short(score), []).append(
                     Strip(
                         label,
                         [lam for lam, *_ in known],
-                        [one.value for *_, one in known],
-                        [one.low for *_, one in known],
-                        [one.high for *_, one in known],
+                        [moved.value for *_, moved in known],
+                        [moved.low for *_, moved in known],
+                        [moved.high for *_, moved in known],
                     )
                 )
                 rows += [
@@ -318,10 +320,10 @@ def returning(results: Results) -> Iterator[Exhibit]:
                         lam,
                         arm.name,
                         *results.mean(arm, prompts, score),
-                        *one,
-                        one.value / whole if whole else math.nan,
+                        *moved,
+                        moved.value / whole if whole else math.nan,
                     )
-                    for lam, arm, one in known
+                    for lam, arm, moved in known
                 ]
     if rows:
         yield Exhibit(
@@ -356,12 +358,12 @@ def returning(results: Results) -> Iterator[Exhibit]:
 
 def strips(results: Results, prompts: str) -> dict[str, list[tuple[float, Arm]]]:
     """Every anchor with its arms by Algorithm 1 up to `FARTHEST`, by λ; the reference and the anchor included."""
-    found: dict[str, dict[float, Arm]] = {}
+    by_anchor: dict[str, dict[float, Arm]] = {}
     for arm in arms_on(results, prompts):
         if arm.method == "realign" and not arm.particles and arm.lam is not None and arm.lam <= FARTHEST:
-            found.setdefault(arm.anchors[0][0], {})[arm.lam] = arm
-    for anchor, arms in found.items():
+            by_anchor.setdefault(arm.anchors[0][0], {})[arm.lam] = arm
+    for anchor, arms in by_anchor.items():
         for lam, end in ((0.0, results.reference), (1.0, results.model(anchor))):
             if end is not None and end in arms_on(results, prompts):
                 arms.setdefault(lam, end)
-    return {anchor: sorted(arms.items(), key=lambda one: one[0]) for anchor, arms in found.items()}
+    return {anchor: sorted(arms.items(), key=lambda item: item[0]) for anchor, arms in by_anchor.items()}

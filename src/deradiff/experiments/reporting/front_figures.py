@@ -188,11 +188,11 @@ def root_ticks(largest: float) -> list[float]:
         return [0.0]
     exponents = range(math.floor(math.log10(largest)) - 3, math.floor(math.log10(largest)) + 1)
     round_numbers = sorted(m * 10.0**exponent for exponent in exponents for m in (1, 2, 5))
-    found: list[float] = []
+    ticks: list[float] = []
     for number in reversed([number for number in round_numbers if number <= largest]):
-        if number**0.5 > 0.14 * largest**0.5 and (not found or found[-1] ** 0.5 - number**0.5 > 0.17 * largest**0.5):
-            found.append(number)
-    return [0.0, *reversed(found)]
+        if number**0.5 > 0.14 * largest**0.5 and (not ticks or ticks[-1] ** 0.5 - number**0.5 > 0.17 * largest**0.5):
+            ticks.append(number)
+    return [0.0, *reversed(ticks)]
 
 
 def style_of(kind: str, look: int) -> Style:
@@ -270,22 +270,22 @@ def equal_cost(bought: Sequence[GainAtCost], gain: str) -> Figure:
     groups = by_cost(bought)
     places = _side_by_side(axes[0], groups)
     for ax, is_left in ((axes[0], True), (axes[1], False)):
-        for one, place in places:
-            x = place if is_left else one.seconds
-            style, fill = style_of(one.kind, one.look), fill_of(one.kind, one.look)
+        for arm, place in places:
+            x = place if is_left else arm.seconds
+            style, fill = style_of(arm.kind, arm.look), fill_of(arm.kind, arm.look)
             if math.isfinite(x):
                 ax.errorbar(
                     x,
-                    one.gain,
-                    yerr=[[one.gain - one.low], [one.high - one.gain]],
+                    arm.gain,
+                    yerr=[[arm.gain - arm.low], [arm.high - arm.gain]],
                     fmt=style.marker,
                     markersize=5.5,
                     elinewidth=0.9,
-                    **_paint(style, "none" if one.hollow else fill),
+                    **_paint(style, "none" if arm.hollow else fill),
                 )
-                _named(ax, style, one.label, fill)
+                _named(ax, style, arm.label, fill)
         ax.axhline(0, color=BASE.colour, linewidth=1.2, label=BASE.label)
-    _ringed(axes[0], [(place, one.gain) for one, place in places if one.front])
+    _ringed(axes[0], [(place, arm.gain) for arm, place in places if arm.front])
     axes[1].plot(1, 0, BASE.marker, color=BASE.colour, markersize=7, zorder=4)
     axes[1].set_xscale("log", base=2)
     axes[1].xaxis.set_major_formatter(plain)
@@ -298,14 +298,14 @@ def equal_cost(bought: Sequence[GainAtCost], gain: str) -> Figure:
 
 def by_cost(bought: Sequence[GainAtCost]) -> list[tuple[float, list[GainAtCost]]]:
     """The arms of each cost, the cheapest first; in each, methods together, by gain."""
-    costs = sorted({round(one.evaluations, 2) for one in bought})
+    costs = sorted({round(arm.evaluations, 2) for arm in bought})
     kinds = list(STYLES)
     return [
         (
             cost,
             sorted(
-                (one for one in bought if round(one.evaluations, 2) == cost),
-                key=lambda one: (kinds.index(one.kind), one.gain),
+                (arm for arm in bought if round(arm.evaluations, 2) == cost),
+                key=lambda arm: (kinds.index(arm.kind), arm.gain),
             ),
         )
         for cost in costs
@@ -318,9 +318,9 @@ def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[GainAtCost]]]
     for number, (_, members) in enumerate(groups):
         end = start + max(len(members), 2) + 0.6
         middle = (start + end - len(members) + 1) / 2
-        places += [(one, middle + row) for row, one in enumerate(members)]
+        places += [(arm, middle + row) for row, arm in enumerate(members)]
         ticks.append((start + end) / 2)
-        best = max([best, *(one.gain for one in members)])
+        best = max([best, *(arm.gain for arm in members)])
         ax.plot(
             [start, end],
             [best, best],
@@ -380,10 +380,10 @@ def attributes(panels: Mapping[str, Mapping[str, Sequence[Strip]]]) -> Figure:
                     elinewidth=0.9,
                     label=f"anchor {strip.anchor}",
                 )
-            for lam, words in ((0, "reference"), (1, "anchor")):
+            for lam, text in ((0, "reference"), (1, "anchor")):
                 ax.axvline(lam, color="#999999", linewidth=0.8, linestyle=":", zorder=0)
                 ax.annotate(
-                    words,
+                    text,
                     (lam, 1),
                     (2, -2),
                     xycoords=("data", "axes fraction"),

@@ -300,7 +300,7 @@ def _cells(features: str, row: Distances) -> tuple[Any, ...]:
 def _caption(results: Results, rows: Sequence[Distances], name: str) -> str:
     healthy, sets = rows[0].undoing.healthy.name, _first(rows)
     swarm = " (but for particles)" if any(row.undoing.realigned.particles for row in rows) else ""
-    words = [
+    sentences = [
         f"{name} of hacked models, and of DeRaDiff's realignments of them to {healthy}, from the healthy {healthy}: in "
         "squared units of the features, lower is closer; Δ is what realigning takes off.",
         *(f"“{row.prompts}”: {row.hacked.samples[0]} images of {row.prompt_count} prompts from each." for row in sets),
@@ -311,14 +311,14 @@ def _caption(results: Results, rows: Sequence[Distances], name: str) -> str:
     floors = [row for row in sets if math.isfinite(row.apart["healthy"])]
     if floors:
         values = " and ".join(f"{row.apart['healthy']:.3g} (“{row.prompts}”)" for row in floors)
-        words.append(
+        sentences.append(
             "“Other seeds” and hollow marks compare one half of the seeds with the other, so half as many images: "
             f"{healthy} is then {values} from itself (dotted line), which independence alone makes."
         )
     few = [row for row in sets if row.caveat]
-    words += [f"Few samples (“{row.prompts}”): {row.caveat}" for row in few[:1]]
-    words += [f"The same holds for the {row.hacked.samples[0]} images of “{row.prompts}”." for row in few[1:]]
-    return " ".join(words) + "".join(substitute(results.plan, row.prompts) for row in sets)
+    sentences += [f"Few samples (“{row.prompts}”): {row.caveat}" for row in few[:1]]
+    sentences += [f"The same holds for the {row.hacked.samples[0]} images of “{row.prompts}”." for row in few[1:]]
+    return " ".join(sentences) + "".join(substitute(results.plan, row.prompts) for row in sets)
 
 
 def _first(rows: Sequence[Distances]) -> list[Distances]:
@@ -352,11 +352,11 @@ def draw(rows: Sequence[Distances], name: str) -> Figure:
     figure.supxlabel(f"{name} from {rows[0].undoing.healthy.name}", fontsize=10)
     named: dict[str, Any] = {}
     for axes in grid[0]:
-        handles, words = axes.get_legend_handles_labels()
-        named |= dict(zip(words, handles, strict=True))
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
     order = sorted(named, key=LEGEND.index)
     figure.legend(
-        [named[words] for words in order],
+        [named[labels] for labels in order],
         order,
         loc="outside upper center",
         ncols=3 if len(sets) > 1 else 2,
@@ -375,7 +375,7 @@ def _panel(axes: Axes, rows: Sequence[Distances]) -> None:
         axes.annotate(
             text, (sum(ends) / 2, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK
         )
-    for which, words, marker, colour in (("hacked", LEGEND[0], "o", VERMILLION), ("realigned", LEGEND[2], "D", BLUE)):
+    for which, label, marker, colour in (("hacked", LEGEND[0], "o", VERMILLION), ("realigned", LEGEND[2], "D", BLUE)):
         values = [getattr(row, which).value for row in rows]
         errors = [row.errors[which] for row in rows]
         axes.errorbar(
@@ -387,7 +387,7 @@ def _panel(axes: Axes, rows: Sequence[Distances]) -> None:
             markersize=7,
             capsize=3,
             lw=1.2,
-            label=words,
+            label=label,
             clip_on=False,
         )
         other = [row.apart[which] for row in rows]

@@ -83,13 +83,13 @@ def strips(results: Results) -> Iterator[Exhibit]:
 
 def by_lam(results: Results, anchor: str) -> list[tuple[float, Arm]]:
     """Every λ that an anchor was drawn at by Algorithm 1, ascending, the reference and the anchor among them."""
-    found: dict[str, tuple[float, Arm]] = {}
+    by_number: dict[str, tuple[float, Arm]] = {}
     ends = ((0.0, results.reference), (1.0, results.model(anchor)))
     realigned = [arm for arm in results.of_method("realign") if arm.anchors[0][0] == anchor and not arm.particles]
     for lam, arm in [*ends, *((arm.anchors[0][1], arm) for arm in realigned)]:
         if arm is not None:
-            found.setdefault(f"{lam:.6g}", (lam, arm))  # the same λ by number and as a target is shown once
-    return sorted(found.values(), key=lambda it: it[0])
+            by_number.setdefault(f"{lam:.6g}", (lam, arm))  # the same λ by number and as a target is shown once
+    return sorted(by_number.values(), key=lambda it: it[0])
 
 
 def _at(results: Results, anchor: str, lam: float) -> str:
@@ -103,10 +103,10 @@ def pairs(results: Results) -> Iterator[Exhibit]:
     """For each model, its pictures and those that anchors approximate it with (DeRaDiff, figure 1)."""
     known = [pair for pair in results.pairs() if pair.anchor != pair.target]
     for target in results.plan.models:
-        mine = sorted((pair for pair in known if pair.target == target), key=lambda pair: pair.lam)
-        if not mine:
+        approximations = sorted((pair for pair in known if pair.target == target), key=lambda pair: pair.lam)
+        if not approximations:
             continue
-        chosen = spread(mine, PAIR_ANCHORS)
+        chosen = spread(approximations, PAIR_ANCHORS)
         prompts = best_set(results, [chosen[0].retrained, *(pair.approximated for pair in chosen)])
         of = shots(results, prompts)
         retrained = drawn(results, [chosen[0].retrained], of)
@@ -118,7 +118,11 @@ def pairs(results: Results) -> Iterator[Exhibit]:
         for pair in chosen:
             reached = strength(results.plan, pair.anchor, pair.lam)
             columns.append(SheetColumn(f"from {pair.anchor}\nλ = {pair.lam:.3g}\n{reached}", pair.approximated))
-        some = "every anchor" if len(mine) == len(chosen) else f"{len(chosen)} of {len(mine)} anchors, spread over λ"
+        some = (
+            "every anchor"
+            if len(approximations) == len(chosen)
+            else f"{len(chosen)} of {len(approximations)} anchors, spread over λ"
+        )
         yield sheet(
             results,
             key("pairs", target),
@@ -202,8 +206,8 @@ def _compared(
     there = drawn(results, [column.arm for column in columns], of)
     if all(arm.method in ("reference", "model") for arm in there):
         return
-    words = f"{caption} {noise_of(there)}. {uncurated(results, prompts, of)} After {source}."
-    yield sheet(results, name, title, words, [column for column in columns if column.arm in there], of)
+    text = f"{caption} {noise_of(there)}. {uncurated(results, prompts, of)} After {source}."
+    yield sheet(results, name, title, text, [column for column in columns if column.arm in there], of)
 
 
 # -- every method -----------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def shots(results: Results, prompts: str, seeds: int = 1) -> list[SheetImage]:
     return [SheetImage(text, seed) for text in texts for seed in results.plan.prompts[prompts].seeds[:seeds]]
 
 
-def found(results: Results, arm: Arm, shot: SheetImage) -> StoredPicture | None:
+def stored_picture(results: Results, arm: Arm, shot: SheetImage) -> StoredPicture | None:
     """Where an arm's picture of a prompt and a seed is, in whichever set; None where it is not there."""
     for name in results.plan.sets(arm.prompts):
         texts, seeds = results.contents.texts[name], results.plan.prompts[name].seeds
@@ -80,7 +80,7 @@ def found(results: Results, arm: Arm, shot: SheetImage) -> StoredPicture | None:
 
 def drawn(results: Results, arms: Iterable[Arm], of: Sequence[SheetImage]) -> list[Arm]:
     """Those of `arms` that have any of the pictures."""
-    return [arm for arm in arms if any(found(results, arm, shot) for shot in of)]
+    return [arm for arm in arms if any(stored_picture(results, arm, shot) for shot in of)]
 
 
 def best_set(results: Results, arms: Sequence[Arm]) -> str:
@@ -90,7 +90,7 @@ def best_set(results: Results, arms: Sequence[Arm]) -> str:
 
 def pictured(results: Results, arms: Sequence[Arm], prompts: str) -> int:
     """How many pictures of a set's first prompts `arms` have."""
-    return sum(found(results, arm, shot) is not None for arm in arms for shot in shots(results, prompts))
+    return sum(stored_picture(results, arm, shot) is not None for arm in arms for shot in shots(results, prompts))
 
 
 # -- what they are called ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def listed(results: Results, columns: Sequence[SheetColumn], of: Sequence[SheetI
     rows = []
     for shot in of:
         for _, arm in columns:
-            place = found(results, arm, shot)
+            place = stored_picture(results, arm, shot)
             if place is not None:
                 scores = (
                     float(results.scores(arm, place.prompts, name)[place.row, place.column])
@@ -188,7 +188,7 @@ def sheet(
     A shot that nobody has is left out; the caption counts it among what is not there.
     """
     planned = len(columns) * len(of)
-    of = [shot for shot in of if any(found(results, column.arm, shot) for column in columns)]
+    of = [shot for shot in of if any(stored_picture(results, column.arm, shot) for column in columns)]
     across = len(of) if upright else len(columns)
     side = max(SMALLEST_CELL, min(LARGEST_CELL, (SHEET_WIDTH - 2 * MARGIN - ROW_LABEL_WIDTH) // across - GAP))
     grid = filled([[_picture(results, column.arm, shot, side) for column in columns] for shot in of])
@@ -233,7 +233,7 @@ def key(*parts: str) -> str:
 
 
 def _picture(results: Results, arm: Arm, shot: SheetImage, side: int) -> Image.Image | None:
-    place = found(results, arm, shot)
+    place = stored_picture(results, arm, shot)
     if place is None:
         return None
     try:
