@@ -26,8 +26,8 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
-from deradiff.alignment.loop import Part, Plan
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import Part, Plan
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.worlds import digits

@@ -29,11 +29,12 @@ from deradiff.alignment import folders, own_samples, runs, sharding
 from deradiff.alignment.base import Base
 from deradiff.alignment.checkpoints import read_state
 from deradiff.alignment.feeds import Feed, permuted
-from deradiff.alignment.loop import Curve, Part, Plan, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.methods import prepare_pairs
 from deradiff.alignment.pairs import open_pairs
 from deradiff.alignment.presets import Preset, usual
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Curve, Part, Plan
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler

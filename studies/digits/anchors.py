@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from deradiff.alignment import dpo
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import Noised, errors
-from deradiff.alignment.loop import Curve, Part, Plan, train
-from deradiff.alignment.loop import Report as Progress
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
+from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.tensors import joined, rows

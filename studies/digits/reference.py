@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deradiff.alignment.loop import Part, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
+from deradiff.alignment.training import Part
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import whole_folder, write_json

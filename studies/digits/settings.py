@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deradiff.alignment.loop import Plan
+from deradiff.alignment.training import Plan
 from deradiff.worlds.digits import BETAS, LORA_BETA
 
 VAE_PLAN = Plan(steps=3600, learning_rate=1.5e-3, cosine=3600, average=0.995, evaluate_every=200)

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from deradiff.algorithm.estimates import effective_sample_size, mean
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
+from deradiff.alignment.training import Curve, Plan
 from deradiff.files.folders import claim
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import discard, taken

@@ -22,8 +22,9 @@ from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.draft import train_draft
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
+from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Curve, Part, Plan
 from test_align_command import command, sampled
 from test_alignment import InMemory, Interrupted, base_of
 from test_draft import Brightness

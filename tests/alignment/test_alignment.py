@@ -16,7 +16,8 @@ from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
 from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
+from deradiff.alignment.loop import TrainingFailed, train
+from deradiff.alignment.training import Curve, Part, Plan
 from tiny import make
 from two_processes import run_by_two
 

@@ -12,9 +12,10 @@ from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.draft import objective, train_draft
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan, trainable
+from deradiff.alignment.loop import trainable
 from deradiff.alignment.refl import stopping_step, train_refl
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.training import Curve, Plan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward

@@ -19,7 +19,6 @@ from deradiff.algorithm.estimates import mean
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.path_kl import Chain, path_kl
 from deradiff.alignment.policy_gradient import (
     advantages,
@@ -29,6 +28,7 @@ from deradiff.alignment.policy_gradient import (
     train_ddpo,
 )
 from deradiff.alignment.sampling import Sampling, decode
+from deradiff.alignment.training import Curve, Plan
 from tiny import make
 from two_processes import run_by_two
 

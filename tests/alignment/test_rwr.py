@@ -10,10 +10,10 @@ import torch
 
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.own_samples import draw_samples
 from deradiff.alignment.rwr import Samples, pick, tilted_weights, train_rwr, weighted_mean
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Curve, Plan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward

@@ -13,9 +13,9 @@ from PIL import Image
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.loop import Curve, Part, Plan
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import Curve, Part, Plan
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.worlds import digits
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import deradiff
-from deradiff.alignment.loop import Plan
 from deradiff.alignment.rwr import tilted_weights
+from deradiff.alignment.training import Plan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import BOLD_POINTS, INK_POINTS, INK_SCORES, BoldReward, InkReward, boldness

@@ -14,11 +14,11 @@ import deradiff
 import tiny
 from deradiff import baking
 from deradiff.alignment.feeds import Feed
-from deradiff.alignment.loop import Plan as Training
 from deradiff.alignment.pair_rows import LeftOut, first_wins, read_row
 from deradiff.alignment.pairs import open_pairs, split_of
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Plan as Training
 from deradiff.anchors import AnchorError
 from deradiff.baking import Distillation, Sampler
 from deradiff.cli import app, arguments

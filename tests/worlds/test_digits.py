@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from deradiff.alignment.loop import Curve, Part, Plan, train
+from deradiff.alignment.loop import train
+from deradiff.alignment.training import Curve, Part, Plan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import DigitsReward, boldness, vividness

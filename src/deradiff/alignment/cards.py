@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from deradiff.alignment.loop import Curve
 from deradiff.alignment.methods import Method
+from deradiff.alignment.training import Curve
 
 
 def card(method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, Any]) -> str:

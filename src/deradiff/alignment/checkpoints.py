@@ -34,7 +34,7 @@ LISTS = ("parameters", "average", "best")
 
 
 class CurveRecord(Record):
-    """A `loop.Curve`."""
+    """A `training.Curve`."""
 
     step: list[Annotated[int, Field(ge=0)]]
     train: list[float]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
 from deradiff.alignment.feeds import order, row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import regularised_reward
 from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Curve, Part, Plan, Report
 from deradiff.rewards import Reward
 
 

@@ -19,7 +19,6 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.draft import train_draft
 from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.loop import Curve
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.own_samples import OwnSamples, draw_samples
 from deradiff.alignment.pair_streams import PairStream
@@ -30,6 +29,7 @@ from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Curve
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward

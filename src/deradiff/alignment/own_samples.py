@@ -13,10 +13,10 @@ from torch import Tensor
 
 from deradiff.alignment.base import Base
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Report
 from deradiff.alignment.rwr import Samples
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Report
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
 from deradiff.files.tensors import joined

@@ -21,10 +21,11 @@ from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.draft import require
 from deradiff.alignment.feeds import order, row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
 from deradiff.alignment.sampling import Sampling, decode
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Curve, Part, Plan, Report
 from deradiff.rewards import Reward
 
 CLIP = 1e-4

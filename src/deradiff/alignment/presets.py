@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
-from deradiff.alignment.loop import Plan
+from deradiff.alignment.training import Plan
 
 SDXL, SD15, SD14 = (
     "stabilityai/stable-diffusion-xl-base-1.0",

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.draft import objective, on_held_out, require
 from deradiff.alignment.feeds import order, row_generators, seeded
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.training import Curve, Part, Plan, Report
 from deradiff.rewards import Reward
 
 

@@ -19,10 +19,10 @@ from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.checkpoints import CurveRecord
-from deradiff.alignment.loop import Curve
 from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
+from deradiff.alignment.training import Curve
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken

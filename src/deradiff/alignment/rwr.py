@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from deradiff.algorithm.estimates import Estimate
 from deradiff.alignment.base import Base, Conditions, Policy
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
+from deradiff.alignment.training import Curve, Part, Plan, Report
 
 
 @dataclass(frozen=True)

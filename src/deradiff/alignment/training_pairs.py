@@ -9,10 +9,10 @@ from deradiff.alignment.base import Base, Conditions
 from deradiff.alignment.feeds import Feed, order
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, LatentCache
-from deradiff.alignment.loop import Part
 from deradiff.alignment.pair_rows import Pair
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import Part
 
 
 class CachedPairs:

@@ -24,9 +24,10 @@ from deradiff.algorithm.schedules import Lams, Progress, finite
 from deradiff.algorithm.step import mixed, with_reference
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
 from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
+from deradiff.alignment.training import Curve, Part, Plan, Report
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
