@@ -27,7 +27,7 @@ from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
 from deradiff.alignment.pairs import PairFolder
-from deradiff.alignment.training import Part, Plan
+from deradiff.alignment.training import Part, Plan, TrainingRun
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.worlds import digits
@@ -94,9 +94,11 @@ def training(second: bool, folder: Path) -> Callable[[], object]:
         QUIET,
         batch=BATCH,
         dropout=0.1,
-        seed=0,
-        checkpoint=folder / "none",
-        report=lambda *_: None,
+        run=TrainingRun(
+            seed=0,
+            checkpoint=folder / "none",
+            report=lambda *_: None,
+        ),
     )
 
 

@@ -34,7 +34,7 @@ from deradiff.alignment.methods import prepare_pairs
 from deradiff.alignment.pairs import open_pairs
 from deradiff.alignment.presets import Preset, usual
 from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
@@ -201,10 +201,12 @@ def fitted(checkpoint: Path, stop_at: int | None = None, seconds: float = 1e9) -
         loss,
         lambda model: float(model(torch.ones(1, 1)).square()),
         replace(LINE, checkpoint_seconds=seconds),
-        seed=0,
-        checkpoint=checkpoint,
-        report=silent,
-        identity="a line",
+        run=TrainingRun(
+            seed=0,
+            checkpoint=checkpoint,
+            report=silent,
+            identity="a line",
+        ),
         data=feed,
     )
 

@@ -15,7 +15,7 @@ from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
@@ -151,9 +151,7 @@ def align(
         return (torch.stack(losses).sum() / sum(batch.timesteps.numel() for batch in batches)).item()
 
     plan = replace(plan, learning_rate=plan.learning_rate / beta)
-    return train(
-        policy.model, objective, held_out_loss, plan, seed=settings.seed + 3, checkpoint=checkpoint, report=report
-    )
+    return train(policy.model, objective, held_out_loss, plan, run=TrainingRun(settings.seed + 3, checkpoint, report))
 
 
 def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) -> None:

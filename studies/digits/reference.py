@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
-from deradiff.alignment.training import Part
+from deradiff.alignment.training import Part, TrainingRun
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import whole_folder, write_json
@@ -52,9 +52,11 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
         loss,
         held_out_loss,
         settings.vae,
-        seed=settings.seed + 1,
-        checkpoint=folder / "vae-checkpoint",
-        report=partial(report, "autoencoder"),
+        run=TrainingRun(
+            seed=settings.seed + 1,
+            checkpoint=folder / "vae-checkpoint",
+            report=partial(report, "autoencoder"),
+        ),
     )
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
@@ -153,9 +155,11 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         loss,
         held_out_loss,
         settings.reference,
-        seed=settings.seed + 2,
-        checkpoint=folder / "reference-checkpoint",
-        report=partial(report, "reference"),
+        run=TrainingRun(
+            seed=settings.seed + 2,
+            checkpoint=folder / "reference-checkpoint",
+            report=partial(report, "reference"),
+        ),
     )
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = models.pipeline(vae, text.eval(), model["unet"].eval())

@@ -30,7 +30,7 @@ from deradiff.algorithm.estimates import effective_sample_size, mean
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
-from deradiff.alignment.training import Curve, Plan
+from deradiff.alignment.training import Curve, Plan, TrainingRun
 from deradiff.files.folders import claim
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import discard, taken
@@ -273,9 +273,11 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
         held_out=settings.held_out_samples,
         batch=settings.batch,
         dropout=settings.caption_dropout,
-        seed=settings.seed + 4,
-        checkpoint=checkpoint,
-        report=partial(report, f"weighted {path.name}"),
+        run=TrainingRun(
+            seed=settings.seed + 4,
+            checkpoint=checkpoint,
+            report=partial(report, f"weighted {path.name}"),
+        ),
     )
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
     record["reached"] = reached(pipe, policy.model, pool, settings)

@@ -24,7 +24,7 @@ from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from test_align_command import command, sampled
 from test_alignment import InMemory, Interrupted, base_of
 from test_draft import Brightness
@@ -111,10 +111,12 @@ def fitted(folder: Path, accelerator: Accelerator | None, break_at: int | None) 
             loss,
             held_out_loss,
             replace(PLAN, learning_rate=0.1),
-            seed=0,
-            checkpoint=folder / "weights",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=folder / "weights",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     return model, curve
 
@@ -144,10 +146,12 @@ def aligned(folder: Path, accelerator: Accelerator | None, break_at: int | None)
             batch=2,
             dropout=0.1,
             per_pass=2,
-            seed=7,
-            checkpoint=folder / "lora",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=7,
+                checkpoint=folder / "lora",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     return policy.model, curve
 
@@ -186,10 +190,12 @@ def drafted(folder: Path, accelerator: Accelerator | None = None) -> Weights:
         batch=2,
         sampling=Sampling("ddim", 2, 1.0),
         keep=2,
-        seed=7,
-        checkpoint=folder / "draft",
-        report=lambda *_: None,
-        accelerator=accelerator,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "draft",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        ),
     )
     return {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 
@@ -208,10 +214,12 @@ def first_loss(folder: Path, accelerator: Accelerator) -> list[float]:
         replace(PLAN, steps=0),
         batch=2,
         dropout=0.0,
-        seed=7,
-        checkpoint=folder / "half",
-        report=lambda *_: None,
-        accelerator=accelerator,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "half",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        ),
     ).held_out
 
 
@@ -228,10 +236,12 @@ def failed(folder: Path, accelerator: Accelerator) -> str:
             loss,
             lambda _: 0.0,
             SHORT,
-            seed=0,
-            checkpoint=folder / "failed",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=folder / "failed",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     except TrainingFailed as error:
         return str(error)
@@ -393,8 +403,10 @@ def test_what_is_not_divided_here_is_refused(
             loss,
             lambda _: 0.0,
             replace(SHORT, optimizer=optimizer),
-            seed=0,
-            checkpoint=tmp_path / "state",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "state",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )

@@ -17,7 +17,7 @@ from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
 from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from tiny import make
 from two_processes import run_by_two
 
@@ -165,9 +165,7 @@ def test_what_cannot_be_aligned_is_refused() -> None:
     arguments: dict[str, Any] = {
         "batch": 2,
         "dropout": 0.0,
-        "seed": 0,
-        "checkpoint": Path("none"),
-        "report": lambda *_: None,
+        "run": TrainingRun(seed=0, checkpoint=Path("none"), report=lambda *_: None),
     }
     for beta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="must be positive"):
@@ -231,10 +229,12 @@ def aligned(
         batch=4,
         dropout=0.1,
         per_pass=2,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
-        identity="β = 500",
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+            identity="β = 500",
+        ),
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
@@ -319,9 +319,11 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
             objective,
             lambda _: 0.0,
             replace(PLAN, patience=None),
-            seed=0,
-            checkpoint=tmp_path / "state",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "state",
+                report=lambda *_: None,
+            ),
         )
     assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
 
@@ -330,11 +332,12 @@ TWO = """
 from test_alignment import PLAN, InMemory, base_of
 from deradiff.alignment.base import Policy
 from deradiff.alignment.dpo import train_dpo
+from deradiff.alignment.training import TrainingRun
 base = base_of()
 policy = Policy(base, 2, seed=4)
 curve = train_dpo(
     base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
-    seed=7, checkpoint=folder / "checkpoint", report=lambda *_: None, accelerator=accelerator, identity="two",
+    run=TrainingRun(7, folder / "checkpoint", lambda *_: None, accelerator, "two"),
 )
 weights = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 result = {"weights": weights, "held_out": curve.held_out}

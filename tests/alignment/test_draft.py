@@ -15,7 +15,7 @@ from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import trainable
 from deradiff.alignment.refl import stopping_step, train_refl
 from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
-from deradiff.alignment.training import Curve, Plan
+from deradiff.alignment.training import Curve, Plan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
@@ -180,10 +180,12 @@ def trained(
         plan,
         batch=4,
         sampling=SAMPLING,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
-        identity="test",
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+            identity="test",
+        ),
         **more,
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
@@ -237,9 +239,11 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
             plan,
             batch=8,
             sampling=sampling,
-            seed=1,
-            checkpoint=tmp_path / f"{kl}",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / f"{kl}",
+                report=lambda *_: None,
+            ),
         )
         gained[kl] = mean(rewards(base, policy.model) - before)
     assert gained[0].value > 3 * gained[0].error
@@ -272,9 +276,11 @@ def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str
             batch=2,
             sampling=SAMPLING,
             keep=given["keep"],
-            seed=0,
-            checkpoint=tmp_path / "c",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "c",
+                report=lambda *_: None,
+            ),
         )
 
 
@@ -311,7 +317,9 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
             batch=2,
             sampling=SAMPLING,
             window=(2, 9),
-            seed=0,
-            checkpoint=tmp_path / "c",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "c",
+                report=lambda *_: None,
+            ),
         )

@@ -28,7 +28,7 @@ from deradiff.alignment.policy_gradient import (
     train_ddpo,
 )
 from deradiff.alignment.sampling import Sampling, decode
-from deradiff.alignment.training import Curve, Plan
+from deradiff.alignment.training import Curve, Plan, TrainingRun
 from tiny import make
 from two_processes import run_by_two
 
@@ -215,7 +215,12 @@ class Interrupted(Exception):
 
 
 def aligned(
-    folder: Path, rank: int | None = None, plan: Plan = PLAN, stop_at: int = 0, **changed: Any
+    folder: Path,
+    rank: int | None = None,
+    plan: Plan = PLAN,
+    stop_at: int = 0,
+    accelerator: Accelerator | None = None,
+    **changed: Any,
 ) -> tuple[dict[str, Tensor], Curve]:
     base = base_of()
     policy = Policy(base, rank, seed=4)
@@ -233,10 +238,9 @@ def aligned(
         "sampling": Sampling("ddim", 2, 1.0),
         "per_prompt": 2,
         "per_pass": 2,
-        "seed": 7,
-        "report": report,
     } | changed
-    curve = train_ddpo(base, policy, plan=plan, checkpoint=folder / "checkpoint", identity="kl", **settings)
+    run = TrainingRun(7, folder / "checkpoint", report, accelerator, "kl")
+    curve = train_ddpo(base, policy, plan=plan, run=run, **settings)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -318,9 +322,11 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
             batch=32,
             sampling=sampling,
             per_prompt=16,
-            seed=1,
-            checkpoint=tmp_path / f"{kl}",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / f"{kl}",
+                report=lambda *_: None,
+            ),
         )
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 

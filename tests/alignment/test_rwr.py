@@ -13,7 +13,7 @@ from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.own_samples import draw_samples
 from deradiff.alignment.rwr import Samples, pick, tilted_weights, train_rwr, weighted_mean
 from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, Plan
+from deradiff.alignment.training import Curve, Plan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
@@ -101,9 +101,11 @@ def trained(
         batch=4,
         dropout=0.2,
         per_pass=2,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+        ),
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
@@ -200,9 +202,11 @@ def test_training_on_bold_samples_makes_bold_pictures(tmp_path: Path) -> None:
         held_out=8,
         batch=16,
         dropout=0.1,
-        seed=3,
-        checkpoint=tmp_path / "c",
-        report=lambda *_: None,
+        run=TrainingRun(
+            seed=3,
+            checkpoint=tmp_path / "c",
+            report=lambda *_: None,
+        ),
     )
     after = draw_samples(tmp_path / "after", base, "tuned", captions.sample_prompts(12, 1), 8, reward, sampling, seed=2)
     gained = (after.rewards - drawn.rewards).view(12, 8).mean(1)

@@ -15,7 +15,7 @@ from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.worlds import digits
 
@@ -104,9 +104,11 @@ def test_a_stream_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:
             replace(PLAN, evaluate_every=1),
             batch=3,
             dropout=0.1,
-            seed=1,
-            checkpoint=tmp_path / name,
-            report=report,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / name,
+                report=report,
+            ),
         )
         return policy.model.state_dict(), curve
 

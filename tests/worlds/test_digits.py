@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from deradiff.alignment.loop import train
-from deradiff.alignment.training import Curve, Part, Plan
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import DigitsReward, boldness, vividness
@@ -183,9 +183,11 @@ def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None])
         loss,
         lambda _: (trained.weight - target).square().sum().item(),
         plan,
-        seed=3,
-        checkpoint=folder / "state",
-        report=report,
+        run=TrainingRun(
+            seed=3,
+            checkpoint=folder / "state",
+            report=report,
+        ),
     )
     return trained.weight.flatten().tolist(), curve
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -116,11 +114,7 @@ def train_dpo(
     batch: int,
     dropout: float,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
 ) -> Curve:
     """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
 
@@ -139,7 +133,7 @@ def train_dpo(
     empty = pairs.empty_prompt()
 
     def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        generators = row_generators(seed, part.positions(batch))
+        generators = row_generators(run.seed, part.positions(batch))
         noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
         return loss(base, policy, model, noised, beta)
 
@@ -149,7 +143,7 @@ def train_dpo(
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
         for number, chunk in enumerate(chunks):
-            generators = row_generators(seed, chunk, "held out")
+            generators = row_generators(run.seed, chunk, "held out")
             noised = noise_pairs(base, pairs.held_out_batch(chunk), empty, 0.0, generators)
             if number == len(known):
                 with policy.reference(model) as reference:
@@ -162,10 +156,6 @@ def train_dpo(
         objective,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
         data=pairs,
     )

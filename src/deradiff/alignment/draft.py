@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import regularised_reward
 from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.rewards import Reward
 
 
@@ -120,11 +118,7 @@ def train_draft(
     sampling: Sampling,
     keep: int = 1,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
 ) -> Curve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, with gradients through the last `keep` steps.
 
@@ -138,20 +132,16 @@ def train_draft(
 
     def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
         positions = part.positions(batch)
-        asked = [prompts[place] for place in order(len(prompts), seed, positions)]
-        return objective(base, policy, model, asked, row_generators(seed, positions), reward, kl, sampling, keep)
+        asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
+        return objective(base, policy, model, asked, row_generators(run.seed, positions), reward, kl, sampling, keep)
 
     def held_out_loss(model: nn.Module) -> float:
-        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, seed)
+        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, run.seed)
 
     return train(
         policy.model,
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

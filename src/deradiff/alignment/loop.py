@@ -19,7 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from deradiff.alignment import checkpoints, folders, sharding
-from deradiff.alignment.training import Curve, Loss, Part, Plan, Report, Stateful
+from deradiff.alignment.training import Curve, Loss, Part, Plan, Stateful, TrainingRun
 
 
 class TrainingFailed(RuntimeError):
@@ -72,39 +72,32 @@ def train(
     held_out_loss: Callable[[nn.Module], float],
     plan: Plan,
     *,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
     data: Stateful | None = None,
 ) -> Curve:
     """Minimise `loss` over the parameters of `model` that require gradients; the model ends with the kept weights.
 
     `loss` gets the model as Accelerate prepared it, the step's own generator and its `Part` of the batch.
-    `held_out_loss` is computed by every process alike, the first one's value counts. `accelerator` brings devices,
-    processes, mixed precision and trackers, and forgets the model afterwards; without it, this process trains on the
-    CPU.
+    `held_out_loss` is computed by every process alike, the first one's value counts. The accelerator of `run` forgets
+    the model afterwards.
 
     `data` is what `loss` takes its rows from, where that has a state.
 
-    State is written to the folder `checkpoint` every `plan.checkpoint_seconds` and read from there if it exists; the
-    caller deletes it once it has saved the result. `identity` says what is trained on what: a checkpoint of another
-    run raises `ValueError`. A disk that is full costs a warning, the last good checkpoint stays. Raises
-    `TrainingFailed` if the loss is no longer finite.
+    State is written to the folder `run.checkpoint` every `plan.checkpoint_seconds` and read from there if it exists;
+    the caller deletes it once it has saved the result. A checkpoint with another `run.identity` raises `ValueError`. A
+    disk that is full costs a warning, the last good checkpoint stays. Raises `TrainingFailed` if the loss is no longer
+    finite.
 
     Where Accelerate's configuration says FSDP, version 2, what is trained is divided between the processes, and `model`
     has no weights meanwhile (see `sharding.divided`). A checkpoint holds whole weights all the same, which the first
     process gathers in its host memory; any number of processes goes on from it. FSDP of version 1 and DeepSpeed raise
     `ValueError`.
     """
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator = run.accelerator or Accelerator(cpu=True)
     sharding.require_supported(accelerator, plan.optimizer)
     with sharding.divided(model, accelerator) if accelerator.is_fsdp2 else nullcontext(model) as trained:
         try:
-            return _Training(
-                trained, loss, held_out_loss, plan, accelerator, seed, checkpoint, report, identity, data
-            ).run()
+            return _Training(trained, loss, held_out_loss, plan, run, accelerator, data).finished()
         finally:
             accelerator.free_memory()
 
@@ -118,15 +111,12 @@ class _Training:
         loss: Loss,
         held_out_loss: Callable[[nn.Module], float],
         plan: Plan,
+        run: TrainingRun,
         accelerator: Accelerator,
-        seed: int,
-        checkpoint: Path,
-        report: Report,
-        identity: str,
         data: Stateful | None,
     ) -> None:
-        self.loss, self.held_out_loss, self.plan, self.accelerator = loss, held_out_loss, plan, accelerator
-        self.seed, self.checkpoint, self.report, self.identity, self.data = seed, checkpoint, report, identity, data
+        self.loss, self.held_out_loss, self.plan = loss, held_out_loss, plan
+        self.run, self.accelerator, self.data = run, accelerator, data
         accelerator.gradient_accumulation_steps = plan.accumulate
         # What micro-batches exchange only once is a whole gradient in every process until then.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.is_fsdp2
@@ -144,7 +134,7 @@ class _Training:
         self.saved = time.monotonic()
         """When the last checkpoint was written or read."""
 
-    def run(self) -> Curve:
+    def finished(self) -> Curve:
         """Train from the start or from the checkpoint, and leave the kept weights in the model."""
         plan = self.plan
         if self.has_checkpoint():
@@ -181,9 +171,9 @@ class _Training:
         for micro in range(plan.accumulate):
             part = Part(self.step, micro * accelerator.num_processes + accelerator.process_index, parts)
             # What draws from torch's own generator, like dropout, is a function of the step as well.
-            torch.manual_seed((self.seed << 32) + self.step * parts + part.index)
+            torch.manual_seed((self.run.seed << 32) + self.step * parts + part.index)
             with accelerator.accumulate(self.model), accelerator.autocast():
-                value = self.loss(self.model, step_generator(self.seed, self.step), part)
+                value = self.loss(self.model, step_generator(self.run.seed, self.step), part)
                 accelerator.backward(value)
                 if accelerator.sync_gradients:
                     # As `accelerator.clip_grad_norm_` does, which unscales twice where a LoRA is divided and in fp16.
@@ -208,8 +198,8 @@ class _Training:
         total, broken = self.accelerator.reduce(torch.stack([self.recent.float(), broken]), "sum")
         if not total.isfinite() or broken:
             what = "a weight was no number any more" if total.isfinite() else f"the loss was {total.item()}"
-            exists = self.checkpoint.exists()
-            last = f"the checkpoint in {self.checkpoint} is good" if exists else "there is no checkpoint yet"
+            exists = self.run.checkpoint.exists()
+            last = f"the checkpoint in {self.run.checkpoint} is good" if exists else "there is no checkpoint yet"
             raise TrainingFailed(
                 f"{what} before step {self.step}: lower the learning rate ({self.plan.learning_rate:g}), "
                 f"or look for NaN in the data or the reward; {last}"
@@ -254,7 +244,7 @@ class _Training:
         """Report the last evaluation, in the first process alone."""
         if self.accelerator.is_main_process:
             losses = f"loss {self.curve.train[-1]:.4f}, held-out {self.curve.held_out[-1]:.5f}"
-            self.report(self.step, self.plan.steps, losses)
+            self.run.report(self.step, self.plan.steps, losses)
 
     def keep_weights(self) -> None:
         """Leave the best weights in the model if those are kept, otherwise the last."""
@@ -269,17 +259,17 @@ class _Training:
 
     def has_checkpoint(self) -> bool:
         """Whether there is one, as the first process finds it once it has mended what a kill left."""
-        folders.recover(self.checkpoint, self.accelerator.is_main_process)
+        folders.recover(self.run.checkpoint, self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-        exists = self.checkpoint.exists()
+        exists = self.run.checkpoint.exists()
         self.accelerator.wait_for_everyone()
         return exists
 
     def load(self) -> None:
         """Go on from the checkpoint."""
         accelerator, parameters, optimizer = self.accelerator, self.parameters, self.optimizer
-        progress = folders.read(self.checkpoint, self.identity, self.plan.steps)
-        state = checkpoints.read_state(self.checkpoint, progress, [p.shape for p in parameters], self.plan)
+        progress = folders.read(self.run.checkpoint, self.run.identity, self.plan.steps)
+        state = checkpoints.read_state(self.run.checkpoint, progress, [p.shape for p in parameters], self.plan)
         if self.data is not None:
             self.data.load_state_dict(progress.data)
         copy_to(parameters, sharding.parts(state.parameters, parameters))
@@ -309,7 +299,7 @@ class _Training:
         def write(folder: Path) -> None:
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
             progress = {
-                "identity": self.identity,
+                "identity": self.run.identity,
                 "step": self.step,
                 "recent": recent,
                 "curve": asdict(self.curve),
@@ -318,7 +308,7 @@ class _Training:
             checkpoints.write(folder, checkpoints.State(**tensors, scaler=scaler), progress)
 
         if accelerator.is_main_process:
-            folders.write(self.checkpoint, write)
+            folders.write(self.run.checkpoint, write)
         self.saved = time.monotonic()
 
     def elapsed(self) -> float:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from deradiff.algorithm.estimates import effective_sample_size
@@ -29,7 +28,7 @@ from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve
+from deradiff.alignment.training import Curve, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
@@ -55,7 +54,7 @@ class Method:
     """One way to align.
 
     `prepare(pipe, settings, out, count, seed, report)` makes the data under `out`, or finds it there. `train(base,
-    policy, data, beta, settings, *, seed, checkpoint, report, accelerator, identity)` aligns the policy.
+    policy, data, beta, settings, run)` aligns the policy.
     """
 
     title: str
@@ -135,16 +134,13 @@ def _dpo(
     data: LatentCache | PairFolder | PairStream,
     beta: float,
     settings: Preset,
-    *,
-    seed: int,
-    accelerator: Accelerator | None,
-    **common: Any,
+    run: TrainingRun,
 ) -> Curve:
-    processes = accelerator.num_processes if accelerator else 1
+    processes = run.accelerator.num_processes if run.accelerator else 1
     pairs = (
-        CachedPairs(data, seed)
+        CachedPairs(data, run.seed)
         if isinstance(data, LatentCache)
-        else EncodedPairs(base, data, settings.resolution, seed, processes)
+        else EncodedPairs(base, data, settings.resolution, run.seed, processes)
     )
     return train_dpo(
         base,
@@ -154,9 +150,7 @@ def _dpo(
         settings.plan_at(beta),
         batch=settings.batch,
         dropout=settings.prompt_dropout,
-        seed=seed,
-        accelerator=accelerator,
-        **common,
+        run=run,
     )
 
 
@@ -215,7 +209,7 @@ def sampling_of(settings: Preset, scheduler: str | None = None) -> Sampling:
 def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
     """The trainer of a method that samples for prompts and scores what it drew."""
 
-    def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, **common: Any) -> Curve:
+    def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, run: TrainingRun) -> Curve:
         return train(
             base,
             policy,
@@ -227,7 +221,7 @@ def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
             batch=settings.batch,
             sampling=sampling_of(settings),
             **settings.options,
-            **common,
+            run=run,
         )
 
     return trained
@@ -257,7 +251,7 @@ def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, s
     )
 
 
-def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, **common: Any) -> Curve:
+def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, run: TrainingRun) -> Curve:
     conditions = data.conditions()
     weights = tilted_weights(data.rewards / beta, conditions)
     totals = torch.zeros(int(conditions.max()) + 1, dtype=weights.dtype).index_add(0, conditions, weights)
@@ -277,7 +271,7 @@ def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Prese
         held_out=settings.held_out,
         batch=settings.batch,
         dropout=settings.prompt_dropout,
-        **common,
+        run=run,
     )
 
 

@@ -10,7 +10,7 @@ DDPO with kl = 0, DPOK with kl > 0.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,7 @@ from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
 from deradiff.alignment.sampling import Sampling, decode
 from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.rewards import Reward
 
 CLIP = 1e-4
@@ -136,11 +136,7 @@ def train_ddpo(
     sampling: Sampling,
     per_prompt: int = 4,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
 ) -> Curve:
     """Align `policy` by the rewards of its own samples: `batch` images a step, `per_prompt` of each prompt.
 
@@ -162,14 +158,14 @@ def train_ddpo(
             multiple of `per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
     """
     require(kl, prompts, held_out)
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator = run.accelerator or Accelerator(cpu=True)
     _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
 
     def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
         positions, group = part.positions(batch), per_prompt
-        rows = order(len(prompts), seed, range(positions.start // group, positions.stop // group))
+        rows = order(len(prompts), run.seed, range(positions.start // group, positions.stop // group))
         texts = [prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(seed, positions, "path")
+        generators = row_generators(run.seed, positions, "path")
         return loss(base, policy, model, texts, reward, kl, sampling, group, generators, accelerator)
 
     def held_out_loss(model: nn.Module) -> float:
@@ -177,7 +173,7 @@ def train_ddpo(
         for start in range(0, len(held_out), per_pass):
             texts = held_out[start : start + per_pass]
             chain = Chain(base, texts, sampling)
-            for step in chain.walk(model, row_generators(seed, range(start, start + len(texts)), "held out")):
+            for step in chain.walk(model, row_generators(run.seed, range(start, start + len(texts)), "held out")):
                 if kl:
                     total += kl * divergence(chain, policy, step, model).sum().item()
             total -= scored(reward, decode(base, step.after), texts).sum().item()
@@ -188,11 +184,7 @@ def train_ddpo(
         objective,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=replace(run, accelerator=accelerator),
     )
 
 

@@ -7,10 +7,8 @@ place.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Policy
@@ -18,7 +16,7 @@ from deradiff.alignment.draft import objective, on_held_out, require
 from deradiff.alignment.feeds import order, row_generators, seeded
 from deradiff.alignment.loop import train
 from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 from deradiff.rewards import Reward
 
 
@@ -42,11 +40,7 @@ def train_refl(
     window: tuple[int, int],
     ceiling: float | int = float("inf"),
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
 ) -> Curve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, through one step of sampling.
 
@@ -65,21 +59,17 @@ def train_refl(
 
     def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
         positions = part.positions(batch)
-        asked = [prompts[place] for place in order(len(prompts), seed, positions)]
-        until, generators = stopping_step(seed, part.step, window), row_generators(seed, positions)
+        asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
+        until, generators = stopping_step(run.seed, part.step, window), row_generators(run.seed, positions)
         return objective(base, policy, model, asked, generators, reward, kl, sampling, 1, until, ceiling)
 
     def held_out_loss(model: nn.Module) -> float:
-        return on_held_out(base, policy, model, held_out, reward, kl, sampling, 1, per_pass, seed)
+        return on_held_out(base, policy, model, held_out, reward, kl, sampling, 1, per_pass, run.seed)
 
     return train(
         policy.model,
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

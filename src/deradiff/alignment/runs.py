@@ -22,7 +22,7 @@ from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
-from deradiff.alignment.training import Curve
+from deradiff.alignment.training import Curve, TrainingRun
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
@@ -188,11 +188,13 @@ def _align(
             data,
             beta,
             settings,
-            seed=seed,
-            checkpoint=checkpoint,
-            report=partial(report, f"{method.symbol} = {beta:g}"),
-            accelerator=accelerator,
-            identity=json.dumps(made_of),
+            run=TrainingRun(
+                seed=seed,
+                checkpoint=checkpoint,
+                report=partial(report, f"{method.symbol} = {beta:g}"),
+                accelerator=accelerator,
+                identity=json.dumps(made_of),
+            ),
         )
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")

@@ -7,10 +7,8 @@ here says so exactly where it leads, and none needs samples of the reference tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from deradiff.alignment.base import Base, Conditions, Policy
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,7 @@ def train_rwr(
     batch: int,
     dropout: float | int,
     per_pass: int = 128,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
+    run: TrainingRun,
 ) -> Curve:
     """Train `policy` on the denoising loss (Ho et al. 2020) over `samples` drawn by their `weights`, `batch` a step.
 
@@ -146,14 +140,14 @@ def train_rwr(
         return squared_error(prediction.float(), base.target(clean, noise, timesteps))
 
     def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        generators = row_generators(seed, part.positions(batch))
+        generators = row_generators(run.seed, part.positions(batch))
         return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
         errors = []
         for start in range(trained_on, count, per_pass):
             rows = range(count)[start : start + per_pass]
-            errors.append(denoising(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
+            errors.append(denoising(model, rows, 0, row_generators(run.seed, rows, "held out")).double().cpu())
         return weighted_mean(torch.cat(errors), weights[trained_on:]).value
 
     return train(
@@ -161,9 +155,5 @@ def train_rwr(
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

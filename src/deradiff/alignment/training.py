@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from deradiff.algorithm.schedules import finite
@@ -53,6 +55,21 @@ class Plan:
             return self.learning_rate * warm
         cosine = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * step / self.cosine, dtype=torch.float64)).item()
         return self.learning_rate * warm * (0.01 + 0.99 * cosine)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training draws its randomness from, where it runs, reports and keeps its state (see `loop.train`).
+
+    `accelerator` brings devices, processes, mixed precision and trackers; without it, this process trains on the CPU.
+    `identity` says what is trained on what.
+    """
+
+    seed: int
+    checkpoint: Path
+    report: Report
+    accelerator: Accelerator | None = None
+    identity: str = ""
 
 
 @dataclass

@@ -27,7 +27,7 @@ from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
-from deradiff.alignment.training import Curve, Part, Plan, Report
+from deradiff.alignment.training import Curve, Part, Plan, Report, TrainingRun
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
@@ -367,11 +367,13 @@ def distil(
         loss,
         held_out_loss,
         settings.plan(),
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=_accelerator(base),
-        identity=identity,
+        run=TrainingRun(
+            seed=seed,
+            checkpoint=checkpoint,
+            report=report,
+            accelerator=_accelerator(base),
+            identity=identity,
+        ),
     )
 
 
