@@ -10,21 +10,21 @@ import torch
 
 from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.draft import objective, train_draft
-from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import trainable
 from deradiff.alignment.refl import stopping_step, train_refl
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
-from deradiff.alignment.training import Curve, Plan, TrainingRun
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
 from test_sampling_gradients import PROMPTS, base_of
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
-SAMPLING = Sampling("ddim", 3, 2.0)
+SAMPLING = SamplerSettings("ddim", 3, 2.0)
 
 
 class Brightness:
@@ -158,8 +158,8 @@ class Interrupted(Exception):
 
 
 def trained(
-    folder: Path, method: str, stop_at: int | None = None, plan: Plan = PLAN, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, torch.Tensor], Curve]:
+    folder: Path, method: str, stop_at: int | None = None, plan: TrainingPlan = PLAN, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], LossCurve]:
     base = base_of(dtype=dtype)
     policy = Policy(base, 2, seed=4)
     policy.model.to(dtype)
@@ -169,7 +169,7 @@ def trained(
             raise Interrupted
 
     more: dict[str, Any] = {"keep": 2} if method == "draft" else {"window": (2, 3)}
-    train: Callable[..., Curve] = train_draft if method == "draft" else train_refl
+    train: Callable[..., LossCurve] = train_draft if method == "draft" else train_refl
     curve = train(
         base,
         policy,
@@ -213,8 +213,8 @@ def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> No
 
 def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:
     prompts, reward = captions.sample_prompts(60, 5), BoldReward()
-    sampling = Sampling("ddim", 5, 1.0)
-    plan = Plan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
+    sampling = SamplerSettings("ddim", 5, 1.0)
+    plan = TrainingPlan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
 
     def rewards(base: Base, model: Any) -> torch.Tensor:
         generators = row_generators(9, range(20))

@@ -19,7 +19,7 @@ from deradiff.alignment.noise_optimization import (
     optimize_noise,
     scored_with_gradient,
 )
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.rewards import Reward
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
@@ -49,15 +49,15 @@ def from_noise(pipe: Any, spacing: str = "trailing") -> Base:
     return Base(pipe)
 
 
-def ddim(steps: int = 2, guidance_scale: float = 1.0) -> Sampling:
-    return Sampling("ddim", steps, guidance_scale)
+def ddim(steps: int = 2, guidance_scale: float = 1.0) -> SamplerSettings:
+    return SamplerSettings("ddim", steps, guidance_scale)
 
 
 def optimized(
     base: Base,
     prompts: Sequence[str] = PROMPTS,
     reward: Reward | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplerSettings | None = None,
     **changed: Any,
 ) -> Optimized:
     settings = {"iterations": 3, "learning_rate": 0.5, "seed": 5} | changed
@@ -193,7 +193,7 @@ def test_the_seed_decides_and_a_row_does_not_depend_on_its_batch() -> None:
 
 def test_a_stochastic_sampler_adds_the_same_noise_in_every_iteration() -> None:
     base = base_of()
-    settings: dict[str, Any] = {"sampling": Sampling("euler-a", 2, 1.0), "iterations": 1}
+    settings: dict[str, Any] = {"sampling": SamplerSettings("euler-a", 2, 1.0), "iterations": 1}
     start = initial_noise(base, ddim(), 3, 5)
     still = optimized(base, **settings, learning_rate=1e-9)
     assert torch.allclose(still.scores[1], still.scores[0], rtol=1e-5)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.sweep.pipelines import scheduler_like
 from tiny import make
 
@@ -24,7 +24,7 @@ def base_of(kind: str = "sd", dtype: torch.dtype = torch.float32) -> Base:
     return Base(pipe)
 
 
-def drawn(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int = 0, **others: Any) -> Any:
+def drawn(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int = 0, **others: Any) -> Any:
     told, untold = conditions(base, PROMPTS[: len(noise)]), unconditional(base, len(noise))
     return sample(base, base.denoiser, told, untold, noise, sampling, keep=keep, **others)
 
@@ -34,7 +34,7 @@ def drawn(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int = 0, **
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_scale: float) -> None:
     base = base_of(kind)
-    sampling = Sampling(scheduler, 4, guidance_scale)
+    sampling = SamplerSettings(scheduler, 4, guidance_scale)
     generators = row_generators(1, range(2))
     noise = sampling.noise(base, generators)
     ours = decode(base, drawn(base, noise, sampling, generators=generators).latents)
@@ -59,7 +59,7 @@ def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_
 @pytest.mark.parametrize("keep", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_exactly_the_last_steps(keep: int, checkpointing: bool) -> None:
-    base, sampling = base_of(), Sampling("ddim", 4, 3.0)
+    base, sampling = base_of(), SamplerSettings("ddim", 4, 3.0)
     noise = torch.randn(1, 4, 8, 8, requires_grad=True)
     with_graph: list[bool] = []
     handle = base.denoiser.register_forward_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
@@ -77,7 +77,7 @@ def test_gradients_reach_exactly_the_last_steps(keep: int, checkpointing: bool) 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_gradients_are_those_of_finite_differences(keep: int) -> None:
-    base, sampling = base_of(dtype=torch.float64), Sampling("ddim", 3, 2.0)
+    base, sampling = base_of(dtype=torch.float64), SamplerSettings("ddim", 3, 2.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight: nn.Parameter = base.denoiser.conv_out.weight
     probe = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -105,14 +105,14 @@ def test_gradients_are_those_of_finite_differences(keep: int) -> None:
     assert gradient == pytest.approx(difference, rel=1e-5)
 
 
-def drawn_until(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int) -> torch.Tensor:
+def drawn_until(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int) -> torch.Tensor:
     """The latents before the last `keep` steps."""
     return last_steps(base, noise, sampling, sampling.steps, stop=sampling.steps - keep)
 
 
 @torch.no_grad()
 def last_steps(
-    base: Base, latents: torch.Tensor, sampling: Sampling, keep: int, stop: int | None = None
+    base: Base, latents: torch.Tensor, sampling: SamplerSettings, keep: int, stop: int | None = None
 ) -> torch.Tensor:
     """DDIM by hand from the state before the last `keep` steps."""
     scheduler = sampling.prepared(base)
@@ -128,13 +128,13 @@ def last_steps(
 def test_wrong_input_is_said() -> None:
     base = base_of()
     with pytest.raises(ValueError, match="0 sampling steps"):
-        Sampling("ddim", 0, 1.0)
+        SamplerSettings("ddim", 0, 1.0)
     with pytest.raises(ValueError, match=r"guidance scale of 0\.5"):
-        Sampling("ddim", 1, 0.5)
+        SamplerSettings("ddim", 1, 0.5)
     noise = torch.randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="gradients through 3 of 2 steps"):
-        drawn(base, noise, Sampling("ddim", 2, 1.0), keep=3)
+        drawn(base, noise, SamplerSettings("ddim", 2, 1.0), keep=3)
     with pytest.raises(ValueError, match="guidance 2 needs"):
-        sample(base, base.denoiser, conditions(base, PROMPTS[:1]), None, noise, Sampling("ddim", 2, 2.0), keep=0)
+        sample(base, base.denoiser, conditions(base, PROMPTS[:1]), None, noise, SamplerSettings("ddim", 2, 2.0), keep=0)
     with pytest.raises(ValueError, match="there is no scheduler 'best'"):
-        drawn(base, noise, Sampling("best", 2, 1.0))
+        drawn(base, noise, SamplerSettings("best", 2, 1.0))

@@ -18,7 +18,7 @@ from anchor_files import lora, lora_weights
 from deradiff.algorithm.schedules import Power, Schedule, Step, parse_lam
 from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs

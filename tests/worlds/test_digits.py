@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from deradiff.alignment.loop import train
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import DigitsReward, boldness, vividness
@@ -168,13 +168,15 @@ class Interrupted(Exception):
     """Stands for a machine that went away."""
 
 
-def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None]) -> tuple[list[float], Curve]:
+def quadratic(
+    folder: Path, plan: TrainingPlan, report: Callable[[int, int, str], None]
+) -> tuple[list[float], LossCurve]:
     """Fit four numbers to noisy targets."""
     trained = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(trained.weight)
     target = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
 
-    def loss(model: nn.Module, generator: torch.Generator, _: Part) -> torch.Tensor:
+    def loss(model: nn.Module, generator: torch.Generator, _: BatchPart) -> torch.Tensor:
         x = torch.randn(16, 4, generator=generator)
         return (model(x) - x @ target.T).square().mean()
 
@@ -192,7 +194,9 @@ def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None])
     return trained.weight.flatten().tolist(), curve
 
 
-PLAN = Plan(steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0)
+PLAN = TrainingPlan(
+    steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0
+)
 
 
 def test_training_stops_when_the_held_out_loss_is_flat_and_keeps_the_best(tmp_path: Path) -> None:
@@ -221,8 +225,10 @@ def test_interrupted_training_continues_with_the_same_bits(tmp_path: Path) -> No
 def miniature() -> Settings:
     """The whole build with so few steps and pictures that it takes seconds."""
 
-    def plan(steps: int, patience: int | None = None) -> Plan:
-        return Plan(steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0)
+    def plan(steps: int, patience: int | None = None) -> TrainingPlan:
+        return TrainingPlan(
+            steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0
+        )
 
     return Settings(
         threads=1,

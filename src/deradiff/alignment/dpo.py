@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pairs(Protocol):
     held_out: int
     """How many never train; their loss tells how far the training is."""
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """This part of the step's `size` pairs, winners first."""
         ...
 
@@ -109,13 +109,13 @@ def train_dpo(
     policy: Policy,
     pairs: Pairs,
     beta: float,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
     dropout: float,
     per_pass: int = 16,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
 
     Held-out pairs keep all prompts and are evaluated `per_pass` at a time; in training a share `dropout` of the prompts
@@ -132,7 +132,7 @@ def train_dpo(
         )
     empty = pairs.empty_prompt()
 
-    def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(batch))
         noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
         return loss(base, policy, model, noised, beta)

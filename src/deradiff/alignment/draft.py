@@ -8,17 +8,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import order, row_generators
+from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import regularised_reward
-from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import (
+    DifferentiatedStep,
+    SamplerSettings,
+    at_least_single,
+    conditions,
+    decode,
+    sample,
+    unconditional,
+)
 from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 
 def divergence(
-    base: Base, policy: Policy, model: nn.Module, kept: Sequence[Kept], told: Conditions
+    base: Base, policy: Policy, model: nn.Module, kept: Sequence[DifferentiatedStep], told: Conditions
 ) -> Float[Tensor, " batch"]:
     """The sum over `kept` steps of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
     found = torch.zeros(len(kept[0].noisy), device=kept[0].noisy.device)
@@ -52,7 +60,7 @@ def objective(
     generators: Sequence[torch.Generator],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int,
     until: int | None = None,
     ceiling: float | int = float("inf"),
@@ -82,7 +90,7 @@ def on_held_out(
     prompts: Sequence[str],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int,
     per_pass: int,
     seed: int,
@@ -112,14 +120,14 @@ def train_draft(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int = 1,
     per_pass: int = 16,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, with gradients through the last `keep` steps.
 
     `kl` is λ_KL, 0 for none; its term is computed over the same steps. The held-out loss is the same objective for the
@@ -130,7 +138,7 @@ def train_draft(
         raise ValueError(f"gradients through {keep} steps teach nothing: keep 1 or more")
     require(kl, prompts, held_out)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions = part.positions(batch)
         asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
         return objective(base, policy, model, asked, row_generators(run.seed, positions), reward, kl, sampling, keep)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from deradiff.alignment.checkpoints import Progress, read_progress
+from deradiff.alignment.checkpoints import TrainingProgress, read_progress
 
 
 def _temporary(folder: Path) -> Path:
@@ -48,7 +48,7 @@ def recover(folder: Path, first: bool) -> None:
     shutil.rmtree(_former(folder), ignore_errors=True)
 
 
-def read(folder: Path, identity: str, steps: int | None = None) -> Progress:
+def read(folder: Path, identity: str, steps: int | None = None) -> TrainingProgress:
     """The progress that a checkpoint records, of at most so many `steps`.
 
     Raises `ValueError` if it cannot be read, or belongs to a run with another `identity`.

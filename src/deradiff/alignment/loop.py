@@ -2,7 +2,8 @@
 
 A run is a function of its seed alone. Every step draws its randomness from a generator seeded with (seed, step), so
 that an interrupted run needs to save no generator and continues with the very bits it would have had. Processes and
-accumulated micro-batches are parts of one global batch (`Part`): how many there are changes only how sums are rounded.
+accumulated micro-batches are parts of one global batch (`BatchPart`): how many there are changes only how sums are
+rounded.
 """
 
 import math
@@ -19,7 +20,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from deradiff.alignment import checkpoints, folders, sharding
-from deradiff.alignment.training import Curve, Loss, Part, Plan, Stateful, TrainingRun
+from deradiff.alignment.training import BatchPart, Loss, LossCurve, Stateful, TrainingPlan, TrainingRun
 
 
 class TrainingFailed(RuntimeError):
@@ -54,7 +55,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_optimizer(parameters: list[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
     """AdamW, or AdamW with states of 8 bits (Dettmers et al. 2022). Raises `ImportError` without bitsandbytes."""
     settings: dict[str, Any] = {"lr": plan.learning_rate, "betas": plan.adam_betas, "weight_decay": plan.weight_decay}
     if plan.optimizer == "adamw":
@@ -70,14 +71,14 @@ def train(
     model: nn.Module,
     loss: Loss,
     held_out_loss: Callable[[nn.Module], float],
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     run: TrainingRun,
     data: Stateful | None = None,
-) -> Curve:
+) -> LossCurve:
     """Minimise `loss` over the parameters of `model` that require gradients; the model ends with the kept weights.
 
-    `loss` gets the model as Accelerate prepared it, the step's own generator and its `Part` of the batch.
+    `loss` gets the model as Accelerate prepared it, the step's own generator and its `BatchPart` of the batch.
     `held_out_loss` is computed by every process alike, the first one's value counts. The accelerator of `run` forgets
     the model afterwards.
 
@@ -110,7 +111,7 @@ class _Training:
         model: nn.Module,
         loss: Loss,
         held_out_loss: Callable[[nn.Module], float],
-        plan: Plan,
+        plan: TrainingPlan,
         run: TrainingRun,
         accelerator: Accelerator,
         data: Stateful | None,
@@ -126,7 +127,7 @@ class _Training:
         """The moving average of the weights, if there is one."""
         self.best = [p.detach().clone() for p in self.parameters] if plan.patience else []
         """The weights of the lowest held-out loss so far, if those are kept."""
-        self.curve = Curve()
+        self.curve = LossCurve()
         self.step = 0
         """How many steps are done."""
         self.recent = torch.zeros((), device=accelerator.device)
@@ -134,7 +135,7 @@ class _Training:
         self.saved = time.monotonic()
         """When the last checkpoint was written or read."""
 
-    def finished(self) -> Curve:
+    def finished(self) -> LossCurve:
         """Train from the start or from the checkpoint, and leave the kept weights in the model."""
         plan = self.plan
         if self.has_checkpoint():
@@ -169,7 +170,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(self.step)
         for micro in range(plan.accumulate):
-            part = Part(self.step, micro * accelerator.num_processes + accelerator.process_index, parts)
+            part = BatchPart(self.step, micro * accelerator.num_processes + accelerator.process_index, parts)
             # What draws from torch's own generator, like dropout, is a function of the step as well.
             torch.manual_seed((self.run.seed << 32) + self.step * parts + part.index)
             with accelerator.accumulate(self.model), accelerator.autocast():
@@ -236,7 +237,7 @@ class _Training:
         return self.of_first_process(value)
 
     def stop_if_flat(self) -> None:
-        """Let this step be the last where the held-out loss does not fall any more (see `Plan`)."""
+        """Let this step be the last where the held-out loss does not fall any more (see `TrainingPlan`)."""
         if self.plan.patience and self.curve.is_flat(self.plan.patience, self.plan.tolerance):
             self.curve.stopped = "flat"
 
@@ -279,7 +280,7 @@ class _Training:
         optimizer.load_state_dict(sharding.optimizer_parts(held, parameters))
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state.scaler)
-        self.curve, self.step = Curve(**progress.curve.model_dump()), progress.step
+        self.curve, self.step = LossCurve(**progress.curve.model_dump()), progress.step
         self.recent = torch.tensor(progress.recent, device=accelerator.device)
         self.saved = time.monotonic()
 
@@ -305,7 +306,7 @@ class _Training:
                 "curve": asdict(self.curve),
                 "data": self.data.state_dict() if self.data is not None else {},
             }
-            checkpoints.write(folder, checkpoints.State(**tensors, scaler=scaler), progress)
+            checkpoints.write(folder, checkpoints.TrainingState(**tensors, scaler=scaler), progress)
 
         if accelerator.is_main_process:
             folders.write(self.run.checkpoint, write)

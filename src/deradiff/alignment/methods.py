@@ -27,8 +27,8 @@ from deradiff.alignment.presets import Preset
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
-from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, TrainingRun
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
@@ -50,7 +50,7 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainingMethod:
     """One way to align.
 
     `prepare(pipe, settings, out, count, seed, report)` makes the data under `out`, or finds it there. `train(base,
@@ -72,7 +72,7 @@ class Method:
     decodes: bool
     """Whether training needs VAE and text encoders, with all data prepared."""
     prepare: Callable[[DiffusionPipeline, Preset, Path, int | None, int, Report], Any]
-    train: Callable[..., Curve]
+    train: Callable[..., LossCurve]
     prompts: Callable[[Any, Preset, int], list[str]]
     """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
 
@@ -135,7 +135,7 @@ def _dpo(
     beta: float,
     settings: Preset,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     processes = run.accelerator.num_processes if run.accelerator else 1
     pairs = (
         CachedPairs(data, run.seed)
@@ -164,7 +164,7 @@ def _pairs_held_out(data: LatentCache | PairFolder | PairStream, settings: Prese
 
 
 @dataclass(frozen=True)
-class Prompts:
+class TrainingPrompts:
     """Prompts to train on, and others that only measure the progress."""
 
     training: tuple[str, ...]
@@ -173,7 +173,9 @@ class Prompts:
     fingerprint: dict[str, Any]
 
 
-def prepare_prompts(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> Prompts:
+def prepare_prompts(
+    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
+) -> TrainingPrompts:
     """The prompts of `settings.data`, of which the last are held out; nothing is written."""
     texts = _prompts(settings, count, seed)
     if len(texts) <= settings.held_out:
@@ -181,7 +183,7 @@ def prepare_prompts(pipe: Any, settings: Preset, out: Path, count: int | None, s
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
     kept = len(texts) - settings.held_out
-    return Prompts(tuple(texts[:kept]), tuple(texts[kept:]), reward_of(settings, pipe.device), fingerprint)
+    return TrainingPrompts(tuple(texts[:kept]), tuple(texts[kept:]), reward_of(settings, pipe.device), fingerprint)
 
 
 def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
@@ -199,17 +201,19 @@ def reward_of(settings: Preset, device: Any) -> Reward:
     return load_reward(settings.reward, device=device)
 
 
-def sampling_of(settings: Preset, scheduler: str | None = None) -> Sampling:
+def sampling_of(settings: Preset, scheduler: str | None = None) -> SamplerSettings:
     """How `settings` sample; with another scheduler if one is named."""
     resolution = None if settings.base == "digits" else settings.resolution
     named = {"scheduler": scheduler} if scheduler else {}
-    return Sampling(resolution=resolution, **{**settings.sampling, **named})
+    return SamplerSettings(resolution=resolution, **{**settings.sampling, **named})
 
 
-def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
+def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
     """The trainer of a method that samples for prompts and scores what it drew."""
 
-    def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, run: TrainingRun) -> Curve:
+    def trained(
+        base: Base, policy: Any, data: TrainingPrompts, beta: float, settings: Preset, run: TrainingRun
+    ) -> LossCurve:
         return train(
             base,
             policy,
@@ -227,7 +231,7 @@ def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
     return trained
 
 
-def _prompts_held_out(data: Prompts, settings: Preset, count: int) -> list[str]:
+def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> list[str]:
     return list(data.held_out[:count])
 
 
@@ -251,7 +255,7 @@ def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, s
     )
 
 
-def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, run: TrainingRun) -> Curve:
+def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
     conditions = data.conditions()
     weights = tilted_weights(data.rewards / beta, conditions)
     totals = torch.zeros(int(conditions.max()) + 1, dtype=weights.dtype).index_add(0, conditions, weights)
@@ -281,8 +285,8 @@ def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[st
 
 _SAMPLED = "minus the mean reward of pictures for held-out prompts, with the term of the strength"
 
-METHODS: dict[str, Method] = {
-    "dpo": Method(
+METHODS: dict[str, TrainingMethod] = {
+    "dpo": TrainingMethod(
         title="Diffusion-DPO",
         symbol="β",
         may_be_zero=False,
@@ -296,7 +300,7 @@ METHODS: dict[str, Method] = {
         train=_dpo,
         prompts=_pairs_held_out,
     ),
-    "draft": Method(
+    "draft": TrainingMethod(
         title="DRaFT",
         symbol="λ_KL",
         may_be_zero=True,
@@ -310,7 +314,7 @@ METHODS: dict[str, Method] = {
         train=_with_reward(train_draft),
         prompts=_prompts_held_out,
     ),
-    "refl": Method(
+    "refl": TrainingMethod(
         title="ReFL",
         symbol="λ_KL",
         may_be_zero=True,
@@ -324,7 +328,7 @@ METHODS: dict[str, Method] = {
         train=_with_reward(train_refl),
         prompts=_prompts_held_out,
     ),
-    "rwr": Method(
+    "rwr": TrainingMethod(
         title="reward-weighted denoising",
         symbol="β",
         may_be_zero=False,
@@ -338,7 +342,7 @@ METHODS: dict[str, Method] = {
         train=_rwr,
         prompts=_samples_held_out,
     ),
-    "ddpo": Method(
+    "ddpo": TrainingMethod(
         title="DDPO",
         symbol="λ_KL",
         may_be_zero=True,

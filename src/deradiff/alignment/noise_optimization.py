@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
 from deradiff.sampling.pictures import upcast
@@ -31,7 +31,7 @@ Report = Callable[[int, int, str], None]
 
 
 @dataclass
-class Evaluations:
+class EvaluationCounts:
     """How often denoisers were evaluated, counted in samples: a guided step of one image is two evaluations."""
 
     forward: int = 0
@@ -41,9 +41,9 @@ class Evaluations:
 
 
 @contextmanager
-def counted(*denoisers: nn.Module) -> Iterator[Evaluations]:
+def counted(*denoisers: nn.Module) -> Iterator[EvaluationCounts]:
     """Count every evaluation of `denoisers` inside the block, by hooks, whoever calls them."""
-    found = Evaluations()
+    found = EvaluationCounts()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Before, not after: a repeated evaluation stops as soon as it has what the gradient needs.
@@ -68,7 +68,7 @@ def counted(*denoisers: nn.Module) -> Iterator[Evaluations]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image cost on average (see `Evaluations`)."""
+    """What one image cost on average (see `EvaluationCounts`)."""
 
     forward: float
     backward: float
@@ -110,7 +110,7 @@ def clipped(gradient: Float[Tensor, "batch *latent"], max_norm: float | int) -> 
     return gradient * (max_norm / norms).clamp(max=1)
 
 
-def initial_noise(base: Base, sampling: Sampling, count: int, seed: int) -> Float[Tensor, "count *latent"]:
+def initial_noise(base: Base, sampling: SamplerSettings, count: int, seed: int) -> Float[Tensor, "count *latent"]:
     """Standard normal noise, as a pipeline's `latents` take it; a row depends on `seed` and its position alone."""
     return sampling.noise(base, row_generators(seed, range(count), "initial noise"))
 
@@ -153,7 +153,7 @@ def optimize_noise(
     base: Base,
     prompts: Sequence[str],
     reward: Reward,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     iterations: int = 50,
     learning_rate: float | int = 5.0,
@@ -226,7 +226,7 @@ def optimize_noise(
 
 
 def _renderer(
-    base: Base, prompts: Sequence[str], sampling: Sampling, seed: int, rows: range, checkpointing: bool
+    base: Base, prompts: Sequence[str], sampling: SamplerSettings, seed: int, rows: range, checkpointing: bool
 ) -> Render:
     told = conditions(base, prompts, sampling.resolution)
     untold = unconditional(base, len(prompts), sampling.resolution) if sampling.guidance_scale > 1 else None
@@ -302,7 +302,7 @@ def _check(
             raise ValueError(f"{name} = {value}: it must be {need}")
 
 
-def _require_noise_first(base: Base, sampling: Sampling) -> None:
+def _require_noise_first(base: Base, sampling: SamplerSettings) -> None:
     first = float(sampling.prepared(base).timesteps[0])
     if first < base.timesteps / 2:
         raise ValueError(

@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt
 
-from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable, permuted, read_cursor, split_held_out
-from deradiff.alignment.pair_rows import PLAIN_COLUMNS, Pair, PairRow, decode_pair
+from deradiff.alignment.data_order import (
+    Cursor,
+    OrderedRow,
+    Unreadable,
+    permuted,
+    read_cursor,
+    split_held_out,
+)
+from deradiff.alignment.pair_rows import PLAIN_COLUMNS, PreferencePair, UndecodedPair, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
 from deradiff.files import reading, tables
 from deradiff.files.reading import Record
-
-__all__ = ["HUB_NAMES", "Feed", "Pair", "PairFolder", "PairStream", "open_pairs"]
 
 HUB_NAMES = {"pickapic-v1": "yuvalkirstain/pickapic_v1", "pickapic-v2": "yuvalkirstain/pickapic_v2"}
 """Short names of hub datasets. Both hold 0.6 to 1 million rows; their captions include unsafe ones."""
@@ -149,22 +154,22 @@ class PairFolder:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def open(self, row: int) -> Pair:
+    def open(self, row: int) -> PreferencePair:
         """The pair of a row. Raises `Unreadable` where an image is damaged, `OSError` where it has gone."""
         listed = self._rows[row]
         winner, loser = self.folder / listed.winner, self.folder / listed.loser
-        return decode_pair(PairRow(listed.prompt, winner, loser, listed.place))
+        return decode_pair(UndecodedPair(listed.prompt, winner, loser, listed.place))
 
-    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
+    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
         """Training rows without end, from `cursor` on."""
         return permuted(self._train, seed, cursor)
 
-    def in_order(self, cursor: Cursor | None) -> Iterator[Step[int]]:
+    def in_order(self, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
         """Every row once, held-out ones included, as listed."""
         for row in range(read_cursor(_Next, cursor).next if cursor else 0, len(self._rows)):
-            yield Step(row, {"next": row + 1}, {})
+            yield OrderedRow(row, {"next": row + 1}, {})
 
-    def held_out(self) -> Iterator[Pair]:
+    def held_out(self) -> Iterator[PreferencePair]:
         """The held-out pairs, decoded as they are asked for; those that cannot be decoded are left out."""
         for row in self._set_aside.tolist():
             try:

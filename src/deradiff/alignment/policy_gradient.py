@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.draft import require
-from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
-from deradiff.alignment.sampling import Sampling, decode
+from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 CLIP = 1e-4
@@ -84,7 +84,7 @@ def loss(
     prompts: Sequence[str],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     group: int,
     generators: Sequence[torch.Generator],
     accelerator: Accelerator,
@@ -130,14 +130,14 @@ def train_ddpo(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     per_prompt: int = 4,
     per_pass: int = 16,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     """Align `policy` by the rewards of its own samples: `batch` images a step, `per_prompt` of each prompt.
 
     Every step samples anew and updates once, so the ratio of probabilities is 1 (see `clipped_policy_gradient`). The
@@ -161,7 +161,7 @@ def train_ddpo(
     accelerator = run.accelerator or Accelerator(cpu=True)
     _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
 
-    def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(batch), per_prompt
         rows = order(len(prompts), run.seed, range(positions.start // group, positions.stop // group))
         texts = [prompts[row] for row in rows for _ in range(group)]
@@ -189,7 +189,7 @@ def train_ddpo(
 
 
 def _check_parts(batch: int, per_prompt: int, parts: int) -> None:
-    size = len(Part(of=parts).positions(batch))
+    size = len(BatchPart(of=parts).positions(batch))
     if per_prompt < 2 or size % per_prompt:
         raise ValueError(
             f"per_prompt = {per_prompt}: a prompt's samples are compared with one another. Take 2 or "

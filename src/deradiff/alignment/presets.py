@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
-from deradiff.alignment.training import Plan
+from deradiff.alignment.training import TrainingPlan
 
 SDXL, SD15, SD14 = (
     "stabilityai/stable-diffusion-xl-base-1.0",
@@ -21,7 +21,7 @@ class Preset:
     method: str
     base: str
     data: str
-    plan: Plan
+    plan: TrainingPlan
     batch: int
     """Pairs or prompts per step, over all processes and micro-batches."""
     resolution: int
@@ -36,7 +36,7 @@ class Preset:
     prompt_dropout: float = 0.0
     held_out: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
-    """How to sample (`sampling.Sampling`): in training, for the model's own pictures, or the paper from its result."""
+    """`sampling.SamplerSettings` in training, of the model's own pictures, or the paper's from its result."""
     reward: str | None = None
     """What is maximised, by name (see `deradiff.rewards.load`); for Diffusion-DPO what compares own pairs."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Preset:
     vae: str | None = None
     notes: str = ""
 
-    def plan_at(self, beta: float) -> Plan:
+    def plan_at(self, beta: float) -> TrainingPlan:
         """How to train at `beta`."""
         return (
             self.plan if self.rate_times_beta is None else replace(self.plan, learning_rate=self.rate_times_beta / beta)
@@ -62,7 +62,7 @@ _NOT_PUBLISHED = (
     "all), mixed precision (here fp16), whether the rate was multiplied by the batch (here it was not)."
 )
 
-_DPO_SDXL = Plan(
+_DPO_SDXL = TrainingPlan(
     steps=30_000,
     learning_rate=1e-8,
     warmup=200,
@@ -73,7 +73,7 @@ _DPO_SDXL = Plan(
     evaluate_every=500,
     checkpoint_seconds=600,
 )
-_DPO_SD15 = Plan(
+_DPO_SD15 = TrainingPlan(
     steps=2000,
     learning_rate=1e-8,
     warmup=500,
@@ -84,7 +84,7 @@ _DPO_SD15 = Plan(
     evaluate_every=100,
     checkpoint_seconds=600,
 )
-_DRAFT = Plan(
+_DRAFT = TrainingPlan(
     steps=10_000,
     learning_rate=2.5e-4,
     warmup=0,
@@ -100,7 +100,7 @@ _DRAFT_NOTES = (
     "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic (--count 50000 draws as many). The "
     "paper trains on HPSv2 and on PickScore (--reward pickscore)."
 )
-_START = Plan(
+_START = TrainingPlan(
     steps=2000,
     learning_rate=1e-4,
     warmup=100,
@@ -110,7 +110,7 @@ _START = Plan(
     evaluate_every=100,
     checkpoint_seconds=600,
 )
-_PLAIN = Plan(
+_PLAIN = TrainingPlan(
     steps=1000,
     learning_rate=1e-5,
     warmup=0,
@@ -126,7 +126,9 @@ _DIGITS = Preset(
     method="dpo",
     base="digits",
     data="own",
-    plan=Plan(steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25),
+    plan=TrainingPlan(
+        steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25
+    ),
     batch=64,
     resolution=32,
     betas=(250,),

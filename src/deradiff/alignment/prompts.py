@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deradiff.alignment.feeds import seeded
+from deradiff.alignment.data_order import seeded
 from deradiff.files.prompts import Entry, read_prompts
 from deradiff.files.tables import INSTALL
 from deradiff.files.waiting import from_the_hub

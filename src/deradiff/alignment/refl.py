@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.data_order import order, row_generators, seeded
 from deradiff.alignment.draft import objective, on_held_out, require
-from deradiff.alignment.feeds import order, row_generators, seeded
 from deradiff.alignment.loop import train
-from deradiff.alignment.sampling import Sampling
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 
@@ -33,15 +33,15 @@ def train_refl(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     window: tuple[int, int],
     ceiling: float | int = float("inf"),
     per_pass: int = 16,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, through one step of sampling.
 
     Sampling stops after a number of steps drawn from `window`, counted from the noise (published: 30 to 39 of 40).
@@ -57,7 +57,7 @@ def train_refl(
         )
     require(kl, prompts, held_out)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions = part.positions(batch)
         asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
         until, generators = stopping_step(run.seed, part.step, window), row_generators(run.seed, positions)

@@ -19,10 +19,10 @@ from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.checkpoints import CurveRecord
-from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
+from deradiff.alignment.methods import METHODS, Data, TrainingMethod, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
-from deradiff.alignment.training import Curve, TrainingRun
+from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
@@ -270,9 +270,9 @@ def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str,
 def _save(
     pipe: Any,
     policy: Policy,
-    method: Method,
+    method: TrainingMethod,
     made_of: dict[str, Any],
-    curve: Curve,
+    curve: LossCurve,
     away: dict[str, Any],
     folder: Path,
 ) -> None:

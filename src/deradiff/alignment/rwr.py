@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.estimates import Estimate
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
-from deradiff.alignment.training import Curve, Part, Plan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 
 
 @dataclass(frozen=True)
-class Samples:
+class ReferenceSamples:
     """Clean latents that the reference drew, and the prompt of each."""
 
     latents: Float[Tensor, "sample *latent"]
@@ -101,16 +101,16 @@ def _embedded(base: Base, prompts: Sequence[str], per_pass: int) -> _Embedded:
 def train_rwr(
     base: Base,
     policy: Policy,
-    samples: Samples,
+    samples: ReferenceSamples,
     weights: Float[Tensor, " sample"],
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     held_out: int,
     batch: int,
     dropout: float | int,
     per_pass: int = 128,
     run: TrainingRun,
-) -> Curve:
+) -> LossCurve:
     """Train `policy` on the denoising loss (Ho et al. 2020) over `samples` drawn by their `weights`, `batch` a step.
 
     The last `held_out` samples are not trained on; their weighted loss tells when it is done. A share `dropout` of the
@@ -139,7 +139,7 @@ def train_rwr(
         prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, told)
         return squared_error(prediction.float(), base.target(clean, noise, timesteps))
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(batch))
         return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
 

@@ -21,7 +21,7 @@ from deradiff.sweep import pipelines
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerSettings:
     """How to sample: a scheduler by its name in `pipelines.SCHEDULERS`, so many steps, classifier-free guidance.
 
     `resolution` is the side of the pictures in pixels, by default the model's own. Raises `ValueError` for fewer than
@@ -54,7 +54,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DifferentiatedStep:
     """A step that gradients go through: what the denoiser saw, and its prediction without guidance."""
 
     noisy: Float[Tensor, "batch *latent"]
@@ -67,7 +67,7 @@ class Sampled:
     """Clean latents, and the last steps, those that gradients go through, in their order."""
 
     latents: Float[Tensor, "batch *latent"]
-    kept: list[Kept]
+    kept: list[DifferentiatedStep]
 
 
 def conditions(base: Base, prompts: Sequence[str], resolution: int | None = None) -> Conditions:
@@ -98,7 +98,7 @@ def sample(
     told: Conditions,
     untold: Conditions | None,
     noise: Float[Tensor, "batch *latent"],
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     keep: int,
     until: int | None = None,
@@ -155,7 +155,7 @@ def sample(
             guidance = sampling.guidance_scale
             prediction = torch.lerp(found[: len(noisy)], with_prompt, guidance) if guided else found
             if last:
-                kept.append(Kept(noisy, at[: len(noisy)], with_prompt))
+                kept.append(DifferentiatedStep(noisy, at[: len(noisy)], with_prompt))
             moved = scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:

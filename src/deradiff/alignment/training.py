@@ -16,7 +16,7 @@ Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How long and how fast to train.
 
     With `patience`, training stops once the held-out loss is *flat*: the best of the last `patience` evaluations is not
@@ -73,7 +73,7 @@ class TrainingRun:
 
 
 @dataclass
-class Curve:
+class LossCurve:
     """Losses by step: training loss averaged since the last evaluation, held-out loss of the averaged weights."""
 
     step: list[int] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Curve:
     kept_step: int = 0
 
     def is_flat(self, patience: int, tolerance: float) -> bool:
-        """Whether the last `patience` evaluations brought less than `tolerance` of the whole gain (see `Plan`)."""
+        """Whether the last `patience` evaluations brought less than `tolerance` of the gain (see `TrainingPlan`)."""
         if len(self.held_out) <= patience + 1:
             return False
         before, recent = min(self.held_out[:-patience]), min(self.held_out[-patience:])
@@ -91,7 +91,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """One of `of` equal parts of the global batch of `step`: what one process sees of it in one micro-batch."""
 
     step: int = 0
@@ -112,7 +112,7 @@ class Part:
         return range(start, start + size)
 
 
-Loss = Callable[[nn.Module, torch.Generator, Part], Tensor]
+Loss = Callable[[nn.Module, torch.Generator, BatchPart], Tensor]
 """The mean loss of a model on its part of the global batch that the generator draws."""
 
 

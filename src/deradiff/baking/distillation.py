@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from deradiff.algorithm.schedules import Lams, Progress, finite
 from deradiff.algorithm.step import mixed, with_reference
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
-from deradiff.alignment.training import Curve, Part, Plan, Report, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, Report, TrainingPlan, TrainingRun
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
@@ -106,9 +106,9 @@ class Distillation:
         """Whether the student's prediction is the guided one."""
         return self.fold_guidance or self.span is not None
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainingPlan:
         """The training loop's settings."""
-        return Plan(
+        return TrainingPlan(
             steps=self.steps,
             learning_rate=self.learning_rate,
             warmup=min(50, self.steps // 4),
@@ -317,7 +317,7 @@ def distil(
     checkpoint: Path,
     report: Report,
     identity: str = "",
-) -> Curve:
+) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
@@ -350,7 +350,7 @@ def distil(
         given = {name: rows.to(dtype) for name, rows in given.items()}
         return squared_error(base.predict(shown, noisy.to(dtype), t, given).float(), target)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(seed, part.positions(settings.batch))
         rows = [int(torch.randint(trained_on, (1,), generator=g)) for g in generators]
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
