@@ -46,14 +46,14 @@ def nudged(policy: Policy, seed: int = 0) -> None:
 
 def by_hand(base: Base, policy: Policy, latents: torch.Tensor, keep: int, kl: float) -> torch.Tensor:
     """J from the latents before the last `keep` steps, written out."""
-    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
     away = torch.zeros(2, dtype=latents.dtype)
     for t in scheduler.timesteps[SAMPLING.steps - keep :]:
         at = t.expand(2)
-        prediction = base.predict(policy.model, latents, at, told)
+        prediction = base.predict(policy.model, latents, at, prompted)
         with policy.reference(policy.model) as reference:
-            away = away + (prediction - base.predict(reference, latents, at, told)).square().sum((1, 2, 3))
-        without = base.predict(policy.model, latents, at, untold)
+            away = away + (prediction - base.predict(reference, latents, at, prompted)).square().sum((1, 2, 3))
+        without = base.predict(policy.model, latents, at, unprompted)
         guided = without + SAMPLING.guidance_scale * (prediction - without)
         latents = scheduler.step(guided, t, latents).prev_sample
     return (kl * away - Brightness()(decode(base, latents), PROMPTS)).mean()
@@ -79,11 +79,13 @@ def test_the_gradient_is_that_of_finite_differences(rank: int | None, keep: int)
         noise = SAMPLING.noise(base, row_generators(2, range(2)))
         before = noise
         if keep < SAMPLING.steps:
-            scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+            scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
             for t in scheduler.timesteps[: SAMPLING.steps - keep]:
                 at = t.expand(2)
-                without = base.predict(policy.model, before, at, untold)
-                guided = without + SAMPLING.guidance_scale * (base.predict(policy.model, before, at, told) - without)
+                without = base.predict(policy.model, before, at, unprompted)
+                guided = without + SAMPLING.guidance_scale * (
+                    base.predict(policy.model, before, at, prompted) - without
+                )
                 before = scheduler.step(guided, t, before).prev_sample
 
         def moved(size: float) -> float:
@@ -130,11 +132,11 @@ def test_refl_scores_what_an_early_step_takes_for_clean() -> None:
     policy.model.double()
     generators = row_generators(2, range(2))
     found = objective(base, policy, policy.model, PROMPTS, generators, Brightness(), 0, SAMPLING, 1, until=2)
-    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
     latents = SAMPLING.noise(base, row_generators(2, range(2)))
     for t in scheduler.timesteps[:2]:
-        without = base.predict(policy.model, latents, t.expand(2), untold)
-        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), told) - without)
+        without = base.predict(policy.model, latents, t.expand(2), unprompted)
+        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), prompted) - without)
         alpha = scheduler.alphas_cumprod[t].double()
         clean = (latents - (1 - alpha).sqrt() * guided) / alpha.sqrt()
         latents = scheduler.step(guided, t, latents).prev_sample

@@ -90,11 +90,11 @@ def test_gradient_is_that_of_finite_differences_in_float64(
     base = base_of()
     base.pipe.to(torch.float64)
     sampling, reward, prompts, weight = ddim(steps, guidance_scale), Blueness(), PROMPTS[:2], 0.03
-    told, untold, vae = conditions(base, prompts), unconditional(base, 2), base.pipe.vae
+    prompted, unprompted, vae = conditions(base, prompts), unconditional(base, 2), base.pipe.vae
 
     def render(noise: Tensor) -> Tensor:
         latents = sample(
-            base, base.denoiser, told, untold, noise, sampling, keep=steps, checkpointing=checkpointing
+            base, base.denoiser, prompted, unprompted, noise, sampling, keep=steps, checkpointing=checkpointing
         ).latents
         # As `decode` does it, but for its rounding to float32.
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.sigmoid()
@@ -118,10 +118,10 @@ def test_an_iteration_is_a_clipped_step_with_nesterov_momentum() -> None:
     base, reward = base_of(), Blueness()
     sampling = ddim()
     noise = initial_noise(base, sampling, 2, 5)
-    told = conditions(base, PROMPTS[:2])
+    prompted = conditions(base, PROMPTS[:2])
 
     def render(at: Tensor) -> Tensor:
-        return decode(base, sample(base, base.denoiser, told, None, at, sampling, keep=2).latents)
+        return decode(base, sample(base, base.denoiser, prompted, None, at, sampling, keep=2).latents)
 
     at = noise.clone().requires_grad_(True)
     optimizer = torch.optim.SGD([at], lr=0.5, momentum=0.9, nesterov=True, maximize=True)
@@ -235,16 +235,16 @@ def test_every_evaluation_is_counted(guidance_scale: float, each: int, checkpoin
 
     base.denoiser.register_forward_pre_hook(count)
     sampling = ddim(3, guidance_scale)
-    told = []
+    prompted = []
     found = optimized(
         base,
         sampling=sampling,
         iterations=3,
         checkpointing=checkpointing,
         per_pass=2,
-        report=lambda *line: told.append(line[:2]),
+        report=lambda *line: prompted.append(line[:2]),
     )
-    assert told == 2 * [(1, 3), (2, 3), (3, 3)]
+    assert prompted == 2 * [(1, 3), (2, 3), (3, 3)]
     evaluations = (2 * 3 + 1 if checkpointing else 3 + 1) * 3 * each
     assert found.cost.forward == evaluations and rows == 3 * evaluations
     assert found.cost.backward == 3 * 3 * each

@@ -45,7 +45,7 @@ def test_divergence_is_that_of_a_chain_walked_by_hand(kind: str, guidance_scale:
     scheduler.set_timesteps(3)
     by_hand = []
     for row, prompt in enumerate(PROMPTS):
-        told, untold, *pooled = pipe.encode_prompt(
+        prompted, unprompted, *pooled = pipe.encode_prompt(
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
 
@@ -62,8 +62,8 @@ def test_divergence_is_that_of_a_chain_walked_by_hand(kind: str, guidance_scale:
             means = []
             for unet in (policy.model, base.denoiser):
                 with torch.no_grad():
-                    epsilon = predicted(unet, x, t, told, pooled[0] if pooled else None)
-                    without = predicted(unet, x, t, untold, pooled[1] if pooled else None)
+                    epsilon = predicted(unet, x, t, prompted, pooled[0] if pooled else None)
+                    without = predicted(unet, x, t, unprompted, pooled[1] if pooled else None)
                 if guidance_scale > 1:
                     epsilon = without + guidance_scale * (epsilon - without)
                 noiseless = scheduler.step(epsilon, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample

@@ -141,12 +141,12 @@ def test_loss_and_gradient_are_those_of_a_path_by_hand_in_float64(
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps)
-    told, untold, *_ = pipe.encode_prompt(texts, "cpu", 1, True)
+    prompted, unprompted, *_ = pipe.encode_prompt(texts, "cpu", 1, True)
 
     def noiseless(unet: Any, x: Tensor, t: Tensor) -> Tensor:
-        epsilon = unet(x, t, encoder_hidden_states=told).sample
+        epsilon = unet(x, t, encoder_hidden_states=prompted).sample
         if guidance_scale > 1:
-            without = unet(x, t, encoder_hidden_states=untold).sample
+            without = unet(x, t, encoder_hidden_states=unprompted).sample
             epsilon = without + guidance_scale * (epsilon - without)
         return scheduler.step(epsilon, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
 

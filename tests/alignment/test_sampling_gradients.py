@@ -25,8 +25,8 @@ def base_of(kind: str = "sd", dtype: torch.dtype = torch.float32) -> Base:
 
 
 def drawn(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int = 0, **others: Any) -> Any:
-    told, untold = conditions(base, PROMPTS[: len(noise)]), unconditional(base, len(noise))
-    return sample(base, base.denoiser, told, untold, noise, sampling, keep=keep, **others)
+    prompted, unprompted = conditions(base, PROMPTS[: len(noise)]), unconditional(base, len(noise))
+    return sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=keep, **others)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -51,8 +51,8 @@ def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_
     ).images
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-4)
     alone = row_generators(1, range(1, 2))
-    noise, told, untold = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)
-    row = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=alone)
+    noise, prompted, unprompted = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)
+    row = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=alone)
     torch.testing.assert_close(decode(base, row.latents), ours[1:], atol=2e-5, rtol=1e-4)
 
 
@@ -66,11 +66,11 @@ def test_gradients_reach_exactly_the_last_steps(keep: int, checkpointing: bool) 
     base.denoiser.conv_out.bias.requires_grad_(True)
     found = drawn(base, noise, sampling, keep, checkpointing=checkpointing)
     handle.remove()
-    assert with_graph == [False] * (4 - keep) + [True] * keep and len(found.kept) == keep
+    assert with_graph == [False] * (4 - keep) + [True] * keep and len(found.steps) == keep
     found.latents.sum().backward()
     assert base.denoiser.conv_out.bias.grad.abs().sum() > 0
     assert (noise.grad is not None) == (keep == 4)
-    assert len(drawn(base, noise, sampling, 0).kept) == 0
+    assert len(drawn(base, noise, sampling, 0).steps) == 0
     with torch.no_grad():
         assert not drawn(base, noise, sampling, keep).latents.requires_grad
 
@@ -116,10 +116,10 @@ def last_steps(
 ) -> torch.Tensor:
     """DDIM by hand from the state before the last `keep` steps."""
     scheduler = sampling.prepared(base)
-    told, untold = conditions(base, PROMPTS[:1]), unconditional(base, 1)
+    prompted, unprompted = conditions(base, PROMPTS[:1]), unconditional(base, 1)
     for t in scheduler.timesteps[sampling.steps - keep : stop]:
-        with_prompt = base.predict(base.denoiser, latents, t.expand(1), told)
-        without = base.predict(base.denoiser, latents, t.expand(1), untold)
+        with_prompt = base.predict(base.denoiser, latents, t.expand(1), prompted)
+        without = base.predict(base.denoiser, latents, t.expand(1), unprompted)
         guided = without + sampling.guidance_scale * (with_prompt - without)
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents

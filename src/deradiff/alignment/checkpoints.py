@@ -149,15 +149,15 @@ def read_state(folder: Path, progress: TrainingProgress, shapes: Sequence[torch.
 def _of_optimizer(
     path: Path, held: dict[str, Tensor], progress: TrainingProgress, shapes: Sequence[torch.Size]
 ) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
+    states: dict[int, dict[str, Any]] = {}
     known = {str(i): i for i in range(len(shapes))}
     named = [(name.split(".", 2), value) for name, value in held.items()]
     numbers = [(["optimizer", i, key], value) for i, of in progress.numbers.items() for key, value in of.items()]
     for parts, value in [*named, *numbers]:
         if len(parts) != 3 or parts[0] != "optimizer" or parts[1] not in known:
             raise ValueError(f"{path} is of another training: {'.'.join(parts)[:80]!r} belongs to none here: {CURE}")
-        found.setdefault(known[parts[1]], {})[parts[2]] = value
-    return found
+        states.setdefault(known[parts[1]], {})[parts[2]] = value
+    return states
 
 
 def _require_adamw(path: Path, optimizer: Mapping[int, Mapping[str, Any]], shapes: Sequence[torch.Size]) -> None:
@@ -170,9 +170,9 @@ def _require_adamw(path: Path, optimizer: Mapping[int, Mapping[str, Any]], shape
 def _apart(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that are laid out in order and share no memory, as the file asks for; an 8-bit optimizer's tables do."""
     seen: set[int] = set()
-    found = {}
+    separate = {}
     for name, value in held.items():
         ordered = value.detach().contiguous()
-        found[name] = ordered.clone() if ordered.data_ptr() in seen else ordered
+        separate[name] = ordered.clone() if ordered.data_ptr() in seen else ordered
         seen.add(ordered.data_ptr())
-    return found
+    return separate

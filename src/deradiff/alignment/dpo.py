@@ -75,14 +75,14 @@ def noise_pairs(
     noise = torch.stack([torch.randn(clean.shape[2:], generator=g) for g in generators]).to(device)
     timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
     dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
-    told = {
+    single = {
         name: torch.where(_like(dropped, prompts), empty[name], prompts).to(device)
         for name, prompts in batch.prompts.items()
     }
     if base.is_xl:
-        told["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(told["prompt_embeds"])
+        single["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(single["prompt_embeds"])
     both, noise, timesteps = clean.transpose(0, 1).flatten(0, 1), _twice(noise), _twice(timesteps)
-    conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in told.items()}
+    conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in single.items()}
     return Noised(base.noised(both, noise, timesteps), timesteps, conditions, base.target(both, noise, timesteps))
 
 

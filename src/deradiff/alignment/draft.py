@@ -26,17 +26,17 @@ from deradiff.rewards import Reward
 
 
 def divergence(
-    base: Base, policy: Policy, model: nn.Module, kept: Sequence[DifferentiatedStep], told: Conditions
+    base: Base, policy: Policy, model: nn.Module, steps: Sequence[DifferentiatedStep], prompted: Conditions
 ) -> Float[Tensor, " batch"]:
-    """The sum over `kept` steps of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
-    found = torch.zeros(len(kept[0].noisy), device=kept[0].noisy.device)
-    for step in kept:
+    """The sum over `steps` of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
+    total = torch.zeros(len(steps[0].noisy), device=steps[0].noisy.device)
+    for step in steps:
         # What earlier steps did to the latents is differentiated too: then the reference's own prediction moves.
         moves = step.noisy.requires_grad
         with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(model, moves):
-            prediction = base.predict(reference, step.noisy, step.timesteps, told)
-        found = found + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
-    return found
+            prediction = base.predict(reference, step.noisy, step.timesteps, prompted)
+        total = total + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
+    return total
 
 
 @contextmanager
@@ -69,17 +69,17 @@ def objective(
 
     `until` stops the sampling early (see `sampling.sample`); rewards count up to `ceiling`.
     """
-    told = conditions(base, prompts, sampling.resolution)
+    prompted = conditions(base, prompts, sampling.resolution)
     guided = sampling.guidance_scale > 1
-    untold = unconditional(base, len(prompts), sampling.resolution) if guided else None
+    unprompted = unconditional(base, len(prompts), sampling.resolution) if guided else None
     noise = sampling.noise(base, generators)
-    drawn = sample(base, model, told, untold, noise, sampling, keep=keep, generators=generators, until=until)
+    drawn = sample(base, model, prompted, unprompted, noise, sampling, keep=keep, generators=generators, until=until)
     images = decode(base, drawn.latents)
     rewards = scored(reward, images, prompts)
     if images.requires_grad and not rewards.requires_grad:
         raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
     # Without a KL term the reference need not be evaluated.
-    divergences = divergence(base, policy, model, drawn.kept, told) if kl else torch.zeros_like(rewards)
+    divergences = divergence(base, policy, model, drawn.steps, prompted) if kl else torch.zeros_like(rewards)
     return regularised_reward(rewards.clamp(max=ceiling), divergences, kl)
 
 
@@ -100,8 +100,8 @@ def on_held_out(
     for start in range(0, len(prompts), per_pass):
         places = range(len(prompts))[start : start + per_pass]
         asked, generators = [prompts[place] for place in places], row_generators(seed, places, "held out")
-        found = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
-        total += len(asked) * found.item()
+        value = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
+        total += len(asked) * value.item()
     return total / len(prompts)
 
 

@@ -28,8 +28,8 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
         save(fresh)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
-        kept = "the last good one stays" if folder.exists() else "there is none yet"
-        warnings.warn(f"no checkpoint could be written to {folder} ({error}): make room; {kept}", stacklevel=2)
+        remaining = "the last good one stays" if folder.exists() else "there is none yet"
+        warnings.warn(f"no checkpoint could be written to {folder} ({error}): make room; {remaining}", stacklevel=2)
         return
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():

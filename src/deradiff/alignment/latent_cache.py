@@ -333,12 +333,12 @@ class LatentCache:
         for row in rows:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of a cache of {len(self)} pairs")
-        found = [self._row(self._pairs, row) for row in rows]
-        prompts = [int(file.get_slice("prompt")[place : place + 1]) for file, place in found]
+        located = [self._row(self._pairs, row) for row in rows]
+        prompts = [int(file.get_slice("prompt")[place : place + 1]) for file, place in located]
         places = [self._row(self._prompts, prompt) for prompt in prompts]
         return CachedBatch(
-            latents=_gathered(found, "latents"),
-            time_ids=_gathered(found, "time_ids"),
+            latents=_gathered(located, "latents"),
+            time_ids=_gathered(located, "time_ids"),
             prompts={name.removeprefix(EMBEDDING): _gathered(places, name) for name in self._embeddings},
             texts=[self.texts[prompt] for prompt in prompts],
         )

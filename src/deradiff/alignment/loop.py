@@ -35,12 +35,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 @contextmanager
 def swapped(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """`parameters` hold `values` inside the block."""
-    mine = [p.detach().clone() for p in parameters]
+    former = [p.detach().clone() for p in parameters]
     try:
         copy_to(parameters, values)
         yield
     finally:
-        copy_to(parameters, mine)
+        copy_to(parameters, former)
 
 
 @torch.no_grad()
@@ -294,7 +294,7 @@ class _Training:
             "best": self.best,
             "optimizer": self.optimizer.state_dict()["state"],
         }
-        tensors = sharding.whole(tensors, accelerator.is_main_process)
+        tensors = sharding.gathered(tensors, accelerator.is_main_process)
         recent = accelerator.reduce(self.recent, "mean").item()
 
         def write(folder: Path) -> None:

@@ -182,8 +182,10 @@ def prepare_prompts(
         raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
-    kept = len(texts) - settings.held_out
-    return TrainingPrompts(tuple(texts[:kept]), tuple(texts[kept:]), reward_of(settings, pipe.device), fingerprint)
+    trained_on = len(texts) - settings.held_out
+    return TrainingPrompts(
+        tuple(texts[:trained_on]), tuple(texts[trained_on:]), reward_of(settings, pipe.device), fingerprint
+    )
 
 
 def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:

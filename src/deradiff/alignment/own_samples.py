@@ -100,10 +100,10 @@ def _drawn(
     base: Base, texts: list[str], reward: Reward, sampling: SamplerSettings, seed: int, rows: range
 ) -> dict[str, Tensor]:
     generators = row_generators(seed, rows, "own sample")
-    told = conditions(base, texts, sampling.resolution)
+    prompted = conditions(base, texts, sampling.resolution)
     guided = sampling.guidance_scale > 1
-    untold = unconditional(base, len(texts), sampling.resolution) if guided else None
+    unprompted = unconditional(base, len(texts), sampling.resolution) if guided else None
     noise = sampling.noise(base, generators)
-    latents = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=generators).latents
+    latents = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=generators).latents
     rewards = scored(reward, decode(base, latents), texts)
     return {"latents": latents.float().cpu().contiguous(), "rewards": rewards.float().cpu()}

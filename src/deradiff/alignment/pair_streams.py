@@ -156,9 +156,9 @@ class PairStream:
         if not self.held_out_rows:
             return 0, 0
         skipped: Mapping[str, int] = {}
-        for found, step in enumerate(self.in_order(None), 1):
+        for count, step in enumerate(self.in_order(None), 1):
             skipped = step.skipped
-            if found == self.held_out_rows:
+            if count == self.held_out_rows:
                 return step.cursor["shard"], step.cursor["next"]
         raise ValueError(
             f"{self.held_out_rows} pairs cannot be held out: the data have fewer (left out: {dict(skipped)})"

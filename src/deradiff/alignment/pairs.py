@@ -110,16 +110,16 @@ class PairFolder:
 
     def __init__(self, folder: str | Path, held_out: int = 0) -> None:
         self.folder = Path(folder)
-        found = [self.folder / name for name in LISTS if (self.folder / name).is_file()]
-        if not found:
+        lists = [self.folder / name for name in LISTS if (self.folder / name).is_file()]
+        if not lists:
             raise FileNotFoundError(f"{folder} has no list of pairs: it must hold {' or '.join(LISTS)}")
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)}: keep one of them")
-        content = found[0].read_bytes()
+        if len(lists) > 1:
+            raise ValueError(f"{folder} holds {' and '.join(path.name for path in lists)}: keep one of them")
+        content = lists[0].read_bytes()
         self._root = os.path.realpath(self.folder)
-        self._rows = [self._checked(*row) for row in _listed(found[0])]
+        self._rows = [self._checked(*row) for row in _listed(lists[0])]
         if not self._rows:
-            raise ValueError(f"{found[0]} lists no pair")
+            raise ValueError(f"{lists[0]} lists no pair")
         self.fingerprint: dict[str, Any] = {
             "kind": "folder",
             "pairs": len(self._rows),

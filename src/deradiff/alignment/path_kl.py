@@ -55,11 +55,11 @@ class Chain:
                 "take ddim (η = 1 is set here), ddpm or euler-a"
             )
         self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
-        self._told = conditions(base, prompts, sampling.resolution)
+        self._conditions = conditions(base, prompts, sampling.resolution)
         self._guided = sampling.guidance_scale > 1
         if self._guided:
-            untold = unconditional(base, len(prompts), sampling.resolution)
-            self._told = {name: torch.cat([untold[name], rows]) for name, rows in self._told.items()}
+            unprompted = unconditional(base, len(prompts), sampling.resolution)
+            self._conditions = {name: torch.cat([unprompted[name], rows]) for name, rows in self._conditions.items()}
 
     def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
         """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
@@ -72,11 +72,11 @@ class Chain:
             self.scheduler._step_index = number
         shown = self.scheduler.scale_model_input(latents, timestep).to(self.base.denoiser.dtype)
         shown = torch.cat([shown, shown]) if self._guided else shown
-        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._told)
+        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._conditions)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self._guided:
-            without, told = prediction.chunk(2)
-            prediction = torch.lerp(without, told, self.sampling.guidance_scale)
+            without_prompt, with_prompt = prediction.chunk(2)
+            prediction = torch.lerp(without_prompt, with_prompt, self.sampling.guidance_scale)
         return posteriors.posterior(self.scheduler, prediction, timestep, latents, **self._eta)
 
     def walk(self, denoiser: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[ChainStep]:
@@ -123,10 +123,10 @@ def path_kl(
     """
     if not prompts:
         raise ValueError("no prompts: the divergence is a mean over prompts")
-    found = []
+    divergences = []
     for start in range(0, len(prompts), per_pass):
         texts = prompts[start : start + per_pass]
         chain, generators = Chain(base, texts, sampling), row_generators(seed, range(start, start + len(texts)), "path")
         steps = [divergence(chain, policy, step, policy.model) for step in chain.walk(policy.model, generators)]
-        found.append(torch.stack(steps).double().sum(0).cpu())
-    return mean(torch.cat(found))
+        divergences.append(torch.stack(steps).double().sum(0).cpu())
+    return mean(torch.cat(divergences))

@@ -56,8 +56,8 @@ def advantages(rewards: Float[Tensor, " sample"], group: int, *, normalized: boo
         )
     rows = rewards.view(-1, group)
     away = rows - rows.mean(1, keepdim=True)
-    found = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
-    return found.flatten()
+    scaled = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
+    return scaled.flatten()
 
 
 def clipped_policy_gradient(
@@ -101,7 +101,7 @@ def loss(
     with torch.no_grad():
         rewards = scored(reward, decode(base, path[-1].after), prompts)
     advantage = advantages(rewards, group, normalized=kl == 0)
-    value, found = -rewards.mean(), rewards.new_zeros(())
+    value, surrogate = -rewards.mean(), rewards.new_zeros(())
     decisions = [step for step in path if step.is_random]
     if not decisions:
         raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
@@ -111,13 +111,13 @@ def loss(
         with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             transition = chain.transition(model, step.number, step.before)
             log_probs = log_density(transition, step.after)
-            found = clipped_policy_gradient(log_probs, log_probs, advantage)
+            surrogate = clipped_policy_gradient(log_probs, log_probs, advantage)
             if kl:
                 away = divergence(chain, policy, step._replace(transition=transition), model).mean()
-                found, value = found + kl * away, value + kl * away.detach()
+                surrogate, value = surrogate + kl * away, value + kl * away.detach()
             if not last:
-                accelerator.backward(found)
-    return found + (value - found).detach()
+                accelerator.backward(surrogate)
+    return surrogate + (value - surrogate).detach()
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

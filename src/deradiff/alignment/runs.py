@@ -253,17 +253,17 @@ def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset,
     base.pipe.to(base.denoiser.device)
     try:
         per_pass = max(1, settings.batch // settings.plan.accumulate)
-        found = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
+        estimate = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
     finally:
         if parked != base.denoiser.device:
             _park(base.pipe)
-    return {**asdict(found), "prompts": len(prompts), **asdict(sampling)}
+    return {**asdict(estimate), "prompts": len(prompts), **asdict(sampling)}
 
 
 def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:
     """What decides the weights, as plain data."""
-    words = ("source", "betas", "notes", "gradient_checkpointing")
-    decisive = {key: value for key, value in asdict(settings).items() if key not in words}
+    changing_nothing = ("source", "betas", "notes", "gradient_checkpointing")
+    decisive = {key: value for key, value in asdict(settings).items() if key not in changing_nothing}
     return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
 

@@ -134,9 +134,9 @@ def train_rwr(
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
         timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
         dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < share
-        told = embedded.of([samples.prompts[row] for row in rows], dropped)
-        told = {name: value.to(device) for name, value in told.items()}
-        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, told)
+        conditions = embedded.of([samples.prompts[row] for row in rows], dropped)
+        conditions = {name: value.to(device) for name, value in conditions.items()}
+        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
         return squared_error(prediction.float(), base.target(clean, noise, timesteps))
 
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
