@@ -232,7 +232,7 @@ def resumed(place: Path) -> None:
 
 def small_preset() -> Preset:
     """Of the digits, for six pairs."""
-    preset = usual(True, "dpo")
+    preset = usual("digits", "dpo")
     return replace(preset, held_out=2, batch=2, plan=replace(preset.plan, steps=1, warmup=0, patience=None))
 
 

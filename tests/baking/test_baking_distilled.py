@@ -23,7 +23,7 @@ from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs
 from deradiff.baking.distillation import (
-    DIGITS,
+    SHIPPED,
     Samples,
     Teacher,
     distil,
@@ -197,7 +197,7 @@ def test_a_few_steps_bring_the_digits_nearer(tmp_path: Path) -> None:
     pipe, prompts, sampler = digits.load_pipeline(), sample_prompts(40, 3), Sampler(6, 1.5, 20)
     anchor = digits.anchor_path(30.0)
     before = bake(pipe, anchor, 0.5, tmp_path / "weights", prompts=prompts[-8:], images=8, sampler=sampler)
-    settings = replace(DIGITS, samples=40, held_out=4, steps=30, batch=16)
+    settings = replace(SHIPPED, samples=40, held_out=4, steps=30, batch=16)
     after = bake(
         pipe,
         anchor,

@@ -70,7 +70,7 @@ def test_captions_are_parsed_back() -> None:
 def test_every_caption_has_its_own_tokens_and_no_unknown_ones() -> None:
     texts = [captions.caption(parts, wording) for parts in all_parts() for wording in range(3)]
     ids = token_ids([*texts, ""])
-    assert ids.shape == (len(texts) + 1, captions.MAX_LENGTH)
+    assert ids.shape == (len(texts) + 1, digits.MAX_LENGTH)
     assert len(set(map(tuple, ids.tolist()))) == len(texts) + 1
     words = tokenizer()
     for text, row in zip(texts, ids.tolist(), strict=False):
@@ -111,10 +111,10 @@ def test_shipped_files_are_safetensors_of_at_most_40_mb() -> None:
 
 def test_shipped_reference_draws_what_the_prompt_says() -> None:
     pipe = digits.load_pipeline()
-    assert pipe.tokenizer.model_max_length == captions.MAX_LENGTH
+    assert pipe.tokenizer.model_max_length == digits.MAX_LENGTH
     prompts = captions.sample_prompts(60, seed=9)
     assert torch.equal(
-        pipe.tokenizer(prompts, padding="max_length", max_length=captions.MAX_LENGTH, return_tensors="pt").input_ids,
+        pipe.tokenizer(prompts, padding="max_length", max_length=digits.MAX_LENGTH, return_tensors="pt").input_ids,
         token_ids(prompts),
     )
     scores = quality.score(quality.draw(pipe, prompts, seed=9, steps=15), prompts)

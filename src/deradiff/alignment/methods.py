@@ -34,9 +34,11 @@ from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
-from deradiff.worlds.digits import captions
+from deradiff.worlds import SHIPPED, find
 
 OWN_PAIRS, OWN_PROMPTS = 2000, 500
+
+_SHIPPED = f"the models that ship ({', '.join(SHIPPED)})"
 
 
 @runtime_checkable
@@ -110,15 +112,15 @@ def prepare_pairs(
 
 def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
     """Pairs of the model's own pictures, compared by the reward. Raises `ValueError` for a model without prompts."""
-    if settings.base != "digits":
-        raise ValueError("own pairs need prompts and a reward, which only the digits bring along: name --data")
+    if (world := find(settings.base)) is None:
+        raise ValueError(f"own pairs need prompts and a reward, which only {_SHIPPED} bring along: name --data")
     sampling = settings.sampling
     pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
     return draw_pairs(
         folder,
         pipe,
         settings.base,
-        captions.sample_prompts(count, seed),
+        world.sample_prompts(count, seed),
         reward_of(settings, pipe.device),
         temperature=0.25,
         steps=sampling["steps"],
@@ -191,9 +193,9 @@ def prepare_prompts(
 def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
     if settings.data != "own":
         return list(load_prompts(settings.data, count, seed if count else None).prompts)
-    if settings.base != "digits":
-        raise ValueError("only the digits bring prompts along: name --data, a list of prompts")
-    return captions.sample_prompts(count or OWN_PROMPTS, seed)
+    if (world := find(settings.base)) is None:
+        raise ValueError(f"only {_SHIPPED} bring prompts along: name --data, a list of prompts")
+    return world.sample_prompts(count or OWN_PROMPTS, seed)
 
 
 def reward_of(settings: Preset, device: Any) -> Reward:
@@ -205,7 +207,7 @@ def reward_of(settings: Preset, device: Any) -> Reward:
 
 def sampling_of(settings: Preset, scheduler: str | None = None) -> SamplerSettings:
     """How `settings` sample; with another scheduler if one is named."""
-    resolution = None if settings.base == "digits" else settings.resolution
+    resolution = None if find(settings.base) else settings.resolution
     named = {"scheduler": scheduler} if scheduler else {}
     return SamplerSettings(resolution=resolution, **{**settings.sampling, **named})
 

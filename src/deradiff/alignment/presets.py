@@ -5,6 +5,7 @@ from typing import Any
 
 from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.training import TrainingPlan
+from deradiff.worlds import find
 
 SDXL, SD15, SD14 = (
     "stabilityai/stable-diffusion-xl-base-1.0",
@@ -284,16 +285,16 @@ PRESETS: dict[str, Preset] = {
 """By name: `deradiff align --show-preset NAME` prints one."""
 
 
-def usual(digits: bool, method: str) -> Preset:
-    """What `method` starts from where no preset is named: the digits' own, or the plainest way to train.
+def usual(base: str | None, method: str) -> Preset:
+    """What `method` starts from where no preset is named: that of a world that ships, or the plainest way to train.
 
     All weights in float32 at a constant rate, nothing accumulated; sampler and options are those of the method's first
     preset.
     """
-    if digits:
-        return PRESETS["digits" if method == "dpo" else f"digits-{method}"]
-    called = next(preset for preset in PRESETS.values() if preset.method == method)
-    return replace(called, betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
+    of_method = [preset for preset in PRESETS.values() if preset.method == method]
+    if world := find(base):
+        return next(preset for preset in of_method if preset.base == world.name)
+    return replace(of_method[0], betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
 
 
 def preset(name: str) -> Preset:

@@ -37,6 +37,7 @@ from deradiff.files.tensors import rows as rows_of
 from deradiff.files.writing import whole
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.dial import Dial
+from deradiff.worlds import find
 
 CONDITION_WIDTH = 256
 """Of the embedding of λ, for a student that is told λ; as wide as latent consistency models have theirs."""
@@ -119,8 +120,13 @@ class Distillation:
         )
 
 
-DIGITS = Distillation(steps=1500, learning_rate=3e-3)
-"""For the model that ships with deradiff, which is small and bears a high rate."""
+SHIPPED = Distillation(steps=1500, learning_rate=3e-3)
+"""For a world that ships with deradiff, which is small and bears a high rate."""
+
+
+def usual(reference: str) -> Distillation:
+    """What a distillation of `reference` starts from."""
+    return SHIPPED if find(reference) else Distillation()
 
 
 # -- the teacher ------------------------------------------------------------------------------------------------------
