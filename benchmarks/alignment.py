@@ -26,14 +26,14 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
-from deradiff.alignment.loop import Part, Plan
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import BatchPart, TrainingPlan, TrainingRun
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.worlds import digits
 
 BATCH, STEPS, RANK, CACHED = 32, 6, 16, 64
-QUIET = Plan(steps=STEPS, learning_rate=1e-4, warmup=1, average=0.0, evaluate_every=STEPS)
+QUIET = TrainingPlan(steps=STEPS, learning_rate=1e-4, warmup=1, average=0.0, evaluate_every=STEPS)
 
 
 class RandomPairs:
@@ -45,7 +45,7 @@ class RandomPairs:
         self.held_out = 1
         self.prompts, self.empty = base.encode_prompts(["a seven"]), base.encode_prompts([""])
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """Always the same ones."""
         return self.take(range(size))
 
@@ -94,9 +94,11 @@ def training(second: bool, folder: Path) -> Callable[[], object]:
         QUIET,
         batch=BATCH,
         dropout=0.1,
-        seed=0,
-        checkpoint=folder / "none",
-        report=lambda *_: None,
+        run=TrainingRun(
+            seed=0,
+            checkpoint=folder / "none",
+            report=lambda *_: None,
+        ),
     )
 
 

@@ -22,17 +22,17 @@ from rich.table import Table
 
 import deradiff
 from deradiff.baking import Sampler, split_prompts
-from deradiff.baking.distillation import DIGITS
+from deradiff.baking.distillation import SHIPPED
 from deradiff.cli import terminal
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.sweep.jobs import reproducible
 from deradiff.worlds import digits
-from deradiff.worlds.digits import captions, quality
+from deradiff.worlds.digits import captions
 
 BETA, LAM = min(digits.BETAS), 0.5
 PROMPTS, IMAGES, SEED = 600, 100, 0
-SAMPLER = Sampler(steps=25, guidance_scale=quality.GUIDANCE, batch_size=50)
+SAMPLER = Sampler(steps=25, guidance_scale=digits.GUIDANCE, batch_size=50)
 LIMIT = 15 * 60 * 2
 """Seconds of a processor in 15 minutes on two cores."""
 
@@ -59,7 +59,7 @@ def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
         prompts=prompts,
         images=IMAGES,
         sampler=SAMPLER,
-        distillation=DIGITS,
+        distillation=SHIPPED,
         seed=SEED,
         force=True,
         name="digits",
@@ -138,7 +138,7 @@ def main() -> None:
         "images": IMAGES,
         "prompts": PROMPTS,
         "sampler": asdict(SAMPLER),
-        "distillation": asdict(DIGITS),
+        "distillation": asdict(SHIPPED),
         "seed": SEED,
         "threads": 1,
         "rows": rows,

@@ -73,7 +73,7 @@ def main() -> None:
         for method, strengths in STRENGTHS.items():
             for strength in strengths:
                 with terminal.stages(console) as report:
-                    made = align_all(usual(True, method), [strength], chosen.out / method, report, cpu=True)
+                    made = align_all(usual("digits", method), [strength], chosen.out / method, report, cpu=True)
                 (anchor,) = made
                 record = json.loads((anchor / "alignment.json").read_text())
                 rows[f"{method} {strength:g}"] = measured(anchor) | {"path_kl": record["path_kl"]}

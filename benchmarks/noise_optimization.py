@@ -30,7 +30,7 @@ import deradiff
 from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.alignment.base import Base
 from deradiff.alignment.noise_optimization import Cost, counted, initial_noise, optimize_noise
-from deradiff.alignment.sampling import Sampling, conditions
+from deradiff.alignment.sampling import SamplerSettings, conditions
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.worlds import digits
@@ -69,7 +69,7 @@ def operations(base: Base) -> tuple[float, float]:
     """Gigaflops of one evaluation of the denoiser, and of propagating a gradient back to its input."""
     told = conditions(base, ["a seven"])
     noise, time_ = (
-        initial_noise(base, Sampling("ddim", STEPS, GUIDANCE), 1, SEED).requires_grad_(True),
+        initial_noise(base, SamplerSettings("ddim", STEPS, GUIDANCE), 1, SEED).requires_grad_(True),
         torch.tensor([500]),
     )
     base.denoiser.requires_grad_(False)
@@ -86,7 +86,7 @@ def optimized(base: Base, prompts: list[str], noise: Tensor, steps: int, iterati
         base,
         prompts,
         DigitsReward(),
-        Sampling("ddim", steps, GUIDANCE),
+        SamplerSettings("ddim", steps, GUIDANCE),
         iterations=iterations,
         learning_rate=LEARNING_RATE,
         norm_weight=NORM_WEIGHT,
@@ -183,7 +183,7 @@ def main() -> None:
         logging.set_verbosity_error()
     base = Base(digits.load_pipeline())
     prompts = captions.sample_prompts(options.prompts, SEED + 100)
-    noise = initial_noise(base, Sampling("ddim", STEPS, GUIDANCE), len(prompts), SEED)
+    noise = initial_noise(base, SamplerSettings("ddim", STEPS, GUIDANCE), len(prompts), SEED)
     rows = [sampled(base, prompts, noise, steps) for steps in (STEPS, 1)]
     rows += [sampled(base, prompts, noise, lam=lam) for lam in LAMS]
     rows += [optimized(base, prompts, noise, steps, iterations) for steps in (1, STEPS) for iterations in ITERATIONS]

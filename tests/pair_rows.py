@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff.alignment.feeds import Feed
+from deradiff.alignment.data_order import DataOrder
+from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.alignment.pair_streams import PairStream
-from deradiff.alignment.pairs import Pair
 
 GOOD, BAD = (0, 200, 0), (200, 0, 0)
 
@@ -74,8 +74,8 @@ def folder_of(root: Path, count: int = 7) -> Path:
     return root
 
 
-def prompts(feed: Feed[Pair], counts: list[int]) -> list[str]:
-    return [pair.prompt for count in counts for pair in feed.take(count)]
+def prompts(order: DataOrder[PreferencePair], counts: list[int]) -> list[str]:
+    return [pair.prompt for count in counts for pair in order.take(count)]
 
 
 def colour(image: Image.Image) -> tuple[int, int, int]:

@@ -28,12 +28,13 @@ from deradiff import bake
 from deradiff.alignment import folders, own_samples, runs, sharding
 from deradiff.alignment.base import Base
 from deradiff.alignment.checkpoints import read_state
-from deradiff.alignment.feeds import Feed, permuted
-from deradiff.alignment.loop import Curve, Part, Plan, train
+from deradiff.alignment.data_order import DataOrder, permuted
+from deradiff.alignment.loop import train
 from deradiff.alignment.methods import prepare_pairs
 from deradiff.alignment.pairs import open_pairs
 from deradiff.alignment.presets import Preset, usual
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.anchors import load_anchor
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
@@ -166,7 +167,7 @@ def records(folder: Path) -> Iterator[Written]:
 
 
 class Numbers:
-    """A source of numbers, for a feed."""
+    """A source of numbers, for a data order."""
 
     fingerprint: dict[str, Any] = {"kind": "numbers", "count": 6}  # noqa: RUF012
     held_out_rows = 0
@@ -182,29 +183,31 @@ class Stopped(Exception):
     """The machine went away."""
 
 
-LINE = Plan(4, 0.01, warmup=0, average=0.5, evaluate_every=1, patience=5, checkpoint_seconds=1e9)
+LINE = TrainingPlan(4, 0.01, warmup=0, average=0.5, evaluate_every=1, patience=5, checkpoint_seconds=1e9)
 
 
-def fitted(checkpoint: Path, stop_at: int | None = None, seconds: float = 1e9) -> Curve:
+def fitted(checkpoint: Path, stop_at: int | None = None, seconds: float = 1e9) -> LossCurve:
     """A line through numbers, which is interrupted at a step."""
     torch.manual_seed(0)
-    feed = Feed(Numbers(), seed=1)
+    order = DataOrder(Numbers(), seed=1)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         if part.step == stop_at:
             raise Stopped
-        return (model(torch.tensor(feed.take(2)).float()[:, None]) - 1).square().mean()
+        return (model(torch.tensor(order.take(2)).float()[:, None]) - 1).square().mean()
 
     return train(
         nn.Linear(1, 1),
         loss,
         lambda model: float(model(torch.ones(1, 1)).square()),
         replace(LINE, checkpoint_seconds=seconds),
-        seed=0,
-        checkpoint=checkpoint,
-        report=silent,
-        identity="a line",
-        data=feed,
+        run=TrainingRun(
+            seed=0,
+            checkpoint=checkpoint,
+            report=silent,
+            identity="a line",
+        ),
+        data=order,
     )
 
 
@@ -222,14 +225,14 @@ def resumed(place: Path) -> None:
     progress = folders.read(place, "a line", LINE.steps)
     parameters = [torch.zeros(1, 1), torch.zeros(1)]
     state = read_state(place, progress, [value.shape for value in parameters], LINE)
-    Feed(Numbers(), seed=1).load_state_dict(progress.data)
+    DataOrder(Numbers(), seed=1).load_state_dict(progress.data)
     sharding.optimizer_parts({"state": state.optimizer, "param_groups": []}, parameters)
-    Curve(**progress.curve.model_dump())
+    LossCurve(**progress.curve.model_dump())
 
 
 def small_preset() -> Preset:
     """Of the digits, for six pairs."""
-    preset = usual(True, "dpo")
+    preset = usual("digits", "dpo")
     return replace(preset, held_out=2, batch=2, plan=replace(preset.plan, steps=1, warmup=0, patience=None))
 
 
@@ -270,7 +273,7 @@ def samples(folder: Path) -> Iterator[Written]:
     out, base = folder / "samples", Base(pipe())
 
     def drawn() -> object:
-        sampling = Sampling("ddim", 1, 1.0)
+        sampling = SamplerSettings("ddim", 1, 1.0)
         return own_samples.draw_samples(out, base, "digits", ["a seven"], 2, DigitsReward(), sampling, seed=0, chunk=2)
 
     drawn()
@@ -302,7 +305,7 @@ def builds(folder: Path) -> Iterator[Written]:
     yield Written("chunk of the build's pairs", chunk, read, "tensors", 8, folder / "build")
     curve = folder / "curve" / "vae-curve.json"
     curve.parent.mkdir()
-    curve.write_text(json.dumps(asdict(Curve([0, 1], [1.0, 0.5], [1.0, 0.5], "flat", 1))))
+    curve.write_text(json.dumps(asdict(LossCurve([0, 1], [1.0, 0.5], [1.0, 0.5], "flat", 1))))
     yield Written("loss curve", curve, lambda: export.curves(curve.parent), "json", 20, curve.parent)
 
     pool = truth_models.TruthSettings(samples=4, samples_chunk=2, sampling_steps=1, sampling_batch=2)
@@ -318,7 +321,7 @@ def builds(folder: Path) -> Iterator[Written]:
     ends = {"reference": {"value": 0.0, "error": 0.1}, "model": {"value": 1.0, "error": 0.1}}
     reached = {"bold": ends, "ink": ends}
     record = {"family": "weighted", "λ": {"bold": 1.0}, "reached": reached}
-    truth_models._save(digits.load_pipeline().unet, record, Curve([0], [1.0], [1.0], "flat", 0), target)
+    truth_models._save(digits.load_pipeline().unet, record, LossCurve([0], [1.0], [1.0], "flat", 0), target)
 
     def trained() -> object:
         truth_models._is_trained(target)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from deradiff.alignment import dpo
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
 from deradiff.alignment.dpo import Noised, errors
-from deradiff.alignment.loop import Curve, Part, Plan, train
-from deradiff.alignment.loop import Report as Progress
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
+from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.tensors import joined, rows
@@ -112,11 +113,11 @@ def align(
     policy: Policy,
     pairs: Pairs,
     beta: float,
-    plan: Plan,
+    plan: TrainingPlan,
     settings: Settings,
     checkpoint: Path,
     report: Progress,
-) -> Curve:
+) -> LossCurve:
     """Diffusion-DPO of `policy` against the base's UNet; keeps the best held-out weights."""
     latents, tokens = pairs.ordered(), pairs.tokens
     with torch.no_grad():
@@ -132,7 +133,7 @@ def align(
         text = torch.where(dropped[:, None, None], empty, embedded[index]).repeat(2, 1, 1)
         return Noised(base.noised(clean, noise, timesteps), timesteps, {"prompt_embeds": text}, noise)
 
-    def objective(model: nn.Module, generator: torch.Generator, _: Part) -> Tensor:
+    def objective(model: nn.Module, generator: torch.Generator, _: BatchPart) -> Tensor:
         index = torch.randint(trained_on, (settings.batch // 2,), generator=generator)
         return dpo.loss(base, policy, model, noised(index, generator), beta)
 
@@ -150,9 +151,7 @@ def align(
         return (torch.stack(losses).sum() / sum(batch.timesteps.numel() for batch in batches)).item()
 
     plan = replace(plan, learning_rate=plan.learning_rate / beta)
-    return train(
-        policy.model, objective, held_out_loss, plan, seed=settings.seed + 3, checkpoint=checkpoint, report=report
-    )
+    return train(policy.model, objective, held_out_loss, plan, run=TrainingRun(settings.seed + 3, checkpoint, report))
 
 
 def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deradiff.algorithm.estimates import mean
 from deradiff.alignment.checkpoints import CurveRecord
-from deradiff.alignment.loop import Report as Progress
+from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.reading import read
 from deradiff.files.writing import whole_folder

@@ -7,7 +7,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from deradiff.worlds.digits.captions import MAX_LENGTH, words
+from deradiff.worlds.digits import MAX_LENGTH
+from deradiff.worlds.digits.captions import words
 
 WIDTH = 64
 """Size of the text embeddings."""

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deradiff.alignment.loop import Part, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
+from deradiff.alignment.training import BatchPart, TrainingRun
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import whole_folder, write_json
@@ -32,7 +33,7 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
     pictures = 2 * data.render("train", settings.vae_pictures, settings.seed + 1).images - 1
     unseen = 2 * data.render("held-out", settings.held_out_pictures // 2, settings.seed + 2).images - 1
 
-    def loss(_: nn.Module, generator: torch.Generator, __: Part) -> Tensor:
+    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
         batch = pictures[torch.randint(len(pictures), (settings.vae_batch,), generator=generator)]
         # bfloat16 halves the time of these wide convolutions; the weights and everything after training are float32.
         with torch.autocast("cpu", torch.bfloat16):
@@ -51,9 +52,11 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
         loss,
         held_out_loss,
         settings.vae,
-        seed=settings.seed + 1,
-        checkpoint=folder / "vae-checkpoint",
-        report=partial(report, "autoencoder"),
+        run=TrainingRun(
+            seed=settings.seed + 1,
+            checkpoint=folder / "vae-checkpoint",
+            report=partial(report, "autoencoder"),
+        ),
     )
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
@@ -138,7 +141,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         embedded = model["text"](tokens(pictures, index, generator)).last_hidden_state
         return squared_error(model["unet"](noisy, timesteps, embedded).sample, noise)
 
-    def loss(_: nn.Module, generator: torch.Generator, __: Part) -> Tensor:
+    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
         index = torch.randint(len(latents), (settings.batch,), generator=generator)
         return denoising(pool, latents, index, generator).mean()
 
@@ -152,9 +155,11 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         loss,
         held_out_loss,
         settings.reference,
-        seed=settings.seed + 2,
-        checkpoint=folder / "reference-checkpoint",
-        report=partial(report, "reference"),
+        run=TrainingRun(
+            seed=settings.seed + 2,
+            checkpoint=folder / "reference-checkpoint",
+            report=partial(report, "reference"),
+        ),
     )
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = models.pipeline(vae, text.eval(), model["unet"].eval())

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from deradiff.algorithm.estimates import effective_sample_size, mean
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.loop import Curve, Plan
 from deradiff.alignment.objectives import bradley_terry
-from deradiff.alignment.rwr import Samples, tilted_weights, train_rwr, weighted_mean
+from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr, weighted_mean
+from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.files.folders import claim
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import discard, taken
@@ -54,9 +54,9 @@ Target = dict[str, float]
 
 # A tilt lowers the loss by 1e-4 or so, far less than what a step at any useful rate stirs up: the held-out loss first
 # rises, and keeping its minimum would keep the reference. So the rate ends at zero, and the last average is kept.
-WEIGHTED_PLAN = Plan(steps=1500, learning_rate=2e-4, warmup=50, cosine=1500, average=0.995, evaluate_every=100)
+WEIGHTED_PLAN = TrainingPlan(steps=1500, learning_rate=2e-4, warmup=50, cosine=1500, average=0.995, evaluate_every=100)
 # As for the shipped anchors, but slow to call a curve flat: a target that stopped early would be no truth.
-DPO_PLAN = Plan(
+DPO_PLAN = TrainingPlan(
     steps=1500, learning_rate=0.0125, warmup=20, average=0.98, evaluate_every=25, patience=16, tolerance=0.02
 )
 
@@ -87,12 +87,12 @@ class TruthSettings:
     batch: int = 128
     caption_dropout: float = 0.1
     held_out_samples: int = 2000
-    weighted: Plan = WEIGHTED_PLAN
+    weighted: TrainingPlan = WEIGHTED_PLAN
     dpo_beta: float = 1000.0
     """β of either reward's DPO anchor, in Diffusion-DPO's convention (see `alignment.objectives`)."""
     reward_temperature: float = 0.5
     held_out_pairs: int = 1000
-    dpo: Plan = DPO_PLAN
+    dpo: TrainingPlan = DPO_PLAN
     measured_samples: int = 1000
 
     @property
@@ -267,15 +267,17 @@ def train_weighted(folder: Path, settings: TruthSettings, target: Target, report
     curve = train_rwr(
         base,
         policy,
-        Samples(pool.latents, pool.captions),
+        ReferenceSamples(pool.latents, pool.captions),
         weights,
         settings.weighted,
         held_out=settings.held_out_samples,
         batch=settings.batch,
         dropout=settings.caption_dropout,
-        seed=settings.seed + 4,
-        checkpoint=checkpoint,
-        report=partial(report, f"weighted {path.name}"),
+        run=TrainingRun(
+            seed=settings.seed + 4,
+            checkpoint=checkpoint,
+            report=partial(report, f"weighted {path.name}"),
+        ),
     )
     record = {"family": "weighted", "λ": target, "tilts": tilts(settings, target), **describe_weights(pool, weights)}
     record["reached"] = reached(pipe, policy.model, pool, settings)
@@ -360,7 +362,7 @@ class _Trained(Record):
     files: Inventory | None = None
 
 
-def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: Curve, path: Path) -> None:
+def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: LossCurve, path: Path) -> None:
     model.to(memory_format=torch.contiguous_format)
 
     path.parent.mkdir(exist_ok=True)

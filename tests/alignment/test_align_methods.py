@@ -60,7 +60,7 @@ def test_prompts_that_measure_are_not_trained_on(tmp_path: Path) -> None:
     pipe = runs.load_base(PRESETS["digits"])
     from dataclasses import replace
 
-    settings = replace(usual(True, "draft"), data=str(listed), held_out=3)
+    settings = replace(usual("digits", "draft"), data=str(listed), held_out=3)
     data = methods.prepare_prompts(pipe, settings, tmp_path, None, 0, lambda *_: None)
     method = methods.METHODS["draft"]
     assert method.prompts(data, settings, 64) == ["a seven", "a eight", "a nine"] and not set(data.training) & set(
@@ -75,10 +75,10 @@ def test_prompts_that_measure_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_a_method_without_preset_starts_from_its_own_and_not_from_another_models_parts() -> None:
     for method in OPTIONS:
-        start = usual(False, method)
+        start = usual(None, method)
         assert start.method == method and start.vae is None and not start.betas
         # A preset's options are those of its method: none is unknown where it is trained.
-        assert set(start.options) == set(usual(True, method).options) | ({"ceiling"} if method == "refl" else set())
+        assert set(start.options) == set(usual("digits", method).options) | ({"ceiling"} if method == "refl" else set())
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from deradiff.alignment.base import Policy
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.draft import train_draft
-from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.loop import TrainingFailed, train
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from test_align_command import command, sampled
 from test_alignment import InMemory, Interrupted, base_of
 from test_draft import Brightness
@@ -37,8 +38,10 @@ LAUNCHED = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 """What `accelerate launch` sets."""
-PLAN = Plan(steps=3, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0)
-SHORT = Plan(steps=1, learning_rate=1e-3, warmup=0, average=0.0)
+PLAN = TrainingPlan(
+    steps=3, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0
+)
+SHORT = TrainingPlan(steps=1, learning_rate=1e-3, warmup=0, average=0.0)
 SMALL = ["digits", "--count", 6, "--held-out", 2, "--steps", 2, "--batch", 2, "--sampling-steps", 3]
 COMMANDS: dict[str, list[object]] = {
     "lora": [*SMALL, "--learning-rate", 0.01, "--beta", "100,200"],
@@ -90,12 +93,12 @@ class Blocks(nn.Module):
         return self.last(self.block(rows))
 
 
-def fitted(folder: Path, accelerator: Accelerator | None, break_at: int | None) -> tuple[nn.Module, Curve | None]:
+def fitted(folder: Path, accelerator: Accelerator | None, break_at: int | None) -> tuple[nn.Module, LossCurve | None]:
     def error(model: nn.Module, places: range) -> torch.Tensor:
         rows = torch.stack([torch.randn(3, generator=generator) for generator in row_generators(3, places)])
         return (model(rows)[:, 0] - rows.sum(1) - 3).square().mean()
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> torch.Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> torch.Tensor:
         if part.step == break_at:
             raise Interrupted
         return error(model, part.positions(4))
@@ -110,10 +113,12 @@ def fitted(folder: Path, accelerator: Accelerator | None, break_at: int | None) 
             loss,
             held_out_loss,
             replace(PLAN, learning_rate=0.1),
-            seed=0,
-            checkpoint=folder / "weights",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=folder / "weights",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     return model, curve
 
@@ -123,13 +128,13 @@ class Breaking(InMemory):
 
     at: int | None = None
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         if part.step == self.at:
             raise Interrupted
         return super().batch(part, size)
 
 
-def aligned(folder: Path, accelerator: Accelerator | None, break_at: int | None) -> tuple[nn.Module, Curve | None]:
+def aligned(folder: Path, accelerator: Accelerator | None, break_at: int | None) -> tuple[nn.Module, LossCurve | None]:
     base = base_of()
     policy, pairs = Policy(base, 2, seed=4), Breaking(base, 10, held_out=2)
     pairs.at, curve = break_at, None
@@ -143,10 +148,12 @@ def aligned(folder: Path, accelerator: Accelerator | None, break_at: int | None)
             batch=2,
             dropout=0.1,
             per_pass=2,
-            seed=7,
-            checkpoint=folder / "lora",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=7,
+                checkpoint=folder / "lora",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     return policy.model, curve
 
@@ -183,12 +190,14 @@ def drafted(folder: Path, accelerator: Accelerator | None = None) -> Weights:
         0.1,
         SHORT,
         batch=2,
-        sampling=Sampling("ddim", 2, 1.0),
+        sampling=SamplerSettings("ddim", 2, 1.0),
         keep=2,
-        seed=7,
-        checkpoint=folder / "draft",
-        report=lambda *_: None,
-        accelerator=accelerator,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "draft",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        ),
     )
     return {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 
@@ -207,17 +216,19 @@ def first_loss(folder: Path, accelerator: Accelerator) -> list[float]:
         replace(PLAN, steps=0),
         batch=2,
         dropout=0.0,
-        seed=7,
-        checkpoint=folder / "half",
-        report=lambda *_: None,
-        accelerator=accelerator,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "half",
+            report=lambda *_: None,
+            accelerator=accelerator,
+        ),
     ).held_out
 
 
 def failed(folder: Path, accelerator: Accelerator) -> str:
     """What is said of a loss that is no number in the second process alone."""
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> torch.Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> torch.Tensor:
         value = model(torch.ones(1, 4)).sum()
         return value + math.nan if accelerator.process_index == 1 else value
 
@@ -227,10 +238,12 @@ def failed(folder: Path, accelerator: Accelerator) -> str:
             loss,
             lambda _: 0.0,
             SHORT,
-            seed=0,
-            checkpoint=folder / "failed",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=folder / "failed",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )
     except TrainingFailed as error:
         return str(error)
@@ -383,7 +396,7 @@ def test_what_is_not_divided_here_is_refused(
         for name, value in held.items():
             monkeypatch.setitem(state, name, value)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> torch.Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> torch.Tensor:
         return model(torch.ones(1, 2)).sum()
 
     with pytest.raises(ValueError, match=words):
@@ -392,8 +405,10 @@ def test_what_is_not_divided_here_is_refused(
             loss,
             lambda _: 0.0,
             replace(SHORT, optimizer=optimizer),
-            seed=0,
-            checkpoint=tmp_path / "state",
-            report=lambda *_: None,
-            accelerator=accelerator,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "state",
+                report=lambda *_: None,
+                accelerator=accelerator,
+            ),
         )

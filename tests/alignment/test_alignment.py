@@ -13,14 +13,15 @@ from torch import nn
 
 from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
-from deradiff.alignment.feeds import order, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import Curve, Part, Plan, TrainingFailed, train
+from deradiff.alignment.loop import TrainingFailed, train
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from tiny import make
 from two_processes import run_by_two
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     steps=6, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 
@@ -45,7 +46,7 @@ class InMemory:
         prompts = {name: embeds[torch.tensor(rows) % 2] for name, embeds in self.prompts.items()}
         return CachedBatch(self.latents[rows], self.time_ids[rows], prompts, [""] * len(rows))
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         return self.take(order(len(self.latents) - self.held_out, self._seed, part.positions(size)))
 
     def held_out_batch(self, places: range) -> CachedBatch:
@@ -164,9 +165,7 @@ def test_what_cannot_be_aligned_is_refused() -> None:
     arguments: dict[str, Any] = {
         "batch": 2,
         "dropout": 0.0,
-        "seed": 0,
-        "checkpoint": Path("none"),
-        "report": lambda *_: None,
+        "run": TrainingRun(seed=0, checkpoint=Path("none"), report=lambda *_: None),
     }
     for beta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="must be positive"):
@@ -176,7 +175,7 @@ def test_what_cannot_be_aligned_is_refused() -> None:
     with pytest.raises(ValueError, match="no pairs are held out"):
         train_dpo(base, policy, InMemory(base, 4, held_out=0), 1.0, PLAN, **arguments)
     with pytest.raises(ValueError, match="does not split into 4"):
-        Part(0, 0, 4).positions(6)
+        BatchPart(0, 0, 4).positions(6)
     with pytest.raises(ValueError, match="rank 0"):
         Policy(base, 0)
 
@@ -212,8 +211,8 @@ class Interrupted(Exception):
 
 
 def aligned(
-    folder: Path, rank: int | None, stop_at: int = 0, plan: Plan = PLAN
-) -> tuple[dict[str, torch.Tensor], Curve]:
+    folder: Path, rank: int | None, stop_at: int = 0, plan: TrainingPlan = PLAN
+) -> tuple[dict[str, torch.Tensor], LossCurve]:
     base = base_of()
     policy = Policy(base, rank, seed=4)
 
@@ -230,10 +229,12 @@ def aligned(
         batch=4,
         dropout=0.1,
         per_pass=2,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
-        identity="β = 500",
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+            identity="β = 500",
+        ),
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
@@ -309,7 +310,7 @@ def test_the_last_good_checkpoint_survives_a_kill_and_a_full_disk(tmp_path: Path
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
 
-    def objective(trained: nn.Module, generator: torch.Generator, part: Part) -> torch.Tensor:
+    def objective(trained: nn.Module, generator: torch.Generator, part: BatchPart) -> torch.Tensor:
         return trained(torch.ones(1, 2)).sum() * (math.nan if part.step == 3 else 1.0)
 
     with pytest.raises(TrainingFailed, match=r"nan before step 4.*the checkpoint"):
@@ -318,9 +319,11 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
             objective,
             lambda _: 0.0,
             replace(PLAN, patience=None),
-            seed=0,
-            checkpoint=tmp_path / "state",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "state",
+                report=lambda *_: None,
+            ),
         )
     assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
 
@@ -329,11 +332,12 @@ TWO = """
 from test_alignment import PLAN, InMemory, base_of
 from deradiff.alignment.base import Policy
 from deradiff.alignment.dpo import train_dpo
+from deradiff.alignment.training import TrainingRun
 base = base_of()
 policy = Policy(base, 2, seed=4)
 curve = train_dpo(
     base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
-    seed=7, checkpoint=folder / "checkpoint", report=lambda *_: None, accelerator=accelerator, identity="two",
+    run=TrainingRun(7, folder / "checkpoint", lambda *_: None, accelerator, "two"),
 )
 weights = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 result = {"weights": weights, "held_out": curve.held_out}

@@ -10,20 +10,21 @@ import torch
 
 from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.draft import objective, train_draft
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan, trainable
+from deradiff.alignment.loop import trainable
 from deradiff.alignment.refl import stopping_step, train_refl
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
 from test_sampling_gradients import PROMPTS, base_of
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
-SAMPLING = Sampling("ddim", 3, 2.0)
+SAMPLING = SamplerSettings("ddim", 3, 2.0)
 
 
 class Brightness:
@@ -45,14 +46,14 @@ def nudged(policy: Policy, seed: int = 0) -> None:
 
 def by_hand(base: Base, policy: Policy, latents: torch.Tensor, keep: int, kl: float) -> torch.Tensor:
     """J from the latents before the last `keep` steps, written out."""
-    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
     away = torch.zeros(2, dtype=latents.dtype)
     for t in scheduler.timesteps[SAMPLING.steps - keep :]:
         at = t.expand(2)
-        prediction = base.predict(policy.model, latents, at, told)
+        prediction = base.predict(policy.model, latents, at, prompted)
         with policy.reference(policy.model) as reference:
-            away = away + (prediction - base.predict(reference, latents, at, told)).square().sum((1, 2, 3))
-        without = base.predict(policy.model, latents, at, untold)
+            away = away + (prediction - base.predict(reference, latents, at, prompted)).square().sum((1, 2, 3))
+        without = base.predict(policy.model, latents, at, unprompted)
         guided = without + SAMPLING.guidance_scale * (prediction - without)
         latents = scheduler.step(guided, t, latents).prev_sample
     return (kl * away - Brightness()(decode(base, latents), PROMPTS)).mean()
@@ -78,11 +79,13 @@ def test_the_gradient_is_that_of_finite_differences(rank: int | None, keep: int)
         noise = SAMPLING.noise(base, row_generators(2, range(2)))
         before = noise
         if keep < SAMPLING.steps:
-            scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+            scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
             for t in scheduler.timesteps[: SAMPLING.steps - keep]:
                 at = t.expand(2)
-                without = base.predict(policy.model, before, at, untold)
-                guided = without + SAMPLING.guidance_scale * (base.predict(policy.model, before, at, told) - without)
+                without = base.predict(policy.model, before, at, unprompted)
+                guided = without + SAMPLING.guidance_scale * (
+                    base.predict(policy.model, before, at, prompted) - without
+                )
                 before = scheduler.step(guided, t, before).prev_sample
 
         def moved(size: float) -> float:
@@ -129,11 +132,11 @@ def test_refl_scores_what_an_early_step_takes_for_clean() -> None:
     policy.model.double()
     generators = row_generators(2, range(2))
     found = objective(base, policy, policy.model, PROMPTS, generators, Brightness(), 0, SAMPLING, 1, until=2)
-    scheduler, told, untold = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
+    scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
     latents = SAMPLING.noise(base, row_generators(2, range(2)))
     for t in scheduler.timesteps[:2]:
-        without = base.predict(policy.model, latents, t.expand(2), untold)
-        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), told) - without)
+        without = base.predict(policy.model, latents, t.expand(2), unprompted)
+        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), prompted) - without)
         alpha = scheduler.alphas_cumprod[t].double()
         clean = (latents - (1 - alpha).sqrt() * guided) / alpha.sqrt()
         latents = scheduler.step(guided, t, latents).prev_sample
@@ -157,8 +160,8 @@ class Interrupted(Exception):
 
 
 def trained(
-    folder: Path, method: str, stop_at: int | None = None, plan: Plan = PLAN, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, torch.Tensor], Curve]:
+    folder: Path, method: str, stop_at: int | None = None, plan: TrainingPlan = PLAN, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], LossCurve]:
     base = base_of(dtype=dtype)
     policy = Policy(base, 2, seed=4)
     policy.model.to(dtype)
@@ -168,7 +171,7 @@ def trained(
             raise Interrupted
 
     more: dict[str, Any] = {"keep": 2} if method == "draft" else {"window": (2, 3)}
-    train: Callable[..., Curve] = train_draft if method == "draft" else train_refl
+    train: Callable[..., LossCurve] = train_draft if method == "draft" else train_refl
     curve = train(
         base,
         policy,
@@ -179,10 +182,12 @@ def trained(
         plan,
         batch=4,
         sampling=SAMPLING,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
-        identity="test",
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+            identity="test",
+        ),
         **more,
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
@@ -210,8 +215,8 @@ def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> No
 
 def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:
     prompts, reward = captions.sample_prompts(60, 5), BoldReward()
-    sampling = Sampling("ddim", 5, 1.0)
-    plan = Plan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
+    sampling = SamplerSettings("ddim", 5, 1.0)
+    plan = TrainingPlan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
 
     def rewards(base: Base, model: Any) -> torch.Tensor:
         generators = row_generators(9, range(20))
@@ -236,9 +241,11 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
             plan,
             batch=8,
             sampling=sampling,
-            seed=1,
-            checkpoint=tmp_path / f"{kl}",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / f"{kl}",
+                report=lambda *_: None,
+            ),
         )
         gained[kl] = mean(rewards(base, policy.model) - before)
     assert gained[0].value > 3 * gained[0].error
@@ -271,9 +278,11 @@ def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str
             batch=2,
             sampling=SAMPLING,
             keep=given["keep"],
-            seed=0,
-            checkpoint=tmp_path / "c",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "c",
+                report=lambda *_: None,
+            ),
         )
 
 
@@ -310,7 +319,9 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
             batch=2,
             sampling=SAMPLING,
             window=(2, 9),
-            seed=0,
-            checkpoint=tmp_path / "c",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=0,
+                checkpoint=tmp_path / "c",
+                report=lambda *_: None,
+            ),
         )

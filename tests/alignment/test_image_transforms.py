@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from deradiff.alignment.image_transforms import pair_pixels
-from deradiff.alignment.pairs import Pair
+from deradiff.alignment.pair_rows import PreferencePair
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -21,7 +21,7 @@ def read_back(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_crop_is_where_the_time_ids_say() -> None:
-    pair = Pair("a", ramp(40, 24), ramp(24, 60))
+    pair = PreferencePair("a", ramp(40, 24), ramp(24, 60))
     found = pair_pixels(pair, 24)
     assert found.time_ids.tolist() == [[24, 40, 0, 8, 24, 24], [60, 24, 18, 0, 24, 24]]
     for random in range(5):
@@ -41,7 +41,7 @@ def test_the_crop_is_where_the_time_ids_say() -> None:
 
 def test_pixels_are_the_resized_image_from_minus_one_to_one() -> None:
     image = Image.effect_noise((90, 60), 80).convert("RGB")
-    pair = Pair("a", image, Image.new("RGB", (5, 5), (255, 0, 128)))
+    pair = PreferencePair("a", image, Image.new("RGB", (5, 5), (255, 0, 128)))
     found = pair_pixels(pair, 30).pixels
     resized = image.resize((45, 30), Image.Resampling.BILINEAR).crop((7, 0, 37, 30))
     expected = torch.from_numpy(np.array(resized)).float().permute(2, 0, 1)
@@ -51,7 +51,7 @@ def test_pixels_are_the_resized_image_from_minus_one_to_one() -> None:
 
 
 def test_a_flip_mirrors_the_pair_together_half_of_the_time() -> None:
-    pair, generator = Pair("a", ramp(16, 16), ramp(16, 16)), torch.Generator().manual_seed(0)
+    pair, generator = PreferencePair("a", ramp(16, 16), ramp(16, 16)), torch.Generator().manual_seed(0)
     plain = pair_pixels(pair, 16).pixels
     mirrored = 0
     for _ in range(60):
@@ -64,7 +64,7 @@ def test_a_flip_mirrors_the_pair_together_half_of_the_time() -> None:
 
 
 def test_unseeded_choices_and_odd_sizes() -> None:
-    pair = Pair("a", Image.new("RGB", (1, 3000)), Image.new("RGB", (333, 500)))
+    pair = PreferencePair("a", Image.new("RGB", (1, 3000)), Image.new("RGB", (333, 500)))
     for choice in ({"crop": "random"}, {"flip": True}):
         with pytest.raises(ValueError, match="needs a generator"):
             pair_pixels(pair, 8, **choice)

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deradiff.alignment import latent_cache
-from deradiff.alignment.feeds import Cursor, Step, Unreadable
+from deradiff.alignment.data_order import Cursor, OrderedRow, Unreadable
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.pairs import Pair, PairFolder
+from deradiff.alignment.pair_rows import PreferencePair
+from deradiff.alignment.pairs import PairFolder
 
 COUNT = 11
 PROMPTS = ["a cat", "a dog", "a cat", "a cat", "a cat", "a cat", "a dog", "?", "a fish", "a cat", "a bird"]
@@ -229,10 +230,10 @@ def test_a_source_of_nothing_readable_is_refused(tmp_path: Path) -> None:
     class Nothing:
         fingerprint: dict[str, Any] = {"kind": "test"}  # noqa: RUF012
 
-        def in_order(self, cursor: Cursor | None) -> Iterator[Step[int]]:
-            return (Step(i, {"next": i + 1}, {"tie": 3}) for i in range(4))
+        def in_order(self, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
+            return (OrderedRow(i, {"next": i + 1}, {"tie": 3}) for i in range(4))
 
-        def open(self, row: int) -> Pair:
+        def open(self, row: int) -> PreferencePair:
             raise Unreadable("corrupt image", f"row {row}")
 
     with pytest.raises(ValueError, match=r"no pair could be read .*'corrupt image': 4"):

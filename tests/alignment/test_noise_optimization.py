@@ -19,7 +19,7 @@ from deradiff.alignment.noise_optimization import (
     optimize_noise,
     scored_with_gradient,
 )
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.rewards import Reward
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
@@ -49,15 +49,15 @@ def from_noise(pipe: Any, spacing: str = "trailing") -> Base:
     return Base(pipe)
 
 
-def ddim(steps: int = 2, guidance_scale: float = 1.0) -> Sampling:
-    return Sampling("ddim", steps, guidance_scale)
+def ddim(steps: int = 2, guidance_scale: float = 1.0) -> SamplerSettings:
+    return SamplerSettings("ddim", steps, guidance_scale)
 
 
 def optimized(
     base: Base,
     prompts: Sequence[str] = PROMPTS,
     reward: Reward | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplerSettings | None = None,
     **changed: Any,
 ) -> Optimized:
     settings = {"iterations": 3, "learning_rate": 0.5, "seed": 5} | changed
@@ -90,11 +90,11 @@ def test_gradient_is_that_of_finite_differences_in_float64(
     base = base_of()
     base.pipe.to(torch.float64)
     sampling, reward, prompts, weight = ddim(steps, guidance_scale), Blueness(), PROMPTS[:2], 0.03
-    told, untold, vae = conditions(base, prompts), unconditional(base, 2), base.pipe.vae
+    prompted, unprompted, vae = conditions(base, prompts), unconditional(base, 2), base.pipe.vae
 
     def render(noise: Tensor) -> Tensor:
         latents = sample(
-            base, base.denoiser, told, untold, noise, sampling, keep=steps, checkpointing=checkpointing
+            base, base.denoiser, prompted, unprompted, noise, sampling, keep=steps, checkpointing=checkpointing
         ).latents
         # As `decode` does it, but for its rounding to float32.
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample.sigmoid()
@@ -118,10 +118,10 @@ def test_an_iteration_is_a_clipped_step_with_nesterov_momentum() -> None:
     base, reward = base_of(), Blueness()
     sampling = ddim()
     noise = initial_noise(base, sampling, 2, 5)
-    told = conditions(base, PROMPTS[:2])
+    prompted = conditions(base, PROMPTS[:2])
 
     def render(at: Tensor) -> Tensor:
-        return decode(base, sample(base, base.denoiser, told, None, at, sampling, keep=2).latents)
+        return decode(base, sample(base, base.denoiser, prompted, None, at, sampling, keep=2).latents)
 
     at = noise.clone().requires_grad_(True)
     optimizer = torch.optim.SGD([at], lr=0.5, momentum=0.9, nesterov=True, maximize=True)
@@ -193,7 +193,7 @@ def test_the_seed_decides_and_a_row_does_not_depend_on_its_batch() -> None:
 
 def test_a_stochastic_sampler_adds_the_same_noise_in_every_iteration() -> None:
     base = base_of()
-    settings: dict[str, Any] = {"sampling": Sampling("euler-a", 2, 1.0), "iterations": 1}
+    settings: dict[str, Any] = {"sampling": SamplerSettings("euler-a", 2, 1.0), "iterations": 1}
     start = initial_noise(base, ddim(), 3, 5)
     still = optimized(base, **settings, learning_rate=1e-9)
     assert torch.allclose(still.scores[1], still.scores[0], rtol=1e-5)
@@ -235,16 +235,16 @@ def test_every_evaluation_is_counted(guidance_scale: float, each: int, checkpoin
 
     base.denoiser.register_forward_pre_hook(count)
     sampling = ddim(3, guidance_scale)
-    told = []
+    prompted = []
     found = optimized(
         base,
         sampling=sampling,
         iterations=3,
         checkpointing=checkpointing,
         per_pass=2,
-        report=lambda *line: told.append(line[:2]),
+        report=lambda *line: prompted.append(line[:2]),
     )
-    assert told == 2 * [(1, 3), (2, 3), (3, 3)]
+    assert prompted == 2 * [(1, 3), (2, 3), (3, 3)]
     evaluations = (2 * 3 + 1 if checkpointing else 3 + 1) * 3 * each
     assert found.cost.forward == evaluations and rows == 3 * evaluations
     assert found.cost.backward == 3 * 3 * each

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deradiff.alignment.feeds import Feed, Unreadable
-from deradiff.alignment.pair_rows import LeftOut, PairRow, decode_pair, read_row
+from deradiff.alignment.data_order import DataOrder, Unreadable
+from deradiff.alignment.pair_rows import LeftOut, UndecodedPair, decode_pair, read_row
 from deradiff.alignment.pair_streams import PairStream, ParquetShards
 from deradiff.alignment.pairs import PairFolder, open_pairs
 from pair_rows import BAD, GOOD, LOSER, WINNER, colour, encoded, folder_of, pick, prompts
@@ -62,11 +62,11 @@ def test_no_damage_to_an_image_ends_a_run(form: str) -> None:
     damaged = [content[:length] for length in range(0, len(content) - 2, 7)] + [b"<html>", content[:30] + b"\xff" * 200]
     for data in damaged:
         try:
-            decode_pair(PairRow("a", data, LOSER, "row 5"))
+            decode_pair(UndecodedPair("a", data, LOSER, "row 5"))
         except Unreadable as error:
             assert error.reason == "corrupt image" and "row 5: the winner" in str(error)
     with pytest.raises(Unreadable, match="row 5: the loser has no image"):
-        decode_pair(PairRow("a", WINNER, None, "row 5"))
+        decode_pair(UndecodedPair("a", WINNER, None, "row 5"))
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -104,12 +104,12 @@ def install(monkeypatch: pytest.MonkeyPatch, load: Any) -> list[tuple[Any, ...]]
 def test_pick_a_pic_streams_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = [[pick("a"), pick("tied", 0.5), pick("b", 0.0)], [pick("c", 1.0)], [pick("d"), pick("e")]]
     calls = install(monkeypatch, lambda: FakeDataset(shards))
-    feed = Feed(open_pairs("pickapic-v2", held_out=1, revision="abc"))
+    order = DataOrder(open_pairs("pickapic-v2", held_out=1, revision="abc"))
     assert calls == [("yuvalkirstain/pickapic_v2", "train", "abc", True)]
-    assert sorted(prompts(feed, [2, 2])) == ["b", "c", "d", "e"] and feed.skipped == {"tie": 1}
-    again = Feed(open_pairs("pickapic-v2", held_out=1, revision="abc"))
-    again.load_state_dict(feed.state_dict())
-    assert prompts(again, [3]) == prompts(feed, [3])
+    assert sorted(prompts(order, [2, 2])) == ["b", "c", "d", "e"] and order.skipped == {"tie": 1}
+    again = DataOrder(open_pairs("pickapic-v2", held_out=1, revision="abc"))
+    again.load_state_dict(order.state_dict())
+    assert prompts(again, [3]) == prompts(order, [3])
     open_pairs("pickapic-v1", split="validation_unique")
     open_pairs("someone/else")
     assert [call[:2] for call in calls[2:]] == [
@@ -178,7 +178,7 @@ def test_a_missing_image_is_named_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"pairs.jsonl, line 4: the loser 'images/3l.jpg' is missing.*3l.jpg"):
         PairFolder(folder)
     with pytest.raises(FileNotFoundError, match=r"line 4: the loser cannot be read from .*3l.jpg"):
-        Feed(source).take(7)
+        DataOrder(source).take(7)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_parquet_files_stream_by_row_group(tmp_path: Path) -> None:
     source = open_pairs(tmp_path)
     assert isinstance(source, PairStream)
     assert [source.open(step.row).prompt for step in source.in_order(None)] == expected
-    assert sorted(prompts(Feed(source), [len(expected)])) == sorted(expected)
+    assert sorted(prompts(DataOrder(source), [len(expected)])) == sorted(expected)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"train-0.parquet cannot be read as Parquet"):
         open_pairs(tmp_path)
@@ -256,9 +256,9 @@ def test_the_datasets_library_is_called_as_it_wants(tmp_path: Path, monkeypatch:
     source = PairStream(HubShards(f"./{tmp_path.name}"), held_out=2, buffer=4)
     assert len(source.shards) == 2
     assert [source.open(step.row).prompt for step in source.in_order(None)] == expected
-    feed = Feed(source)
-    before = prompts(feed, [5])
-    resumed = Feed(source)
-    resumed.load_state_dict(json.loads(json.dumps(feed.state_dict())))
+    order = DataOrder(source)
+    before = prompts(order, [5])
+    resumed = DataOrder(source)
+    resumed.load_state_dict(json.loads(json.dumps(order.state_dict())))
     after = prompts(resumed, [len(expected) - 7])
-    assert after == prompts(feed, [len(after)]) and sorted(before + after) == sorted(expected[2:])
+    assert after == prompts(order, [len(after)]) and sorted(before + after) == sorted(expected[2:])

@@ -12,10 +12,10 @@ from torch import nn
 from deradiff import realign
 from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.path_kl import Chain, divergence, path_kl
 from deradiff.alignment.policy_gradient import log_density
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.sampling import SamplerSettings
 from tiny import make
 
 PROMPTS = ["a red fox", "two blue owls", "a fox"]
@@ -34,7 +34,7 @@ def moved(kind: str = "sd", rank: int | None = None, scale: float = 0.01) -> tup
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_policy_that_is_its_reference_has_gone_nowhere(rank: int | None) -> None:
     base = Base(make("sd")[0])
-    assert path_kl(base, Policy(base, rank), PROMPTS, Sampling("ddim", 3, 2.0)).value == 0
+    assert path_kl(base, Policy(base, rank), PROMPTS, SamplerSettings("ddim", 3, 2.0)).value == 0
 
 
 @pytest.mark.parametrize("kind, guidance_scale", [("sd", 1.0), ("sd", 3.0), ("sdxl", 3.0)])
@@ -45,7 +45,7 @@ def test_divergence_is_that_of_a_chain_walked_by_hand(kind: str, guidance_scale:
     scheduler.set_timesteps(3)
     by_hand = []
     for row, prompt in enumerate(PROMPTS):
-        told, untold, *pooled = pipe.encode_prompt(
+        prompted, unprompted, *pooled = pipe.encode_prompt(
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
 
@@ -62,8 +62,8 @@ def test_divergence_is_that_of_a_chain_walked_by_hand(kind: str, guidance_scale:
             means = []
             for unet in (policy.model, base.denoiser):
                 with torch.no_grad():
-                    epsilon = predicted(unet, x, t, told, pooled[0] if pooled else None)
-                    without = predicted(unet, x, t, untold, pooled[1] if pooled else None)
+                    epsilon = predicted(unet, x, t, prompted, pooled[0] if pooled else None)
+                    without = predicted(unet, x, t, unprompted, pooled[1] if pooled else None)
                 if guidance_scale > 1:
                     epsilon = without + guidance_scale * (epsilon - without)
                 noiseless = scheduler.step(epsilon, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
@@ -73,7 +73,7 @@ def test_divergence_is_that_of_a_chain_walked_by_hand(kind: str, guidance_scale:
                 total += float((means[0] - means[1]).double().square().sum()) / (2 * variance)
             x = means[0] + variance**0.5 * torch.randn(1, 4, 8, 8, generator=generator)
         by_hand.append(total)
-    found = path_kl(base, policy, PROMPTS, Sampling("ddim", 3, guidance_scale), seed=8, per_pass=2)
+    found = path_kl(base, policy, PROMPTS, SamplerSettings("ddim", 3, guidance_scale), seed=8, per_pass=2)
     assert found.value == pytest.approx(sum(by_hand) / 3, rel=1e-3)
     assert found.error == pytest.approx(torch.tensor(by_hand).std().item() / 3**0.5, rel=1e-2)
 
@@ -102,7 +102,7 @@ def test_constant_predictions_have_the_closed_form() -> None:
         # The mean is √ᾱ' (x - √(1-ᾱ) ε)/√ᾱ + √(1 - ᾱ' - σ²) ε (Song et al. 2021, equation 12).
         gain = (1 - after - variance).sqrt() - (after * (1 - now) / now).sqrt()
         total += float(gain.square() / (2 * variance)) * 0.4**2 * elements
-    found = path_kl(base, policy, PROMPTS, Sampling("ddim", steps, 1.0))
+    found = path_kl(base, policy, PROMPTS, SamplerSettings("ddim", steps, 1.0))
     assert found.value == pytest.approx(total, rel=1e-4) and found.error < 1e-4 * total
 
 
@@ -110,7 +110,7 @@ def test_constant_predictions_have_the_closed_form() -> None:
 def test_it_is_the_mean_log_density_ratio_of_its_paths(scheduler: str) -> None:
     base, policy = moved(scale=0.002)
     texts = [PROMPTS[0]] * 48
-    sampling = Sampling(scheduler, 4, 2.0)
+    sampling = SamplerSettings(scheduler, 4, 2.0)
     chain = Chain(base, texts, sampling)
     ratios = torch.zeros(len(texts))
     for step in chain.walk(policy.model, row_generators(9, range(len(texts)), "other paths")):
@@ -126,7 +126,7 @@ def test_it_is_the_mean_log_density_ratio_of_its_paths(scheduler: str) -> None:
 def test_a_realigned_run_counts_the_same_steps_by_their_logarithm() -> None:
     base, policy = moved()
     pipe: Any = base.pipe
-    sampling, texts, rows = Sampling("ddpm", 6, 1.0), PROMPTS[:1] * 4, range(4)
+    sampling, texts, rows = SamplerSettings("ddpm", 6, 1.0), PROMPTS[:1] * 4, range(4)
     chain, counted = Chain(base, texts, sampling), torch.zeros(4)
     snr = (chain.scheduler.alphas_cumprod / (1 - chain.scheduler.alphas_cumprod)).tolist()
     for step in chain.walk(policy.model, row_generators(2, rows, "path")):
@@ -157,6 +157,6 @@ def test_a_realigned_run_counts_the_same_steps_by_their_logarithm() -> None:
 def test_what_has_no_divergence_is_refused() -> None:
     base, policy = moved()
     with pytest.raises(ValueError, match="no prompts"):
-        path_kl(base, policy, [], Sampling("ddim", 3, 1.0))
+        path_kl(base, policy, [], SamplerSettings("ddim", 3, 1.0))
     with pytest.raises(ValueError, match=r"'dpmpp' draw no noise.*take ddim"):
-        path_kl(base, policy, PROMPTS, Sampling("dpmpp", 3, 1.0))
+        path_kl(base, policy, PROMPTS, SamplerSettings("dpmpp", 3, 1.0))

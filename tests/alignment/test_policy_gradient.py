@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from deradiff.algorithm.estimates import mean
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.path_kl import Chain, path_kl
 from deradiff.alignment.policy_gradient import (
     advantages,
@@ -28,12 +27,13 @@ from deradiff.alignment.policy_gradient import (
     loss,
     train_ddpo,
 )
-from deradiff.alignment.sampling import Sampling, decode
+from deradiff.alignment.sampling import SamplerSettings, decode
+from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from tiny import make
 from two_processes import run_by_two
 
 PROMPTS = ["a red fox", "two blue owls", "a fox", "an owl"]
-PLAN = Plan(steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, checkpoint_seconds=0)
+PLAN = TrainingPlan(steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, checkpoint_seconds=0)
 
 
 class Redness:
@@ -113,7 +113,7 @@ def test_score_function_gradient_is_the_analytic_one(normalized: bool) -> None:
         assert abs(found.value - 3) < 4 * found.error < 0.3
 
 
-def gradients(base: Base, policy: Policy, kl: float, sampling: Sampling, texts: list[str], seed: int) -> Any:
+def gradients(base: Base, policy: Policy, kl: float, sampling: SamplerSettings, texts: list[str], seed: int) -> Any:
     """The loss of `texts`, in twos, and its gradient in every trained weight."""
     parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     for parameter in parameters.values():
@@ -137,16 +137,16 @@ def test_loss_and_gradient_are_those_of_a_path_by_hand_in_float64(
     pipe: Any = base.pipe.to(torch.float64)
     policy.model.double()
     texts, steps = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, 3
-    value, found = gradients(base, policy, kl, Sampling("ddim", steps, guidance_scale), texts, 6)
+    value, found = gradients(base, policy, kl, SamplerSettings("ddim", steps, guidance_scale), texts, 6)
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     scheduler.set_timesteps(steps)
-    told, untold, *_ = pipe.encode_prompt(texts, "cpu", 1, True)
+    prompted, unprompted, *_ = pipe.encode_prompt(texts, "cpu", 1, True)
 
     def noiseless(unet: Any, x: Tensor, t: Tensor) -> Tensor:
-        epsilon = unet(x, t, encoder_hidden_states=told).sample
+        epsilon = unet(x, t, encoder_hidden_states=prompted).sample
         if guidance_scale > 1:
-            without = unet(x, t, encoder_hidden_states=untold).sample
+            without = unet(x, t, encoder_hidden_states=unprompted).sample
             epsilon = without + guidance_scale * (epsilon - without)
         return scheduler.step(epsilon, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
 
@@ -197,7 +197,7 @@ def test_loss_and_gradient_are_those_of_a_path_by_hand_in_float64(
 def test_half_precision_has_nearly_the_same_gradient() -> None:
     base = base_of()
     policy = Policy(base)
-    sampling, texts = Sampling("ddim", 2, 1.0), [PROMPTS[0]] * 2
+    sampling, texts = SamplerSettings("ddim", 2, 1.0), [PROMPTS[0]] * 2
     _, expected = gradients(base, policy, 0.0, sampling, texts, 3)
     # The path is drawn without gradients first: weights cast for it must not serve where gradients are wanted.
     with torch.autocast("cpu", torch.bfloat16):
@@ -215,8 +215,13 @@ class Interrupted(Exception):
 
 
 def aligned(
-    folder: Path, rank: int | None = None, plan: Plan = PLAN, stop_at: int = 0, **changed: Any
-) -> tuple[dict[str, Tensor], Curve]:
+    folder: Path,
+    rank: int | None = None,
+    plan: TrainingPlan = PLAN,
+    stop_at: int = 0,
+    accelerator: Accelerator | None = None,
+    **changed: Any,
+) -> tuple[dict[str, Tensor], LossCurve]:
     base = base_of()
     policy = Policy(base, rank, seed=4)
 
@@ -230,13 +235,12 @@ def aligned(
         "reward": Redness(),
         "kl": 0.01,
         "batch": 4,
-        "sampling": Sampling("ddim", 2, 1.0),
+        "sampling": SamplerSettings("ddim", 2, 1.0),
         "per_prompt": 2,
         "per_pass": 2,
-        "seed": 7,
-        "report": report,
     } | changed
-    curve = train_ddpo(base, policy, plan=plan, checkpoint=folder / "checkpoint", identity="kl", **settings)
+    run = TrainingRun(7, folder / "checkpoint", report, accelerator, "kl")
+    curve = train_ddpo(base, policy, plan=plan, run=run, **settings)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -293,8 +297,8 @@ class Tint(nn.Module):
 
 
 def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
-    base, sampling = base_of(), Sampling("ddim", 3, 1.0)
-    plan = Plan(steps=20, learning_rate=0.02, warmup=0, adam_betas=(0.9, 0.9), average=0.0, evaluate_every=20)
+    base, sampling = base_of(), SamplerSettings("ddim", 3, 1.0)
+    plan = TrainingPlan(steps=20, learning_rate=0.02, warmup=0, adam_betas=(0.9, 0.9), average=0.0, evaluate_every=20)
 
     def trained(kl: float) -> tuple[Tensor, float]:
         """By how much the rewards of 24 pictures rose, and how far the policy went."""
@@ -318,9 +322,11 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
             batch=32,
             sampling=sampling,
             per_prompt=16,
-            seed=1,
-            checkpoint=tmp_path / f"{kl}",
-            report=lambda *_: None,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / f"{kl}",
+                report=lambda *_: None,
+            ),
         )
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 
@@ -346,8 +352,8 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
         ({"per_prompt": 1}, "per_prompt = 1: .* compared"),
         ({"per_prompt": 3}, "a batch of 4 has 1 parts of 4"),
         ({"plan": replace(PLAN, accumulate=4)}, "a batch of 4 has 4 parts of 1"),
-        ({"sampling": Sampling("dpmpp", 2, 1.0)}, "'dpmpp' draw no noise"),
-        ({"sampling": Sampling("ddpm", 1, 1.0)}, "take 2 steps or more"),
+        ({"sampling": SamplerSettings("dpmpp", 2, 1.0)}, "'dpmpp' draw no noise"),
+        ({"sampling": SamplerSettings("ddpm", 1, 1.0)}, "take 2 steps or more"),
         ({"reward": Broken()}, "'broken' is nan for 'two blue owls'.*the picture is sound"),
     ],
 )
@@ -362,4 +368,4 @@ def test_a_policy_that_broke_is_told_from_a_reward_that_did(tmp_path: Path) -> N
     with torch.no_grad():
         next(policy.model.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match=r"'redness' is nan.*the picture itself holds NaN: lower the learning rate"):
-        gradients(base, policy, 0.0, Sampling("ddim", 2, 1.0), [PROMPTS[0]] * 2, 0)
+        gradients(base, policy, 0.0, SamplerSettings("ddim", 2, 1.0), [PROMPTS[0]] * 2, 0)

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Plan
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.own_samples import draw_samples
-from deradiff.alignment.rwr import Samples, pick, tilted_weights, train_rwr, weighted_mean
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.rwr import ReferenceSamples, pick, tilted_weights, train_rwr, weighted_mean
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
 from test_sampling_gradients import PROMPTS, base_of
 
-PLAN = Plan(
+PLAN = TrainingPlan(
     steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 
@@ -75,14 +75,19 @@ class Interrupted(Exception):
     """Stands for a machine that went away."""
 
 
-def samples_of(count: int = 12) -> Samples:
+def samples_of(count: int = 12) -> ReferenceSamples:
     latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Samples(latents, [PROMPTS[i % 2] for i in range(count)])
+    return ReferenceSamples(latents, [PROMPTS[i % 2] for i in range(count)])
 
 
 def trained(
-    folder: Path, kind: str = "sd", rank: int | None = 2, stop_at: int | None = None, plan: Plan = PLAN, **changed: Any
-) -> tuple[dict[str, torch.Tensor], Curve]:
+    folder: Path,
+    kind: str = "sd",
+    rank: int | None = 2,
+    stop_at: int | None = None,
+    plan: TrainingPlan = PLAN,
+    **changed: Any,
+) -> tuple[dict[str, torch.Tensor], LossCurve]:
     base = base_of(kind)
     policy = Policy(base, rank, seed=4)
 
@@ -101,9 +106,11 @@ def trained(
         batch=4,
         dropout=0.2,
         per_pass=2,
-        seed=7,
-        checkpoint=folder / "checkpoint",
-        report=report,
+        run=TrainingRun(
+            seed=7,
+            checkpoint=folder / "checkpoint",
+            report=report,
+        ),
     )
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
@@ -161,7 +168,11 @@ def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str
 
 
 def test_samples_are_drawn_once_and_go_on_where_they_were(tmp_path: Path) -> None:
-    base, prompts, sampling = Base(digits.load_pipeline()), captions.sample_prompts(3, 1), Sampling("ddim", 2, 1.5)
+    base, prompts, sampling = (
+        Base(digits.load_pipeline()),
+        captions.sample_prompts(3, 1),
+        SamplerSettings("ddim", 2, 1.5),
+    )
 
     def interrupt(done: int, planned: int, line: str) -> None:
         raise Interrupted
@@ -187,7 +198,7 @@ def test_samples_are_drawn_once_and_go_on_where_they_were(tmp_path: Path) -> Non
 
 
 def test_training_on_bold_samples_makes_bold_pictures(tmp_path: Path) -> None:
-    base, reward, sampling = Base(digits.load_pipeline()), BoldReward(), Sampling("ddim", 4, 1.0)
+    base, reward, sampling = Base(digits.load_pipeline()), BoldReward(), SamplerSettings("ddim", 4, 1.0)
     drawn = draw_samples(tmp_path / "s", base, "digits", captions.sample_prompts(12, 1), 8, reward, sampling, seed=2)
     weights = tilted_weights(drawn.rewards / 0.1, drawn.conditions())
     policy = Policy(base, 8, WIDER_TARGETS)
@@ -196,13 +207,15 @@ def test_training_on_bold_samples_makes_bold_pictures(tmp_path: Path) -> None:
         policy,
         drawn.samples,
         weights,
-        Plan(steps=25, learning_rate=3e-3, warmup=0, average=0.0),
+        TrainingPlan(steps=25, learning_rate=3e-3, warmup=0, average=0.0),
         held_out=8,
         batch=16,
         dropout=0.1,
-        seed=3,
-        checkpoint=tmp_path / "c",
-        report=lambda *_: None,
+        run=TrainingRun(
+            seed=3,
+            checkpoint=tmp_path / "c",
+            report=lambda *_: None,
+        ),
     )
     after = draw_samples(tmp_path / "after", base, "tuned", captions.sample_prompts(12, 1), 8, reward, sampling, seed=2)
     gained = (after.rewards - drawn.rewards).view(12, 8).mean(1)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.sweep.pipelines import scheduler_like
 from tiny import make
 
@@ -24,9 +24,9 @@ def base_of(kind: str = "sd", dtype: torch.dtype = torch.float32) -> Base:
     return Base(pipe)
 
 
-def drawn(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int = 0, **others: Any) -> Any:
-    told, untold = conditions(base, PROMPTS[: len(noise)]), unconditional(base, len(noise))
-    return sample(base, base.denoiser, told, untold, noise, sampling, keep=keep, **others)
+def drawn(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int = 0, **others: Any) -> Any:
+    prompted, unprompted = conditions(base, PROMPTS[: len(noise)]), unconditional(base, len(noise))
+    return sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=keep, **others)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -34,7 +34,7 @@ def drawn(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int = 0, **
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_scale: float) -> None:
     base = base_of(kind)
-    sampling = Sampling(scheduler, 4, guidance_scale)
+    sampling = SamplerSettings(scheduler, 4, guidance_scale)
     generators = row_generators(1, range(2))
     noise = sampling.noise(base, generators)
     ours = decode(base, drawn(base, noise, sampling, generators=generators).latents)
@@ -51,33 +51,33 @@ def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_
     ).images
     torch.testing.assert_close(ours, theirs.float(), atol=2e-5, rtol=1e-4)
     alone = row_generators(1, range(1, 2))
-    noise, told, untold = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)
-    row = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=alone)
+    noise, prompted, unprompted = sampling.noise(base, alone), conditions(base, PROMPTS[1:]), unconditional(base, 1)
+    row = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=alone)
     torch.testing.assert_close(decode(base, row.latents), ours[1:], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_exactly_the_last_steps(keep: int, checkpointing: bool) -> None:
-    base, sampling = base_of(), Sampling("ddim", 4, 3.0)
+    base, sampling = base_of(), SamplerSettings("ddim", 4, 3.0)
     noise = torch.randn(1, 4, 8, 8, requires_grad=True)
     with_graph: list[bool] = []
     handle = base.denoiser.register_forward_hook(lambda *_: with_graph.append(torch.is_grad_enabled()))
     base.denoiser.conv_out.bias.requires_grad_(True)
     found = drawn(base, noise, sampling, keep, checkpointing=checkpointing)
     handle.remove()
-    assert with_graph == [False] * (4 - keep) + [True] * keep and len(found.kept) == keep
+    assert with_graph == [False] * (4 - keep) + [True] * keep and len(found.steps) == keep
     found.latents.sum().backward()
     assert base.denoiser.conv_out.bias.grad.abs().sum() > 0
     assert (noise.grad is not None) == (keep == 4)
-    assert len(drawn(base, noise, sampling, 0).kept) == 0
+    assert len(drawn(base, noise, sampling, 0).steps) == 0
     with torch.no_grad():
         assert not drawn(base, noise, sampling, keep).latents.requires_grad
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_gradients_are_those_of_finite_differences(keep: int) -> None:
-    base, sampling = base_of(dtype=torch.float64), Sampling("ddim", 3, 2.0)
+    base, sampling = base_of(dtype=torch.float64), SamplerSettings("ddim", 3, 2.0)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight: nn.Parameter = base.denoiser.conv_out.weight
     probe = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -105,21 +105,21 @@ def test_gradients_are_those_of_finite_differences(keep: int) -> None:
     assert gradient == pytest.approx(difference, rel=1e-5)
 
 
-def drawn_until(base: Base, noise: torch.Tensor, sampling: Sampling, keep: int) -> torch.Tensor:
+def drawn_until(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int) -> torch.Tensor:
     """The latents before the last `keep` steps."""
     return last_steps(base, noise, sampling, sampling.steps, stop=sampling.steps - keep)
 
 
 @torch.no_grad()
 def last_steps(
-    base: Base, latents: torch.Tensor, sampling: Sampling, keep: int, stop: int | None = None
+    base: Base, latents: torch.Tensor, sampling: SamplerSettings, keep: int, stop: int | None = None
 ) -> torch.Tensor:
     """DDIM by hand from the state before the last `keep` steps."""
     scheduler = sampling.prepared(base)
-    told, untold = conditions(base, PROMPTS[:1]), unconditional(base, 1)
+    prompted, unprompted = conditions(base, PROMPTS[:1]), unconditional(base, 1)
     for t in scheduler.timesteps[sampling.steps - keep : stop]:
-        with_prompt = base.predict(base.denoiser, latents, t.expand(1), told)
-        without = base.predict(base.denoiser, latents, t.expand(1), untold)
+        with_prompt = base.predict(base.denoiser, latents, t.expand(1), prompted)
+        without = base.predict(base.denoiser, latents, t.expand(1), unprompted)
         guided = without + sampling.guidance_scale * (with_prompt - without)
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents
@@ -128,13 +128,13 @@ def last_steps(
 def test_wrong_input_is_said() -> None:
     base = base_of()
     with pytest.raises(ValueError, match="0 sampling steps"):
-        Sampling("ddim", 0, 1.0)
+        SamplerSettings("ddim", 0, 1.0)
     with pytest.raises(ValueError, match=r"guidance scale of 0\.5"):
-        Sampling("ddim", 1, 0.5)
+        SamplerSettings("ddim", 1, 0.5)
     noise = torch.randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="gradients through 3 of 2 steps"):
-        drawn(base, noise, Sampling("ddim", 2, 1.0), keep=3)
+        drawn(base, noise, SamplerSettings("ddim", 2, 1.0), keep=3)
     with pytest.raises(ValueError, match="guidance 2 needs"):
-        sample(base, base.denoiser, conditions(base, PROMPTS[:1]), None, noise, Sampling("ddim", 2, 2.0), keep=0)
+        sample(base, base.denoiser, conditions(base, PROMPTS[:1]), None, noise, SamplerSettings("ddim", 2, 2.0), keep=0)
     with pytest.raises(ValueError, match="there is no scheduler 'best'"):
-        drawn(base, noise, Sampling("best", 2, 1.0))
+        drawn(base, noise, SamplerSettings("best", 2, 1.0))

@@ -13,13 +13,13 @@ from PIL import Image
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.loop import Curve, Part, Plan
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.worlds import digits
 
-PLAN = Plan(steps=4, learning_rate=1e-3, warmup=0, average=0.0, evaluate_every=2, checkpoint_seconds=0)
+PLAN = TrainingPlan(steps=4, learning_rate=1e-3, warmup=0, average=0.0, evaluate_every=2, checkpoint_seconds=0)
 
 
 def picture(seed: int) -> Image.Image:
@@ -63,7 +63,7 @@ def test_encoded_on_the_way_is_what_the_cache_gives(base: Base, tmp_path: Path) 
     assert (cached.training, cached.held_out) == (9, 3) == (encoded.training, encoded.held_out)
     for step in range(4):
         for index in range(2):
-            ours, theirs = (pairs.batch(Part(step, index, 2), 4) for pairs in (encoded, cached))
+            ours, theirs = (pairs.batch(BatchPart(step, index, 2), 4) for pairs in (encoded, cached))
             assert ours.texts == theirs.texts and torch.equal(ours.time_ids, theirs.time_ids)
             torch.testing.assert_close(ours.latents, theirs.latents, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(ours.prompts, theirs.prompts, atol=1e-5, rtol=1e-5)
@@ -76,12 +76,12 @@ def test_processes_get_the_parts_of_one_batch(base: Base) -> None:
     alone = EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, seed=1)
     shared = [EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, seed=1, processes=2) for _ in "ab"]
     for step in range(3):
-        whole = alone.batch(Part(step), 8).texts
+        whole = alone.batch(BatchPart(step), 8).texts
         # Two micro-batches of two processes each.
-        parts = [shared[index % 2].batch(Part(step, index, 4), 8).texts for index in range(4)]
+        parts = [shared[index % 2].batch(BatchPart(step, index, 4), 8).texts for index in range(4)]
         assert [text for part in parts for text in part] == whole
     with pytest.raises(ValueError, match="does not split into 3 equal parts"):
-        alone.batch(Part(0, 0, 3), 8)
+        alone.batch(BatchPart(0, 0, 3), 8)
 
 
 class Interrupted(Exception):
@@ -89,7 +89,7 @@ class Interrupted(Exception):
 
 
 def test_a_stream_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:
-    def aligned(name: str, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], Curve]:
+    def aligned(name: str, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], LossCurve]:
         def report(done: int, planned: int, line: str) -> None:
             if done == stop_at:
                 raise Interrupted
@@ -104,9 +104,11 @@ def test_a_stream_goes_on_where_it_was(base: Base, tmp_path: Path) -> None:
             replace(PLAN, evaluate_every=1),
             batch=3,
             dropout=0.1,
-            seed=1,
-            checkpoint=tmp_path / name,
-            report=report,
+            run=TrainingRun(
+                seed=1,
+                checkpoint=tmp_path / name,
+                report=report,
+            ),
         )
         return policy.model.state_dict(), curve
 

@@ -18,12 +18,12 @@ from anchor_files import lora, lora_weights
 from deradiff.algorithm.schedules import Power, Schedule, Step, parse_lam
 from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs
 from deradiff.baking.distillation import (
-    DIGITS,
+    SHIPPED,
     Samples,
     Teacher,
     distil,
@@ -197,7 +197,7 @@ def test_a_few_steps_bring_the_digits_nearer(tmp_path: Path) -> None:
     pipe, prompts, sampler = digits.load_pipeline(), sample_prompts(40, 3), Sampler(6, 1.5, 20)
     anchor = digits.anchor_path(30.0)
     before = bake(pipe, anchor, 0.5, tmp_path / "weights", prompts=prompts[-8:], images=8, sampler=sampler)
-    settings = replace(DIGITS, samples=40, held_out=4, steps=30, batch=16)
+    settings = replace(SHIPPED, samples=40, held_out=4, steps=30, batch=16)
     after = bake(
         pipe,
         anchor,

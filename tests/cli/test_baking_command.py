@@ -13,7 +13,7 @@ import deradiff.baking
 import tiny
 from deradiff.algorithm.schedules import Power
 from deradiff.baking import Baked, Distillation, Sampler
-from deradiff.baking.distillation import DIGITS
+from deradiff.baking.distillation import SHIPPED
 from deradiff.cli import app
 from deradiff.worlds import digits
 
@@ -98,7 +98,7 @@ def test_the_digits_have_prompts_guidance_and_settings_of_their_own(tmp_path: Pa
     result = CliRunner().invoke(app, [*words, "-o", str(tmp_path), "--method", "distill"])
     assert result.exit_code == 0, result.output
     assert asked["anchor"] == {"bold": digits.anchor_path(30.0), "lora": digits.lora_path()}
-    assert asked["lam"] == {"bold": 0.5, "lora": 0.2} and asked["distillation"] == DIGITS
+    assert asked["lam"] == {"bold": 0.5, "lora": 0.2} and asked["distillation"] == SHIPPED
     assert asked["sampler"].guidance_scale == 1.5 and len(set(asked["prompts"])) > 300
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from deradiff.alignment.feeds import Unreadable
-from deradiff.alignment.pair_rows import PairRow, decode_pair
+from deradiff.alignment.data_order import Unreadable
+from deradiff.alignment.pair_rows import UndecodedPair, decode_pair
 from deradiff.files.images import read_rgb, rgb
 from deradiff.measures import features
 from deradiff.rewards.pixels import picture_tensor
@@ -93,7 +93,7 @@ FILES: dict[str, tuple[bytes, np.ndarray]] = {
 def test_every_reader_sees_what_the_file_shows(kind: str) -> None:
     content, expected = FILES[kind]
     opened = Image.open(io.BytesIO(content))
-    pair = decode_pair(PairRow("a prompt", content, opened, "row 0"))
+    pair = decode_pair(UndecodedPair("a prompt", content, opened, "row 0"))
     seen = {
         "file": np.asarray(read_rgb(content)),
         "winner": np.asarray(pair.winner),
@@ -175,7 +175,7 @@ def test_what_has_no_meaning_is_refused_by_all(image: Image.Image, values: list[
             refused()
         assert all(value in str(error.value) for value in values)
     with pytest.raises(Unreadable) as unreadable:
-        decode_pair(PairRow("a prompt", image, image, "row 7"))
+        decode_pair(UndecodedPair("a prompt", image, image, "row 7"))
     assert "row 7" in str(unreadable.value)
 
 
@@ -209,7 +209,7 @@ def test_damaged_files_are_refused_by_name(content: bytes, tmp_path: Path) -> No
         read_rgb(file)
     assert "holiday.png" in str(error.value)
     with pytest.raises(Unreadable) as unreadable:
-        decode_pair(PairRow("a prompt", content, content, "row 3"))
+        decode_pair(UndecodedPair("a prompt", content, content, "row 3"))
     assert unreadable.value.reason == "corrupt image"
 
 

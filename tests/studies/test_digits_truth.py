@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import deradiff
-from deradiff.alignment.loop import Plan
 from deradiff.alignment.rwr import tilted_weights
+from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import BOLD_POINTS, INK_POINTS, INK_SCORES, BoldReward, InkReward, boldness
@@ -119,7 +119,7 @@ class Interrupted(Exception):
 
 def miniature() -> TruthSettings:
     """Everything with so few samples and steps that it takes seconds; no patience, so that the last step counts."""
-    plan = Plan(3, 1e-3, warmup=2, average=0.9, evaluate_every=1, checkpoint_seconds=0)
+    plan = TrainingPlan(3, 1e-3, warmup=2, average=0.9, evaluate_every=1, checkpoint_seconds=0)
     return TruthSettings(
         samples=150,
         samples_chunk=75,

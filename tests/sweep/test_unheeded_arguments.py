@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import deradiff
 import tiny
 from deradiff import baking
-from deradiff.alignment.feeds import Feed
-from deradiff.alignment.loop import Plan as Training
+from deradiff.alignment.data_order import DataOrder
 from deradiff.alignment.pair_rows import LeftOut, first_wins, read_row
 from deradiff.alignment.pairs import open_pairs, split_of
 from deradiff.alignment.prompts import load_prompts
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import TrainingPlan
 from deradiff.anchors import AnchorError
 from deradiff.baking import Distillation, Sampler
 from deradiff.cli import app, arguments
@@ -164,7 +164,7 @@ def test_text_labels_in_a_file_end_in_a_sentence(tmp_path: Path, write: Write) -
     images = {"jpg_0": [WINNER], "jpg_1": [LOSER]}
     columns: dict[str, list[Any]] = {"caption": ["x"], **images, "label_0": ["1"], "label_1": ["0"]}
     with pytest.raises(ValueError, match=r"a.parquet.*row 0: label_0 is '1'"):
-        Feed(open_pairs(write(tmp_path / "a.parquet", columns))).take(1)
+        DataOrder(open_pairs(write(tmp_path / "a.parquet", columns))).take(1)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_settings_hold_nothing_that_does_nothing(changes: dict[str, Any], said: 
 @pytest.mark.parametrize("rate", [0.0, -1e-4, math.nan, math.inf, True])
 def test_a_rate_that_moves_nothing(rate: float) -> None:
     with pytest.raises(ValueError, match="learning rate"):
-        Training(steps=1, learning_rate=rate)
+        TrainingPlan(steps=1, learning_rate=rate)
     with pytest.raises(ValueError, match="learning rate"):
         Distillation(learning_rate=rate)
 
@@ -300,7 +300,7 @@ def test_a_rate_that_moves_nothing(rate: float) -> None:
 @pytest.mark.parametrize("average", [1.0, -0.1, math.nan])
 def test_an_average_that_keeps_nothing_new(average: float) -> None:
     with pytest.raises(ValueError, match="moving average"):
-        Training(steps=1, learning_rate=1e-3, average=average)
+        TrainingPlan(steps=1, learning_rate=1e-3, average=average)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
@@ -308,7 +308,7 @@ def test_a_guidance_scale_that_is_none(scale: float) -> None:
     with pytest.raises(ValueError, match="guidance scale"):
         Sampler(guidance_scale=scale)
     with pytest.raises(ValueError, match="guidance scale"):
-        Sampling("ddim", 1, scale)
+        SamplerSettings("ddim", 1, scale)
 
 
 def test_what_says_where_weights_lie_is_for_weights_that_are_read(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from deradiff.alignment.loop import Curve, Part, Plan, train
+from deradiff.alignment.loop import train
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import DigitsReward, boldness, vividness
@@ -69,7 +70,7 @@ def test_captions_are_parsed_back() -> None:
 def test_every_caption_has_its_own_tokens_and_no_unknown_ones() -> None:
     texts = [captions.caption(parts, wording) for parts in all_parts() for wording in range(3)]
     ids = token_ids([*texts, ""])
-    assert ids.shape == (len(texts) + 1, captions.MAX_LENGTH)
+    assert ids.shape == (len(texts) + 1, digits.MAX_LENGTH)
     assert len(set(map(tuple, ids.tolist()))) == len(texts) + 1
     words = tokenizer()
     for text, row in zip(texts, ids.tolist(), strict=False):
@@ -110,10 +111,10 @@ def test_shipped_files_are_safetensors_of_at_most_40_mb() -> None:
 
 def test_shipped_reference_draws_what_the_prompt_says() -> None:
     pipe = digits.load_pipeline()
-    assert pipe.tokenizer.model_max_length == captions.MAX_LENGTH
+    assert pipe.tokenizer.model_max_length == digits.MAX_LENGTH
     prompts = captions.sample_prompts(60, seed=9)
     assert torch.equal(
-        pipe.tokenizer(prompts, padding="max_length", max_length=captions.MAX_LENGTH, return_tensors="pt").input_ids,
+        pipe.tokenizer(prompts, padding="max_length", max_length=digits.MAX_LENGTH, return_tensors="pt").input_ids,
         token_ids(prompts),
     )
     scores = quality.score(quality.draw(pipe, prompts, seed=9, steps=15), prompts)
@@ -167,13 +168,15 @@ class Interrupted(Exception):
     """Stands for a machine that went away."""
 
 
-def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None]) -> tuple[list[float], Curve]:
+def quadratic(
+    folder: Path, plan: TrainingPlan, report: Callable[[int, int, str], None]
+) -> tuple[list[float], LossCurve]:
     """Fit four numbers to noisy targets."""
     trained = nn.Linear(4, 1, bias=False)
     nn.init.zeros_(trained.weight)
     target = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
 
-    def loss(model: nn.Module, generator: torch.Generator, _: Part) -> torch.Tensor:
+    def loss(model: nn.Module, generator: torch.Generator, _: BatchPart) -> torch.Tensor:
         x = torch.randn(16, 4, generator=generator)
         return (model(x) - x @ target.T).square().mean()
 
@@ -182,14 +185,18 @@ def quadratic(folder: Path, plan: Plan, report: Callable[[int, int, str], None])
         loss,
         lambda _: (trained.weight - target).square().sum().item(),
         plan,
-        seed=3,
-        checkpoint=folder / "state",
-        report=report,
+        run=TrainingRun(
+            seed=3,
+            checkpoint=folder / "state",
+            report=report,
+        ),
     )
     return trained.weight.flatten().tolist(), curve
 
 
-PLAN = Plan(steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0)
+PLAN = TrainingPlan(
+    steps=400, learning_rate=0.05, warmup=5, average=0.9, evaluate_every=20, patience=3, checkpoint_seconds=0
+)
 
 
 def test_training_stops_when_the_held_out_loss_is_flat_and_keeps_the_best(tmp_path: Path) -> None:
@@ -218,8 +225,10 @@ def test_interrupted_training_continues_with_the_same_bits(tmp_path: Path) -> No
 def miniature() -> Settings:
     """The whole build with so few steps and pictures that it takes seconds."""
 
-    def plan(steps: int, patience: int | None = None) -> Plan:
-        return Plan(steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0)
+    def plan(steps: int, patience: int | None = None) -> TrainingPlan:
+        return TrainingPlan(
+            steps, 1e-3, warmup=2, average=0.9, evaluate_every=1, patience=patience, checkpoint_seconds=0
+        )
 
     return Settings(
         threads=1,

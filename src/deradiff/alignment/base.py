@@ -66,8 +66,8 @@ class Base:
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
             )
-        found = {"prompt_embeds": embedded[0]}
-        return found | ({"pooled_prompt_embeds": embedded[2]} if self.is_xl else {})
+        conditions = {"prompt_embeds": embedded[0]}
+        return conditions | ({"pooled_prompt_embeds": embedded[2]} if self.is_xl else {})
 
     def with_sizes(self, conditions: Conditions, sizes: Int[Tensor, "batch 6"] | None = None) -> Conditions:
         """`conditions` with SDXL's `time_ids`; by default a picture of the model's own size, uncropped."""
@@ -116,8 +116,8 @@ class Base:
         """The prediction of `denoiser`: this base's own, or another with its architecture."""
         more: dict[str, Any] = {}
         if self.is_xl:
-            told = self.with_sizes(conditions)
-            more["added_cond_kwargs"] = {"text_embeds": told["pooled_prompt_embeds"], "time_ids": told["time_ids"]}
+            sized = self.with_sizes(conditions)
+            more["added_cond_kwargs"] = {"text_embeds": sized["pooled_prompt_embeds"], "time_ids": sized["time_ids"]}
         return denoiser(noisy, timesteps, encoder_hidden_states=conditions["prompt_embeds"], **more).sample
 
 

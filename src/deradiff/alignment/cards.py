@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from deradiff.alignment.loop import Curve
-from deradiff.alignment.methods import Method
+from deradiff.alignment.methods import TrainingMethod
+from deradiff.alignment.training import LossCurve
 
 
-def card(method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, Any]) -> str:
+def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away: dict[str, Any]) -> str:
     """A model card in Markdown of what `runs.align` made; `away` is its divergence, as `runs.divergence` gives it."""
     settings, data, beta = made_of["settings"], made_of["data"], made_of["beta"]
     plan, rank = settings["plan"], settings["lora_rank"]
@@ -65,7 +65,7 @@ def card(method: Method, made_of: dict[str, Any], curve: Curve, away: dict[str, 
     return "\n".join(lines)
 
 
-def _some(curve: Curve, rows: int = 12) -> Sequence[tuple[int, float]]:
+def _some(curve: LossCurve, rows: int = 12) -> Sequence[tuple[int, float]]:
     every = list(zip(curve.step, curve.held_out, strict=True))
     keep = torch.linspace(0, len(every) - 1, min(rows, len(every))).round().long().tolist()
     return [every[i] for i in keep]

@@ -34,7 +34,7 @@ LISTS = ("parameters", "average", "best")
 
 
 class CurveRecord(Record):
-    """A `loop.Curve`."""
+    """A `training.LossCurve`."""
 
     step: list[Annotated[int, Field(ge=0)]]
     train: list[float]
@@ -51,7 +51,7 @@ class CurveRecord(Record):
         return self
 
 
-class Progress(Record):
+class TrainingProgress(Record):
     """How far a training has come, with what of its optimizer is no tensor."""
 
     identity: str
@@ -64,14 +64,14 @@ class Progress(Record):
     scaler: dict[str, int | float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _begun(self) -> Progress:
+    def _begun(self) -> TrainingProgress:
         if not self.curve.step or self.curve.step[-1] > self.step:
             raise ValueError(f"its curve ends at {self.curve.step[-1:]}, and it says that {self.step} steps are done")
         return self
 
 
 @dataclass
-class State:
+class TrainingState:
     """The tensors of a training: whole, in the order of the parameters.
 
     `optimizer` has for the number of each parameter what its optimizer keeps of it, tensors and numbers. The
@@ -85,7 +85,7 @@ class State:
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
-def write(folder: Path, state: State, progress: Mapping[str, Any]) -> None:
+def write(folder: Path, state: TrainingState, progress: Mapping[str, Any]) -> None:
     """Fill `folder`. Raises `OSError`, also where the library of the tensors reports a full disk in its own way."""
     held = {f"{name}.{i}": tensor for name in LISTS for i, tensor in enumerate(getattr(state, name))}
     numbers: dict[str, dict[str, Any]] = {}
@@ -103,7 +103,7 @@ def write(folder: Path, state: State, progress: Mapping[str, Any]) -> None:
     (folder / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_progress(folder: Path, steps: int | None = None) -> Progress:
+def read_progress(folder: Path, steps: int | None = None) -> TrainingProgress:
     """What `progress.json` says; of at most so many `steps`. Raises `ValueError` where it is none of a checkpoint."""
     if not (folder / TENSORS).exists() and (folder / PICKLED).exists():
         raise ValueError(
@@ -111,7 +111,7 @@ def read_progress(folder: Path, steps: int | None = None) -> Progress:
             "more: finish it with that version (pip install deradiff==0.1.0), or delete the folder to begin anew"
         )
     try:
-        progress = read(Progress, folder / PROGRESS, WHAT, CURE)
+        progress = read(TrainingProgress, folder / PROGRESS, WHAT, CURE)
     except OSError as error:
         raise ValueError(f"{folder} is no {WHAT}: {error}: {CURE}") from None
     if steps is not None and progress.step > steps:
@@ -119,7 +119,7 @@ def read_progress(folder: Path, steps: int | None = None) -> Progress:
     return progress
 
 
-def read_state(folder: Path, progress: Progress, shapes: Sequence[torch.Size], plan: Any) -> State:
+def read_state(folder: Path, progress: TrainingProgress, shapes: Sequence[torch.Size], plan: Any) -> TrainingState:
     """The tensors of a training whose parameters have these shapes.
 
     Raises `ValueError` for a file that is cut or missing, and for tensors of another model or optimizer.
@@ -143,21 +143,21 @@ def read_state(folder: Path, progress: Progress, shapes: Sequence[torch.Size], p
     optimizer = _of_optimizer(path, held, progress, shapes)
     if plan.optimizer == "adamw":
         _require_adamw(path, optimizer, shapes)
-    return State(**lists, optimizer=optimizer, scaler=dict(progress.scaler))
+    return TrainingState(**lists, optimizer=optimizer, scaler=dict(progress.scaler))
 
 
 def _of_optimizer(
-    path: Path, held: dict[str, Tensor], progress: Progress, shapes: Sequence[torch.Size]
+    path: Path, held: dict[str, Tensor], progress: TrainingProgress, shapes: Sequence[torch.Size]
 ) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
+    states: dict[int, dict[str, Any]] = {}
     known = {str(i): i for i in range(len(shapes))}
     named = [(name.split(".", 2), value) for name, value in held.items()]
     numbers = [(["optimizer", i, key], value) for i, of in progress.numbers.items() for key, value in of.items()]
     for parts, value in [*named, *numbers]:
         if len(parts) != 3 or parts[0] != "optimizer" or parts[1] not in known:
             raise ValueError(f"{path} is of another training: {'.'.join(parts)[:80]!r} belongs to none here: {CURE}")
-        found.setdefault(known[parts[1]], {})[parts[2]] = value
-    return found
+        states.setdefault(known[parts[1]], {})[parts[2]] = value
+    return states
 
 
 def _require_adamw(path: Path, optimizer: Mapping[int, Mapping[str, Any]], shapes: Sequence[torch.Size]) -> None:
@@ -170,9 +170,9 @@ def _require_adamw(path: Path, optimizer: Mapping[int, Mapping[str, Any]], shape
 def _apart(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that are laid out in order and share no memory, as the file asks for; an 8-bit optimizer's tables do."""
     seen: set[int] = set()
-    found = {}
+    separate = {}
     for name, value in held.items():
         ordered = value.detach().contiguous()
-        found[name] = ordered.clone() if ordered.data_ptr() in seen else ordered
+        separate[name] = ordered.clone() if ordered.data_ptr() in seen else ordered
         seen.add(ordered.data_ptr())
-    return found
+    return separate

@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import row_generators
+from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Pairs(Protocol):
     held_out: int
     """How many never train; their loss tells how far the training is."""
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """This part of the step's `size` pairs, winners first."""
         ...
 
@@ -76,14 +75,14 @@ def noise_pairs(
     noise = torch.stack([torch.randn(clean.shape[2:], generator=g) for g in generators]).to(device)
     timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
     dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
-    told = {
+    single = {
         name: torch.where(_like(dropped, prompts), empty[name], prompts).to(device)
         for name, prompts in batch.prompts.items()
     }
     if base.is_xl:
-        told["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(told["prompt_embeds"])
+        single["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(single["prompt_embeds"])
     both, noise, timesteps = clean.transpose(0, 1).flatten(0, 1), _twice(noise), _twice(timesteps)
-    conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in told.items()}
+    conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in single.items()}
     return Noised(base.noised(both, noise, timesteps), timesteps, conditions, base.target(both, noise, timesteps))
 
 
@@ -110,17 +109,13 @@ def train_dpo(
     policy: Policy,
     pairs: Pairs,
     beta: float,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
     dropout: float,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
-) -> Curve:
+    run: TrainingRun,
+) -> LossCurve:
     """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
 
     Held-out pairs keep all prompts and are evaluated `per_pass` at a time; in training a share `dropout` of the prompts
@@ -137,8 +132,8 @@ def train_dpo(
         )
     empty = pairs.empty_prompt()
 
-    def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        generators = row_generators(seed, part.positions(batch))
+    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
+        generators = row_generators(run.seed, part.positions(batch))
         noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
         return loss(base, policy, model, noised, beta)
 
@@ -148,7 +143,7 @@ def train_dpo(
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
         for number, chunk in enumerate(chunks):
-            generators = row_generators(seed, chunk, "held out")
+            generators = row_generators(run.seed, chunk, "held out")
             noised = noise_pairs(base, pairs.held_out_batch(chunk), empty, 0.0, generators)
             if number == len(known):
                 with policy.reference(model) as reference:
@@ -161,10 +156,6 @@ def train_dpo(
         objective,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
         data=pairs,
     )

@@ -2,34 +2,41 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import order, row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.data_order import order, row_generators
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import regularised_reward
-from deradiff.alignment.sampling import Kept, Sampling, at_least_single, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import (
+    DifferentiatedStep,
+    SamplerSettings,
+    at_least_single,
+    conditions,
+    decode,
+    sample,
+    unconditional,
+)
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 
 def divergence(
-    base: Base, policy: Policy, model: nn.Module, kept: Sequence[Kept], told: Conditions
+    base: Base, policy: Policy, model: nn.Module, steps: Sequence[DifferentiatedStep], prompted: Conditions
 ) -> Float[Tensor, " batch"]:
-    """The sum over `kept` steps of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
-    found = torch.zeros(len(kept[0].noisy), device=kept[0].noisy.device)
-    for step in kept:
+    """The sum over `steps` of `||ε_θ - ε_ref||²` (AIG, equation 4), a sum over elements as it is printed."""
+    total = torch.zeros(len(steps[0].noisy), device=steps[0].noisy.device)
+    for step in steps:
         # What earlier steps did to the latents is differentiated too: then the reference's own prediction moves.
         moves = step.noisy.requires_grad
         with policy.reference(model) as reference, torch.set_grad_enabled(moves), _remembering(model, moves):
-            prediction = base.predict(reference, step.noisy, step.timesteps, told)
-        found = found + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
-    return found
+            prediction = base.predict(reference, step.noisy, step.timesteps, prompted)
+        total = total + (at_least_single(step.prediction) - at_least_single(prediction)).square().flatten(1).sum(1)
+    return total
 
 
 @contextmanager
@@ -53,7 +60,7 @@ def objective(
     generators: Sequence[torch.Generator],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int,
     until: int | None = None,
     ceiling: float | int = float("inf"),
@@ -62,17 +69,17 @@ def objective(
 
     `until` stops the sampling early (see `sampling.sample`); rewards count up to `ceiling`.
     """
-    told = conditions(base, prompts, sampling.resolution)
+    prompted = conditions(base, prompts, sampling.resolution)
     guided = sampling.guidance_scale > 1
-    untold = unconditional(base, len(prompts), sampling.resolution) if guided else None
+    unprompted = unconditional(base, len(prompts), sampling.resolution) if guided else None
     noise = sampling.noise(base, generators)
-    drawn = sample(base, model, told, untold, noise, sampling, keep=keep, generators=generators, until=until)
+    drawn = sample(base, model, prompted, unprompted, noise, sampling, keep=keep, generators=generators, until=until)
     images = decode(base, drawn.latents)
     rewards = scored(reward, images, prompts)
     if images.requires_grad and not rewards.requires_grad:
         raise ValueError(f"{reward.name} has no gradient in its pictures: policy gradients need none (--method ddpo)")
     # Without a KL term the reference need not be evaluated.
-    divergences = divergence(base, policy, model, drawn.kept, told) if kl else torch.zeros_like(rewards)
+    divergences = divergence(base, policy, model, drawn.steps, prompted) if kl else torch.zeros_like(rewards)
     return regularised_reward(rewards.clamp(max=ceiling), divergences, kl)
 
 
@@ -83,7 +90,7 @@ def on_held_out(
     prompts: Sequence[str],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int,
     per_pass: int,
     seed: int,
@@ -93,8 +100,8 @@ def on_held_out(
     for start in range(0, len(prompts), per_pass):
         places = range(len(prompts))[start : start + per_pass]
         asked, generators = [prompts[place] for place in places], row_generators(seed, places, "held out")
-        found = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
-        total += len(asked) * found.item()
+        value = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
+        total += len(asked) * value.item()
     return total / len(prompts)
 
 
@@ -113,18 +120,14 @@ def train_draft(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     keep: int = 1,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
-) -> Curve:
+    run: TrainingRun,
+) -> LossCurve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, with gradients through the last `keep` steps.
 
     `kl` is λ_KL, 0 for none; its term is computed over the same steps. The held-out loss is the same objective for the
@@ -135,22 +138,18 @@ def train_draft(
         raise ValueError(f"gradients through {keep} steps teach nothing: keep 1 or more")
     require(kl, prompts, held_out)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions = part.positions(batch)
-        asked = [prompts[place] for place in order(len(prompts), seed, positions)]
-        return objective(base, policy, model, asked, row_generators(seed, positions), reward, kl, sampling, keep)
+        asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
+        return objective(base, policy, model, asked, row_generators(run.seed, positions), reward, kl, sampling, keep)
 
     def held_out_loss(model: nn.Module) -> float:
-        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, seed)
+        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, run.seed)
 
     return train(
         policy.model,
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

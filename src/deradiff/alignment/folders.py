@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from deradiff.alignment.checkpoints import Progress, read_progress
+from deradiff.alignment.checkpoints import TrainingProgress, read_progress
 
 
 def _temporary(folder: Path) -> Path:
@@ -28,8 +28,8 @@ def write(folder: Path, save: Callable[[Path], None]) -> None:
         save(fresh)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
         shutil.rmtree(fresh, ignore_errors=True)
-        kept = "the last good one stays" if folder.exists() else "there is none yet"
-        warnings.warn(f"no checkpoint could be written to {folder} ({error}): make room; {kept}", stacklevel=2)
+        remaining = "the last good one stays" if folder.exists() else "there is none yet"
+        warnings.warn(f"no checkpoint could be written to {folder} ({error}): make room; {remaining}", stacklevel=2)
         return
     shutil.rmtree(former, ignore_errors=True)
     if folder.exists():
@@ -48,7 +48,7 @@ def recover(folder: Path, first: bool) -> None:
     shutil.rmtree(_former(folder), ignore_errors=True)
 
 
-def read(folder: Path, identity: str, steps: int | None = None) -> Progress:
+def read(folder: Path, identity: str, steps: int | None = None) -> TrainingProgress:
     """The progress that a checkpoint records, of at most so many `steps`.
 
     Raises `ValueError` if it cannot be read, or belongs to a run with another `identity`.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from deradiff.alignment.pair_rows import Pair
+from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.files.images import rgb
 
 Crop = Literal["centre", "random"]
@@ -28,7 +28,7 @@ class PairPixels:
 
 
 def pair_pixels(
-    pair: Pair,
+    pair: PreferencePair,
     resolution: int,
     *,
     crop: Crop = "centre",

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.alignment.feeds import Cursor, Step, Unreadable, split_held_out
+from deradiff.alignment.data_order import Cursor, OrderedRow, Unreadable, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.latent_shards import (
     ANEW,
@@ -33,7 +33,7 @@ from deradiff.alignment.latent_shards import (
     opened,
     require_alike,
 )
-from deradiff.alignment.pair_rows import Pair
+from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.files.folders import Claim, claim
 from deradiff.files.inventory import inventory, require_whole
 from deradiff.files.locks import taken
@@ -54,11 +54,11 @@ class OrderedPairs(Protocol):
 
     fingerprint: dict[str, Any]
 
-    def in_order(self, cursor: Cursor | None) -> Iterator[Step[Any]]:
+    def in_order(self, cursor: Cursor | None) -> Iterator[OrderedRow[Any]]:
         """Every usable row once, from `cursor` on."""
         ...
 
-    def open(self, row: Any) -> Pair:
+    def open(self, row: Any) -> PreferencePair:
         """The pair of a row; raises `Unreadable`."""
         ...
 
@@ -211,7 +211,7 @@ class _Encoding:
 
 
 def _next_shard(
-    pairs: OrderedPairs, steps: Iterator[Step[Any]], done: _Done, room: int, encoding: _Encoding
+    pairs: OrderedPairs, steps: Iterator[OrderedRow[Any]], done: _Done, room: int, encoding: _Encoding
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Up to `room` pairs encoded, and the texts that are new in them; nothing where the pairs have ended.
 
@@ -333,12 +333,12 @@ class LatentCache:
         for row in rows:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of a cache of {len(self)} pairs")
-        found = [self._row(self._pairs, row) for row in rows]
-        prompts = [int(file.get_slice("prompt")[place : place + 1]) for file, place in found]
+        located = [self._row(self._pairs, row) for row in rows]
+        prompts = [int(file.get_slice("prompt")[place : place + 1]) for file, place in located]
         places = [self._row(self._prompts, prompt) for prompt in prompts]
         return CachedBatch(
-            latents=_gathered(found, "latents"),
-            time_ids=_gathered(found, "time_ids"),
+            latents=_gathered(located, "latents"),
+            time_ids=_gathered(located, "time_ids"),
             prompts={name.removeprefix(EMBEDDING): _gathered(places, name) for name in self._embeddings},
             texts=[self.texts[prompt] for prompt in prompts],
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import PositiveInt
 
-from deradiff.alignment.feeds import Counts, Cursor
+from deradiff.alignment.data_order import Counts, Cursor
 from deradiff.files import tensors
 from deradiff.files.inventory import Inventory
 from deradiff.files.reading import Record

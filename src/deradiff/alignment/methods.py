@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from deradiff.algorithm.estimates import effective_sample_size
@@ -19,7 +18,6 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.draft import train_draft
 from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.loop import Curve
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.own_samples import OwnSamples, draw_samples
 from deradiff.alignment.pair_streams import PairStream
@@ -29,15 +27,18 @@ from deradiff.alignment.presets import Preset
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
-from deradiff.worlds.digits import captions
+from deradiff.worlds import SHIPPED, find
 
 OWN_PAIRS, OWN_PROMPTS = 2000, 500
+
+_SHIPPED = f"the models that ship ({', '.join(SHIPPED)})"
 
 
 @runtime_checkable
@@ -51,11 +52,11 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainingMethod:
     """One way to align.
 
     `prepare(pipe, settings, out, count, seed, report)` makes the data under `out`, or finds it there. `train(base,
-    policy, data, beta, settings, *, seed, checkpoint, report, accelerator, identity)` aligns the policy.
+    policy, data, beta, settings, run)` aligns the policy.
     """
 
     title: str
@@ -73,7 +74,7 @@ class Method:
     decodes: bool
     """Whether training needs VAE and text encoders, with all data prepared."""
     prepare: Callable[[DiffusionPipeline, Preset, Path, int | None, int, Report], Any]
-    train: Callable[..., Curve]
+    train: Callable[..., LossCurve]
     prompts: Callable[[Any, Preset, int], list[str]]
     """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
 
@@ -111,15 +112,15 @@ def prepare_pairs(
 
 def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
     """Pairs of the model's own pictures, compared by the reward. Raises `ValueError` for a model without prompts."""
-    if settings.base != "digits":
-        raise ValueError("own pairs need prompts and a reward, which only the digits bring along: name --data")
+    if (world := find(settings.base)) is None:
+        raise ValueError(f"own pairs need prompts and a reward, which only {_SHIPPED} bring along: name --data")
     sampling = settings.sampling
     pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
     return draw_pairs(
         folder,
         pipe,
         settings.base,
-        captions.sample_prompts(count, seed),
+        world.sample_prompts(count, seed),
         reward_of(settings, pipe.device),
         temperature=0.25,
         steps=sampling["steps"],
@@ -135,16 +136,13 @@ def _dpo(
     data: LatentCache | PairFolder | PairStream,
     beta: float,
     settings: Preset,
-    *,
-    seed: int,
-    accelerator: Accelerator | None,
-    **common: Any,
-) -> Curve:
-    processes = accelerator.num_processes if accelerator else 1
+    run: TrainingRun,
+) -> LossCurve:
+    processes = run.accelerator.num_processes if run.accelerator else 1
     pairs = (
-        CachedPairs(data, seed)
+        CachedPairs(data, run.seed)
         if isinstance(data, LatentCache)
-        else EncodedPairs(base, data, settings.resolution, seed, processes)
+        else EncodedPairs(base, data, settings.resolution, run.seed, processes)
     )
     return train_dpo(
         base,
@@ -154,9 +152,7 @@ def _dpo(
         settings.plan_at(beta),
         batch=settings.batch,
         dropout=settings.prompt_dropout,
-        seed=seed,
-        accelerator=accelerator,
-        **common,
+        run=run,
     )
 
 
@@ -170,7 +166,7 @@ def _pairs_held_out(data: LatentCache | PairFolder | PairStream, settings: Prese
 
 
 @dataclass(frozen=True)
-class Prompts:
+class TrainingPrompts:
     """Prompts to train on, and others that only measure the progress."""
 
     training: tuple[str, ...]
@@ -179,23 +175,27 @@ class Prompts:
     fingerprint: dict[str, Any]
 
 
-def prepare_prompts(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> Prompts:
+def prepare_prompts(
+    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
+) -> TrainingPrompts:
     """The prompts of `settings.data`, of which the last are held out; nothing is written."""
     texts = _prompts(settings, count, seed)
     if len(texts) <= settings.held_out:
         raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
-    kept = len(texts) - settings.held_out
-    return Prompts(tuple(texts[:kept]), tuple(texts[kept:]), reward_of(settings, pipe.device), fingerprint)
+    trained_on = len(texts) - settings.held_out
+    return TrainingPrompts(
+        tuple(texts[:trained_on]), tuple(texts[trained_on:]), reward_of(settings, pipe.device), fingerprint
+    )
 
 
 def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
     if settings.data != "own":
         return list(load_prompts(settings.data, count, seed if count else None).prompts)
-    if settings.base != "digits":
-        raise ValueError("only the digits bring prompts along: name --data, a list of prompts")
-    return captions.sample_prompts(count or OWN_PROMPTS, seed)
+    if (world := find(settings.base)) is None:
+        raise ValueError(f"only {_SHIPPED} bring prompts along: name --data, a list of prompts")
+    return world.sample_prompts(count or OWN_PROMPTS, seed)
 
 
 def reward_of(settings: Preset, device: Any) -> Reward:
@@ -205,17 +205,19 @@ def reward_of(settings: Preset, device: Any) -> Reward:
     return load_reward(settings.reward, device=device)
 
 
-def sampling_of(settings: Preset, scheduler: str | None = None) -> Sampling:
+def sampling_of(settings: Preset, scheduler: str | None = None) -> SamplerSettings:
     """How `settings` sample; with another scheduler if one is named."""
-    resolution = None if settings.base == "digits" else settings.resolution
+    resolution = None if find(settings.base) else settings.resolution
     named = {"scheduler": scheduler} if scheduler else {}
-    return Sampling(resolution=resolution, **{**settings.sampling, **named})
+    return SamplerSettings(resolution=resolution, **{**settings.sampling, **named})
 
 
-def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
+def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
     """The trainer of a method that samples for prompts and scores what it drew."""
 
-    def trained(base: Base, policy: Any, data: Prompts, beta: float, settings: Preset, **common: Any) -> Curve:
+    def trained(
+        base: Base, policy: Any, data: TrainingPrompts, beta: float, settings: Preset, run: TrainingRun
+    ) -> LossCurve:
         return train(
             base,
             policy,
@@ -227,13 +229,13 @@ def _with_reward(train: Callable[..., Curve]) -> Callable[..., Curve]:
             batch=settings.batch,
             sampling=sampling_of(settings),
             **settings.options,
-            **common,
+            run=run,
         )
 
     return trained
 
 
-def _prompts_held_out(data: Prompts, settings: Preset, count: int) -> list[str]:
+def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> list[str]:
     return list(data.held_out[:count])
 
 
@@ -257,7 +259,7 @@ def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, s
     )
 
 
-def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, **common: Any) -> Curve:
+def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
     conditions = data.conditions()
     weights = tilted_weights(data.rewards / beta, conditions)
     totals = torch.zeros(int(conditions.max()) + 1, dtype=weights.dtype).index_add(0, conditions, weights)
@@ -277,7 +279,7 @@ def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Prese
         held_out=settings.held_out,
         batch=settings.batch,
         dropout=settings.prompt_dropout,
-        **common,
+        run=run,
     )
 
 
@@ -287,8 +289,8 @@ def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[st
 
 _SAMPLED = "minus the mean reward of pictures for held-out prompts, with the term of the strength"
 
-METHODS: dict[str, Method] = {
-    "dpo": Method(
+METHODS: dict[str, TrainingMethod] = {
+    "dpo": TrainingMethod(
         title="Diffusion-DPO",
         symbol="β",
         may_be_zero=False,
@@ -302,7 +304,7 @@ METHODS: dict[str, Method] = {
         train=_dpo,
         prompts=_pairs_held_out,
     ),
-    "draft": Method(
+    "draft": TrainingMethod(
         title="DRaFT",
         symbol="λ_KL",
         may_be_zero=True,
@@ -316,7 +318,7 @@ METHODS: dict[str, Method] = {
         train=_with_reward(train_draft),
         prompts=_prompts_held_out,
     ),
-    "refl": Method(
+    "refl": TrainingMethod(
         title="ReFL",
         symbol="λ_KL",
         may_be_zero=True,
@@ -330,7 +332,7 @@ METHODS: dict[str, Method] = {
         train=_with_reward(train_refl),
         prompts=_prompts_held_out,
     ),
-    "rwr": Method(
+    "rwr": TrainingMethod(
         title="reward-weighted denoising",
         symbol="β",
         may_be_zero=False,
@@ -344,7 +346,7 @@ METHODS: dict[str, Method] = {
         train=_rwr,
         prompts=_samples_held_out,
     ),
-    "ddpo": Method(
+    "ddpo": TrainingMethod(
         title="DDPO",
         symbol="λ_KL",
         may_be_zero=True,

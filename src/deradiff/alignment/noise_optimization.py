@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
 from deradiff.sampling.pictures import upcast
@@ -31,7 +31,7 @@ Report = Callable[[int, int, str], None]
 
 
 @dataclass
-class Evaluations:
+class EvaluationCounts:
     """How often denoisers were evaluated, counted in samples: a guided step of one image is two evaluations."""
 
     forward: int = 0
@@ -41,13 +41,13 @@ class Evaluations:
 
 
 @contextmanager
-def counted(*denoisers: nn.Module) -> Iterator[Evaluations]:
+def counted(*denoisers: nn.Module) -> Iterator[EvaluationCounts]:
     """Count every evaluation of `denoisers` inside the block, by hooks, whoever calls them."""
-    found = Evaluations()
+    counts = EvaluationCounts()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Before, not after: a repeated evaluation stops as soon as it has what the gradient needs.
-        found.forward += len(args[0] if args else kwargs["sample"])
+        counts.forward += len(args[0] if args else kwargs["sample"])
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         predicted = output[0]
@@ -55,12 +55,12 @@ def counted(*denoisers: nn.Module) -> Iterator[Evaluations]:
             predicted.register_hook(propagated)
 
     def propagated(gradient: Tensor) -> None:
-        found.backward += len(gradient)
+        counts.backward += len(gradient)
 
     hooks = [denoiser.register_forward_pre_hook(before, with_kwargs=True) for denoiser in denoisers]
     hooks += [denoiser.register_forward_hook(after) for denoiser in denoisers]
     try:
-        yield found
+        yield counts
     finally:
         for hook in hooks:
             hook.remove()
@@ -68,7 +68,7 @@ def counted(*denoisers: nn.Module) -> Iterator[Evaluations]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image cost on average (see `Evaluations`)."""
+    """What one image cost on average (see `EvaluationCounts`)."""
 
     forward: float
     backward: float
@@ -110,7 +110,7 @@ def clipped(gradient: Float[Tensor, "batch *latent"], max_norm: float | int) -> 
     return gradient * (max_norm / norms).clamp(max=1)
 
 
-def initial_noise(base: Base, sampling: Sampling, count: int, seed: int) -> Float[Tensor, "count *latent"]:
+def initial_noise(base: Base, sampling: SamplerSettings, count: int, seed: int) -> Float[Tensor, "count *latent"]:
     """Standard normal noise, as a pipeline's `latents` take it; a row depends on `seed` and its position alone."""
     return sampling.noise(base, row_generators(seed, range(count), "initial noise"))
 
@@ -133,13 +133,13 @@ def scored_with_gradient(
         scores = scored(reward, images, prompts)
         norm_log_density = log_density_of_norm(noise)
     # Apart, because a reward that hides the images from the gradient would leave that of the norm alone.
-    found = torch.autograd.grad(scores.sum(), noise, allow_unused=True)[0] if scores.requires_grad else None
-    if found is None:
+    raising = torch.autograd.grad(scores.sum(), noise, allow_unused=True)[0] if scores.requires_grad else None
+    if raising is None:
         raise ValueError(
             f"the reward {reward.name!r} is not differentiable in the images: no noise can be optimised for it. Take a "
             "differentiable reward, and no torch.no_grad() inside it"
         )
-    gradient = found + norm_weight * torch.autograd.grad(norm_log_density.sum(), noise)[0]
+    gradient = raising + norm_weight * torch.autograd.grad(norm_log_density.sum(), noise)[0]
     wrong = (~gradient.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
@@ -153,7 +153,7 @@ def optimize_noise(
     base: Base,
     prompts: Sequence[str],
     reward: Reward,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     iterations: int = 50,
     learning_rate: float | int = 5.0,
@@ -197,13 +197,13 @@ def optimize_noise(
         raise ValueError(f"{len(start)} rows of noise for {len(prompts)} prompts: each prompt takes one")
 
     def ascend(rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        mine = [prompts[row] for row in rows]
-        render = _renderer(base, mine, sampling, seed, rows, checkpointing)
+        texts = [prompts[row] for row in rows]
+        render = _renderer(base, texts, sampling, seed, rows, checkpointing)
         # In half precision small steps would be rounded away.
         at = start[rows.start : rows.stop].to(base.denoiser.device, torch.promote_types(start.dtype, torch.float32))
         velocity, best, trajectory = torch.zeros_like(at), None, []
         for iteration in range(iterations):
-            images, scores, gradient = scored_with_gradient(render, reward, mine, at, norm_weight)
+            images, scores, gradient = scored_with_gradient(render, reward, texts, at, norm_weight)
             best = _better(best, images, at, scores)
             trajectory.append(scores)
             gradient = clipped(gradient, max_norm)
@@ -213,39 +213,39 @@ def optimize_noise(
             report(iteration + 1, iterations, f"{which}: mean score {scores.mean():.4g}, best {best[2].mean():.4g}")
         with torch.no_grad():
             images = render(at)
-            scores = scored(reward, images, mine)
+            scores = scored(reward, images, texts)
         images, at, _ = _better(best, images, at, scores)
         return images, at, torch.stack([*trajectory, scores])
 
     count, began = len(prompts), time.perf_counter()
     with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
         passes = [ascend(range(first, min(first + per_pass, count))) for first in range(0, count, per_pass)]
-    images, found, scores = zip(*passes, strict=True)
+    images, noises, scores = zip(*passes, strict=True)
     cost = Cost(evaluations.forward / count, evaluations.backward / count, (time.perf_counter() - began) / count)
-    return Optimized(torch.cat(images), torch.cat(found), torch.cat(scores, 1), cost)
+    return Optimized(torch.cat(images), torch.cat(noises), torch.cat(scores, 1), cost)
 
 
 def _renderer(
-    base: Base, prompts: Sequence[str], sampling: Sampling, seed: int, rows: range, checkpointing: bool
+    base: Base, prompts: Sequence[str], sampling: SamplerSettings, seed: int, rows: range, checkpointing: bool
 ) -> Render:
-    told = conditions(base, prompts, sampling.resolution)
-    untold = unconditional(base, len(prompts), sampling.resolution) if sampling.guidance_scale > 1 else None
+    prompted = conditions(base, prompts, sampling.resolution)
+    unprompted = unconditional(base, len(prompts), sampling.resolution) if sampling.guidance_scale > 1 else None
     # A scheduler of second order takes more steps than it is asked for.
     steps = len(sampling.prepared(base).timesteps)
 
     def render(noise: Tensor) -> Tensor:
-        found = sample(
+        drawn = sample(
             base,
             base.denoiser,
-            told,
-            untold,
+            prompted,
+            unprompted,
             noise.to(base.denoiser.dtype),
             sampling,
             keep=steps if torch.is_grad_enabled() else 0,
             checkpointing=checkpointing,
             generators=row_generators(seed, rows, "sampling noise"),
         )
-        return decode(base, found.latents, checkpointing)
+        return decode(base, drawn.latents, checkpointing)
 
     return render
 
@@ -267,9 +267,9 @@ Scored = tuple[Tensor, Tensor, Tensor]
 """Images, noise and scores."""
 
 
-def _better(known: Scored | None, *found: Tensor) -> Scored:
+def _better(known: Scored | None, *candidate: Tensor) -> Scored:
     """Row by row, what has the higher score: `known` where they are equal."""
-    images, noise, scores = found
+    images, noise, scores = candidate
     if known is None:
         return images, noise, scores
     wins = (scores > known[2]).view(-1, 1, 1, 1)
@@ -302,7 +302,7 @@ def _check(
             raise ValueError(f"{name} = {value}: it must be {need}")
 
 
-def _require_noise_first(base: Base, sampling: Sampling) -> None:
+def _require_noise_first(base: Base, sampling: SamplerSettings) -> None:
     first = float(sampling.prepared(base).timesteps[0])
     if first < base.timesteps / 2:
         raise ValueError(

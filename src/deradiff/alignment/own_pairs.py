@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.loop import Report
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Report
 from deradiff.files.folders import claim
 from deradiff.files.inventory import Inventory, inventory, require_picture, require_whole
 from deradiff.files.locks import taken

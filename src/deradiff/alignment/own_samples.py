@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Report
-from deradiff.alignment.rwr import Samples
-from deradiff.alignment.sampling import Sampling, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.rwr import ReferenceSamples
+from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Report
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
 from deradiff.files.tensors import joined
@@ -31,7 +31,7 @@ class OwnSamples:
     """Samples, several of every prompt, with their rewards; `fingerprint` tells them from others."""
 
     def __init__(
-        self, samples: Samples, rewards: Float[Tensor, " sample"], per_prompt: int, fingerprint: dict[str, Any]
+        self, samples: ReferenceSamples, rewards: Float[Tensor, " sample"], per_prompt: int, fingerprint: dict[str, Any]
     ) -> None:
         self.samples, self.rewards, self.per_prompt, self.fingerprint = samples, rewards, per_prompt, fingerprint
 
@@ -48,7 +48,7 @@ def draw_samples(
     prompts: Sequence[str],
     per_prompt: int,
     reward: Reward,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     seed: int,
     chunk: int = 32,
@@ -93,17 +93,17 @@ def draw_samples(
     texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
     drawn = joined(parts, WHAT, CURE)
-    return OwnSamples(Samples(drawn["latents"], texts), drawn["rewards"], per_prompt, fingerprint)
+    return OwnSamples(ReferenceSamples(drawn["latents"], texts), drawn["rewards"], per_prompt, fingerprint)
 
 
 def _drawn(
-    base: Base, texts: list[str], reward: Reward, sampling: Sampling, seed: int, rows: range
+    base: Base, texts: list[str], reward: Reward, sampling: SamplerSettings, seed: int, rows: range
 ) -> dict[str, Tensor]:
     generators = row_generators(seed, rows, "own sample")
-    told = conditions(base, texts, sampling.resolution)
+    prompted = conditions(base, texts, sampling.resolution)
     guided = sampling.guidance_scale > 1
-    untold = unconditional(base, len(texts), sampling.resolution) if guided else None
+    unprompted = unconditional(base, len(texts), sampling.resolution) if guided else None
     noise = sampling.noise(base, generators)
-    latents = sample(base, base.denoiser, told, untold, noise, sampling, keep=0, generators=generators).latents
+    latents = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=generators).latents
     rewards = scored(reward, decode(base, latents), texts)
     return {"latents": latents.float().cpu().contiguous(), "rewards": rewards.float().cpu()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff.alignment.feeds import Unreadable
+from deradiff.alignment.data_order import Unreadable
 from deradiff.files.images import read_rgb, rgb
 
 PICK_A_PIC_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label")
@@ -21,7 +21,7 @@ ImageData = bytes | Path | Image.Image | None
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """Two images of one prompt, of which people preferred `winner`; both RGB."""
 
     prompt: str
@@ -30,7 +30,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class PairRow:
+class UndecodedPair:
     """A pair before its images are decoded; `place` names it in messages."""
 
     prompt: str
@@ -43,7 +43,7 @@ class LeftOut(Exception):
     """A row that is no pair by its labels; the text is the reason it is counted under."""
 
 
-def read_row(row: Mapping[str, Any], place: str) -> PairRow:
+def read_row(row: Mapping[str, Any], place: str) -> UndecodedPair:
     """A pair from Pick-a-Pic's columns (`caption`, `jpg_0`, `jpg_1`, `label_0`, ...) or `prompt`, `winner`, `loser`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_row(row: Mapping[str, Any], place: str) -> PairRow:
         raise LeftOut("no prompt")
     if not isinstance(prompt, str):
         raise ValueError(f"{place}: {columns[0]} is {prompt!r:.80}, not text")
-    return PairRow(prompt, _image_data(winner, place), _image_data(loser, place), place)
+    return UndecodedPair(prompt, _image_data(winner, place), _image_data(loser, place), place)
 
 
 def pair_columns(names: Collection[str], place: str) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ def _image_data(value: Any, place: str) -> ImageData:
     raise ValueError(f"{place}: an image must be bytes (the file's content), got {type(value).__name__}")
 
 
-def decode_pair(row: PairRow) -> Pair:
+def decode_pair(row: UndecodedPair) -> PreferencePair:
     """The pair of a row, its images decoded to RGB.
 
     Raises:
@@ -124,7 +124,7 @@ def decode_pair(row: PairRow) -> Pair:
             image"; see `files.images.rgb`).
         OSError: a file is missing or cannot be opened; names the row and the path.
     """
-    return Pair(row.prompt, _decode(row.winner, "winner", row.place), _decode(row.loser, "loser", row.place))
+    return PreferencePair(row.prompt, _decode(row.winner, "winner", row.place), _decode(row.loser, "loser", row.place))
 
 
 def _decode(data: ImageData, role: str, place: str) -> Image.Image:

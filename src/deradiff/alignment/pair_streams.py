@@ -16,8 +16,8 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import torch
 from pydantic import Field, NonNegativeInt
 
-from deradiff.alignment.feeds import Counts, Cursor, Step, Unreadable, read_cursor, seeded
-from deradiff.alignment.pair_rows import LeftOut, Pair, PairRow, decode_pair, pair_columns, read_row
+from deradiff.alignment.data_order import Counts, Cursor, OrderedRow, Unreadable, read_cursor, seeded
+from deradiff.alignment.pair_rows import LeftOut, PreferencePair, UndecodedPair, decode_pair, pair_columns, read_row
 from deradiff.files.reading import Record
 from deradiff.files.tables import INSTALL, open_parquet
 
@@ -156,19 +156,19 @@ class PairStream:
         if not self.held_out_rows:
             return 0, 0
         skipped: Mapping[str, int] = {}
-        for found, step in enumerate(self.in_order(None), 1):
+        for count, step in enumerate(self.in_order(None), 1):
             skipped = step.skipped
-            if found == self.held_out_rows:
+            if count == self.held_out_rows:
                 return step.cursor["shard"], step.cursor["next"]
         raise ValueError(
             f"{self.held_out_rows} pairs cannot be held out: the data have fewer (left out: {dict(skipped)})"
         )
 
-    def open(self, row: PairRow) -> Pair:
+    def open(self, row: UndecodedPair) -> PreferencePair:
         """The pair of a row. Raises `Unreadable` where an image is missing from the row or damaged."""
         return decode_pair(row)
 
-    def in_order(self, cursor: Cursor | None) -> Iterator[Step[PairRow]]:
+    def in_order(self, cursor: Cursor | None) -> Iterator[OrderedRow[UndecodedPair]]:
         """Every usable row once, in the order of the files, the held-out ones first."""
         at: Cursor = self._read(_InOrder, cursor) if cursor else {"shard": 0, "next": 0, "skipped": {}}
         skipped: Counter[str] = Counter(at["skipped"])
@@ -181,10 +181,10 @@ class PairStream:
                     skipped[str(reason)] += 1
                 else:
                     counts = dict(skipped)
-                    yield Step(row, {"shard": shard, "next": number + 1, "skipped": counts}, counts)
+                    yield OrderedRow(row, {"shard": shard, "next": number + 1, "skipped": counts}, counts)
             start = 0
 
-    def held_out(self) -> Iterator[Pair]:
+    def held_out(self) -> Iterator[PreferencePair]:
         """The held-out pairs, decoded as they are asked for; those that cannot be decoded are left out."""
         for _, step in zip(range(self.held_out_rows), self.in_order(None), strict=False):
             try:
@@ -192,7 +192,7 @@ class PairStream:
             except Unreadable:
                 continue
 
-    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[PairRow]]:
+    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[UndecodedPair]]:
         """Training rows without end, from `cursor` on. Raises `ValueError` after an epoch without a usable row."""
         start: Cursor = {"epoch": 0, "block": 0, "taken": 0, "open": [], "opened": 0, "skipped": {}}
         at = self._read(_Shuffled, cursor) if cursor else start
@@ -207,7 +207,7 @@ class PairStream:
                 order = torch.randperm(len(rows), generator=seeded(seed, f"block {block} of epoch {epoch}")).tolist()
                 for i in range(taken, len(rows)):
                     place = {"epoch": epoch, "block": block, "taken": i + 1, **began}
-                    yield Step(rows[order[i]], place, ended["skipped"])
+                    yield OrderedRow(rows[order[i]], place, ended["skipped"])
                 rows.clear()  # the next block is read into the room of this one
                 block, taken, began = block + 1, 0, ended
             if block == 0:
@@ -225,9 +225,9 @@ class PairStream:
             raise ValueError(f"{cursor!s:.80} is no place in these data, which have {len(self.shards)} shards")
         return at
 
-    def _block(self, reading: Iterator[tuple[Any, str, Cursor]], began: Cursor) -> tuple[list[PairRow], Cursor]:
+    def _block(self, reading: Iterator[tuple[Any, str, Cursor]], began: Cursor) -> tuple[list[UndecodedPair], Cursor]:
         """The next `buffer` usable rows, and where the reading stands behind them."""
-        rows: list[PairRow] = []
+        rows: list[UndecodedPair] = []
         skipped: Counter[str] = Counter(began["skipped"])
         ended = began
         for raw, name, place in reading:

@@ -13,13 +13,18 @@ from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt
 
-from deradiff.alignment.feeds import Cursor, Feed, Step, Unreadable, permuted, read_cursor, split_held_out
-from deradiff.alignment.pair_rows import PLAIN_COLUMNS, Pair, PairRow, decode_pair
+from deradiff.alignment.data_order import (
+    Cursor,
+    OrderedRow,
+    Unreadable,
+    permuted,
+    read_cursor,
+    split_held_out,
+)
+from deradiff.alignment.pair_rows import PLAIN_COLUMNS, PreferencePair, UndecodedPair, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
 from deradiff.files import reading, tables
 from deradiff.files.reading import Record
-
-__all__ = ["HUB_NAMES", "Feed", "Pair", "PairFolder", "PairStream", "open_pairs"]
 
 HUB_NAMES = {"pickapic-v1": "yuvalkirstain/pickapic_v1", "pickapic-v2": "yuvalkirstain/pickapic_v2"}
 """Short names of hub datasets. Both hold 0.6 to 1 million rows; their captions include unsafe ones."""
@@ -105,16 +110,16 @@ class PairFolder:
 
     def __init__(self, folder: str | Path, held_out: int = 0) -> None:
         self.folder = Path(folder)
-        found = [self.folder / name for name in LISTS if (self.folder / name).is_file()]
-        if not found:
+        lists = [self.folder / name for name in LISTS if (self.folder / name).is_file()]
+        if not lists:
             raise FileNotFoundError(f"{folder} has no list of pairs: it must hold {' or '.join(LISTS)}")
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)}: keep one of them")
-        content = found[0].read_bytes()
+        if len(lists) > 1:
+            raise ValueError(f"{folder} holds {' and '.join(path.name for path in lists)}: keep one of them")
+        content = lists[0].read_bytes()
         self._root = os.path.realpath(self.folder)
-        self._rows = [self._checked(*row) for row in _listed(found[0])]
+        self._rows = [self._checked(*row) for row in _listed(lists[0])]
         if not self._rows:
-            raise ValueError(f"{found[0]} lists no pair")
+            raise ValueError(f"{lists[0]} lists no pair")
         self.fingerprint: dict[str, Any] = {
             "kind": "folder",
             "pairs": len(self._rows),
@@ -149,22 +154,22 @@ class PairFolder:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def open(self, row: int) -> Pair:
+    def open(self, row: int) -> PreferencePair:
         """The pair of a row. Raises `Unreadable` where an image is damaged, `OSError` where it has gone."""
         listed = self._rows[row]
         winner, loser = self.folder / listed.winner, self.folder / listed.loser
-        return decode_pair(PairRow(listed.prompt, winner, loser, listed.place))
+        return decode_pair(UndecodedPair(listed.prompt, winner, loser, listed.place))
 
-    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
+    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
         """Training rows without end, from `cursor` on."""
         return permuted(self._train, seed, cursor)
 
-    def in_order(self, cursor: Cursor | None) -> Iterator[Step[int]]:
+    def in_order(self, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
         """Every row once, held-out ones included, as listed."""
         for row in range(read_cursor(_Next, cursor).next if cursor else 0, len(self._rows)):
-            yield Step(row, {"next": row + 1}, {})
+            yield OrderedRow(row, {"next": row + 1}, {})
 
-    def held_out(self) -> Iterator[Pair]:
+    def held_out(self) -> Iterator[PreferencePair]:
         """The held-out pairs, decoded as they are asked for; those that cannot be decoded are left out."""
         for row in self._set_aside.tolist():
             try:

@@ -18,14 +18,14 @@ from deradiff.algorithm import posteriors
 from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.algorithm.gaussian import Gaussian, kl
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.sampling import Sampling, conditions, unconditional
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.sampling import SamplerSettings, conditions, unconditional
 
 NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
 
 
-class Step(NamedTuple):
+class ChainStep(NamedTuple):
     """One step of a chain: `after` was drawn from `transition`, the step's Gaussian at `before`."""
 
     number: int
@@ -46,7 +46,7 @@ class Chain:
     chain is what is sampled. Raises `ValueError` for a sampler whose steps draw no noise.
     """
 
-    def __init__(self, base: Base, prompts: Sequence[str], sampling: Sampling) -> None:
+    def __init__(self, base: Base, prompts: Sequence[str], sampling: SamplerSettings) -> None:
         self.base, self.sampling = base, sampling
         self.scheduler = sampling.prepared(base)
         if not posteriors.is_diffusion(self.scheduler, eta=1.0):
@@ -55,11 +55,11 @@ class Chain:
                 "take ddim (η = 1 is set here), ddpm or euler-a"
             )
         self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
-        self._told = conditions(base, prompts, sampling.resolution)
+        self._conditions = conditions(base, prompts, sampling.resolution)
         self._guided = sampling.guidance_scale > 1
         if self._guided:
-            untold = unconditional(base, len(prompts), sampling.resolution)
-            self._told = {name: torch.cat([untold[name], rows]) for name, rows in self._told.items()}
+            unprompted = unconditional(base, len(prompts), sampling.resolution)
+            self._conditions = {name: torch.cat([unprompted[name], rows]) for name, rows in self._conditions.items()}
 
     def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
         """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
@@ -72,14 +72,14 @@ class Chain:
             self.scheduler._step_index = number
         shown = self.scheduler.scale_model_input(latents, timestep).to(self.base.denoiser.dtype)
         shown = torch.cat([shown, shown]) if self._guided else shown
-        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._told)
+        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._conditions)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self._guided:
-            without, told = prediction.chunk(2)
-            prediction = torch.lerp(without, told, self.sampling.guidance_scale)
+            without_prompt, with_prompt = prediction.chunk(2)
+            prediction = torch.lerp(without_prompt, with_prompt, self.sampling.guidance_scale)
         return posteriors.posterior(self.scheduler, prediction, timestep, latents, **self._eta)
 
-    def walk(self, denoiser: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[Step]:
+    def walk(self, denoiser: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[ChainStep]:
         """Draw the chain step by step, with a generator for each picture: none depends on the others in the batch.
 
         Without gradients.
@@ -91,11 +91,11 @@ class Chain:
                 transition = self.transition(denoiser, number, x)
             noise = self.sampling.noise(self.base, generators)
             after = transition.mean + transition.variance.sqrt() * noise
-            yield Step(number, x, transition, after)
+            yield ChainStep(number, x, transition, after)
             x = after
 
 
-def divergence(chain: Chain, policy: Policy, step: Step, prepared: nn.Module) -> Float[Tensor, " batch"]:
+def divergence(chain: Chain, policy: Policy, step: ChainStep, prepared: nn.Module) -> Float[Tensor, " batch"]:
     """The KL divergence of one step from the reference's, at the state it starts from; zero if it has no density.
 
     `prepared` is the policy's model as Accelerate prepared it. Gradients go to `step.transition`.
@@ -108,7 +108,7 @@ def divergence(chain: Chain, policy: Policy, step: Step, prepared: nn.Module) ->
 
 
 def path_kl(
-    base: Base, policy: Policy, prompts: Sequence[str], sampling: Sampling, *, seed: int = 0, per_pass: int = 16
+    base: Base, policy: Policy, prompts: Sequence[str], sampling: SamplerSettings, *, seed: int = 0, per_pass: int = 16
 ) -> Estimate:
     """The KL divergence of the policy's paths from its reference's, in nats, with its standard error.
 
@@ -123,10 +123,10 @@ def path_kl(
     """
     if not prompts:
         raise ValueError("no prompts: the divergence is a mean over prompts")
-    found = []
+    divergences = []
     for start in range(0, len(prompts), per_pass):
         texts = prompts[start : start + per_pass]
         chain, generators = Chain(base, texts, sampling), row_generators(seed, range(start, start + len(texts)), "path")
         steps = [divergence(chain, policy, step, policy.model) for step in chain.walk(policy.model, generators)]
-        found.append(torch.stack(steps).double().sum(0).cpu())
-    return mean(torch.cat(found))
+        divergences.append(torch.stack(steps).double().sum(0).cpu())
+    return mean(torch.cat(divergences))

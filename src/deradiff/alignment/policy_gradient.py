@@ -10,7 +10,7 @@ DDPO with kl = 0, DPOK with kl > 0.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.draft import require
-from deradiff.alignment.feeds import order, row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
-from deradiff.alignment.sampling import Sampling, decode
+from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 CLIP = 1e-4
@@ -55,8 +56,8 @@ def advantages(rewards: Float[Tensor, " sample"], group: int, *, normalized: boo
         )
     rows = rewards.view(-1, group)
     away = rows - rows.mean(1, keepdim=True)
-    found = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
-    return found.flatten()
+    scaled = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
+    return scaled.flatten()
 
 
 def clipped_policy_gradient(
@@ -83,7 +84,7 @@ def loss(
     prompts: Sequence[str],
     reward: Reward,
     kl: float | int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     group: int,
     generators: Sequence[torch.Generator],
     accelerator: Accelerator,
@@ -100,7 +101,7 @@ def loss(
     with torch.no_grad():
         rewards = scored(reward, decode(base, path[-1].after), prompts)
     advantage = advantages(rewards, group, normalized=kl == 0)
-    value, found = -rewards.mean(), rewards.new_zeros(())
+    value, surrogate = -rewards.mean(), rewards.new_zeros(())
     decisions = [step for step in path if step.is_random]
     if not decisions:
         raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
@@ -110,13 +111,13 @@ def loss(
         with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
             transition = chain.transition(model, step.number, step.before)
             log_probs = log_density(transition, step.after)
-            found = clipped_policy_gradient(log_probs, log_probs, advantage)
+            surrogate = clipped_policy_gradient(log_probs, log_probs, advantage)
             if kl:
                 away = divergence(chain, policy, step._replace(transition=transition), model).mean()
-                found, value = found + kl * away, value + kl * away.detach()
+                surrogate, value = surrogate + kl * away, value + kl * away.detach()
             if not last:
-                accelerator.backward(found)
-    return found + (value - found).detach()
+                accelerator.backward(surrogate)
+    return surrogate + (value - surrogate).detach()
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -129,18 +130,14 @@ def train_ddpo(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     per_prompt: int = 4,
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
-) -> Curve:
+    run: TrainingRun,
+) -> LossCurve:
     """Align `policy` by the rewards of its own samples: `batch` images a step, `per_prompt` of each prompt.
 
     Every step samples anew and updates once, so the ratio of probabilities is 1 (see `clipped_policy_gradient`). The
@@ -161,14 +158,14 @@ def train_ddpo(
             multiple of `per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
     """
     require(kl, prompts, held_out)
-    accelerator = accelerator or Accelerator(cpu=True)
+    accelerator = run.accelerator or Accelerator(cpu=True)
     _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
 
-    def objective(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(batch), per_prompt
-        rows = order(len(prompts), seed, range(positions.start // group, positions.stop // group))
+        rows = order(len(prompts), run.seed, range(positions.start // group, positions.stop // group))
         texts = [prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(seed, positions, "path")
+        generators = row_generators(run.seed, positions, "path")
         return loss(base, policy, model, texts, reward, kl, sampling, group, generators, accelerator)
 
     def held_out_loss(model: nn.Module) -> float:
@@ -176,7 +173,7 @@ def train_ddpo(
         for start in range(0, len(held_out), per_pass):
             texts = held_out[start : start + per_pass]
             chain = Chain(base, texts, sampling)
-            for step in chain.walk(model, row_generators(seed, range(start, start + len(texts)), "held out")):
+            for step in chain.walk(model, row_generators(run.seed, range(start, start + len(texts)), "held out")):
                 if kl:
                     total += kl * divergence(chain, policy, step, model).sum().item()
             total -= scored(reward, decode(base, step.after), texts).sum().item()
@@ -187,16 +184,12 @@ def train_ddpo(
         objective,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=replace(run, accelerator=accelerator),
     )
 
 
 def _check_parts(batch: int, per_prompt: int, parts: int) -> None:
-    size = len(Part(of=parts).positions(batch))
+    size = len(BatchPart(of=parts).positions(batch))
     if per_prompt < 2 or size % per_prompt:
         raise ValueError(
             f"per_prompt = {per_prompt}: a prompt's samples are compared with one another. Take 2 or "

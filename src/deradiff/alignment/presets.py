@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
-from deradiff.alignment.loop import Plan
+from deradiff.alignment.training import TrainingPlan
+from deradiff.worlds import find
 
 SDXL, SD15, SD14 = (
     "stabilityai/stable-diffusion-xl-base-1.0",
@@ -21,7 +22,7 @@ class Preset:
     method: str
     base: str
     data: str
-    plan: Plan
+    plan: TrainingPlan
     batch: int
     """Pairs or prompts per step, over all processes and micro-batches."""
     resolution: int
@@ -36,7 +37,7 @@ class Preset:
     prompt_dropout: float = 0.0
     held_out: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
-    """How to sample (`sampling.Sampling`): in training, for the model's own pictures, or the paper from its result."""
+    """`sampling.SamplerSettings` in training, of the model's own pictures, or the paper's from its result."""
     reward: str | None = None
     """What is maximised, by name (see `deradiff.rewards.load`); for Diffusion-DPO what compares own pairs."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Preset:
     vae: str | None = None
     notes: str = ""
 
-    def plan_at(self, beta: float) -> Plan:
+    def plan_at(self, beta: float) -> TrainingPlan:
         """How to train at `beta`."""
         return (
             self.plan if self.rate_times_beta is None else replace(self.plan, learning_rate=self.rate_times_beta / beta)
@@ -62,7 +63,7 @@ _NOT_PUBLISHED = (
     "all), mixed precision (here fp16), whether the rate was multiplied by the batch (here it was not)."
 )
 
-_DPO_SDXL = Plan(
+_DPO_SDXL = TrainingPlan(
     steps=30_000,
     learning_rate=1e-8,
     warmup=200,
@@ -73,7 +74,7 @@ _DPO_SDXL = Plan(
     evaluate_every=500,
     checkpoint_seconds=600,
 )
-_DPO_SD15 = Plan(
+_DPO_SD15 = TrainingPlan(
     steps=2000,
     learning_rate=1e-8,
     warmup=500,
@@ -84,7 +85,7 @@ _DPO_SD15 = Plan(
     evaluate_every=100,
     checkpoint_seconds=600,
 )
-_DRAFT = Plan(
+_DRAFT = TrainingPlan(
     steps=10_000,
     learning_rate=2.5e-4,
     warmup=0,
@@ -100,7 +101,7 @@ _DRAFT_NOTES = (
     "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic (--count 50000 draws as many). The "
     "paper trains on HPSv2 and on PickScore (--reward pickscore)."
 )
-_START = Plan(
+_START = TrainingPlan(
     steps=2000,
     learning_rate=1e-4,
     warmup=100,
@@ -110,7 +111,7 @@ _START = Plan(
     evaluate_every=100,
     checkpoint_seconds=600,
 )
-_PLAIN = Plan(
+_PLAIN = TrainingPlan(
     steps=1000,
     learning_rate=1e-5,
     warmup=0,
@@ -126,7 +127,9 @@ _DIGITS = Preset(
     method="dpo",
     base="digits",
     data="own",
-    plan=Plan(steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25),
+    plan=TrainingPlan(
+        steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25
+    ),
     batch=64,
     resolution=32,
     betas=(250,),
@@ -282,16 +285,16 @@ PRESETS: dict[str, Preset] = {
 """By name: `deradiff align --show-preset NAME` prints one."""
 
 
-def usual(digits: bool, method: str) -> Preset:
-    """What `method` starts from where no preset is named: the digits' own, or the plainest way to train.
+def usual(base: str | None, method: str) -> Preset:
+    """What `method` starts from where no preset is named: that of a world that ships, or the plainest way to train.
 
     All weights in float32 at a constant rate, nothing accumulated; sampler and options are those of the method's first
     preset.
     """
-    if digits:
-        return PRESETS["digits" if method == "dpo" else f"digits-{method}"]
-    called = next(preset for preset in PRESETS.values() if preset.method == method)
-    return replace(called, betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
+    of_method = [preset for preset in PRESETS.values() if preset.method == method]
+    if world := find(base):
+        return next(preset for preset in of_method if preset.base == world.name)
+    return replace(of_method[0], betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
 
 
 def preset(name: str) -> Preset:

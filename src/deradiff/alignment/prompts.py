@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deradiff.alignment.feeds import seeded
+from deradiff.alignment.data_order import seeded
 from deradiff.files.prompts import Entry, read_prompts
 from deradiff.files.tables import INSTALL
 from deradiff.files.waiting import from_the_hub
@@ -40,10 +40,10 @@ class PromptList:
 
     def by_category(self) -> dict[str | None, tuple[str, ...]]:
         """The prompts of each category, in order."""
-        found: dict[str | None, list[str]] = {}
+        grouped: dict[str | None, list[str]] = {}
         for prompt, category in zip(self.prompts, self.categories, strict=True):
-            found.setdefault(category, []).append(prompt)
-        return {category: tuple(prompts) for category, prompts in found.items()}
+            grouped.setdefault(category, []).append(prompt)
+        return {category: tuple(prompts) for category, prompts in grouped.items()}
 
 
 def load_prompts(
@@ -64,7 +64,7 @@ def load_prompts(
         ImportError: Pick-a-Pic is asked for without the `datasets` library, or Parquet without pyarrow.
         OSError: the hub cannot be reached, or the file cannot be read.
     """
-    found: dict[str, str | None] = {}
+    categories: dict[str, str | None] = {}
     entries = duplicates = 0
     # Pick-a-Pic's captions come one by one: those not asked for are not downloaded.
     enough = count if count is not None and seed is None else None
@@ -72,24 +72,24 @@ def load_prompts(
         raise ValueError(f"count must be at least 1, got {count}")
     for text, category, _ in _entries(source, split):
         entries += 1
-        if text in found:
+        if text in categories:
             duplicates += 1
             continue
-        found[text] = category
-        if len(found) == enough:
+        categories[text] = category
+        if len(categories) == enough:
             break
-    if not found:
+    if not categories:
         raise ValueError(f"{source} holds no prompt")
-    if count is not None and len(found) < count:
+    if count is not None and len(categories) < count:
         raise ValueError(
-            f"{source} holds {len(found)} different prompts ({duplicates} of its {entries} entries are duplicates), "
-            f"{count} were asked for"
+            f"{source} holds {len(categories)} different prompts ({duplicates} of its {entries} entries are "
+            f"duplicates), {count} were asked for"
         )
-    prompts = list(found)
+    prompts = list(categories)
     if seed is not None:
         order = torch.randperm(len(prompts), generator=seeded(seed, "prompts")).tolist()
         prompts = [prompts[i] for i in order[:count]]
-    return PromptList(tuple(prompts), tuple(found[prompt] for prompt in prompts), duplicates, str(source))
+    return PromptList(tuple(prompts), tuple(categories[prompt] for prompt in prompts), duplicates, str(source))
 
 
 def _entries(source: str | Path, split: str | None) -> Iterable[Entry]:

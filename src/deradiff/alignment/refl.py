@@ -7,17 +7,16 @@ place.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.data_order import order, row_generators, seeded
 from deradiff.alignment.draft import objective, on_held_out, require
-from deradiff.alignment.feeds import order, row_generators, seeded
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
-from deradiff.alignment.sampling import Sampling
+from deradiff.alignment.loop import train
+from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.rewards import Reward
 
 
@@ -34,19 +33,15 @@ def train_refl(
     held_out: Sequence[str],
     reward: Reward,
     kl: float | int,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     batch: int,
-    sampling: Sampling,
+    sampling: SamplerSettings,
     window: tuple[int, int],
     ceiling: float | int = float("inf"),
     per_pass: int = 16,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
-) -> Curve:
+    run: TrainingRun,
+) -> LossCurve:
     """Raise `reward` of what `policy` draws, `batch` prompts a step, through one step of sampling.
 
     Sampling stops after a number of steps drawn from `window`, counted from the noise (published: 30 to 39 of 40).
@@ -62,23 +57,19 @@ def train_refl(
         )
     require(kl, prompts, held_out)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions = part.positions(batch)
-        asked = [prompts[place] for place in order(len(prompts), seed, positions)]
-        until, generators = stopping_step(seed, part.step, window), row_generators(seed, positions)
+        asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
+        until, generators = stopping_step(run.seed, part.step, window), row_generators(run.seed, positions)
         return objective(base, policy, model, asked, generators, reward, kl, sampling, 1, until, ceiling)
 
     def held_out_loss(model: nn.Module) -> float:
-        return on_held_out(base, policy, model, held_out, reward, kl, sampling, 1, per_pass, seed)
+        return on_held_out(base, policy, model, held_out, reward, kl, sampling, 1, per_pass, run.seed)
 
     return train(
         policy.model,
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

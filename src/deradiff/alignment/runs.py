@@ -19,10 +19,10 @@ from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.checkpoints import CurveRecord
-from deradiff.alignment.loop import Curve
-from deradiff.alignment.methods import METHODS, Data, Method, sampling_of
+from deradiff.alignment.methods import METHODS, Data, TrainingMethod, sampling_of
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
+from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
@@ -188,11 +188,13 @@ def _align(
             data,
             beta,
             settings,
-            seed=seed,
-            checkpoint=checkpoint,
-            report=partial(report, f"{method.symbol} = {beta:g}"),
-            accelerator=accelerator,
-            identity=json.dumps(made_of),
+            run=TrainingRun(
+                seed=seed,
+                checkpoint=checkpoint,
+                report=partial(report, f"{method.symbol} = {beta:g}"),
+                accelerator=accelerator,
+                identity=json.dumps(made_of),
+            ),
         )
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
@@ -251,26 +253,26 @@ def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset,
     base.pipe.to(base.denoiser.device)
     try:
         per_pass = max(1, settings.batch // settings.plan.accumulate)
-        found = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
+        estimate = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
     finally:
         if parked != base.denoiser.device:
             _park(base.pipe)
-    return {**asdict(found), "prompts": len(prompts), **asdict(sampling)}
+    return {**asdict(estimate), "prompts": len(prompts), **asdict(sampling)}
 
 
 def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str, Any]:
     """What decides the weights, as plain data."""
-    words = ("source", "betas", "notes", "gradient_checkpointing")
-    decisive = {key: value for key, value in asdict(settings).items() if key not in words}
+    changing_nothing = ("source", "betas", "notes", "gradient_checkpointing")
+    decisive = {key: value for key, value in asdict(settings).items() if key not in changing_nothing}
     return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
 
 def _save(
     pipe: Any,
     policy: Policy,
-    method: Method,
+    method: TrainingMethod,
     made_of: dict[str, Any],
-    curve: Curve,
+    curve: LossCurve,
     away: dict[str, Any],
     folder: Path,
 ) -> None:

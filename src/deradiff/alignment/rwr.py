@@ -7,22 +7,21 @@ here says so exactly where it leads, and none needs samples of the reference tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.algorithm.estimates import Estimate
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
+from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 
 
 @dataclass(frozen=True)
-class Samples:
+class ReferenceSamples:
     """Clean latents that the reference drew, and the prompt of each."""
 
     latents: Float[Tensor, "sample *latent"]
@@ -102,20 +101,16 @@ def _embedded(base: Base, prompts: Sequence[str], per_pass: int) -> _Embedded:
 def train_rwr(
     base: Base,
     policy: Policy,
-    samples: Samples,
+    samples: ReferenceSamples,
     weights: Float[Tensor, " sample"],
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     held_out: int,
     batch: int,
     dropout: float | int,
     per_pass: int = 128,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    accelerator: Accelerator | None = None,
-    identity: str = "",
-) -> Curve:
+    run: TrainingRun,
+) -> LossCurve:
     """Train `policy` on the denoising loss (Ho et al. 2020) over `samples` drawn by their `weights`, `batch` a step.
 
     The last `held_out` samples are not trained on; their weighted loss tells when it is done. A share `dropout` of the
@@ -139,20 +134,20 @@ def train_rwr(
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
         timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
         dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < share
-        told = embedded.of([samples.prompts[row] for row in rows], dropped)
-        told = {name: value.to(device) for name, value in told.items()}
-        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, told)
+        conditions = embedded.of([samples.prompts[row] for row in rows], dropped)
+        conditions = {name: value.to(device) for name, value in conditions.items()}
+        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
         return squared_error(prediction.float(), base.target(clean, noise, timesteps))
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
-        generators = row_generators(seed, part.positions(batch))
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
+        generators = row_generators(run.seed, part.positions(batch))
         return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
         errors = []
         for start in range(trained_on, count, per_pass):
             rows = range(count)[start : start + per_pass]
-            errors.append(denoising(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
+            errors.append(denoising(model, rows, 0, row_generators(run.seed, rows, "held out")).double().cpu())
         return weighted_mean(torch.cat(errors), weights[trained_on:]).value
 
     return train(
@@ -160,9 +155,5 @@ def train_rwr(
         loss,
         held_out_loss,
         plan,
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=accelerator,
-        identity=identity,
+        run=run,
     )

@@ -21,7 +21,7 @@ from deradiff.sweep import pipelines
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerSettings:
     """How to sample: a scheduler by its name in `pipelines.SCHEDULERS`, so many steps, classifier-free guidance.
 
     `resolution` is the side of the pictures in pixels, by default the model's own. Raises `ValueError` for fewer than
@@ -54,7 +54,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Kept:
+class DifferentiatedStep:
     """A step that gradients go through: what the denoiser saw, and its prediction without guidance."""
 
     noisy: Float[Tensor, "batch *latent"]
@@ -67,13 +67,13 @@ class Sampled:
     """Clean latents, and the last steps, those that gradients go through, in their order."""
 
     latents: Float[Tensor, "batch *latent"]
-    kept: list[Kept]
+    steps: list[DifferentiatedStep]
 
 
 def conditions(base: Base, prompts: Sequence[str], resolution: int | None = None) -> Conditions:
     """What the denoiser is told of `prompts`, for pictures of that resolution (by default the model's), uncropped."""
-    told = base.encode_prompts(prompts)
-    return base.with_sizes(told, _sizes(base, resolution, len(prompts)))
+    prompted = base.encode_prompts(prompts)
+    return base.with_sizes(prompted, _sizes(base, resolution, len(prompts)))
 
 
 @torch.no_grad()
@@ -82,8 +82,8 @@ def unconditional(base: Base, count: int, resolution: int | None = None) -> Cond
     embedded = base.pipe.encode_prompt(
         [""] * count, device=base.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=True
     )
-    found = {"prompt_embeds": embedded[1]} | ({"pooled_prompt_embeds": embedded[3]} if base.is_xl else {})
-    return base.with_sizes(found, _sizes(base, resolution, count))
+    without_sizes = {"prompt_embeds": embedded[1]} | ({"pooled_prompt_embeds": embedded[3]} if base.is_xl else {})
+    return base.with_sizes(without_sizes, _sizes(base, resolution, count))
 
 
 def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
@@ -95,10 +95,10 @@ def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
 def sample(
     base: Base,
     denoiser: nn.Module,
-    told: Conditions,
-    untold: Conditions | None,
+    prompted: Conditions,
+    unprompted: Conditions | None,
     noise: Float[Tensor, "batch *latent"],
-    sampling: Sampling,
+    sampling: SamplerSettings,
     *,
     keep: int,
     until: int | None = None,
@@ -110,8 +110,8 @@ def sample(
     Args:
         base: of the denoiser.
         denoiser: the base's own, or another with its architecture.
-        told: from `conditions`.
-        untold: from `unconditional`; needed where there is guidance.
+        prompted: from `conditions`.
+        unprompted: from `unconditional`; needed where there is guidance.
         noise: standard normal. With `keep` = all steps, gradients reach it.
         sampling: how to sample.
         keep: 0 to all steps; 0 keeps no graph at all. Under `torch.no_grad` there is no graph either.
@@ -121,8 +121,8 @@ def sample(
         generators: of the noise that a stochastic scheduler adds, one per row.
 
     Raises:
-        ValueError: `keep` is not between 0 and the number of steps, guidance lacks `untold`, `until` is not between 1
-            and all steps, or the scheduler does not say what it takes the clean latents to be.
+        ValueError: `keep` is not between 0 and the number of steps, guidance lacks `unprompted`, `until` is not between
+            1 and all steps, or the scheduler does not say what it takes the clean latents to be.
     """
     scheduler = sampling.prepared(base)
     if until is not None and not 1 <= until <= len(scheduler.timesteps):
@@ -132,15 +132,15 @@ def sample(
     if not 0 <= keep <= len(timesteps):
         raise ValueError(f"gradients through {keep} of {len(timesteps)} steps: name 0 to {len(timesteps)}")
     guided = sampling.guidance_scale > 1
-    if guided and untold is None:
+    if guided and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    both = _together(untold, told) if guided and untold is not None else told
+    both = _together(unprompted, prompted) if guided and unprompted is not None else prompted
 
     def predict(noisy: Tensor, at: Tensor) -> Tensor:
         # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
         return at_least_single(base.predict(denoiser, noisy.to(base.denoiser.dtype), at, both))
 
-    latents, kept = noise * scheduler.init_noise_sigma, []
+    latents, differentiated = noise * scheduler.init_noise_sigma, []
     draws = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if draws and generators else {}
     for number, t in enumerate(timesteps):
@@ -150,19 +150,19 @@ def sample(
             doubled = torch.cat([noisy, noisy]) if guided else noisy
             at = t.expand(len(doubled)).to(noisy.device)
             recomputed = checkpointing and torch.is_grad_enabled()
-            found = checkpoint(predict, doubled, at, use_reentrant=False) if recomputed else predict(doubled, at)
-            with_prompt = found[len(noisy) :] if guided else found
+            predicted = checkpoint(predict, doubled, at, use_reentrant=False) if recomputed else predict(doubled, at)
+            with_prompt = predicted[len(noisy) :] if guided else predicted
             guidance = sampling.guidance_scale
-            prediction = torch.lerp(found[: len(noisy)], with_prompt, guidance) if guided else found
+            prediction = torch.lerp(predicted[: len(noisy)], with_prompt, guidance) if guided else predicted
             if last:
-                kept.append(Kept(noisy, at[: len(noisy)], with_prompt))
+                differentiated.append(DifferentiatedStep(noisy, at[: len(noisy)], with_prompt))
             moved = scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:
         latents = getattr(moved, "pred_original_sample", None)
         if latents is None:
             raise ValueError(f"{sampling.scheduler} does not say what it takes the clean latents to be: take ddim")
-    return Sampled(latents, kept)
+    return Sampled(latents, differentiated)
 
 
 def _together(first: Conditions, second: Conditions) -> Conditions:
@@ -189,9 +189,9 @@ def decode(
         exact = latents.to(torch.promote_types(latents.dtype, vae.dtype))
         scaled = (exact / vae.config.scaling_factor).to(vae.dtype)
         graph = checkpointing and differentiable
-        found = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
-        require_decoded(found, latents, vae)
-    return (at_least_single(found) / 2 + 0.5).clamp(0, 1)
+        decoded = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
+        require_decoded(decoded, latents, vae)
+    return (at_least_single(decoded) / 2 + 0.5).clamp(0, 1)
 
 
 def at_least_single(values: Tensor) -> Tensor:

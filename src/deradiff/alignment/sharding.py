@@ -98,18 +98,18 @@ def is_finite(parameters: Iterable[Tensor]) -> bool:
     return all(bool((p.to_local() if isinstance(p, DTensor) else p).isfinite().all()) for p in parameters)
 
 
-def whole(state: Any, keep: bool) -> Any:
+def gathered(state: Any, keep: bool) -> Any:
     """`state` with whole tensors in host memory where it has divided ones, or with nothing there unless `keep`.
 
     All processes must call it with the same structure.
     """
     if isinstance(state, DTensor):
-        gathered = state.full_tensor().detach()
-        return gathered.cpu() if keep else None
+        tensor = state.full_tensor().detach()
+        return tensor.cpu() if keep else None
     if isinstance(state, dict):
-        return {key: whole(value, keep) for key, value in state.items()}
+        return {key: gathered(value, keep) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(whole(value, keep) for value in state)
+        return type(state)(gathered(value, keep) for value in state)
     return state
 
 

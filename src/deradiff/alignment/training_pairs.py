@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from deradiff.alignment.base import Base, Conditions
-from deradiff.alignment.feeds import Feed, order
+from deradiff.alignment.data_order import DataOrder, order
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, LatentCache
-from deradiff.alignment.loop import Part
-from deradiff.alignment.pair_rows import Pair
+from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder
+from deradiff.alignment.training import BatchPart
 
 
 class CachedPairs:
@@ -23,7 +23,7 @@ class CachedPairs:
         self.training: int | None = len(cache.training)
         self.held_out = len(cache.held_out)
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """This part of the step's `size` pairs."""
         places = order(len(self._cache.training), self._seed, part.positions(size))
         return self._cache.take([self._cache.training[place] for place in places])
@@ -47,24 +47,24 @@ class CachedPairs:
 class EncodedPairs:
     """Pairs decoded and encoded as they are needed, of a folder or a stream: for data that no disk holds as latents.
 
-    Held-out pairs are encoded once, at the start. `processes` share every batch (see `feeds.Feed`).
+    Held-out pairs are encoded once, at the start. `processes` share every batch (see `data_order.DataOrder`).
     """
 
     def __init__(
         self, base: Base, source: PairFolder | PairStream, resolution: int, seed: int, processes: int = 1
     ) -> None:
         self._base, self._resolution, self._processes = base, resolution, processes
-        self._feed = Feed(source, seed)
+        self._order = DataOrder(source, seed)
         self.training = len(source) - source.held_out_rows if isinstance(source, PairFolder) else None
         self._empty = {name: value.cpu() for name, value in base.encode_prompts([""]).items()}
         self._held_out = [self._encoded([pair]) for pair in source.held_out()]
         self.held_out = len(self._held_out)
 
-    def batch(self, part: Part, size: int) -> CachedBatch:
+    def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """This part of the step's `size` pairs; parts have to be asked for in their order."""
         part.positions(size)
         micro_batch = size * self._processes // part.of
-        return self._encoded(self._feed.take(micro_batch, part.index % self._processes, self._processes))
+        return self._encoded(self._order.take(micro_batch, part.index % self._processes, self._processes))
 
     def held_out_batch(self, places: range) -> CachedBatch:
         """Some of the held-out pairs."""
@@ -76,15 +76,15 @@ class EncodedPairs:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, as plain JSON."""
-        return self._feed.state_dict()
+        return self._order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self._feed.load_state_dict(state)
+        self._order.load_state_dict(state)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def _encoded(self, pairs: Sequence[Pair]) -> CachedBatch:
+    def _encoded(self, pairs: Sequence[PreferencePair]) -> CachedBatch:
         views = [pair_pixels(pair, self._resolution) for pair in pairs]
         latents = self._base.encode_images(torch.cat([view.pixels for view in views])).unflatten(0, (-1, 2)).cpu()
         texts = [pair.prompt for pair in pairs]

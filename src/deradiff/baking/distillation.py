@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from deradiff.algorithm.schedules import Lams, Progress, finite
 from deradiff.algorithm.step import mixed, with_reference
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
-from deradiff.alignment.feeds import row_generators
-from deradiff.alignment.loop import Curve, Part, Plan, Report, train
+from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
+from deradiff.alignment.training import BatchPart, LossCurve, Report, TrainingPlan, TrainingRun
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
@@ -36,6 +37,7 @@ from deradiff.files.tensors import rows as rows_of
 from deradiff.files.writing import whole
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.dial import Dial
+from deradiff.worlds import find
 
 CONDITION_WIDTH = 256
 """Of the embedding of λ, for a student that is told λ; as wide as latent consistency models have theirs."""
@@ -105,9 +107,9 @@ class Distillation:
         """Whether the student's prediction is the guided one."""
         return self.fold_guidance or self.span is not None
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainingPlan:
         """The training loop's settings."""
-        return Plan(
+        return TrainingPlan(
             steps=self.steps,
             learning_rate=self.learning_rate,
             warmup=min(50, self.steps // 4),
@@ -118,8 +120,13 @@ class Distillation:
         )
 
 
-DIGITS = Distillation(steps=1500, learning_rate=3e-3)
-"""For the model that ships with deradiff, which is small and bears a high rate."""
+SHIPPED = Distillation(steps=1500, learning_rate=3e-3)
+"""For a world that ships with deradiff, which is small and bears a high rate."""
+
+
+def usual(reference: str) -> Distillation:
+    """What a distillation of `reference` starts from."""
+    return SHIPPED if find(reference) else Distillation()
 
 
 # -- the teacher ------------------------------------------------------------------------------------------------------
@@ -316,7 +323,7 @@ def distil(
     checkpoint: Path,
     report: Report,
     identity: str = "",
-) -> Curve:
+) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
@@ -349,7 +356,7 @@ def distil(
         given = {name: rows.to(dtype) for name, rows in given.items()}
         return squared_error(base.predict(shown, noisy.to(dtype), t, given).float(), target)
 
-    def loss(model: nn.Module, _: torch.Generator, part: Part) -> Tensor:
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(seed, part.positions(settings.batch))
         rows = [int(torch.randint(trained_on, (1,), generator=g)) for g in generators]
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
@@ -366,11 +373,13 @@ def distil(
         loss,
         held_out_loss,
         settings.plan(),
-        seed=seed,
-        checkpoint=checkpoint,
-        report=report,
-        accelerator=_accelerator(base),
-        identity=identity,
+        run=TrainingRun(
+            seed=seed,
+            checkpoint=checkpoint,
+            report=report,
+            accelerator=_accelerator(base),
+            identity=identity,
+        ),
     )
 
 

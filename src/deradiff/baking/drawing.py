@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import finite
-from deradiff.alignment.feeds import seeded
+from deradiff.alignment.data_order import seeded
 from deradiff.sampling.pictures import Pictures, draw
 from deradiff.sweep.sheets import covered
 

@@ -269,12 +269,13 @@ def _settings(
 
     from deradiff.alignment.presets import preset as called
     from deradiff.alignment.presets import usual
+    from deradiff.worlds import find
 
     wanted = options.get("method")
-    start = called(name) if name else usual(base == "digits", wanted or "dpo")
+    start = called(name) if name else usual(base, wanted or "dpo")
     if wanted not in (None, start.method):
         raise ValueError(f"the preset {name} is for {start.method}; --method {wanted} has other settings")
-    if name is None and base != "digits":
+    if name is None and not find(base):
         asked = {"data": options, "resolution": options, "batch": options, "steps": plan, "learning_rate": plan}
         asked |= {} if start.method == "dpo" else {"reward": options}
         missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
@@ -283,8 +284,8 @@ def _settings(
     if options.get("reward") not in (None, start.reward):
         # The ceiling is in points of the preset's own reward.
         start = replace(start, options={key: value for key, value in start.options.items() if key != "ceiling"})
-    if start.base == "digits" and options.get("resolution", start.resolution) != start.resolution:
-        raise ValueError(f"the digits have {start.resolution} pixels a side: leave --resolution out")
+    if (world := find(start.base)) and options.get("resolution", world.resolution) != world.resolution:
+        raise ValueError(f"{world.title} have {world.resolution} pixels a side: leave --resolution out")
     if start.method != "dpo" and "cache" in options:
         raise ValueError(f"--no-cache: {start.method} has no pairs to cache")
     if start.method == "dpo" and options.get("data", start.data) != "own":

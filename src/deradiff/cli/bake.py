@@ -234,8 +234,7 @@ def _distillation(method: Method, reference: str, given: dict[str, Any]) -> "Dis
     """The usual settings with the options that were given in their place."""
     from dataclasses import replace
 
-    from deradiff.baking import Distillation
-    from deradiff.baking.distillation import DIGITS
+    from deradiff.baking.distillation import usual
 
     named = {name: value for name, value in given.items() if value is not None}
     if method is Method.weights and named:
@@ -244,14 +243,13 @@ def _distillation(method: Method, reference: str, given: dict[str, Any]) -> "Dis
         raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")
     if named.get("lora_rank") == 0:
         named["lora_rank"] = None
-    start = DIGITS if reference == "digits" else Distillation()
+    start = usual(reference)
     return replace(start, **named, held_out=min(start.held_out, max(1, named.get("samples", start.samples) // 8)))
 
 
 def _own_prompts(reference: str) -> list[str]:
-    """The digits' own captions; of another model nobody knows what it is asked for."""
-    if reference != "digits":
-        return []
-    from deradiff.worlds.digits.captions import sample_prompts
+    """Those of a world that ships; of another model nobody knows what it is asked for."""
+    from deradiff.worlds import find
 
-    return sample_prompts(600, seed=1)
+    world = find(reference)
+    return world.sample_prompts(600, 1) if world else []

@@ -55,19 +55,21 @@ def cost(
                 found = _paper(console, costs, strengths)
             else:
                 from deradiff.alignment.presets import preset as called
+                from deradiff.alignment.presets import usual
+                from deradiff.worlds import find
 
-                settings = called(preset or ("digits" if model == "digits" else "deradiff-sdxl"))
+                settings = usual(model, "dpo") if preset is None and find(model) else called(preset or "deradiff-sdxl")
                 if settings.method != "dpo":
                     raise ValueError(f"{preset} is for {settings.method}: costs are counted for Diffusion-DPO")
                 rank = settings.lora_rank if lora_rank is None else lora_rank
                 source = model or settings.base
-                config = costs.denoiser_config(source)
+                config, world = costs.denoiser_config(source), find(source)
                 denoiser = costs.denoiser_cost(
                     config,
                     lora_rank=rank or None,
                     lora_targets=settings.lora_targets,
                     checkpointing=checkpointing,
-                    tokens=16 if source == "digits" else 77,
+                    tokens=world.tokens if world else 77,
                 )
                 counted = costs.costs(
                     denoiser,

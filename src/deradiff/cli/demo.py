@@ -26,7 +26,6 @@ def demo(
         from deradiff.sweep.drawing import draw, realigned
         from deradiff.sweep.settings import Column, Settings
         from deradiff.worlds import digits
-        from deradiff.worlds.digits import quality
 
         beta = digits.BETAS[-2]  # an anchor that over-optimises, so that there is something to dial back
         columns = (*(Column(lam=lam) for lam in LAMS), Column(lam=1.0, schedule=Power(2).to_dict()))
@@ -36,7 +35,7 @@ def demo(
             prompts=PROMPTS,
             columns=columns,
             seeds=(SEED,),
-            guidance_scale=quality.GUIDANCE,
+            guidance_scale=digits.GUIDANCE,
             anchor_beta=beta,
             batch_size=len(PROMPTS) * len(columns),
         )

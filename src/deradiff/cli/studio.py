@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deradiff.cli import arguments, terminal
+from deradiff.worlds import find, find_anchor
 
 MODELS, PAGES, MACHINE = "Models", "The page", "Machine"
 
@@ -91,7 +92,8 @@ def studio(
 
         access.require_token(host, token)
         root = access.require_root(root_path)
-        sources_of = arguments.anchors(anchor or (["digits:100"] if reference == "digits" else []))
+        world = find(reference)
+        sources_of = arguments.anchors(anchor or ([f"{world.name}:{world.example[0]}"] if world else []))
         terminal.require_folder("--library", library)
         with access.bound(host, port) as listening, ExitStack() as closing:
             with console.status("Opening the studio …"):
@@ -107,9 +109,10 @@ def studio(
                 for name in reward or ():
                     rewards.named(name)
                 allowed = [reference, *sources_of.values()]
-                sources = Sources(models or (), [name for name in allowed if not name.startswith("digits")], hub)
+                named = [source for source in allowed if not find(source) and not find_anchor(source)]
+                sources = Sources(models or (), named, hub)
                 machine = Machine(device, dtype.value, offload, allow_pickle)
-                prompt = "a blue eight on white paper" if reference == "digits" else "a typhoon in a teacup"
+                prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
                 desk = server.desk_of(sources, machine, tuple(reward or ()))

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from deradiff.alignment.base import LORA_TARGETS
+from deradiff.worlds import find
 
 TERA = 1e12
 EXA = 1e18
@@ -77,14 +78,12 @@ class Costs:
 
 
 def denoiser_config(source: str) -> dict[str, Any]:
-    """The configuration of a model's UNet: `digits`, a folder or a hub id. No weights are read.
+    """The configuration of the UNet of a folder, a hub id or a world that ships (`digits`). No weights are read.
 
     Raises `OSError` if it cannot be found, `ValueError` if it is no UNet.
     """
-    if source == "digits":
-        from deradiff.worlds.digits import FILES
-
-        source = str(FILES / "reference")
+    if world := find(source):
+        source = str(world.reference)
     found: Any = UNet2DConditionModel.load_config(source, subfolder=None if _is_unet(source) else "unet")
     if found.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ValueError(f"{source} is a {found['_class_name']}; costs are counted for UNet2DConditionModel")

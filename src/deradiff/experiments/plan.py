@@ -15,10 +15,6 @@ from deradiff.files.plans import Name, Part, Several
 from deradiff.sweep import notation
 from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
 
-DIGITS = "digits"
-"""The source of prompts for the digits model."""
-
-
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
@@ -26,7 +22,7 @@ class Prompts(Part):
     """A set of prompts, each drawn with every seed."""
 
     source: str | Several[str] | None = None
-    """What `alignment.prompts.load_prompts` takes, several for their union, or `digits`."""
+    """What `alignment.prompts.load_prompts` takes, several for their union, or a world that ships."""
     prompts: Several[str] = ()
     """The prompts themselves, instead of a source."""
     count: int | None = Field(default=None, ge=1)

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import Field
 
 from deradiff.alignment.prompts import load_prompts
-from deradiff.experiments.plan import DIGITS, Plan, Prompts
+from deradiff.experiments.plan import Plan, Prompts
 from deradiff.files.reading import Record, text_of
 from deradiff.sweep.pipelines import anchor_source, require_on_hub
+from deradiff.worlds import ShippedWorld, find
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".json", ".txt", ".model")
 
@@ -31,10 +32,10 @@ def resolve(wanted: Prompts) -> tuple[str, ...]:
         return wanted.prompts
     files = (wanted.source,) if isinstance(wanted.source, str) else wanted.source or ()
     split = None if wanted.split == "train" else wanted.split  # which is what there is by default
-    if files == (DIGITS,):
+    if len(files) == 1 and (world := find(files[0])):
         if split is not None:
-            raise ValueError(f"the digits have no splits, of which {split!r} was asked for: leave split out")
-        return _digits(wanted.count or 100, wanted.draw_seed or 0)
+            raise ValueError(f"{world.title} have no splits, of which {split!r} was asked for: leave split out")
+        return _of_world(world, wanted.count or 100, wanted.draw_seed or 0)
     if len(files) == 1:
         return load_prompts(files[0], wanted.count, wanted.draw_seed, split=split).prompts
     union = dict.fromkeys(text for source in files for text in load_prompts(source, split=split).prompts)
@@ -53,14 +54,12 @@ def _drawn(prompts: list[str], wanted: Prompts, source: str) -> tuple[str, ...]:
     return tuple(random.Random(wanted.draw_seed).sample(prompts, count))
 
 
-def _digits(count: int, seed: int) -> tuple[str, ...]:
-    """Different captions of the digits model; there are so few that drawing them at random repeats some."""
-    from deradiff.worlds.digits import captions
-
-    found = tuple(dict.fromkeys(captions.sample_prompts(20 * min(count, 1000), seed)))[:count]
-    if len(found) < count:
-        raise ValueError(f"the digits have fewer than {count} different prompts: {len(found)} were found")
-    return found
+def _of_world(world: ShippedWorld, count: int, seed: int) -> tuple[str, ...]:
+    """Different prompts of a world; there may be so few that drawing them at random repeats some."""
+    prompts = tuple(dict.fromkeys(world.sample_prompts(20 * min(count, 1000), seed)))[:count]
+    if len(prompts) < count:
+        raise ValueError(f"{world.title} have fewer than {count} different prompts: {len(prompts)} were found")
+    return prompts
 
 
 def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -102,10 +101,8 @@ def fingerprint(source: str, revision: str | None = None, known: Mapping[str, An
 
 
 def _local(source: str) -> Path | None:
-    if source == "digits":
-        from deradiff.worlds.digits import reference_path
-
-        return reference_path()
+    if world := find(source):
+        return world.reference
     path = Path(anchor_source(source))
     return path if path.exists() else None
 

@@ -181,13 +181,13 @@ class Worker:
     def _by_noise(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         from deradiff.alignment.base import Base
         from deradiff.alignment.noise_optimization import initial_noise, optimize_noise
-        from deradiff.alignment.sampling import Sampling
+        from deradiff.alignment.sampling import SamplerSettings
 
         first, noise = drawings[0], drawings[0].noise
         assert noise is not None
         base = Base(self._pipe(first))
         chosen = first.sampling
-        sampling = Sampling(
+        sampling = SamplerSettings(
             chosen.scheduler or "ddim", noise.steps or chosen.steps, self._guidance(first) or 1.0, chosen.height
         )
         started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])

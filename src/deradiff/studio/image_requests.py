@@ -26,6 +26,7 @@ from deradiff.studio.drawing import Drawn, Step
 from deradiff.studio.jobs import Job, Outcome, Pages, Turns, streamed
 from deradiff.studio.models import Models
 from deradiff.sweep.settings import Settings
+from deradiff.worlds import find
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ MOST_FILES = 400
 
 REST = 0.3
 """Seconds that a dial rests before the exact image is begun."""
-
-DIGITS_REWARDS = ("digits", "legible", "colours")
-"""What the digits are scored by where no reward was named."""
 
 
 class Waiting(NamedTuple):
@@ -167,7 +165,8 @@ class Desk:
             yield news.value if isinstance(news, Outcome) else news
 
     def _judges(self, settings: Settings) -> list[rewards.PictureReward]:
-        names = self._scored_by or (DIGITS_REWARDS if settings.reference == "digits" else ())
+        world = find(settings.reference)
+        names = self._scored_by or (world.rewards if world else ())
         with self._scoring:
             for name in names:
                 if name not in self._rewards:

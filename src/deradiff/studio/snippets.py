@@ -10,6 +10,7 @@ from deradiff.sweep import notation
 from deradiff.sweep.notation import plain
 from deradiff.sweep.pipelines import SCHEDULERS, anchor_source
 from deradiff.sweep.settings import Settings, call_of
+from deradiff.worlds import find, find_anchor
 
 
 def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> str:
@@ -49,8 +50,8 @@ def program(settings: Settings, device: str, dtype: str) -> str:
     """Python that draws the same image; `device` and `dtype` ("float32") are the studio's own."""
     shape, lams = scenes.curve(settings), scenes.strengths(settings)
     imports, lines = ["import torch"], []
-    if settings.reference == "digits":
-        lines.append(f"pipe = digits.load_pipeline(torch_dtype=torch.{dtype})")
+    if world := find(settings.reference):
+        lines.append(f"pipe = {world.name}.load_pipeline(torch_dtype=torch.{dtype})")
     else:
         imports.append("from diffusers import DiffusionPipeline")
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({settings.reference!r}, dtype=torch.{dtype})")
@@ -59,8 +60,9 @@ def program(settings: Settings, device: str, dtype: str) -> str:
     imports += ["", "import deradiff"]
     if shape is not None:
         imports.append("from deradiff import schedules")
-    if settings.reference == "digits" or any(source.startswith("digits:") for source in settings.anchors.values()):
-        imports.append("from deradiff.worlds import digits")
+    models = (settings.reference, *settings.anchors.values())
+    worlds = dict.fromkeys(source.partition(":")[0] for source in models if find(source) or find_anchor(source))
+    imports += [f"from deradiff.worlds import {name}" for name in worlds]
     sources = {name: _source(source) for name, source in settings.anchors.items()}
     curves = {name: _lam(lam, shape) for name, lam in zip(sources, lams, strict=True)}
     if len(sources) == 1:
@@ -91,10 +93,8 @@ def _scheduler(name: str, imports: list[str]) -> str:
 
 
 def _source(source: str) -> str:
-    if source == "digits:lora":
-        return "digits.lora_path()"
-    if source.startswith("digits:"):
-        return f"digits.anchor_path({source.removeprefix('digits:')})"
+    if anchor := find_anchor(source):
+        return anchor.code
     return repr(str(anchor_source(source)) if not Path(source).is_absolute() else source)
 
 

@@ -1,4 +1,4 @@
-"""Which models a page may ask for: the digits, what lies in the folders the studio was opened on, and hub ids."""
+"""Which models a page may ask for: what ships, what lies in the folders the studio was opened on, and hub ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from deradiff.sweep.pipelines import anchor_source
+from deradiff.worlds import SHIPPED, find, find_anchor
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w./-]{0,150}\.safetensors)?")
 
@@ -33,21 +33,16 @@ class Sources:
     def references(self) -> list[str]:
         """Pipelines to choose from."""
         local = [str(path) for path in self._local() if (path / "model_index.json").is_file()]
-        return list(dict.fromkeys(["digits", *self.allowed, *local]))
+        return list(dict.fromkeys([*SHIPPED, *self.allowed, *local]))
 
     def anchors(self) -> list[str]:
         """Anchors to choose from."""
-        from deradiff.worlds import digits
-
-        shipped = [*(f"digits:{beta:g}" for beta in digits.BETAS), "digits:lora"]
+        shipped = [f"{name}:{anchor}" for name in SHIPPED if (world := find(name)) for anchor in world.anchors]
         return list(dict.fromkeys([*shipped, *self.allowed, *map(str, self._local())]))
 
     def require(self, source: str) -> str:
         """`source` if a page may load it; raises `ValueError` that says what it may, and touches no other path."""
-        if source in self.allowed or source == "digits":
-            return source
-        if source.startswith("digits:"):
-            anchor_source(source)
+        if source in self.allowed or find(source) or find_anchor(source):
             return source
         path = Path(source)
         if path.is_absolute():

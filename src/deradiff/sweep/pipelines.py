@@ -13,6 +13,7 @@ from deradiff.files.inventory import Inventory, require_whole
 from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
 from deradiff.files.waiting import from_the_hub
+from deradiff.worlds import find, find_anchor
 
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -46,16 +47,14 @@ def load_pipeline(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id, or of `digits`, the model that ships with deradiff, with `scheduler`.
+    """The pipeline of a folder, a hub id or a world that ships with deradiff (`digits`), with `scheduler`.
 
     Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it and for
     a revision of a model that is not on the hub.
     """
     require_on_hub(source, revision)
-    if source == "digits":
-        from deradiff.worlds import digits
-
-        pipe: DiffusionPipeline = digits.load_pipeline(torch_dtype=dtype)
+    if world := find(source):
+        pipe: DiffusionPipeline = world.load(torch_dtype=dtype)
     else:
         _require_baked_whole(Path(source))
         with reading_model(source), from_the_hub(source):
@@ -80,7 +79,7 @@ def _require_baked_whole(folder: Path) -> None:
 
 def require_on_hub(source: str, revision: str | None) -> None:
     """Raise `ValueError` where a `revision` is asked of a model that ships with deradiff or is on this machine."""
-    if revision is not None and (source == "digits" or Path(source).exists()):
+    if revision is not None and (find(source) or Path(source).exists()):
         raise ValueError(
             f"revision {revision!r} is for models on the hub, but {source} is on this machine: leave it out, or name "
             "the hub id"
@@ -88,12 +87,9 @@ def require_on_hub(source: str, revision: str | None) -> None:
 
 
 def usual_guidance(reference: str) -> float | None:
-    """The guidance scale at which the digits are measured, far from a pipeline's default; None for other references."""
-    if reference != "digits":
-        return None
-    from deradiff.worlds.digits.quality import GUIDANCE
-
-    return GUIDANCE
+    """The guidance scale of a world that ships, far from a pipeline's default; None for other references."""
+    world = find(reference)
+    return world.guidance_scale if world else None
 
 
 def require_both_sides(width: int | None, height: int | None) -> None:
@@ -104,22 +100,19 @@ def require_both_sides(width: int | None, height: int | None) -> None:
 
 
 def anchor_source(source: str) -> str | Path:
-    """What `digits:BETA` and `digits:lora` stand for; any other source as it is."""
-    if not source.startswith("digits:"):
-        return source
-    from deradiff.worlds import digits
-
-    return digits.lora_path() if source == "digits:lora" else digits.anchor_path(_shipped_beta(source))
+    """The folder of an anchor that ships (`digits:lora`); any other source as it is."""
+    anchor = find_anchor(source)
+    return anchor.path if anchor else source
 
 
 def known_beta(source: str) -> float | None:
-    """The β that an anchor was aligned at: one of the digits', or of a folder that `deradiff align` wrote; else None.
+    """The β that an anchor was aligned at: one that ships, or a folder that `deradiff align` wrote; else None.
 
-    A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that the digits do not
+    A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that a world does not
     have, like `anchor_source`.
     """
-    if source.startswith("digits:"):
-        return _shipped_beta(source)
+    if anchor := find_anchor(source):
+        return anchor.beta
     file = Path(source) / "alignment.json"
     try:
         beta = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of.beta
@@ -137,15 +130,6 @@ class _Beta(Record):
 
 class _Aligned(Record):
     made_of: _Beta
-
-
-def _shipped_beta(source: str) -> float:
-    from deradiff.worlds import digits
-
-    known = {f"{beta:g}": float(beta) for beta in digits.BETAS} | {"lora": float(digits.LORA_BETA)}
-    if (chosen := source.removeprefix("digits:")) not in known:
-        raise ValueError(f"{source!r} is unknown; the digits have the anchors {', '.join(known)}.")
-    return known[chosen]
 
 
 def scheduler_like(present: Any, name: str) -> Any:

@@ -8,6 +8,8 @@ to beyond legibility (small β). `python -m studies.digits build` makes all of i
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deradiff.worlds import ShippedAnchor, ShippedWorld
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
@@ -16,6 +18,13 @@ BETAS: tuple[float, ...] = (2000.0, 1000.0, 500.0, 250.0, 100.0, 30.0)
 
 LORA_BETA: float = 250.0
 """The β of the anchor that is a LoRA."""
+
+GUIDANCE = 1.5
+"""The guidance scale of every published number: at 1 every tenth digit is hard to read, at 1.5 hardly one in fifty, and
+the variety of the handwriting survives."""
+
+MAX_LENGTH = 16
+"""Tokens of a caption, start and end included."""
 
 FILES = Path(__file__).parent / "files"
 
@@ -44,3 +53,27 @@ def load_pipeline(torch_dtype: Any = None) -> "StableDiffusionPipeline":
     pipe = StableDiffusionPipeline.from_pretrained(reference_path(), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe if torch_dtype is None else pipe.to(torch_dtype)
+
+
+def _sample_prompts(count: int, seed: int) -> list[str]:
+    from deradiff.worlds.digits.captions import sample_prompts
+
+    return sample_prompts(count, seed)
+
+
+WORLD = ShippedWorld(
+    name="digits",
+    title="the digits",
+    reference=reference_path(),
+    anchors={
+        **{f"{b:g}": ShippedAnchor(anchor_path(b), b, f"digits.anchor_path({b:g})") for b in BETAS},
+        "lora": ShippedAnchor(lora_path(), LORA_BETA, "digits.lora_path()"),
+    },
+    load=load_pipeline,
+    sample_prompts=_sample_prompts,
+    example=("100", "a blue eight on white paper"),
+    guidance_scale=GUIDANCE,
+    rewards=("digits", "legible", "colours"),
+    resolution=32,
+    tokens=MAX_LENGTH,
+)

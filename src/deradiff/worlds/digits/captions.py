@@ -16,9 +16,6 @@ from deradiff.worlds.digits.data import INKS, PAPERS
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-MAX_LENGTH = 16
-"""Tokens of a caption, start and end included."""
-
 WORDINGS: dict[tuple[bool, bool], tuple[str, ...]] = {
     (True, True): (
         "a {ink} {digit} on {paper} paper",

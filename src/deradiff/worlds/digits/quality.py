@@ -14,13 +14,10 @@ from torch import Tensor
 
 from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.sampling import pictures
+from deradiff.worlds.digits import GUIDANCE
 from deradiff.worlds.digits.captions import parse, sample_prompts
 from deradiff.worlds.digits.classifier import features, read, recover_ink_map
 from deradiff.worlds.digits.data import INKS, PAPERS, render
-
-GUIDANCE = 1.5
-"""The guidance scale of every number here: at 1 every tenth digit is hard to read, at 1.5 hardly one in fifty, and the
-variety of the handwriting survives."""
 
 
 @torch.no_grad()

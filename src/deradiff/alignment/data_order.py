@@ -1,8 +1,8 @@
 """In which order training sees its data: seeded, resumable at any row, and the same for any number of processes.
 
-A source knows its rows; a feed hands them out in global batches. What a feed remembers is the *cursor* behind the last
-row it handed out, a small JSON object from which the source can go on. Nothing is drawn in advance of a cursor that it
-does not determine, so a run that was killed and restarted sees the very rows it would have seen.
+A source knows its rows; a `DataOrder` hands them out in global batches. What it remembers is the *cursor* behind the
+last row it handed out, a small JSON object from which the source can go on. Nothing is drawn in advance of a cursor
+that it does not determine, so a run that was killed and restarted sees the very rows it would have seen.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ Counts = dict[str, NonNegativeInt]
 """By reason."""
 
 
-class FeedState(Record):
-    """What a feed remembers."""
+class DataOrderState(Record):
+    """What a data order remembers."""
 
     source: Any
     held_out: NonNegativeInt
@@ -67,7 +67,7 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True)
-class Step(Generic[Row]):
+class OrderedRow(Generic[Row]):
     """One row, the cursor behind it, and how many rows its source has left out so far, by reason."""
 
     row: Row
@@ -82,7 +82,7 @@ class Source(Protocol[Row, Item]):
     fingerprint: dict[str, Any]
     held_out_rows: int
 
-    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[Step[Row]]:
+    def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[Row]]:
         """Training rows without end, epoch after epoch, from `cursor` on (None: from the start)."""
         ...
 
@@ -91,7 +91,7 @@ class Source(Protocol[Row, Item]):
         ...
 
 
-class Feed(Generic[Item]):
+class DataOrder(Generic[Item]):
     """Global batches of a source's items, in an order that a seed decides and a small state resumes.
 
     An unreadable row is skipped: its place is taken by the next readable row of the order. Which row that is depends on
@@ -111,7 +111,7 @@ class Feed(Generic[Item]):
 
     def _restart(self) -> None:
         self._steps = self.source.steps(self.seed, self._cursor)
-        self._ahead: deque[Step[Any]] = deque()
+        self._ahead: deque[OrderedRow[Any]] = deque()
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class Feed(Generic[Item]):
         """This process's share of the next `count` rows: the `rank`-th of `world` equal parts of the global batch.
 
         Every process must take the same `count`. Raises `ValueError` where `UNREADABLE_IN_A_ROW` rows in succession
-        cannot be read; the feed then stands where it stood before.
+        cannot be read; the order then stands where it stood before.
         """
         if count < 1 or count % world or not 0 <= rank < world:
             raise ValueError(
@@ -159,13 +159,13 @@ class Feed(Generic[Item]):
             f"{UNREADABLE_IN_A_ROW} rows in succession could not be read, the last because: {last}. Check the data."
         ) from last
 
-    def _peek(self, ahead: int) -> Step[Any]:
+    def _peek(self, ahead: int) -> OrderedRow[Any]:
         while len(self._ahead) <= ahead:
             self._ahead.append(next(self._steps))
         return self._ahead[ahead]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the feed stands, as plain JSON: the same for every process, but for the count of unreadable rows."""
+        """Where the order stands, as plain JSON: the same for every process, but for the count of unreadable rows."""
         return {
             "source": self.source.fingerprint,
             "held_out": self.source.held_out_rows,
@@ -177,12 +177,12 @@ class Feed(Generic[Item]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises `ValueError` where it was saved with other data, held-out rows or seed."""
-        mine = self.state_dict()
-        saved = fit(FeedState, state, "the order of the data", "state of a feed", "delete the checkpoint to begin anew")
+        current, cure = self.state_dict(), "delete the checkpoint to begin anew"
+        saved = fit(DataOrderState, state, "the order of the data", "state of a data order", cure)
         for key, what in [("source", "other data"), ("held_out", "other held-out rows"), ("seed", "another seed")]:
-            if getattr(saved, key) != mine[key]:
+            if getattr(saved, key) != current[key]:
                 raise ValueError(
-                    f"this data order was saved with {what}: {getattr(saved, key)!r}, now {mine[key]!r}. Continue "
+                    f"this data order was saved with {what}: {getattr(saved, key)!r}, now {current[key]!r}. Continue "
                     "with what the run began with, or start a new run"
                 )
         self._cursor, self._left_out, self._unreadable = saved.cursor, saved.left_out, Counter(saved.unreadable)
@@ -209,10 +209,12 @@ def split_held_out(rows: int, held_out: int) -> tuple[Int[Tensor, " train"], Int
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def permuted(rows: Int[Tensor, " row"], seed: int, cursor: Cursor | None) -> Iterator[Step[int]]:
+def permuted(rows: Int[Tensor, " row"], seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
     """`rows` without end, each epoch in a fresh seeded permutation; the cursor is the position in that sequence."""
     for position in itertools.count(read_cursor(_Position, cursor).position if cursor else 0):
-        yield Step(int(rows[order(len(rows), seed, range(position, position + 1))[0]]), {"position": position + 1}, {})
+        yield OrderedRow(
+            int(rows[order(len(rows), seed, range(position, position + 1))[0]]), {"position": position + 1}, {}
+        )
 
 
 def order(length: int, seed: int, positions: range) -> list[int]:
