@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +13,6 @@ if TYPE_CHECKING:
     from typer import Context
 else:
     Context = typer.Context.__base__  # Click's, which commands are given, be it that which newer Typers bring along
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-DTYPES = "auto is float32 on a CPU and float16 elsewhere."
 
 
 def refuse(context: Context, names: Sequence[str], why: str) -> None:

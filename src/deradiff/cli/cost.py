@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
 
 
 def cost(
@@ -22,7 +22,7 @@ def cost(
     ] = None,
     train_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of one alignment.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pairs per training step.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(min=0, help="Rank of the LoRA; 0 trains all weights.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help=options.LORA_RANK)] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations in the backward.")
     ] = False,
