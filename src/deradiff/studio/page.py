@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,7 +10,7 @@ import gradio as gr
 from deradiff.studio import curves, drawing, html, scenes
 from deradiff.sweep.settings import Settings
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = html.PAGES
 
 SANS, MONO = ("system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"), ("ui-monospace", "Menlo", "monospace")
 
@@ -205,7 +204,7 @@ def _front(start: Settings) -> dict[str, Any]:
             )
             for i in range(scenes.MOST_ANCHORS)
         ]
-        gr.HTML(html.SCALE, padding=True)
+        gr.HTML(html.scale(), padding=True)
         meaning = gr.HTML(elem_id="meaning", padding=True)
     return {"prompt": prompt, "draw": draw, "cancel": cancel, "lams": lams, "meaning": meaning}
 
