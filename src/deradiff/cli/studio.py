@@ -85,7 +85,7 @@ def studio(
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
                 from deradiff.studio import scenes, server
-                from deradiff.studio.models import Machine
+                from deradiff.studio.models import MachineSettings
                 from deradiff.studio.sources import Sources
 
                 terminal.pass_on_warnings()
@@ -95,7 +95,7 @@ def studio(
                     rewards.named(name)
                 allowed = [reference, *sources_of.values()]
                 sources = Sources(models or (), [name for name in allowed if not name.startswith("digits")], hub)
-                machine = Machine(device, dtype.value, offload, allow_pickle)
+                machine = MachineSettings(device, dtype.value, offload, allow_pickle)
                 prompt = "a blue eight on white paper" if reference == "digits" else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)

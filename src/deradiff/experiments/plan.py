@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
 from deradiff.files import plans
-from deradiff.files.plans import Name, Part, Several
+from deradiff.files.plans import Name, PlanPart, Several
 from deradiff.sweep import notation
 from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
 
@@ -22,7 +22,7 @@ DIGITS = "digits"
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
-class Prompts(Part):
+class Prompts(PlanPart):
     """A set of prompts, each drawn with every seed."""
 
     source: str | Several[str] | None = None
@@ -58,7 +58,7 @@ class Prompts(Part):
         return self
 
 
-class Sampling(Part):
+class Sampling(PlanPart):
     """How images are sampled; what is not given is the pipeline's own."""
 
     scheduler: str | None = None
@@ -84,7 +84,7 @@ class Sampling(Part):
 # -- what is wanted of it ---------------------------------------------------------------------------------------------
 
 
-class Wanted(Part):
+class Wanted(PlanPart):
     """What the report makes of the images; what is left out is chosen from the plan, or left out of the report."""
 
     diversity_on: str | None = None
@@ -102,7 +102,7 @@ class Wanted(Part):
     """What aligning once costs (DeRaDiff, §6: 336 for SDXL)."""
 
 
-class Plan(Part):
+class Plan(PlanPart):
     """An experiment. Raises `ValueError` (pydantic's) for anything that does not exist or does not fit."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")

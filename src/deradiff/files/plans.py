@@ -22,7 +22,7 @@ TEXTS = ("negative_prompt", "title", "introduction", "text")
 """The keys of what plans hold in people's own words, beside their prompts."""
 
 
-class Part(BaseModel):
+class PlanPart(BaseModel):
     """A part of a plan: it does not change, and a key that nobody knows is an error.
 
     So is a value of another kind: `true` and "1" are no numbers, 1.0 is no count.
@@ -31,7 +31,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
-Kind = TypeVar("Kind", bound=Part)
+Kind = TypeVar("Kind", bound=PlanPart)
 
 
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:

@@ -2,7 +2,7 @@
 
 Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on:
 which file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all
-the same (a later version wrote it); a plan may not (`plans.Part`).
+the same (a later version wrote it); a plan may not (`plans.PlanPart`).
 """
 
 from __future__ import annotations

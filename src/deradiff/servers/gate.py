@@ -44,7 +44,7 @@ class TooLong(Exception):
     """A body has more bytes than its page reads."""
 
 
-class Full(Exception):
+class TooMuchHeld(Exception):
     """More is held already than there is room for."""
 
 
@@ -90,7 +90,7 @@ class Gate:
                 return
         except TooLong:
             response = self.refused(413, None)
-        except Full:
+        except TooMuchHeld:
             response = self.refused(503, None)
         except ClientDisconnect:
             return
@@ -127,7 +127,7 @@ class Gate:
         return response
 
     async def _body(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
-        """The pieces of the body. Raises `TooLong`, at once where it was said to be, and `Full`."""
+        """The pieces of the body. Raises `TooLong`, at once where it was said to be, and `TooMuchHeld`."""
         longest = self.longest(path_below(scope))
         told = Request(scope).headers.get("content-length", "0")
         if not told.isdecimal() or int(told) > DRAINED * longest:
@@ -142,7 +142,7 @@ class Gate:
             if length > DRAINED * longest:
                 raise TooLong
             if self._held + len(piece) > MOST_HELD:
-                raise Full
+                raise TooMuchHeld
             if length <= longest:
                 yield piece
             more = message.get("more_body", False)

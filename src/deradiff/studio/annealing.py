@@ -9,7 +9,7 @@ import gradio as gr
 
 from deradiff.algorithm.schedules import Schedule
 from deradiff.studio import curves, html
-from deradiff.studio.library import Kept
+from deradiff.studio.library import Library
 from deradiff.studio.session import record_of, refusal
 
 Changed = tuple[Any, ...]
@@ -22,7 +22,7 @@ NONE = "# no schedule: λ stays the same"
 class Annealing:
     """What happens to the page's curve."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Library) -> None:
         self.kept = kept
 
     def restep(self, curve: Any, steps: float) -> Any:

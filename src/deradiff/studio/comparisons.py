@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from deradiff.studio import drawing, html, scenes
-from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.drawing import DrawnImage, StepReport
 from deradiff.studio.session import Session, Updates, page_of, refusal
 from deradiff.sweep import notation
 from deradiff.sweep.settings import Settings, caption
@@ -46,7 +46,7 @@ class Comparing:
         ):
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, Step):
+            elif isinstance(news, StepReport):
                 yield {on.strip_status: html.status(f"Step {news.done} of {news.total}", *news[:2])}
             elif isinstance(news, list):
                 try:
@@ -54,7 +54,7 @@ class Comparing:
                 except OSError as error:
                     yield {on.strip_status: html.wrong(f"the images could not be kept ({error.strerror})")}
 
-    def _strip_finished(self, settings: Settings, images: list[Drawn]) -> Updates:
+    def _strip_finished(self, settings: Settings, images: list[DrawnImage]) -> Updates:
         on, first = self.session.controls, images[0]
         labels = [column.label(settings.anchor_beta) for column in settings.columns]
         sheet = contact_sheet(

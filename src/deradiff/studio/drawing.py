@@ -20,7 +20,7 @@ from deradiff.rewards import PictureReward
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
-from deradiff.studio.jobs import Job
+from deradiff.studio.jobs import PageJob
 from deradiff.sweep import drawing
 from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
 
@@ -44,7 +44,7 @@ JUDGED = 16
 BLACKED_OUT = "none: blacked out by the safety checker"
 
 
-class Step(NamedTuple):
+class StepReport(NamedTuple):
     """How far an image is."""
 
     done: int
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImage:
     """An image and what is known about it."""
 
     image: Image.Image
@@ -100,10 +100,10 @@ def draw(
     settings: Settings,
     pipe: DiffusionPipeline,
     dial: Dial,
-    job: Job,
-    report: Callable[[Step], None],
+    job: PageJob,
+    report: Callable[[StepReport], None],
     preview: bool = False,
-) -> list[Drawn]:
+) -> list[DrawnImage]:
     """Draw an image for every column of `settings`, one prompt's and one seed's.
 
     `report` is told about every step; the job is looked at as often, so that one that was stopped ends there
@@ -126,7 +126,7 @@ def draw(
         if single and done < total and glimpsed <= GLIMPSES * (now - begun):
             glimpse = glimpse_of(pipe, dial)
             glimpsed += time.perf_counter() - now
-        report(Step(done, total, glimpse))
+        report(StepReport(done, total, glimpse))
 
     prompt, seed = settings.prompts[0], settings.seeds[0]
     shots = [Shot(prompt, seed, column) for column in range(len(settings.columns))]
@@ -148,7 +148,7 @@ def draw(
     return [_drawn(settings, made, shot, image, told, seconds, preview) for shot, image, told in found]
 
 
-def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Drawn]:
+def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
     """The same images with their scores, or words in place of them: what was blacked out is no picture."""
     shown = [drawn for drawn in images if not drawn.blacked_out]
     columns: dict[str, Tensor | str] = {}
@@ -184,7 +184,7 @@ def _drawn(
     told: drawing.Told,
     seconds: float,
     preview: bool,
-) -> Drawn:
+) -> DrawnImage:
     own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
     assert told.run is not None
     judged = verdict(joined([told.run]))
@@ -197,7 +197,7 @@ def _drawn(
     warned = tuple(cut.words for cut in told.cuts)
     if told.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
-    return Drawn(
+    return DrawnImage(
         image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview, warned, told.blacked_out
     )
 
@@ -206,8 +206,8 @@ def judged(
     settings: Settings,
     pipe: DiffusionPipeline,
     dial: Dial,
-    job: Job,
-    report: Callable[[Step], None],
+    job: PageJob,
+    report: Callable[[StepReport], None],
     rewards: Sequence[PictureReward],
 ) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
@@ -219,7 +219,7 @@ def judged(
 
     def on_step(done: int, total: int) -> None:
         job.check()
-        report(Step(done, total))
+        report(StepReport(done, total))
 
     shots = [Shot(prompt, seed + i, 0) for i in range(JUDGED)]
     lams = [settings.columns[0].dial()]

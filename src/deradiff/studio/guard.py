@@ -75,7 +75,7 @@ class Event(BaseModel):
     trigger_id: StrictInt | None = None
 
 
-class Question(BaseModel):
+class CurveRequest(BaseModel):
     """What the curve's editor asks."""
 
     session_hash: Session
@@ -189,7 +189,7 @@ class Guard:
         kinds: dict[str, type[BaseModel]] = {
             "/gradio_api/queue/join": Event,
             "/gradio_api/run/predict": Event,
-            "/gradio_api/component_server": Question,
+            "/gradio_api/component_server": CurveRequest,
             "/gradio_api/cancel": Ended,
             "/gradio_api/reset": Reset,
         }
@@ -203,7 +203,7 @@ class Guard:
         if isinstance(said, Event):
             self._know(said.session_hash, visitor)
             return self._checked(said, queued=path.startswith("/gradio_api/queue"))
-        if isinstance(said, Question):
+        if isinstance(said, CurveRequest):
             self._know(said.session_hash, visitor)
             asked = self.blocks.blocks.get(said.component_id)
             if not isinstance(asked, gr.HTML) or said.fn_name not in {each.__name__ for each in asked.server_fns}:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deradiff.studio import scenes
-from deradiff.studio.drawing import Drawn
+from deradiff.studio.drawing import DrawnImage
 from deradiff.sweep.settings import Settings
 
 PAGES = Path(__file__).parent / "pages"
@@ -48,7 +48,7 @@ def label(settings: Settings) -> str:
     return " · ".join([*parts, *([settings.scheduler] if settings.scheduler else []), f"“{settings.prompts[0][:60]}”"])
 
 
-def facts(drawn: Drawn, scoring: bool = False) -> str:
+def facts(drawn: DrawnImage, scoring: bool = False) -> str:
     """What is known about one image, as a table; `scoring` says that its scores are still to come."""
     rows = [(name, _score(value)) for name, value in drawn.scores.items()]
     if scoring:
@@ -61,7 +61,7 @@ def facts(drawn: Drawn, scoring: bool = False) -> str:
     return str(_messages.facts(rows))
 
 
-def strip(images: Sequence[Drawn]) -> str:
+def strip(images: Sequence[DrawnImage]) -> str:
     """What is known about the images of a strip, a row for every λ; below it, what they are worth."""
     scores = list(images[0].scores)
     betas = [drawn.settings.columns[0].beta(drawn.settings.anchor_beta) for drawn in images]
@@ -81,7 +81,7 @@ def _score(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _path_kl(drawn: Drawn) -> str:
+def _path_kl(drawn: DrawnImage) -> str:
     if drawn.path_kl is None:
         return "unknown: this scheduler's steps draw no noise (ddpm and euler-a do)"
     return f"{drawn.path_kl:.4g} nats from the reference along this path"

@@ -22,7 +22,7 @@ LARGEST = 100_000
 """Bytes that a file of ours can have."""
 
 
-class Kept:
+class Library:
     """Things of one kind by name, in a folder that is made with the first of them."""
 
     def __init__(self, folder: Path, what: str) -> None:

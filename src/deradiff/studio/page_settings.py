@@ -14,7 +14,7 @@ from deradiff.studio import curves, html, scenes
 from deradiff.studio.annealing import exported
 from deradiff.studio.image_requests import Loading, Waiting
 from deradiff.studio.jobs import Cancelled
-from deradiff.studio.library import Kept
+from deradiff.studio.library import Library
 from deradiff.studio.session import Session, Updates, page_of, refusal
 from deradiff.sweep.settings import Settings
 
@@ -26,7 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Keeping:
     """What changes all of the page at once."""
 
-    def __init__(self, session: Session, kept: Kept, kept_curves: Kept, shipped: Mapping[str, Settings]) -> None:
+    def __init__(self, session: Session, kept: Library, kept_curves: Library, shipped: Mapping[str, Settings]) -> None:
         self.session, self.presets, self.curves, self.shipped = session, kept, kept_curves, shipped
 
     def first(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:

@@ -12,9 +12,9 @@ import gradio as gr
 
 from deradiff.servers.gate import without_values
 from deradiff.studio import html, scenes
+from deradiff.studio.components import Controls, DialComponents, View
 from deradiff.studio.image_requests import Desk, Loading, Waiting
 from deradiff.studio.jobs import Cancelled
-from deradiff.studio.page import Controls, Dial, View
 from deradiff.sweep.pipelines import known_beta
 from deradiff.sweep.settings import Settings
 
@@ -31,7 +31,7 @@ class Session:
 
     desk: Desk
     start: Settings
-    dial: Dial
+    dial: DialComponents
     view: View
     controls: Controls
 
