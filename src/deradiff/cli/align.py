@@ -315,9 +315,9 @@ def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any
     names = {*settings.options, *(["ceiling"] if settings.method == "refl" else [])}
     strange = [name for name in own if name not in names]
     if strange:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         known = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "no such options"
-        raise ValueError(f"{words}: not for {settings.method}, which has {known}")
+        raise ValueError(f"{given}: not for {settings.method}, which has {known}")
     return replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
 
 

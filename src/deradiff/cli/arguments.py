@@ -35,16 +35,16 @@ def anchors(texts: Sequence[str]) -> dict[str, str]:
     """Read `SOURCE` or `NAME=SOURCE` for each anchor; with several, each needs a name."""
     if not texts:
         raise ValueError("name at least one anchor with --anchor: a folder, a hub id, a LoRA file, or digits:BETA.")
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for text in texts:
         named = None if Path(text).exists() else re.fullmatch(r"([A-Za-z_][\w-]*)=(.+)", text)
         if not named and len(texts) > 1:
             raise ValueError(f"with several anchors each needs a name: write NAME=SOURCE instead of {text!r}.")
         name, source = named.groups() if named else ("anchor", text)
-        if name in found:
+        if name in sources:
             raise ValueError(f"two anchors are called {name!r}.")
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def lams(texts: Sequence[str], anchors: Sequence[str]) -> tuple[float | dict[str, float], ...]:

@@ -178,10 +178,10 @@ def bake(
 
 def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: options.ScheduleClock) -> Any:
     """λ as a dial takes it, by name."""
-    found = arguments.lams([text], anchors)
-    if len(found) != 1:
+    lams = arguments.lams([text], anchors)
+    if len(lams) != 1:
         raise ValueError(f"--lam {text}: a checkpoint has one λ, so name one")
-    by_name = found[0] if isinstance(found[0], dict) else {anchors[0]: found[0]}
+    by_name = lams[0] if isinstance(lams[0], dict) else {anchors[0]: lams[0]}
     shape = notation.schedule(schedule, over.value)
     return by_name if shape is None else {name: shape.scaled(lam) for name, lam in by_name.items()}
 

@@ -44,10 +44,10 @@ def plan(
     """Write a plan: one of the papers' experiments, to be run as it is or changed first."""
     with terminal.refusing_wrong_input():
         from deradiff.experiments.plan import write_plan
-        from deradiff.experiments.presets import preset as found
+        from deradiff.experiments.presets import preset as plan_called
         from deradiff.files.outputs import new_file
 
-        text = write_plan(found(preset, models))
+        text = write_plan(plan_called(preset, models))
         if out is None:
             terminal.echo(text, nl=False)
             return

@@ -172,8 +172,8 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
 
     table = Table("λ", "effective", "path KL", "verdict", title="How far to trust it", title_justify="left")
     mixed = [judged for judged in verdicts if judged["kind"] == "no target"]
-    words = {judged["words"].partition(". As a diagnostic")[0] for judged in mixed}
-    shared = words.pop() if len(words) == 1 else None
+    reasons = {judged["words"].partition(". As a diagnostic")[0] for judged in mixed}
+    shared = reasons.pop() if len(reasons) == 1 else None
     for judged in verdicts:
         lam = judged["lam"]
         by_name = lam if isinstance(lam, dict) else {"": lam}
@@ -182,10 +182,10 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         several = drawn_from and drawn_from > judged.get("prompts", 0)
         effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""
         kl = judged.get("path_kl")
-        said = judged["words"]
+        verdict = judged["words"]
         if shared and judged["kind"] == "no target":
-            said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
-        table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
+            verdict = verdict.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
+        table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", verdict)
     console = terminal.LiteralConsole()
     console.print(table)
     if shared:

@@ -163,7 +163,7 @@ def search(
             size = workers or (cores() if place == "cpu" else 1)
             return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
 
-        def told(state: State) -> None:
+        def print_evaluated(state: State) -> None:
             console.print(summary.evaluated(space, state))
 
         outcome = run(
@@ -178,7 +178,7 @@ def search(
             weighted=weighted,
             nearby=nearby,
             about={"device": device_name(place), "threads": 1 if place == "cpu" else None},
-            told=told,
+            told=print_evaluated,
         )
     beta = next(iter(plan.models.values())).beta if len(sources) == 1 else None
     for sentence in summary.sentences(space, goal, outcome, beta):

@@ -109,7 +109,7 @@ def analyse(
         from deradiff.study.votes import plan_of
 
         planned = plan_of(folder)
-        found = analysis.analysed(planned, ballots.read(folder, planned))
-        files = report.write(found, out)
-    terminal.echo(report.summary_of(found))
+        analysed = analysis.analysed(planned, ballots.read(folder, planned))
+        files = report.write(analysed, out)
+    terminal.echo(report.summary_of(analysed))
     terminal.files(files)

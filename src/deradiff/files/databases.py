@@ -153,7 +153,7 @@ def _may(path: Path, mode: int) -> bool:
 def _damage(file: Path, error: Exception) -> str:
     """What SQLite finds wrong with a file."""
     with suppress(sqlite3.Error, UnicodeError), closing(reading(file)) as db:
-        for (words,) in db.execute("PRAGMA quick_check(1)"):
-            if words != "ok":
-                return " ".join(words.removeprefix("*** in database main ***").split())
+        for (finding,) in db.execute("PRAGMA quick_check(1)"):
+            if finding != "ok":
+                return " ".join(finding.removeprefix("*** in database main ***").split())
     return str(error)

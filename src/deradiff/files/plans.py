@@ -85,4 +85,4 @@ for _tag, _pattern in reading.NUMBERS:  # so that a text which would be read as 
 
 
 def _flat(value: Any) -> bool:
-    return isinstance(value, list) and all(not isinstance(one, list | dict) for one in value)
+    return isinstance(value, list) and all(not isinstance(entry, list | dict) for entry in value)

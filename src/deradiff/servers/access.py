@@ -29,17 +29,17 @@ DAYS = 30
 
 
 class Refusal(NamedTuple):
-    """Why a request is not let in: an HTTP status, and words, None where the status says it all."""
+    """Why a request is not let in: an HTTP status, and a message, None where the status says it all."""
 
     status: int
-    words: str | None = None
+    message: str | None = None
 
 
 @dataclass(frozen=True)
 class Admission:
     """Lets a request in that comes from this machine's own pages, or from a browser that opened the token's link.
 
-    `mark` tells one server's cookie from another's, whatever their ports; `what` is how the words call the server;
+    `mark` tells one server's cookie from another's, whatever their ports; `what` is how messages call the server;
     `root` is the path under which a reverse proxy serves it, "" without one.
 
     A browser sends a cookie to every port of a host, and to every path below its own; no attribute keeps it to one

@@ -178,11 +178,11 @@ class Desk:
                 return drawing.scored(images, judges)
         except (torch.OutOfMemoryError, MemoryError):
             self.models.let_go(but=images[0].settings.reference)
-            words = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
+            reason = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
         except Exception as error:
             log.error("an image could not be scored: %s", without_values(error))
-            words = f"none: {' '.join(str(error).split()) or type(error).__name__}"
-        return [replace(drawn, scores={"scores": words}) for drawn in images]
+            reason = f"none: {' '.join(str(error).split()) or type(error).__name__}"
+        return [replace(drawn, scores={"scores": reason}) for drawn in images]
 
     def save(self, name: str, image: Image.Image, record: dict[str, Any]) -> Path:
         """An image as a PNG file that holds its record, under that name."""

@@ -132,13 +132,13 @@ class Turns:
                 raise QueueFull(f"{len(self._line)} images wait already: try again in a moment")
             self._line.append(job)
         try:
-            told = 0
+            reported = 0
             with self._changed:
                 while self._line[0] is not job:
                     job.check()
                     ahead = self._line.index(job)
-                    if on_wait is not None and ahead != told:
-                        on_wait(told := ahead)
+                    if on_wait is not None and ahead != reported:
+                        on_wait(reported := ahead)
                     self._changed.wait(LOOK)
             job.check()
             yield

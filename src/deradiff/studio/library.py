@@ -30,8 +30,8 @@ class Library:
 
     def names(self) -> list[str]:
         """What there is, in alphabetical order."""
-        found = (path.stem for path in self.folder.glob("*.json")) if self.folder.is_dir() else ()
-        return sorted((name for name in found if NAME.fullmatch(name)), key=str.lower)
+        stems = (path.stem for path in self.folder.glob("*.json")) if self.folder.is_dir() else ()
+        return sorted((name for name in stems if NAME.fullmatch(name)), key=str.lower)
 
     def save(self, name: str, content: Mapping[str, Any]) -> str:
         """Keep `content` as `name`, in place of what had that name; returns the name as it is kept.

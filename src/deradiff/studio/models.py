@@ -115,7 +115,7 @@ class LoadedModels:
         for reference in [name for name in self._kept if name != but]:
             self._drop(reference)
         if (kept := self._kept.get(but or "")) is not None:
-            kept.modules = OrderedDict((name, its) for name, its in kept.modules.items() if name in kept.anchors)
+            kept.modules = OrderedDict((name, module) for name, module in kept.modules.items() if name in kept.anchors)
         _collect()
 
     def _realigned(self, settings: Settings) -> tuple[DiffusionPipeline, Dial]:
@@ -169,7 +169,7 @@ class LoadedModels:
             warnings.simplefilter("always")
             dial = realign(kept.pipe, given, dict.fromkeys(names, 1.0), allow_pickle=self.machine.allow_pickle)
         kept.dial, kept.anchors = dial, anchors
-        kept.warned = tuple(str(one.message) for one in caught if "deradiff" in one.filename)
+        kept.warned = tuple(str(warning.message) for warning in caught if "deradiff" in warning.filename)
         for name, source in zip(names, anchors, strict=True):
             if name in dial.modules:
                 kept.modules[source] = dial.modules[name]

@@ -12,10 +12,9 @@ import gradio as gr
 from deradiff.files import records
 from deradiff.studio import curves, html, scenes
 from deradiff.studio.annealing import exported
-from deradiff.studio.image_requests import Loading, Waiting
 from deradiff.studio.jobs import Cancelled
 from deradiff.studio.library import Library
-from deradiff.studio.session import Session, Updates, page_of, refusal
+from deradiff.studio.session import Session, Updates, page_of, progress, refusal
 from deradiff.sweep.settings import Settings
 
 CANCELLED = "cancelled"
@@ -138,17 +137,14 @@ class Keeping:
         """Load what `settings` need and show them in every component. Raises `gr.Error` where it cannot be had."""
         try:
             for news in self.session.desk.loaded(page_of(request), settings):
-                match news:
-                    case Waiting(ahead):
-                        yield {status: html.status(f"Waiting: {ahead} images before this")}
-                    case Loading(reference):
-                        yield {status: html.status(f"Loading {reference} …")}
+                if (line := progress(news)) is not None:
+                    yield {status: line}
         except Cancelled as stopped:
             if stopped.why == "cancelled":
                 yield {status: html.status("Cancelled"), **self._chosen(data[self.session.dial.models])}
             raise gr.Error(CANCELLED, visible=False, print_exception=False) from None
         except Exception as error:
-            yield {**self._chosen(data[self.session.dial.models]), status: self.session.said(error)}
+            yield {**self._chosen(data[self.session.dial.models]), status: self.session.explanation(error)}
             raise refusal(error) from None
         yield self._fill(settings) | {status: html.status("Ready")}
 

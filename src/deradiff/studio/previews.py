@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from deradiff.studio import drawing, html, scenes, snippets
-from deradiff.studio.drawing import DrawnImage, StepReport
+from deradiff.studio.drawing import DrawnImage
 from deradiff.studio.image_requests import REST, UnscoredImages
 from deradiff.studio.session import Session, Updates, page_of
 from deradiff.sweep.settings import Settings
@@ -54,16 +54,11 @@ class Turning:
         for news in self._images(settings, request, data, rest=REST, goes_on=True):
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, StepReport):
-                changed: Updates = {view.status: html.status(f"Step {news.done} of {news.total}", *news[:2])}
-                if news.glimpse is not None:
-                    changed[view.picture] = news.glimpse
-                yield changed
             elif isinstance(news, UnscoredImages):
                 early = news.images
                 yield self._finished(early[0], request) | {view.facts: html.facts(early[0], scoring=True)}
             elif isinstance(news, list):
-                changed = {} if early else self._finished(news[0], request)
+                changed: Updates = {} if early else self._finished(news[0], request)
                 yield changed | {view.facts: html.facts(news[0])}
 
     def judge(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
@@ -75,12 +70,10 @@ class Turning:
             yield {view.judgement: html.wrong(error)}
             return
         yield {view.judgement: html.status(f"Drawing {drawing.JUDGED} images …")}
-        steps = self.session.told(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
+        steps = self.session.updates(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
         for news in steps:
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, StepReport):
-                yield {view.judgement: html.status(f"Step {news.done} of {news.total}", *news[:2])}
             elif isinstance(news, list):
                 yield {view.judgement: html.judgement(news, settings, drawing.JUDGED)}
 
@@ -93,7 +86,7 @@ class Turning:
         self.session.desk.pages.leave(page_of(request))
 
     def _images(self, settings: Settings, request: gr.Request, data: dict[Any, Any], **how: Any) -> Iterator[Any]:
-        return self.session.told(self.session.desk.drawn(page_of(request), settings, **how), data)
+        return self.session.updates(self.session.desk.drawn(page_of(request), settings, **how), data)
 
     def _finished(self, drawn: DrawnImage, request: gr.Request) -> Updates:
         view, machine = self.session.view, self.session.desk.models.machine

@@ -113,5 +113,5 @@ def _longest(path: str) -> int:
     return guard.LONGEST_UPLOAD if path == guard.UPLOAD else guard.LONGEST_VALUES
 
 
-def _refusal(status: int, words: str | None = None) -> Response:
-    return PlainTextResponse(words or REFUSED.get(status, REFUSED[403]), status)
+def _refusal(status: int, message: str | None = None) -> Response:
+    return PlainTextResponse(message or REFUSED.get(status, REFUSED[403]), status)
