@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
-from deradiff.files import plans
+from deradiff.files import plans, reading
 from deradiff.files.plans import Name, PlanPart, Several
 from deradiff.sweep import notation
 from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
@@ -209,8 +209,8 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data; raises as `plans.parse` does."""
-    return plans.parse(Plan, content, where, "plan")
+    """The plan that is plain data; raises as `reading.fit` does."""
+    return reading.fit(Plan, content, where, "plan")
 
 
 def write_plan(plan: Plan) -> str:

@@ -46,12 +46,7 @@ def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
         raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`") from None
     content = reading.parse_yaml(text, str(path))
     comments.warn_of_cut_texts(text, str(path), lists=("prompts",), texts=TEXTS)
-    return parse(kind, content, str(path), what)
-
-
-def parse(kind: type[Kind], content: Any, where: str, what: str) -> Kind:
-    """The plan that is plain data. Raises `ValueError` that names the first places that are wrong in `where`."""
-    return reading.fit(kind, content, where, what)
+    return reading.fit(kind, content, str(path), what)
 
 
 def write(data: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff.files import plans
+from deradiff.files import plans, reading
 from deradiff.files.plans import PlanPart, Several
 from deradiff.sweep import notation
 
@@ -185,8 +185,8 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data; raises as `plans.parse` does."""
-    return plans.parse(Plan, content, where, "plan of a study")
+    """The plan that is plain data; raises as `reading.fit` does."""
+    return reading.fit(Plan, content, where, "plan of a study")
 
 
 def write_plan(plan: Plan) -> str:
