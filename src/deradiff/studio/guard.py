@@ -101,9 +101,9 @@ class Reset(BaseModel):
 class NotAsked(Exception):
     """The studio's page would not ask this; the status says how much of it was understood."""
 
-    def __init__(self, status: int, message: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message = status, message
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Guard:
@@ -138,7 +138,7 @@ class Guard:
             else:
                 raise NotAsked(405)
         except NotAsked as error:
-            await self.refused(error.status, error.message)(scope, receive, send)
+            await self.refused(error.status, None)(scope, receive, send)
 
     # -- what is read -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from deradiff.studio import curves, html, scenes
 from deradiff.studio.annealing import exported
 from deradiff.studio.jobs import Cancelled
 from deradiff.studio.library import Library
-from deradiff.studio.session import Session, Updates, page_of, progress, refusal
+from deradiff.studio.session import Session, Updates, page_of, progress, refusal, refusing
 from deradiff.sweep.settings import Settings
 
 CANCELLED = "cancelled"
@@ -99,10 +99,8 @@ class Keeping:
     def keep(self, data: dict[Any, Any]) -> Updates:
         """Keep the page's settings by name."""
         on = self.session.controls
-        try:
+        with refusing():
             name = self.presets.save(data[on.preset_name] or "", self.session.scene(data).model_dump())
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return {
             on.presets: gr.update(choices=self._preset_names(), value=name),
             on.preset_name: "",
@@ -113,12 +111,10 @@ class Keeping:
         """Forget a preset of the person's own."""
         on = self.session.controls
         name = data[on.presets] or ""
-        try:
+        with refusing():
             if name in self.shipped:
                 raise ValueError("this preset comes with the studio, and stays")
             self.presets.delete(name)
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return {
             on.presets: gr.update(choices=self._preset_names(), value=None),
             on.share_status: html.status(f"Deleted the preset {name}"),

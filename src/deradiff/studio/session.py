@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -111,6 +112,15 @@ def progress(news: Any) -> str | None:
 def refusal(error: Exception | str) -> gr.Error:
     """An error of the person's, to be raised: it is shown, and what would come next does not."""
     return gr.Error(escape(" ".join(str(error).split())), print_exception=False, title="That was not done")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise what is wrong with a person's wish, or cannot be written, as `refusal` does."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise refusal(error) from None
 
 
 def page_of(request: gr.Request) -> str:
