@@ -13,7 +13,7 @@ from typing import Any
 from deradiff.servers import access, connections
 from deradiff.studio import scenes, server
 from deradiff.studio.image_requests import Desk
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 
 START = scenes.scene("digits", ["digits:100"], "a red seven", [0.5])
@@ -39,7 +39,7 @@ def served(application: Any) -> Iterator[int]:
 def studio(library: Path, token: str | None = None, root: str = "") -> Iterator[tuple[int, Desk, Any]]:
     """A studio of the digits: its port, its desk and Gradio's blocks."""
     with ExitStack() as closing:
-        desk = Desk(Models(Sources(), Machine(device="cpu"), lambda: 1.0))
+        desk = Desk(LoadedModels(Sources(), MachineSettings(device="cpu"), lambda: 1.0))
         closing.callback(desk.close)
         application = server.app(desk, START, library, token, root)
         blocks = application.routes[-1].app.get_blocks()  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ from deradiff.search import running as search
 from deradiff.search import spaces
 from deradiff.search.evaluation import PointEvaluator
 from deradiff.studio import curves, scenes
-from deradiff.studio.library import Kept
+from deradiff.studio.library import Library
 from deradiff.study import ballots, votes
 from deradiff.study import plan as study_plan
 from deradiff.study import sources as study_sources
@@ -150,7 +150,7 @@ def records(folder: Path) -> Iterator[Written]:
     for form in ("picture", "chunk"):
         yield Written(f"image ({form})", picture, lambda: scenes.of_record(read_png(picture)), form, 20, out)
 
-    kept = Kept(folder / "kept", "preset")
+    kept = Library(folder / "kept", "preset")
     kept.save("mine", about)
     kept.save("curve", {"schedule": "Spline", "points": [[0, 0], [0.5, 0.2], [1, 1]], "over": "steps"})
     preset, curve = folder / "kept" / "mine.json", folder / "kept" / "curve.json"

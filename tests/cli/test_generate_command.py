@@ -29,6 +29,7 @@ from deradiff.sweep.pipelines import SCHEDULERS, anchor_source, known_beta, sche
 from deradiff.sweep.settings import Column
 from deradiff.sweep.sheets import contact_sheet
 from deradiff.worlds import digits
+from studies.digits.__main__ import app as studies
 
 STEPS = 3
 
@@ -304,7 +305,7 @@ def test_wrong_input_of_the_digits_is_refused_before_they_are_loaded(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digits, "load_pipeline", None)
-    result = CliRunner().invoke(app, ["digits", *words])
+    result = CliRunner().invoke(studies, words)
     assert result.exit_code == 2, result.output
     assert said in " ".join(result.stderr.split())
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import written_files
 from deradiff.cli import app
 from deradiff.files import reading, tensors
-from deradiff.files.plans import Part
+from deradiff.files.plans import PlanPart
 from deradiff.files.plans import read as read_plan
 from deradiff.files.records import read_png
 from written_files import Written, damage, is_sentence
@@ -138,7 +138,7 @@ def test_json_that_is_none_of_ours_is_named(text: object, words: str) -> None:
         parsed(text)
 
 
-class Wanted(Part):
+class Wanted(PlanPart):
     steps: int = 1
     names: list[str] = []  # noqa: RUF012
 

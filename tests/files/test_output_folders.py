@@ -19,7 +19,7 @@ import tiny
 from deradiff.baking import bake, outputs
 from deradiff.cli import app
 from deradiff.files import folders
-from deradiff.files.folders import RunFolder, assembled, claim, file_names, finish_moving, named_files
+from deradiff.files.folders import RunFolder, assembled, claim, finish_moving, named_files
 from deradiff.files.locks import PRIVATE, FolderInUse, taken
 from deradiff.files.records import read_png
 from deradiff.files.writing import whole, whole_folder, write_json
@@ -46,6 +46,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def generate(models: tuple[Path, Path], out: Path, *words: str) -> Any:
     fixed = ["generate", models[0], "-a", models[1], "-p", "a", "--lam", "1", "--steps", "1", "--out", out, *words]
     return CliRunner().invoke(app, list(map(str, fixed)))
+
+
+def file_names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir()]
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -28,7 +28,7 @@ from deradiff.sampling import pictures
 from deradiff.sampling.particles import sample_particles
 from deradiff.sampling.pictures import NotFinite
 from deradiff.studio import drawing
-from deradiff.studio.jobs import Job
+from deradiff.studio.jobs import PageJob
 from deradiff.study import sources
 from deradiff.study.plan import parse_plan as parse_study
 from deradiff.sweep import pipelines
@@ -258,7 +258,7 @@ def test_particles_baking_and_the_studio_refuse(tmp_path: Path) -> None:
             reference="r", anchors={"anchor": "a"}, prompts=("a",), columns=(Column(lam=0.5),), seeds=(0,)
         )
         with pytest.raises(NotFinite):
-            drawing.draw(settings.model_copy(update={"steps": 2}), pipe, dial, Job(), lambda _: None)
+            drawing.draw(settings.model_copy(update={"steps": 2}), pipe, dial, PageJob(), lambda _: None)
     anchor.save_pretrained(tmp_path / "anchor")  # type: ignore[operator]
     with pytest.raises(NotFinite):
         baking.bake(pipe, tmp_path / "anchor", 0.5, tmp_path / "baked", prompts=["a red fox"], images=1)
@@ -429,7 +429,7 @@ def test_particles_and_the_studio_know_them() -> None:
             device="cpu",
             columns=tuple(Column(lam=lam) for lam in np.linspace(0, 1, 6).tolist()),
         )
-        shown = drawing.scored(drawing.draw(settings, pipe, dial, Job(), lambda _: None), [Brightness()])
+        shown = drawing.scored(drawing.draw(settings, pipe, dial, PageJob(), lambda _: None), [Brightness()])
     assert {drawn.blacked_out for drawn in shown} == {np.asarray(drawn.image).max() == 0 for drawn in shown}
     assert any(drawn.blacked_out for drawn in shown)
     assert all(isinstance(drawn.scores["brightness"], str) == drawn.blacked_out for drawn in shown)

@@ -25,7 +25,7 @@ from deradiff.experiments.plan import parse_plan
 from deradiff.experiments.store import Store
 from deradiff.sampling.truncation import PromptCut, cuts, watched
 from deradiff.studio import drawing
-from deradiff.studio.jobs import Job
+from deradiff.studio.jobs import PageJob
 from deradiff.sweep import library_messages
 from deradiff.sweep.drawing import realigned
 from deradiff.sweep.settings import Column, Settings
@@ -210,7 +210,7 @@ def test_baking_aligning_and_the_studio_tell(models: tuple[Path, Path], tmp_path
     with realigned(settings) as (own, dial), warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptCut)
         for _ in range(2):  # also where the prompt was encoded before
-            [drawn] = drawing.draw(settings, own, dial, Job(), lambda _: None)
+            [drawn] = drawing.draw(settings, own, dial, PageJob(), lambda _: None)
             assert any(LOST in words for words in drawn.warned)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deradiff.algorithm.schedules import Constant, Power, Schedule, Sigmoid, Spline, Step
 from deradiff.studio import curves
-from deradiff.studio.library import MOST, Kept
+from deradiff.studio.library import MOST, Library
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_studio_does_not_take_a_curve_that_it_cannot_draw() -> None:
 
 
 def test_curves_are_kept_by_name_and_found_again(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "curves", "curve")
+    kept = Library(tmp_path / "curves", "curve")
     assert kept.names() == []
     assert kept.save("  late   rise ", Power(3).to_dict()) == "late rise"
     kept.save("Early", Power(0.5).to_dict())
@@ -152,7 +152,7 @@ def test_curves_are_kept_by_name_and_found_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", " ", "../up", "a/b", "a\\b", "x" * 61, ".hidden", "nul\x00", "<b>", "é", "a."])
 def test_a_name_is_no_path(tmp_path: Path, name: str) -> None:
-    kept = Kept(tmp_path / "inside", "curve")
+    kept = Library(tmp_path / "inside", "curve")
     for act in (lambda: kept.save(name, {}), lambda: kept.load(name), lambda: kept.delete(name)):
         with pytest.raises(ValueError, match="needs a name"):
             act()
@@ -160,7 +160,7 @@ def test_a_name_is_no_path(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_kept_is_bounded_and_checked(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, "preset")
+    kept = Library(tmp_path, "preset")
     for i in range(MOST):
         (tmp_path / f"n{i}.json").write_text("{}")
     with pytest.raises(ValueError, match="already: delete one first"):

@@ -14,10 +14,10 @@ from deradiff.algorithm.schedules import Power
 from deradiff.files.records import read_png
 from deradiff.studio import drawing, html, scenes
 from deradiff.studio import image_requests as desks
-from deradiff.studio.drawing import Drawn, Step
-from deradiff.studio.image_requests import Desk, Loading, Unscored, Waiting
+from deradiff.studio.drawing import DrawnImage, StepReport
+from deradiff.studio.image_requests import Desk, Loading, UnscoredImages, Waiting
 from deradiff.studio.jobs import Cancelled
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 from deradiff.worlds import digits
@@ -25,7 +25,7 @@ from deradiff.worlds import digits
 
 @pytest.fixture(scope="module")
 def desk() -> Iterator[Desk]:
-    desk = Desk(Models(Sources(), Machine(device="cpu"), lambda: 1.0))
+    desk = Desk(LoadedModels(Sources(), MachineSettings(device="cpu"), lambda: 1.0))
     yield desk
     desk.close()
     assert not desk.folder.exists()
@@ -95,11 +95,11 @@ def test_a_model_without_weight_is_evaluated_only_for_the_path_kl(
 def test_news_come_in_order_with_glimpses(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "OFTEN", 0.0)
     monkeypatch.setattr(drawing, "GLIMPSES", 1.0)
-    fresh = Desk(Models(Sources(), Machine(device="cpu"), lambda: 1.0))
+    fresh = Desk(LoadedModels(Sources(), MachineSettings(device="cpu"), lambda: 1.0))
     news: list[Any] = list(fresh.drawn("page", scene(steps=30)))
     fresh.close()
     assert isinstance(news[0], Loading) and news[0].reference == "digits"
-    steps = [what for what in news if isinstance(what, Step)]
+    steps = [what for what in news if isinstance(what, StepReport)]
     assert [step.done for step in steps] == sorted(step.done for step in steps)
     assert all(step.total == 30 for step in steps)
     glimpses = [step.glimpse for step in steps if step.glimpse is not None]
@@ -107,8 +107,8 @@ def test_news_come_in_order_with_glimpses(desk: Desk, monkeypatch: pytest.Monkey
     assert len(glimpses) > 2 and glimpses[-1].size == news[-1][0].image.size
     away = [np.abs(np.asarray(glimpse, float) - final).mean() for glimpse in (glimpses[0], glimpses[-1])]
     assert away[1] < 10 and away[1] < away[0]  # a late glimpse is nearly the image
-    after = news[max(i for i, what in enumerate(news) if isinstance(what, Step)) + 1 : -1]
-    assert all(isinstance(what, Unscored) for what in after)
+    after = news[max(i for i, what in enumerate(news) if isinstance(what, StepReport)) + 1 : -1]
+    assert all(isinstance(what, UnscoredImages) for what in after)
 
 
 def test_cancel_really_stops(desk: Desk) -> None:
@@ -119,7 +119,7 @@ def test_cancel_really_stops(desk: Desk) -> None:
     try:
         news = desk.drawn("page", scene(steps=200))
         for what in news:
-            if isinstance(what, Step):
+            if isinstance(what, StepReport):
                 break
         desk.pages.cancel("page")
         with pytest.raises(Cancelled) as stopped:
@@ -151,18 +151,18 @@ def test_one_pages_cancel_does_not_stop_anothers_image(desk: Desk) -> None:
     for thread in threads:
         thread.join(60)
     assert isinstance(results["mine"], Cancelled)
-    assert isinstance(results["others"][-1][0], Drawn)
+    assert isinstance(results["others"][-1][0], DrawnImage)
     expected = by_hand(scene(steps=40, seed=6), 0.5)
     assert np.array_equal(np.asarray(results["others"][-1][0].image), np.asarray(expected))
 
 
 def test_who_waits_is_told(desk: Desk) -> None:
-    from deradiff.studio.jobs import Job
+    from deradiff.studio.jobs import PageJob
 
-    with desk.turns.taken(Job()):
+    with desk.turns.taken(PageJob()):
         news = desk.drawn("waiting", scene())
         assert next(news) == Waiting(1)
-    assert isinstance(last(news)[0], Drawn)
+    assert isinstance(last(news)[0], DrawnImage)
 
 
 def test_a_newer_image_of_a_page_takes_the_place_of_the_last(desk: Desk) -> None:
@@ -171,7 +171,7 @@ def test_a_newer_image_of_a_page_takes_the_place_of_the_last(desk: Desk) -> None
     second = last(desk.drawn("page", scene(1.0)))
     with pytest.raises(Cancelled) as stopped:
         list(first)
-    assert stopped.value.why == "superseded" and isinstance(second[0], Drawn)
+    assert stopped.value.why == "superseded" and isinstance(second[0], DrawnImage)
 
 
 def test_an_image_waits_until_the_dial_rests(desk: Desk) -> None:
@@ -234,7 +234,7 @@ def test_out_of_memory_says_what_to_lower_and_the_studio_goes_on(desk: Desk, mon
     ):
         last(desk.drawn("page", drawing.strip_of(scene(), [0.0, 1.0])))
     monkeypatch.setattr(drawing, "draw", real)
-    assert isinstance(last(desk.drawn("page", scene()))[0], Drawn)
+    assert isinstance(last(desk.drawn("page", scene()))[0], DrawnImage)
 
 
 def test_out_of_memory_while_scoring_leaves_the_image(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_out_of_memory_while_scoring_leaves_the_image(desk: Desk, monkeypatch: p
 
 
 def test_what_loading_warned_about_comes_with_the_image(desk: Desk) -> None:
-    models = Models(Sources([digits.reference_path().parent]), Machine(device="cpu"), lambda: 1.0)
+    models = LoadedModels(Sources([digits.reference_path().parent]), MachineSettings(device="cpu"), lambda: 1.0)
     fresh = Desk(models)
     same = scenes.scene("digits", [str(digits.reference_path().resolve())], "a red seven", [0.5], steps=2)
     last(fresh.loaded("page", same))
@@ -284,11 +284,11 @@ def test_nan_is_an_error_in_words(desk: Desk, monkeypatch: pytest.MonkeyPatch) -
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    assert isinstance(last(desk.drawn("page", scene()))[0], Drawn)
+    assert isinstance(last(desk.drawn("page", scene()))[0], DrawnImage)
 
 
 def test_the_warm_up_makes_ready_and_keeps_its_errors_to_itself() -> None:
-    fresh = Desk(Models(Sources(), Machine(device="cpu"), lambda: 1.0))
+    fresh = Desk(LoadedModels(Sources(), MachineSettings(device="cpu"), lambda: 1.0))
     fresh.warm_up(scene()).join(60)
     assert fresh.models.references == ["digits"] and set(fresh._rewards) == {"digits", "legible", "colours"}
     fresh.warm_up(scene(scheduler="flow-sde")).join(60)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deradiff.studio.jobs import Cancelled, Full, Job, Outcome, Pages, Turns, streamed
+from deradiff.studio.jobs import Cancelled, PageJob, Pages, QueueFull, Turns, streamed
 
 
 def test_a_newer_job_of_a_page_takes_the_place_of_the_last() -> None:
@@ -34,7 +34,7 @@ def test_one_pages_cancel_does_not_stop_anothers_image() -> None:
 
 
 def test_what_a_job_was_stopped_by_first_counts() -> None:
-    job = Job()
+    job = PageJob()
     job.stop("cancelled")
     job.stop("superseded")
     with pytest.raises(Cancelled) as stopped:
@@ -43,7 +43,7 @@ def test_what_a_job_was_stopped_by_first_counts() -> None:
 
 
 def test_rest_waits_and_ends_at_once_when_stopped() -> None:
-    job, begun = Job(), time.perf_counter()
+    job, begun = PageJob(), time.perf_counter()
     job.rest(0.05)
     assert time.perf_counter() - begun >= 0.05
     threading.Timer(0.05, job.stop, ["cancelled"]).start()
@@ -64,14 +64,14 @@ def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
     turns, order, inside = Turns(), [], []
 
     def work(name: int) -> None:
-        with turns.taken(Job()):
+        with turns.taken(PageJob()):
             inside.append(name)
             assert len(inside) == 1
             time.sleep(0.01)
             order.append(name)
             inside.remove(name)
 
-    gate = Job()
+    gate = PageJob()
     threads = []
     with turns.taken(gate):
         for name in range(6):
@@ -84,42 +84,42 @@ def test_turns_are_taken_one_at_a_time_in_the_order_of_asking() -> None:
 
 
 def test_who_waits_is_told_how_many_come_first_and_may_give_up() -> None:
-    turns, told, job = Turns(), list[int](), Job()
+    turns, told, job = Turns(), list[int](), PageJob()
 
     def tell(ahead: int) -> None:
         told.append(ahead)
         threading.Timer(0.05, job.stop, ["cancelled"]).start()
 
-    with turns.taken(Job()), pytest.raises(Cancelled), turns.taken(job, tell):
+    with turns.taken(PageJob()), pytest.raises(Cancelled), turns.taken(job, tell):
         pytest.fail("it was another's turn")
     assert told == [1]
-    with turns.taken(Job()):
+    with turns.taken(PageJob()):
         pass
 
 
 def test_the_line_is_bounded() -> None:
     turns = Turns(most=1)
-    waiting = Job()
-    with turns.taken(Job()):
+    waiting = PageJob()
+    with turns.taken(PageJob()):
         thread = threading.Thread(target=_ignore, args=(turns, waiting))
         thread.start()
         in_line(turns, 2)
-        with pytest.raises(Full, match="2 images wait already"), turns.taken(Job()):
+        with pytest.raises(QueueFull, match="2 images wait already"), turns.taken(PageJob()):
             pass
         waiting.stop("left")
         thread.join(10)
 
 
-def _ignore(turns: Turns, job: Job) -> None:
+def _ignore(turns: Turns, job: PageJob) -> None:
     with pytest.raises(Cancelled), turns.taken(job):
         pass
 
 
 def test_an_error_gives_the_turn_on() -> None:
     turns = Turns()
-    with pytest.raises(ValueError, match="mine"), turns.taken(Job()):
+    with pytest.raises(ValueError, match="mine"), turns.taken(PageJob()):
         raise ValueError("mine")
-    with turns.taken(Job()):
+    with turns.taken(PageJob()):
         pass
 
 
@@ -133,10 +133,10 @@ def test_news_come_while_the_work_goes_on_and_the_outcome_last() -> None:
             report(number)
         return "done"
 
-    for news in streamed(work, Job()):
+    for news in streamed(work, PageJob()):
         heard.append(news)
         goes_on.set()
-    assert heard[0] == 1 and heard[-1] == Outcome("done")
+    assert heard[0] == 1 and heard[-1] == "done"
     assert heard[:-1] == sorted(heard[:-1])  # those between may be skipped, and none comes late
 
 
@@ -145,11 +145,11 @@ def test_what_the_work_raises_reaches_who_listens() -> None:
         raise OSError("no such model")
 
     with pytest.raises(OSError, match="no such model"):
-        list(streamed(work, Job()))
+        list(streamed(work, PageJob()))
 
 
 def test_work_that_nobody_listens_to_any_more_has_ended() -> None:
-    job, ended = Job(), threading.Event()
+    job, ended = PageJob(), threading.Event()
 
     def work(report: Any) -> None:
         try:

@@ -13,7 +13,7 @@ import tiny
 from deradiff.anchors import AnchorError
 from deradiff.studio import models as shelf
 from deradiff.studio import scenes
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 from deradiff.worlds import digits
@@ -42,8 +42,8 @@ def named(*anchors: str | Path, reference: str | Path = "digits", **changes: Any
     return scenes.scene(str(reference), [str(a) for a in anchors], "a red seven", [0.5] * len(anchors), **changes)
 
 
-def on_the_cpu(sources: Sources, free: Callable[[], float] = lambda: 1.0) -> Models:
-    return Models(sources, Machine(device="cpu"), free)
+def on_the_cpu(sources: Sources, free: Callable[[], float] = lambda: 1.0) -> LoadedModels:
+    return LoadedModels(sources, MachineSettings(device="cpu"), free)
 
 
 # -- what may be loaded -----------------------------------------------------------------------------------------------
@@ -224,5 +224,5 @@ def test_pickled_weights_are_refused_unless_allowed(folder: Path, tmp_path: Path
     os.unlink(weights)
     with pytest.raises(AnchorError, match="pickle"):
         on_the_cpu(Sources([tmp_path])).realigned(named(pickled.resolve()))
-    allowed = Models(Sources([tmp_path]), Machine(device="cpu", allow_pickle=True), lambda: 1.0)
+    allowed = LoadedModels(Sources([tmp_path]), MachineSettings(device="cpu", allow_pickle=True), lambda: 1.0)
     assert allowed.realigned(named(pickled.resolve()))[1].anchors == ("anchor",)

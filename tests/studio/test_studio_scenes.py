@@ -15,8 +15,8 @@ from deradiff.algorithm.schedules import Power, Sigmoid, Spline, Step
 from deradiff.cli import app
 from deradiff.files.records import read_png, write_png
 from deradiff.studio import curves, drawing, presets, scenes, snippets
-from deradiff.studio.jobs import Job
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.jobs import PageJob
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 
@@ -46,13 +46,13 @@ SCENES: dict[str, Settings] = {
 
 
 @pytest.fixture(scope="module")
-def models() -> Models:
-    return Models(Sources(), Machine(device="cpu"))
+def models() -> LoadedModels:
+    return LoadedModels(Sources(), MachineSettings(device="cpu"))
 
 
-def drawn(models: Models, settings: Settings) -> drawing.Drawn:
+def drawn(models: LoadedModels, settings: Settings) -> drawing.DrawnImage:
     pipe, dial = models.realigned(settings)
-    [found] = drawing.draw(settings, pipe, dial, Job(), lambda _: None)
+    [found] = drawing.draw(settings, pipe, dial, PageJob(), lambda _: None)
     return found
 
 
@@ -65,7 +65,7 @@ def test_a_link_holds_all_of_the_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_the_program_draws_the_same_image(name: str, models: Models) -> None:
+def test_the_program_draws_the_same_image(name: str, models: LoadedModels) -> None:
     found: dict[str, Any] = {}
     exec(snippets.program(SCENES[name], "cpu", "float32"), found)
     mine = np.asarray(drawn(models, SCENES[name]).image, dtype=int)
@@ -73,7 +73,7 @@ def test_the_program_draws_the_same_image(name: str, models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", ["annealed", "several"])
-def test_the_command_draws_the_same_image(name: str, models: Models, tmp_path: Path) -> None:
+def test_the_command_draws_the_same_image(name: str, models: LoadedModels, tmp_path: Path) -> None:
     words = shlex.split(snippets.command(SCENES[name], device="cpu"))
     assert words[0] == "deradiff" and words[-2:] == ["--out", "image"]
     result = CliRunner().invoke(app, [*words[1:-1], str(tmp_path / "image")])
@@ -88,7 +88,7 @@ def test_the_command_draws_the_same_image(name: str, models: Models, tmp_path: P
     assert {k: v for k, v in mine.items() if k != "settings"} == {k: v for k, v in theirs.items() if k != "settings"}
 
 
-def test_an_image_brings_its_settings_back(models: Models) -> None:
+def test_an_image_brings_its_settings_back(models: LoadedModels) -> None:
     for settings in SCENES.values():
         if settings.steps < 20:
             assert scenes.of_record(drawn(models, settings).record) == settings
@@ -195,7 +195,7 @@ def test_anchors_are_named_after_their_sources() -> None:
     assert names == ["beta-250", "beta-250-2", "style", "digits-lora", "weights-2"]
 
 
-def test_every_preset_is_within_the_studio(models: Models) -> None:
+def test_every_preset_is_within_the_studio(models: LoadedModels) -> None:
     shipped = presets.shipped(hub=True)
     assert {name for name in shipped if name.startswith("SDXL")} == {*shipped} - {*presets.shipped(hub=False)}
     for settings in shipped.values():

@@ -11,7 +11,7 @@ from deradiff.cli import app as commands
 from deradiff.servers import access
 from deradiff.studio import page, scenes, server
 from deradiff.studio.image_requests import Desk
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 
 TOKEN = "a-token-long-enough-to-guess"
@@ -20,7 +20,7 @@ START = scenes.scene("digits", ["digits:100"], "a red seven", [0.5])
 
 @pytest.fixture
 def desk() -> Iterator[Desk]:
-    desk = Desk(Models(Sources(), Machine(device="cpu"), lambda: 1.0))
+    desk = Desk(LoadedModels(Sources(), MachineSettings(device="cpu"), lambda: 1.0))
     yield desk
     desk.close()
 

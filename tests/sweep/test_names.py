@@ -13,7 +13,7 @@ from deradiff.experiments.plan import Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.search import spaces
-from deradiff.studio.library import Kept
+from deradiff.studio.library import Library
 from deradiff.sweep import notation
 from deradiff.sweep.settings import Column, Settings, Shot, file_name
 from small_experiment import SMALL, Fake, silent, small
@@ -222,7 +222,7 @@ def test_strengths_that_differ_have_folders_of_their_own() -> None:
 
 
 def test_names_that_some_file_systems_fold_are_not_kept_side_by_side(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "presets", "preset")
+    kept = Library(tmp_path / "presets", "preset")
     kept.save("Sunset", {"a": 1})
     with pytest.raises(ValueError, match="'Sunset', which many file systems do not tell from 'sunset'"):
         kept.save("sunset", {"a": 2})

@@ -14,10 +14,10 @@ from deradiff.cli import align, bake, cost, demo, experiment, generate, search, 
 class Commands(TyperGroup):
     """The commands, whose refusals of options show what was given without its control characters."""
 
-    def make_context(self, *words: Any, **how: Any) -> Any:
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
         """As Typer's."""
         with _printable_refusals():
-            return super().make_context(*words, **how)
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """As Typer's."""

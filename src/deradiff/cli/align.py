@@ -6,18 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import terminal
+from deradiff.cli import options, terminal
 
 if TYPE_CHECKING:
     from deradiff.alignment.presets import Preset
 
 MODEL, DATA, REWARD, TRAINING, MACHINE = "Model", "Data", "Reward and sampling", "Training", "Machine"
 
-LARGEST_SEED = 2**31 - 1
-"""A step's own seed holds this one and the number of the step."""
 
-
-class Method(StrEnum):
+class AlignmentMethod(StrEnum):
     """How to align."""
 
     dpo = "dpo"
@@ -27,7 +24,7 @@ class Method(StrEnum):
     ddpo = "ddpo"
 
 
-class Schedule(StrEnum):
+class LearningRateSchedule(StrEnum):
     """The learning rate after its warm-up."""
 
     constant = "constant"
@@ -68,7 +65,7 @@ def align(
         str | None, typer.Option("--beta", help="Strengths, one anchor each: 500,1000,2000.", rich_help_panel=TRAINING)
     ] = None,
     method: Annotated[
-        Method | None, typer.Option(help="How to align; the preset's, or dpo.", rich_help_panel=TRAINING)
+        AlignmentMethod | None, typer.Option(help="How to align; the preset's, or dpo.", rich_help_panel=TRAINING)
     ] = None,
     preset: Annotated[
         str | None,
@@ -142,9 +139,7 @@ def align(
     guidance_scale: Annotated[
         float | None, typer.Option(min=1, help="Guidance of the sampler in training.", rich_help_panel=REWARD)
     ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(min=0, help="Rank of the LoRA; 0 trains all weights.", rich_help_panel=MODEL)
-    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help=options.LORA_RANK, rich_help_panel=MODEL)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", rich_help_panel=TRAINING)] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Pairs, prompts or samples per step, in all.", rich_help_panel=TRAINING)
@@ -155,7 +150,7 @@ def align(
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=TRAINING)] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.", rich_help_panel=TRAINING)] = None,
     schedule: Annotated[
-        Schedule | None, typer.Option(help="The rate after the warm-up.", rich_help_panel=TRAINING)
+        LearningRateSchedule | None, typer.Option(help="The rate after the warm-up.", rich_help_panel=TRAINING)
     ] = None,
     optimizer: Annotated[
         Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes.", rich_help_panel=TRAINING)
@@ -169,15 +164,13 @@ def align(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Decides the order, the noise and a LoRA's start.")
-    ] = 0,
+    seed: options.TrainingSeed = 0,
     precision: Annotated[Precision | None, typer.Option(help="Mixed precision.", rich_help_panel=MACHINE)] = None,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
             "--gradient-checkpointing",
-            help="Compute activations anew in the backward pass: less memory, more time.",
+            help=options.GRADIENT_CHECKPOINTING,
             rich_help_panel=MACHINE,
         ),
     ] = False,
@@ -207,7 +200,7 @@ def align(
             terminal.pass_on_warnings()
             from deradiff.alignment import runs
 
-            options = {
+            wanted = {
                 "method": method,
                 "data": data,
                 "reward": reward,
@@ -229,7 +222,7 @@ def align(
                 "optimizer": optimizer,
                 "average": ema,
             }
-            settings = _settings(preset, base, _given(options), _given(plan), schedule)
+            settings = _settings(preset, base, _given(wanted), _given(plan), schedule)
             settings = _for_method(settings, _given(own), _given(sampling))
             betas = _strengths(beta, settings)
         with terminal.stages(console) as report:
@@ -237,9 +230,9 @@ def align(
     terminal.files(anchors)
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def _given(wanted: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, choices as plain strings."""
-    chosen = {key: value for key, value in options.items() if value is not None}
+    chosen = {key: value for key, value in wanted.items() if value is not None}
     return {key: value.value if isinstance(value, StrEnum) else value for key, value in chosen.items()}
 
 
@@ -262,7 +255,11 @@ def _plain(content: Any) -> Any:
 
 
 def _settings(
-    name: str | None, base: str | None, options: dict[str, Any], plan: dict[str, Any], schedule: Schedule | None
+    name: str | None,
+    base: str | None,
+    wanted: dict[str, Any],
+    plan: dict[str, Any],
+    schedule: LearningRateSchedule | None,
 ) -> "Preset":
     """The preset with every option that was given in its place."""
     from dataclasses import replace
@@ -271,35 +268,35 @@ def _settings(
     from deradiff.alignment.presets import usual
     from deradiff.worlds import find
 
-    wanted = options.get("method")
-    start = called(name) if name else usual(base, wanted or "dpo")
-    if wanted not in (None, start.method):
-        raise ValueError(f"the preset {name} is for {start.method}; --method {wanted} has other settings")
+    method = wanted.get("method")
+    start = called(name) if name else usual(base, method or "dpo")
+    if method not in (None, start.method):
+        raise ValueError(f"the preset {name} is for {start.method}; --method {method} has other settings")
     if name is None and not find(base):
-        asked = {"data": options, "resolution": options, "batch": options, "steps": plan, "learning_rate": plan}
-        asked |= {} if start.method == "dpo" else {"reward": options}
+        asked = {"data": wanted, "resolution": wanted, "batch": wanted, "steps": plan, "learning_rate": plan}
+        asked |= {} if start.method == "dpo" else {"reward": wanted}
         missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
-    if options.get("reward") not in (None, start.reward):
+    if wanted.get("reward") not in (None, start.reward):
         # The ceiling is in points of the preset's own reward.
         start = replace(start, options={key: value for key, value in start.options.items() if key != "ceiling"})
-    if (world := find(start.base)) and options.get("resolution", world.resolution) != world.resolution:
+    if (world := find(start.base)) and wanted.get("resolution", world.resolution) != world.resolution:
         raise ValueError(f"{world.title} have {world.resolution} pixels a side: leave --resolution out")
-    if start.method != "dpo" and "cache" in options:
+    if start.method != "dpo" and "cache" in wanted:
         raise ValueError(f"--no-cache: {start.method} has no pairs to cache")
-    if start.method == "dpo" and options.get("data", start.data) != "own":
-        options.setdefault("reward", None)
-    if "lora_rank" in options:
-        options["lora_rank"] = options["lora_rank"] or None
+    if start.method == "dpo" and wanted.get("data", start.data) != "own":
+        wanted.setdefault("reward", None)
+    if "lora_rank" in wanted:
+        wanted["lora_rank"] = wanted["lora_rank"] or None
     if "learning_rate" in plan:
-        options["rate_times_beta"] = None
+        wanted["rate_times_beta"] = None
     changed = replace(start.plan, **plan)
     if changed.cosine:
         changed = replace(changed, cosine=changed.steps)
     if schedule:
-        changed = replace(changed, cosine=changed.steps if schedule is Schedule.cosine else None)
-    return replace(start, **options, plan=changed, base=base or start.base)
+        changed = replace(changed, cosine=changed.steps if schedule is LearningRateSchedule.cosine else None)
+    return replace(start, **wanted, plan=changed, base=base or start.base)
 
 
 def _window(text: str | None) -> tuple[int, int] | None:
@@ -319,9 +316,9 @@ def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any
     names = {*settings.options, *(["ceiling"] if settings.method == "refl" else [])}
     strange = [name for name in own if name not in names]
     if strange:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         known = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "no such options"
-        raise ValueError(f"{words}: not for {settings.method}, which has {known}")
+        raise ValueError(f"{given}: not for {settings.method}, which has {known}")
     return replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +13,6 @@ if TYPE_CHECKING:
     from typer import Context
 else:
     Context = typer.Context.__base__  # Click's, which commands are given, be it that which newer Typers bring along
-
-
-class Dtype(StrEnum):
-    """Number formats."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-DTYPES = "auto is float32 on a CPU and float16 elsewhere."
 
 
 def refuse(context: Context, names: Sequence[str], why: str) -> None:
@@ -48,16 +35,16 @@ def anchors(texts: Sequence[str]) -> dict[str, str]:
     """Read `SOURCE` or `NAME=SOURCE` for each anchor; with several, each needs a name."""
     if not texts:
         raise ValueError("name at least one anchor with --anchor: a folder, a hub id, a LoRA file, or digits:BETA.")
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for text in texts:
         named = None if Path(text).exists() else re.fullmatch(r"([A-Za-z_][\w-]*)=(.+)", text)
         if not named and len(texts) > 1:
             raise ValueError(f"with several anchors each needs a name: write NAME=SOURCE instead of {text!r}.")
         name, source = named.groups() if named else ("anchor", text)
-        if name in found:
+        if name in sources:
             raise ValueError(f"two anchors are called {name!r}.")
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def lams(texts: Sequence[str], anchors: Sequence[str]) -> tuple[float | dict[str, float], ...]:

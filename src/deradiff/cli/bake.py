@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, terminal
-from deradiff.cli.generate import DIAL, MACHINE, MODELS, OUTPUT, SAMPLING, Over
+from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import DIAL, MACHINE, OUTPUT, SAMPLING
 from deradiff.sweep import notation
 
 if TYPE_CHECKING:
@@ -15,11 +15,8 @@ if TYPE_CHECKING:
 
 TRAINING = "Training (distill)"
 
-LARGEST_SEED = 2**31 - 1
-"""A training step's own seed holds this one and the number of the step."""
 
-
-class Method(StrEnum):
+class BakingMethod(StrEnum):
     """How to bake."""
 
     weights = "weights"
@@ -28,44 +25,30 @@ class Method(StrEnum):
 
 def bake(
     context: arguments.Context,
-    reference: Annotated[
-        str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
-    ],
-    anchor: Annotated[
-        list[str],
-        typer.Option(
-            "--anchor",
-            "-a",
-            help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
-            "Several, each as NAME=SOURCE.",
-            rich_help_panel=MODELS,
-        ),
-    ],
+    reference: options.Reference,
+    anchor: options.Anchor,
     lam: Annotated[
         str,
         typer.Option("--lam", "-l", help="λ; with several anchors style=0.5,text=0.2.", rich_help_panel=DIAL),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder.", rich_help_panel=OUTPUT)],
     method: Annotated[
-        Method,
+        BakingMethod,
         typer.Option(
             help="Interpolate weights: seconds, right to first order. Or train a student from there: hours on a GPU, "
             "minutes for the digits, nearer.",
             rich_help_panel=DIAL,
         ),
-    ] = Method.weights,
+    ] = BakingMethod.weights,
     schedule: Annotated[
         str,
         typer.Option(
-            help="How λ grows from noise to image (distill): constant, power:P, step:P, sigmoid:KAPPA or "
-            "spline:S/λ,S/λ,...; multiplied with --lam.",
+            help=f"How λ grows from noise to image (distill): {options.SCHEDULES}",
             rich_help_panel=DIAL,
         ),
     ] = "constant",
-    over: Annotated[Over, typer.Option(help="What the schedule runs over.", rich_help_panel=DIAL)] = Over.steps,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
-    ] = None,
+    over: options.Over = options.ScheduleClock.steps,
+    prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -77,14 +60,9 @@ def bake(
     images: Annotated[
         int, typer.Option(min=0, help="Compare so many with realigned ones; 0: none.", rich_help_panel=SAMPLING)
     ] = 32,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="As in `deradiff generate`; the model's own by default.", rich_help_panel=SAMPLING),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)] = 25,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
-    ] = None,
+    scheduler: options.Scheduler = None,
+    steps: options.Steps = 25,
+    guidance_scale: options.GuidanceScale = None,
     fold_guidance: Annotated[
         bool,
         typer.Option(
@@ -103,7 +81,7 @@ def bake(
     ] = None,
     lora_rank: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the LoRA that is trained; 0 trains all weights.", rich_help_panel=TRAINING),
+        typer.Option(min=0, help=options.LORA_RANK, rich_help_panel=TRAINING),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=2, help="Drawn from the realigned model.", rich_help_panel=TRAINING)
@@ -117,35 +95,22 @@ def bake(
         bool,
         typer.Option(
             "--gradient-checkpointing",
-            help="Compute activations anew in the backward pass: less memory, more time.",
+            help=options.GRADIENT_CHECKPOINTING,
             rich_help_panel=TRAINING,
         ),
     ] = False,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=TRAINING)] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Decides all noise.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.", rich_help_panel=MACHINE)] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
+    seed: options.TrainingSeed = 0,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
     dtype: Annotated[
-        arguments.Dtype,
+        options.NumberFormat,
         typer.Option(help="Of the result; auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE),
-    ] = arguments.Dtype.auto,
-    revision: Annotated[
-        str | None, typer.Option(help="The reference's revision on the hub.", rich_help_panel=MODELS)
-    ] = None,
-    anchor_revision: Annotated[
-        str | None, typer.Option(help="The anchors' revision on the hub.", rich_help_panel=MODELS)
-    ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle",
-            help="Read .bin and .ckpt files, which can run code on your machine.",
-            rich_help_panel=MODELS,
-        ),
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the baked model that the folder holds.", rich_help_panel=OUTPUT)
-    ] = False,
+    ] = options.NumberFormat.auto,
+    revision: options.Revision = None,
+    anchor_revision: options.AnchorRevision = None,
+    allow_pickle: options.AllowPickle = False,
+    force: options.Force = False,
 ) -> None:
     """Bake λ into one checkpoint that diffusers loads by itself, and measure how near it comes.
 
@@ -157,7 +122,7 @@ def bake(
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
-        if method is Method.weights and not images:
+        if method is BakingMethod.weights and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
@@ -171,7 +136,7 @@ def bake(
             automatic = "float32" if place == "cpu" else "float16"
             pipe = load_pipeline(
                 reference,
-                dtype=DTYPES[automatic if dtype is arguments.Dtype.auto else dtype.value],
+                dtype=DTYPES[automatic if dtype is options.NumberFormat.auto else dtype.value],
                 scheduler=scheduler,
                 revision=revision,
                 allow_pickle=allow_pickle,
@@ -196,7 +161,7 @@ def bake(
                 out,
                 method=method.value,
                 images=images,
-                prompts=texts or (_own_prompts(reference) if images or method is Method.distill else []),
+                prompts=texts or (_own_prompts(reference) if images or method is BakingMethod.distill else []),
                 sampler=baking.Sampler(steps, scale, batch_size),
                 distillation=_distillation(method, reference, given),
                 seed=seed,
@@ -211,12 +176,12 @@ def bake(
     terminal.files([baked.folder])
 
 
-def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: Over) -> Any:
+def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: options.ScheduleClock) -> Any:
     """λ as a dial takes it, by name."""
-    found = arguments.lams([text], anchors)
-    if len(found) != 1:
+    lams = arguments.lams([text], anchors)
+    if len(lams) != 1:
         raise ValueError(f"--lam {text}: a checkpoint has one λ, so name one")
-    by_name = found[0] if isinstance(found[0], dict) else {anchors[0]: found[0]}
+    by_name = lams[0] if isinstance(lams[0], dict) else {anchors[0]: lams[0]}
     shape = notation.schedule(schedule, over.value)
     return by_name if shape is None else {name: shape.scaled(lam) for name, lam in by_name.items()}
 
@@ -230,14 +195,14 @@ def _span(text: str | None) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
-def _distillation(method: Method, reference: str, given: dict[str, Any]) -> "Distillation":
+def _distillation(method: BakingMethod, reference: str, given: dict[str, Any]) -> "Distillation":
     """The usual settings with the options that were given in their place."""
     from dataclasses import replace
 
     from deradiff.baking.distillation import usual
 
     named = {name: value for name, value in given.items() if value is not None}
-    if method is Method.weights and named:
+    if method is BakingMethod.weights and named:
         options = {"steps": "train-steps"}
         listed = ", ".join(f"--{options.get(name, name).replace('_', '-')}" for name in named)
         raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
 
 
 def cost(
@@ -22,7 +22,7 @@ def cost(
     ] = None,
     train_steps: Annotated[int | None, typer.Option(min=1, help="Training steps of one alignment.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pairs per training step.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(min=0, help="Rank of the LoRA; 0 trains all weights.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help=options.LORA_RANK)] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations in the backward.")
     ] = False,
@@ -52,7 +52,7 @@ def cost(
                 counted_of_models = ["train_steps", "batch", "lora_rank", "checkpointing", "images", "sampling_steps"]
                 why = "without a model the paper's own arithmetic is printed; name a model, or a --preset"
                 arguments.refuse(context, [*counted_of_models, "guided"], why)
-                found = _paper(console, costs, strengths)
+                record = _paper(console, costs, strengths)
             else:
                 from deradiff.alignment.presets import preset as called
                 from deradiff.alignment.presets import usual
@@ -80,12 +80,12 @@ def cost(
                     sampling_steps=sampling_steps,
                     guided=guided,
                 )
-                found = costs.record(counted)
+                record = costs.record(counted)
                 method = f"{train_steps or settings.plan.steps:,} steps of {batch or settings.batch} pairs"
                 _print(console, f"{source}, {method}", counted, strengths, images)
         if json_path is not None:
             with new_file(json_path) as temporary:
-                write_json(temporary, found)
+                write_json(temporary, record)
 
 
 def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:

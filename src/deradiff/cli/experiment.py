@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
 
 if TYPE_CHECKING:
     from deradiff.experiments.executors import Crew
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Every table and figure of both papers for models of your own, from one plan.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the experiment.")]
@@ -45,10 +44,10 @@ def plan(
     """Write a plan: one of the papers' experiments, to be run as it is or changed first."""
     with terminal.refusing_wrong_input():
         from deradiff.experiments.plan import write_plan
-        from deradiff.experiments.presets import preset as found
+        from deradiff.experiments.presets import preset as plan_called
         from deradiff.files.outputs import new_file
 
-        text = write_plan(found(preset, models))
+        text = write_plan(plan_called(preset, models))
         if out is None:
             terminal.echo(text, nl=False)
             return
@@ -69,7 +68,7 @@ def run(
         int | None,
         typer.Option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")] = "auto",
+    device: Annotated[str, typer.Option(help=options.DEVICES)] = "auto",
     threads: Annotated[
         int, typer.Option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
     ] = 1,

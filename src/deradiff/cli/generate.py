@@ -6,25 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import DIAL, OUTPUT, SAMPLING
 from deradiff.sweep import notation
 
 
-class Over(StrEnum):
-    """The clocks of a schedule."""
-
-    steps = "steps"
-    time = "time"
-
-
-class Method(StrEnum):
+class SamplingMethod(StrEnum):
     """How λ is applied."""
 
     mixture = "mixture"
     weights = "weights"
 
 
-class Space(StrEnum):
+class MixtureSpace(StrEnum):
     """Where the mixture is taken."""
 
     auto = "auto"
@@ -32,27 +26,11 @@ class Space(StrEnum):
     posterior = "posterior"
 
 
-MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Machine", "Output"
-
-
 def generate(
     context: arguments.Context,
-    reference: Annotated[
-        str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
-    ],
-    anchor: Annotated[
-        list[str],
-        typer.Option(
-            "--anchor",
-            "-a",
-            help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
-            "Several, each as NAME=SOURCE.",
-            rich_help_panel=MODELS,
-        ),
-    ],
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
-    ] = None,
+    reference: options.Reference,
+    anchor: options.Anchor,
+    prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -74,12 +52,11 @@ def generate(
     schedule: Annotated[
         str,
         typer.Option(
-            help="How λ grows from noise to image: constant, power:P, step:P, sigmoid:KAPPA or spline:S/λ,S/λ,...; "
-            "multiplied with each --lam.",
+            help=f"How λ grows from noise to image: {options.SCHEDULES}",
             rich_help_panel=DIAL,
         ),
     ] = "constant",
-    over: Annotated[Over, typer.Option(help="What the schedule runs over.", rich_help_panel=DIAL)] = Over.steps,
+    over: options.Over = options.ScheduleClock.steps,
     anchor_beta: Annotated[
         float | None,
         typer.Option(
@@ -87,19 +64,19 @@ def generate(
         ),
     ] = None,
     method: Annotated[
-        Method,
+        SamplingMethod,
         typer.Option(
             help="Mix the models' predictions, or run one model with interpolated weights (half the cost, inexact).",
             rich_help_panel=DIAL,
         ),
-    ] = Method.mixture,
+    ] = SamplingMethod.mixture,
     path: Annotated[
-        Space,
+        MixtureSpace,
         typer.Option(
             help="Mix predictions or explicit posteriors; auto takes predictions where both agree.",
             rich_help_panel=DIAL,
         ),
-    ] = Space.auto,
+    ] = MixtureSpace.auto,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -120,55 +97,24 @@ def generate(
             rich_help_panel=DIAL,
         ),
     ] = None,
-    seed: Annotated[
-        list[str],
-        typer.Option("--seed", "-s", help="Seeds: 7, a list (1,2,3) or a range (0:7).", rich_help_panel=SAMPLING),
-    ] = ["0"],  # noqa: B006
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="ddim, ddpm, euler, euler-a, heun, dpmpp, dpmpp-1, dpmpp-3, dpmpp-sde, unipc, lms, pndm, kdpm2, edm, "
-            "flow-euler, flow-sde or flow-euler-sde; the model's own by default.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)] = 25,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images sampled together; each λ is one.", rich_help_panel=MACHINE)
-    ] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        arguments.Dtype, typer.Option(help=arguments.DTYPES, rich_help_panel=MACHINE)
-    ] = arguments.Dtype.auto,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="The reference's revision on the hub.", rich_help_panel=MODELS)
-    ] = None,
-    anchor_revision: Annotated[
-        str | None, typer.Option(help="The anchors' revision on the hub.", rich_help_panel=MODELS)
-    ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle",
-            help="Read .bin and .ckpt files, which can run code on your machine.",
-            rich_help_panel=MODELS,
-        ),
-    ] = False,
+    seed: options.Seeds = ["0"],  # noqa: B006
+    scheduler: options.Scheduler = None,
+    steps: options.Steps = 25,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Side = None,
+    width: options.Side = None,
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.NumberFormat.auto,
+    offload: options.Offload = False,
+    revision: options.Revision = None,
+    anchor_revision: options.AnchorRevision = None,
+    allow_pickle: options.AllowPickle = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A new or empty folder for the results.", rich_help_panel=OUTPUT)
     ] = Path("deradiff-out"),
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the run that the folder holds.", rich_help_panel=OUTPUT)
-    ] = False,
+    force: options.Force = False,
 ) -> None:
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
     with terminal.refusing_wrong_input():
@@ -226,8 +172,8 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
 
     table = Table("λ", "effective", "path KL", "verdict", title="How far to trust it", title_justify="left")
     mixed = [judged for judged in verdicts if judged["kind"] == "no target"]
-    words = {judged["words"].partition(". As a diagnostic")[0] for judged in mixed}
-    shared = words.pop() if len(words) == 1 else None
+    reasons = {judged["words"].partition(". As a diagnostic")[0] for judged in mixed}
+    shared = reasons.pop() if len(reasons) == 1 else None
     for judged in verdicts:
         lam = judged["lam"]
         by_name = lam if isinstance(lam, dict) else {"": lam}
@@ -236,10 +182,10 @@ def _print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         several = drawn_from and drawn_from > judged.get("prompts", 0)
         effective = f"{judged['effective']:.3g} of {drawn_from}" if several else ""
         kl = judged.get("path_kl")
-        said = judged["words"]
+        verdict = judged["words"]
         if shared and judged["kind"] == "no target":
-            said = said.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
-        table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", said)
+            verdict = verdict.removeprefix(shared).removeprefix(". As a diagnostic, ") or "no exact target"
+        table.add_row(named, effective, "" if not kl or kl[0] is None else f"{kl[0]:.3g}", verdict)
     console = terminal.LiteralConsole()
     console.print(table)
     if shared:

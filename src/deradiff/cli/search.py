@@ -5,30 +5,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import MACHINE, SAMPLING
 
 if TYPE_CHECKING:
     from deradiff.experiments.executors import Crew
     from deradiff.search.spaces import SearchSpace
 
-MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched", "Sampling", "Machine"
+GOAL, SPACE = "The goal", "What is searched"
 
 
 def search(
     context: arguments.Context,
-    reference: Annotated[
-        str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
-    ],
-    anchor: Annotated[
-        list[str],
-        typer.Option(
-            "--anchor",
-            "-a",
-            rich_help_panel=MODELS,
-            help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
-            "Several, each as NAME=SOURCE.",
-        ),
-    ],
+    reference: options.Reference,
+    anchor: options.Anchor,
     out: Annotated[Path, typer.Option("--out", "-o", help="The search's folder. One that was begun there goes on.")],
     maximize: Annotated[
         list[str] | None,
@@ -91,9 +81,7 @@ def search(
         int, typer.Option(help="Evaluations at most, end points included.", rich_help_panel=SPACE)
     ] = 8,
     search_seed: Annotated[int, typer.Option(min=0, help="Of the search itself.", rich_help_panel=SPACE)] = 0,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
-    ] = None,
+    prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -103,30 +91,20 @@ def search(
     count: Annotated[
         int | None, typer.Option(min=1, help="So many of --prompts, drawn at random.", rich_help_panel=SAMPLING)
     ] = None,
-    seed: Annotated[
-        list[str],
-        typer.Option("--seed", "-s", help="Seeds of every prompt: 7, 1,2,3 or 0:7.", rich_help_panel=SAMPLING),
-    ] = ["0"],  # noqa: B006 (Typer never changes it)
-    scheduler: Annotated[
-        str | None, typer.Option(help="As in generate; the model's own by default.", rich_help_panel=SAMPLING)
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)] = 25,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(rich_help_panel=SAMPLING)] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.", rich_help_panel=MACHINE)] = 8,
+    seed: options.Seeds = ["0"],  # noqa: B006 (Typer never changes it)
+    scheduler: options.Scheduler = None,
+    steps: options.Steps = 25,
+    guidance_scale: options.GuidanceScale = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Side = None,
+    width: options.Side = None,
+    batch_size: options.BatchSize = 8,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes; one on a GPU, one per processor on a CPU.", rich_help_panel=MACHINE),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read .bin and .ckpt files, which can run code.", rich_help_panel=MODELS),
-    ] = False,
+    device: options.Device = "auto",
+    allow_pickle: options.AllowPickle = False,
 ) -> None:
     """Find the λ that a score likes best: a few evaluations on the same prompts and noise, and a model of the score.
 

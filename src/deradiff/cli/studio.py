@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from deradiff.cli import arguments, terminal
+from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import MODELS
 from deradiff.worlds import find, find_anchor
 
-MODELS, PAGES, MACHINE = "Models", "The page", "Machine"
+PAGES = "The page"
 
 
 def studio(
@@ -35,7 +36,8 @@ def studio(
         ),
     ] = None,
     hub: Annotated[
-        bool, typer.Option("--hub/--no-hub", rich_help_panel=MODELS, help="Whether pages may name models of the hub.")
+        bool,
+        typer.Option("--hub/--no-hub", rich_help_panel=MODELS, help="Whether pages may name models of the hub."),
     ] = True,
     reward: Annotated[
         list[str] | None,
@@ -47,24 +49,15 @@ def studio(
             "may be repeated. The digits have rewards of their own.",
         ),
     ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle",
-            rich_help_panel=MODELS,
-            help="Read .bin and .ckpt files, which can run code on your machine.",
-        ),
-    ] = False,
+    allow_pickle: options.AllowPickle = False,
     library: Annotated[
         Path, typer.Option(rich_help_panel=PAGES, help="The folder for curves and presets that are kept by name.")
     ] = Path("deradiff-studio"),
     host: Annotated[
         str,
-        typer.Option(rich_help_panel=PAGES, help="Where to listen; anything but this machine itself needs a token."),
+        typer.Option(rich_help_panel=PAGES, help=options.HOST),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, rich_help_panel=PAGES, help="0 takes one that is free.")
-    ] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, rich_help_panel=PAGES, help=options.PORT)] = 7860,
     token: Annotated[
         str | None,
         typer.Option(
@@ -73,17 +66,11 @@ def studio(
     ] = None,
     root_path: Annotated[
         str,
-        typer.Option(
-            rich_help_panel=PAGES, help="The path under which a reverse proxy serves the page, /studio for instance."
-        ),
+        typer.Option(rich_help_panel=PAGES, help=options.ROOT_PATH),
     ] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...", rich_help_panel=MACHINE)] = "auto",
-    dtype: Annotated[
-        arguments.Dtype, typer.Option(help=arguments.DTYPES, rich_help_panel=MACHINE)
-    ] = arguments.Dtype.auto,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
-    ] = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = options.NumberFormat.auto,
+    offload: options.Offload = False,
 ) -> None:
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
     console = terminal.LiteralConsole(stderr=True)
@@ -100,7 +87,7 @@ def studio(
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
                 from deradiff.studio import scenes, server
-                from deradiff.studio.models import Machine
+                from deradiff.studio.models import MachineSettings
                 from deradiff.studio.sources import Sources
 
                 terminal.pass_on_warnings()
@@ -111,7 +98,7 @@ def studio(
                 allowed = [reference, *sources_of.values()]
                 named = [source for source in allowed if not find(source) and not find_anchor(source)]
                 sources = Sources(models or (), named, hub)
-                machine = Machine(device, dtype.value, offload, allow_pickle)
+                machine = MachineSettings(device, dtype.value, offload, allow_pickle)
                 prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)

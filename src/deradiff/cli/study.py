@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from deradiff.cli import terminal
+from deradiff.cli import options, terminal
 
 app = typer.Typer(
     help="A preference study between methods of an experiment, in people's browsers.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the study.")]
@@ -43,17 +42,13 @@ def plan(
 def serve(
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The study's folder. One that was begun there goes on.")],
-    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine itself needs a token.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help=options.HOST)] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help=options.PORT)] = 8000,
     token: Annotated[
         str | None,
         typer.Option(envvar="DERADIFF_STUDY_TOKEN", help="Only who has the link with this token may take part."),
     ] = None,
-    root_path: Annotated[
-        str, typer.Option(help="The path under which a reverse proxy serves the pages, /study for instance.")
-    ] = "",
+    root_path: Annotated[str, typer.Option(help=options.ROOT_PATH)] = "",
 ) -> None:
     """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
     console = terminal.LiteralConsole(stderr=True)
@@ -114,7 +109,7 @@ def analyse(
         from deradiff.study.votes import plan_of
 
         planned = plan_of(folder)
-        found = analysis.analysed(planned, ballots.read(folder, planned))
-        files = report.write(found, out)
-    terminal.echo(report.summary_of(found))
+        analysed = analysis.analysed(planned, ballots.read(folder, planned))
+        files = report.write(analysed, out)
+    terminal.echo(report.summary_of(analysed))
     terminal.files(files)

@@ -19,7 +19,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def printable(text: str) -> str:
     """`text` with control characters but for line breaks and tabs written out, such as ESC as \\x1b."""
-    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda control: repr(control[0])[1:-1], text)
 
 
 class LiteralConsole(Console):
@@ -84,8 +84,8 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]
-        place, words = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        return f"{place}: {words}; got {first['input']!r}." if place else words
+        place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}; got {first['input']!r}." if place else message
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff.files.plans import Part, Several
+from deradiff.files.plans import PlanPart, Several
 from deradiff.sampling.realignment import lam_for_beta
 from deradiff.sweep import notation
 from deradiff.sweep.notation import plain
@@ -21,7 +21,7 @@ Names = Several[str] | Literal["all"]
 Lams = Several[float]
 
 
-class Model(Part):
+class Model(PlanPart):
     """An aligned model: any source that `realign` takes, and the strength it was aligned with."""
 
     source: str
@@ -44,7 +44,7 @@ class Models(Protocol):
         ...
 
 
-class NoiseOptimization(Part):
+class NoiseOptimization(PlanPart):
     """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
 
     The defaults are ReNO's.
@@ -91,7 +91,7 @@ class Arm:
         return self.method, tuple(sorted(self.anchors)), shape, self.particles, self.target, self.noise
 
 
-class _Method(Part):
+class _Method(PlanPart):
     prompts: Names = ALL
     """The prompt sets that this method is drawn for."""
 

@@ -10,15 +10,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
-from deradiff.files import plans
-from deradiff.files.plans import Name, Part, Several
+from deradiff.files import plans, reading
+from deradiff.files.plans import Name, PlanPart, Several
 from deradiff.sweep import notation
 from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
 
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
-class Prompts(Part):
+class Prompts(PlanPart):
     """A set of prompts, each drawn with every seed."""
 
     source: str | Several[str] | None = None
@@ -54,7 +54,7 @@ class Prompts(Part):
         return self
 
 
-class Sampling(Part):
+class Sampling(PlanPart):
     """How images are sampled; what is not given is the pipeline's own."""
 
     scheduler: str | None = None
@@ -80,7 +80,7 @@ class Sampling(Part):
 # -- what is wanted of it ---------------------------------------------------------------------------------------------
 
 
-class Wanted(Part):
+class Wanted(PlanPart):
     """What the report makes of the images; what is left out is chosen from the plan, or left out of the report."""
 
     diversity_on: str | None = None
@@ -98,7 +98,7 @@ class Wanted(Part):
     """What aligning once costs (DeRaDiff, §6: 336 for SDXL)."""
 
 
-class Plan(Part):
+class Plan(PlanPart):
     """An experiment. Raises `ValueError` (pydantic's) for anything that does not exist or does not fit."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -205,8 +205,8 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(content: Any, where: str) -> Plan:
-    """The plan that is plain data; raises as `plans.parse` does."""
-    return plans.parse(Plan, content, where, "plan")
+    """The plan that is plain data; raises as `reading.fit` does."""
+    return reading.fit(Plan, content, where, "plan")
 
 
 def write_plan(plan: Plan) -> str:

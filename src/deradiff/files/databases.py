@@ -30,7 +30,7 @@ _UNSHARED = {
 """What SQLite says where it may read a database, but not make the files that its readers and writers share."""
 
 
-class Reading(sqlite3.Connection):
+class ReadConnection(sqlite3.Connection):
     """A connection that only reads, from a `copy` where there is one."""
 
     copy: tempfile.TemporaryDirectory[str] | None = None
@@ -79,9 +79,11 @@ def reading(file: Path) -> sqlite3.Connection:
     return db
 
 
-def _reading(file: Path, how: str) -> Reading:
+def _reading(file: Path, how: str) -> ReadConnection:
     where = f"{file.resolve().as_uri()}?{how}"
-    db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=LOOK, check_same_thread=False, factory=Reading)
+    db = sqlite3.connect(
+        where, uri=True, isolation_level=None, timeout=LOOK, check_same_thread=False, factory=ReadConnection
+    )
     try:
         db.execute("PRAGMA query_only = ON")
         patient(file, lambda: db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone())  # now it can, or never
@@ -151,7 +153,7 @@ def _may(path: Path, mode: int) -> bool:
 def _damage(file: Path, error: Exception) -> str:
     """What SQLite finds wrong with a file."""
     with suppress(sqlite3.Error, UnicodeError), closing(reading(file)) as db:
-        for (words,) in db.execute("PRAGMA quick_check(1)"):
-            if words != "ok":
-                return " ".join(words.removeprefix("*** in database main ***").split())
+        for (finding,) in db.execute("PRAGMA quick_check(1)"):
+            if finding != "ok":
+                return " ".join(finding.removeprefix("*** in database main ***").split())
     return str(error)

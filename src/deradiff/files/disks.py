@@ -35,11 +35,11 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
 def _means_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
-    words = str(error)
+    message = str(error)
     if type(error).__name__ == "SafetensorError":
-        return any(f"os error {code}" in words for code in FULL)
+        return any(f"os error {code}" in message for code in FULL)
     return isinstance(error, RuntimeError) and any(
-        sign in words for sign in ("file write failed", "unexpected pos", *map(os.strerror, FULL))
+        sign in message for sign in ("file write failed", "unexpected pos", *map(os.strerror, FULL))
     )
 
 
@@ -55,12 +55,12 @@ def explained(folder: Path, kind: type[Exception] = OSError, needed: int = 0) ->
         raise kind(full(folder, needed) if needed else str(error)) from error
     except OSError as error:
         path = Path(os.fsdecode(error.filename2 or error.filename or folder))
-        if (words := _words(path, folder, error.errno, needed)) is None:
+        if (message := _message(path, folder, error.errno, needed)) is None:
             raise
-        raise kind(words) from error
+        raise kind(message) from error
 
 
-def _words(path: Path, folder: Path, number: int | None, needed: int) -> str | None:
+def _message(path: Path, folder: Path, number: int | None, needed: int) -> str | None:
     match number:
         case number if number in FULL:
             return full(path, needed)

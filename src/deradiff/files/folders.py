@@ -134,7 +134,7 @@ def finish_moving(folder: Path, private: Path, record: str) -> None:
     if not (complete / record).is_file():  # it moves last: the record in `folder` is that of the result itself
         discard(complete)
         return
-    remove_named(folder, record)
+    _remove_named(folder, record)
     for file in sorted(_files(complete), key=lambda path: (path.name == record, -len(path.parts), path)):
         target = folder / file.relative_to(complete)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def finish_moving(folder: Path, private: Path, record: str) -> None:
     discard(complete)
 
 
-def remove_named(folder: Path, record: str) -> None:
+def _remove_named(folder: Path, record: str) -> None:
     """Remove the files that `record` in `folder` names, and itself at last; nothing where there is none."""
     files = named_files(folder, record)
     for file in files:
@@ -168,11 +168,6 @@ def named_files(folder: Path, record: str) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if not path.is_dir())
-
-
-def file_names(folder: Path) -> list[str]:
-    """The names of all files under `folder`, relative to it."""
-    return [path.relative_to(folder).as_posix() for path in _files(folder)]
 
 
 # -- the folder of a run -----------------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ class _Refused(ValueError):
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
-    words = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
-        words = "it is in no format that Pillow knows, or damaged"
-    return ValueError(f"{name} cannot be decoded: {words}")
+        reason = "it is in no format that Pillow knows, or damaged"
+    return ValueError(f"{name} cannot be decoded: {reason}")
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

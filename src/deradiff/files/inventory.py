@@ -7,7 +7,6 @@ that turned over inside of large weights are not.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from PIL import Image
 from pydantic import Field
 
 from deradiff.files import tensors
-from deradiff.files.reading import Record, read, require_file
+from deradiff.files.reading import Record, read, require_file, sha256_of
 
 SMALL = 1 << 20
 """Bytes of the files whose content is compared."""
@@ -64,7 +63,7 @@ def require_whole(folder: Path, files: Mapping[str, FileState] | None, what: str
             raise ValueError(
                 f"{folder} is no whole {what}: {name} has {size:,} bytes, and {state.size:,} were written: {cure}"
             )
-        if state.sha256 is not None and _digest(path) != state.sha256:
+        if state.sha256 is not None and sha256_of(path) != state.sha256:
             raise ValueError(f"{folder} is no whole {what}: {name} is not what was written: {cure}")
         if state.sha256 is None and path.suffix == ".safetensors":
             tensors.require_whole(path, "file of tensors", cure)
@@ -101,9 +100,4 @@ def _listed(index: Path, cure: str) -> list[str]:
 
 def _state(path: Path) -> FileState:
     size = path.stat().st_size
-    return FileState(size=size, sha256=_digest(path) if size <= SMALL else None)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return FileState(size=size, sha256=sha256_of(path) if size <= SMALL else None)

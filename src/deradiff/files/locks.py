@@ -77,7 +77,7 @@ def _locked(folder: Path, private: Path, what: str) -> Any:
         (private / HOLDER).write_text(json.dumps(_holder(what)), encoding="utf-8")
     except Timeout:
         raise FolderInUse(
-            f"{folder} is in use: {_told(private)}. Wait for it, stop it, or name another folder"
+            f"{folder} is in use: {_described(private)}. Wait for it, stop it, or name another folder"
         ) from None
     except OSError:
         lock.release()
@@ -114,7 +114,7 @@ def _holder(what: str) -> dict[str, Any]:
     return {"what": what, "process": os.getpid(), "host": socket.gethostname(), "since": now}
 
 
-def _told(private: Path) -> str:
+def _described(private: Path) -> str:
     """Who holds the folder, as far as they have said so by now."""
     try:
         about = json.loads((private / HOLDER).read_text(encoding="utf-8"))

@@ -18,10 +18,10 @@ def reading_model(source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = isinstance(error, ValueError | OSError | ImportError | MemoryError)
+        clear = isinstance(error, ValueError | OSError | ImportError | MemoryError)
         # torch's own of that name is not to be imported for this
-        said = said or type(error).__name__ == "OutOfMemoryError"
-        if said and not isinstance(error, UnicodeError | json.JSONDecodeError):
+        clear = clear or type(error).__name__ == "OutOfMemoryError"
+        if clear and not isinstance(error, UnicodeError | json.JSONDecodeError):
             raise
         raise ValueError(
             f"the model {source} cannot be loaded: its configuration or its weights are not what its library expects "

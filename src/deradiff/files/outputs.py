@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from deradiff.files import disks
 from deradiff.files.locks import HOLDER, LOCK, discard, taken
-from deradiff.files.reading import Record, read
+from deradiff.files.reading import Record, read, sha256_of
 from deradiff.files.writing import write_json
 
 _NAME = r"[^/\\]*[^/\\.][^/\\]*"
@@ -106,13 +105,13 @@ def _require_ours(folder: Path, known: Mapping[str, list[str]], names: Iterable[
 
 def _is_ours(folder: Path, known: Mapping[str, list[str]], name: str) -> bool:
     file = folder / name
-    return file.is_file() and not file.is_symlink() and _digest(file) in known.get(name, ())
+    return file.is_file() and not file.is_symlink() and sha256_of(file) in known.get(name, ())
 
 
 def _take(unfinished: Path, record: Path, first: Collection[str]) -> None:
     """Put the files of `unfinished` in their places, those that were known `first` last: they lead to the others."""
     folder, old = record.parent, _known(record)
-    new = {path.name: _digest(path) for path in sorted(unfinished.iterdir())}
+    new = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
     _require_ours(folder, old, new)
     both = {name: [*old.get(name, ()), *([new[name]] if name in new else ())] for name in {**old, **new}}
     write_json(record, {"files": both}, within=unfinished.parent)
@@ -138,8 +137,3 @@ def _place(source: Path, target: Path) -> None:
         os.replace(source, target)
     else:
         source.unlink()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -22,7 +22,7 @@ TEXTS = ("negative_prompt", "title", "introduction", "text")
 """The keys of what plans hold in people's own words, beside their prompts."""
 
 
-class Part(BaseModel):
+class PlanPart(BaseModel):
     """A part of a plan: it does not change, and a key that nobody knows is an error.
 
     So is a value of another kind: `true` and "1" are no numbers, 1.0 is no count.
@@ -31,7 +31,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
-Kind = TypeVar("Kind", bound=Part)
+Kind = TypeVar("Kind", bound=PlanPart)
 
 
 def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
@@ -46,12 +46,7 @@ def read(kind: type[Kind], path: Path, what: str, command: str) -> Kind:
         raise FileNotFoundError(f"there is no plan {path}: write one with `{command}`") from None
     content = reading.parse_yaml(text, str(path))
     comments.warn_of_cut_texts(text, str(path), lists=("prompts",), texts=TEXTS)
-    return parse(kind, content, str(path), what)
-
-
-def parse(kind: type[Kind], content: Any, where: str, what: str) -> Kind:
-    """The plan that is plain data. Raises `ValueError` that names the first places that are wrong in `where`."""
-    return reading.fit(kind, content, where, what)
+    return reading.fit(kind, content, str(path), what)
 
 
 def write(data: Any) -> str:
@@ -85,4 +80,4 @@ for _tag, _pattern in reading.NUMBERS:  # so that a text which would be read as 
 
 
 def _flat(value: Any) -> bool:
-    return isinstance(value, list) and all(not isinstance(one, list | dict) for one in value)
+    return isinstance(value, list) and all(not isinstance(entry, list | dict) for entry in value)

@@ -2,11 +2,12 @@
 
 Whatever stands in a file, what comes out is plain data that fits its schema, or an error that a person can act on:
 which file, what it should be, what is wrong in it, and what to do. What a schema does not know, a record may hold all
-the same (a later version wrote it); a plan may not (`plans.Part`).
+the same (a later version wrote it); a plan may not (`plans.PlanPart`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -139,6 +140,12 @@ def require_file(path: Path, what: str) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         raise OSError(f"{path} is a device, a pipe or a socket, not a {what}: nothing is read of it")
     return state
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits. Raises `OSError`."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _unreadable(error: OSError, path: Path, what: str) -> OSError:

@@ -41,13 +41,13 @@ def read_png(path: str | Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that decide what an image looks like."""
-    found = {}
+    installed = {}
     for name in ("deradiff", "torch", "diffusers", "transformers", "peft"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def slug(text: str, longest: int = 40) -> str:

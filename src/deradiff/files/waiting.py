@@ -44,30 +44,30 @@ class Patience:
     ) -> None:
         self._what, self._lacking, self._after = what, lacking, AFTER if after is None else after
         self._most = bound() if most is None else most
-        self._began, self._said = time.monotonic(), False
+        self._began, self._announced = time.monotonic(), False
 
     def check(self) -> None:
         """Nothing can be done meanwhile: say so once, if it is late. Raises `WaitedTooLong` where it is too late."""
         waited = time.monotonic() - self._began
         if waited >= self._most:
             raise WaitedTooLong(
-                f"waited {waited:.0f} s for {_told(self._what, self._lacking)}. {BOUND} sets for how many seconds "
+                f"waited {waited:.0f} s for {_described(self._what, self._lacking)}. {BOUND} sets for how many seconds "
                 "anything is waited for"
             )
         self.remind()
 
     def remind(self) -> None:
         """Others work meanwhile: say once what is waited for, if it is late."""
-        if not self._said and time.monotonic() - self._began >= self._after:
-            self._said = True
-            log.warning("waiting for %s", _told(self._what, self._lacking))
+        if not self._announced and time.monotonic() - self._began >= self._after:
+            self._announced = True
+            log.warning("waiting for %s", _described(self._what, self._lacking))
 
 
 @contextmanager
 def announced(what: str, lacking: Callable[[], str] = str, *, after: float | None = None) -> Iterator[None]:
     """Say what the block waits for if it takes long: for calls of other libraries, which have bounds of their own."""
     timer = threading.Timer(
-        AFTER if after is None else after, lambda: log.warning("waiting for %s", _told(what, lacking))
+        AFTER if after is None else after, lambda: log.warning("waiting for %s", _described(what, lacking))
     )
     timer.daemon = True
     timer.start()
@@ -97,6 +97,6 @@ def bound() -> float:
     return seconds
 
 
-def _told(what: str, lacking: Callable[[], str]) -> str:
-    words = lacking()
-    return f"{what}: {words}" if words else what
+def _described(what: str, lacking: Callable[[], str]) -> str:
+    reason = lacking()
+    return f"{what}: {reason}" if reason else what

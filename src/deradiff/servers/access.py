@@ -28,18 +28,18 @@ DAYS = 30
 """How long a browser keeps what it was given."""
 
 
-class Refused(NamedTuple):
-    """Why a request is not let in: an HTTP status, and words, None where the status says it all."""
+class Refusal(NamedTuple):
+    """Why a request is not let in: an HTTP status, and a message, None where the status says it all."""
 
     status: int
-    words: str | None = None
+    message: str | None = None
 
 
 @dataclass(frozen=True)
 class Admission:
     """Lets a request in that comes from this machine's own pages, or from a browser that opened the token's link.
 
-    `mark` tells one server's cookie from another's, whatever their ports; `what` is how the words call the server;
+    `mark` tells one server's cookie from another's, whatever their ports; `what` is how messages call the server;
     `root` is the path under which a reverse proxy serves it, "" without one.
 
     A browser sends a cookie to every port of a host, and to every path below its own; no attribute keeps it to one
@@ -66,18 +66,18 @@ class Admission:
 
     def refusal(
         self, method: str, path: str, headers: Mapping[str, str], cookies: Mapping[str, str], query: Mapping[str, str]
-    ) -> Refused | None:
+    ) -> Refusal | None:
         """Why this request is not let in; None for one that is.
 
         `path` is the one below `root`; names of `headers` are in lower case.
         """
         if self._sent_from_elsewhere(method, headers):
-            return Refused(403, "This was sent by another web site, and was not counted.")
+            return Refusal(403, "This was sent by another web site, and was not counted.")
         if self.token is None:
             if not names_this_machine(headers.get("host", "")):
-                return Refused(403, f"This {self.what} is open to the machine alone that it runs on, as 127.0.0.1.")
+                return Refusal(403, f"This {self.what} is open to the machine alone that it runs on, as 127.0.0.1.")
         elif self.visitor(cookies) is None and not self.in_link(path, query):
-            return Refused(401)
+            return Refusal(401)
         return None
 
     def in_link(self, path: str, query: Mapping[str, str]) -> bool:

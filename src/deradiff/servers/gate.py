@@ -44,14 +44,14 @@ class TooLong(Exception):
     """A body has more bytes than its page reads."""
 
 
-class Full(Exception):
+class TooMuchHeld(Exception):
     """More is held already than there is room for."""
 
 
 class Gate:
     """Stands before an application, which gets the requests that are let in, with their bodies, and no others.
 
-    `longest` says how many bytes of a body are read at a path; `refused(status, words)` is the page that says why
+    `longest` says how many bytes of a body are read at a path; `refused(status, message)` is the page that says why
     something is not done; `headers` are added to every answer; `open_paths` are shown to anybody.
     """
 
@@ -90,7 +90,7 @@ class Gate:
                 return
         except TooLong:
             response = self.refused(413, None)
-        except Full:
+        except TooMuchHeld:
             response = self.refused(503, None)
         except ClientDisconnect:
             return
@@ -127,10 +127,10 @@ class Gate:
         return response
 
     async def _body(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
-        """The pieces of the body. Raises `TooLong`, at once where it was said to be, and `Full`."""
+        """The pieces of the body. Raises `TooLong`, at once where it was said to be, and `TooMuchHeld`."""
         longest = self.longest(path_below(scope))
-        told = Request(scope).headers.get("content-length", "0")
-        if not told.isdecimal() or int(told) > DRAINED * longest:
+        announced = Request(scope).headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > DRAINED * longest:
             raise TooLong
         length, more = 0, True
         while more:
@@ -142,7 +142,7 @@ class Gate:
             if length > DRAINED * longest:
                 raise TooLong
             if self._held + len(piece) > MOST_HELD:
-                raise Full
+                raise TooMuchHeld
             if length <= longest:
                 yield piece
             more = message.get("more_body", False)
@@ -232,8 +232,8 @@ def _place(scope: Scope, root: str) -> Scope:
 
 def _as_the_browser(scope: Scope) -> Scope:
     """The host and the scheme that the browser asked for, where a proxy tells them."""
-    told = {name: value.split(b",")[0].strip() for name, value in scope["headers"]}
+    sent = {name: value.split(b",")[0].strip() for name, value in scope["headers"]}
     headers = [(name, value) for name, value in scope["headers"] if name not in (FORWARDED_HOST, FORWARDED_SCHEME)]
-    if host := told.get(FORWARDED_HOST):
+    if host := sent.get(FORWARDED_HOST):
         headers = [(name, host if name == b"host" else value) for name, value in headers]
-    return {"headers": headers, "scheme": "https" if told.get(FORWARDED_SCHEME) == b"https" else scope["scheme"]}
+    return {"headers": headers, "scheme": "https" if sent.get(FORWARDED_SCHEME) == b"https" else scope["scheme"]}

@@ -9,8 +9,8 @@ import gradio as gr
 
 from deradiff.algorithm.schedules import Schedule
 from deradiff.studio import curves, html
-from deradiff.studio.library import Kept
-from deradiff.studio.session import record_of, refusal
+from deradiff.studio.library import Library
+from deradiff.studio.session import record_of, refusal, refusing
 
 Changed = tuple[Any, ...]
 """Of the curve (where it is not what was changed), its family, the family's parameter, and the curve in Python."""
@@ -22,7 +22,7 @@ NONE = "# no schedule: λ stays the same"
 class Annealing:
     """What happens to the page's curve."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Library) -> None:
         self.kept = kept
 
     def restep(self, curve: Any, steps: float) -> Any:
@@ -35,24 +35,20 @@ class Annealing:
 
     def family(self, name: str, curve: Any) -> Changed:
         """Start from a family, at its usual parameter; "spline" makes points of what is there."""
-        try:
+        with refusing():
             if name == "spline":
                 present = _read(curve)
                 points = [(0.0, 0.0), (1.0, 1.0)] if present is None else curves.points_of(present)
                 return self._changed(curves.through(points), curve)
             usual = curves.FAMILIES[name][1] if name in curves.FAMILIES else 0.0
             return self._changed(curves.of_family(name, usual), curve)
-        except ValueError as error:
-            raise refusal(error) from None
 
     def parameter(self, name: str, parameter: float, curve: Any) -> Changed:
         """The family's parameter was set."""
         if name not in curves.FAMILIES:
             raise refusal("only power, step and sigmoid have a parameter: choose one first")
-        try:
+        with refusing():
             return self._changed(curves.of_family(name, parameter), curve)
-        except ValueError as error:
-            raise refusal(error) from None
 
     def use(self, name: str, curve: Any) -> Changed:
         """Take a curve that was kept."""
@@ -64,21 +60,17 @@ class Annealing:
 
     def keep(self, name: str, curve: Any) -> tuple[Any, ...]:
         """Keep the curve by name."""
-        try:
+        with refusing():
             schedule = _read(curve)
             if schedule is None:
                 raise ValueError("λ stays the same: there is no curve to keep")
             kept = self.kept.save(name or "", schedule.to_dict())
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return gr.update(choices=self.kept.names(), value=kept), "", html.status(f"Kept the curve as {kept}")
 
     def delete(self, name: str | None) -> tuple[Any, ...]:
         """Forget a curve that was kept."""
-        try:
+        with refusing():
             self.kept.delete(name or "")
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return gr.update(choices=self.kept.names(), value=None), gr.skip(), html.status(f"Deleted the curve {name}")
 
     def _changed(self, schedule: Schedule | None, curve: Any) -> Changed:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from deradiff.studio import drawing, html, scenes
-from deradiff.studio.drawing import Drawn, Step
+from deradiff.studio.drawing import DrawnImage
 from deradiff.studio.session import Session, Updates, page_of, refusal
 from deradiff.sweep import notation
 from deradiff.sweep.settings import Settings, caption
@@ -41,20 +41,18 @@ class Comparing:
         except ValueError as error:
             yield {on.strip_status: html.wrong(error)}
             return
-        for news in self.session.told(
+        for news in self.session.updates(
             self.session.desk.drawn(page_of(request), settings, kind="strip"), data, status=on.strip_status
         ):
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, Step):
-                yield {on.strip_status: html.status(f"Step {news.done} of {news.total}", *news[:2])}
             elif isinstance(news, list):
                 try:
                     yield self._strip_finished(settings, news)
                 except OSError as error:
                     yield {on.strip_status: html.wrong(f"the images could not be kept ({error.strerror})")}
 
-    def _strip_finished(self, settings: Settings, images: list[Drawn]) -> Updates:
+    def _strip_finished(self, settings: Settings, images: list[DrawnImage]) -> Updates:
         on, first = self.session.controls, images[0]
         labels = [column.label(settings.anchor_beta) for column in settings.columns]
         sheet = contact_sheet(
@@ -91,5 +89,5 @@ class Comparing:
 
     def compare(self, a: Any, b: Any) -> tuple[Any, str]:
         """Two images under the divider, as soon as there are two."""
-        said = html.sides(a and a["caption"], b and b["caption"])
-        return ((a["file"], b["file"]) if a and b else gr.skip()), said
+        files = (a["file"], b["file"]) if a and b else gr.skip()
+        return files, html.sides(a and a["caption"], b and b["caption"])

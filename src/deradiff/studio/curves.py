@@ -79,12 +79,12 @@ def points_of(schedule: Schedule) -> list[tuple[float, float]]:
         return [(0.0, 0.0), (jump - CLOSEST, 0.0), (jump + CLOSEST, 1.0), (1.0, 1.0)]
     fine = [(i / 1000, schedule(i / 1000)) for i in range(1001)]
     lengths = list(accumulate((math.dist(*pair) for pair in pairwise(fine)), initial=0.0))
-    found = [(0.0, 0.0)]
+    points = [(0.0, 0.0)]
     for i in range(1, 6):  # at equal distances along the line, so that steep parts have their share
-        s = max(fine[bisect(lengths, lengths[-1] * i / 6)][0], round(found[-1][0] + 2 * CLOSEST, 3))
+        s = max(fine[bisect(lengths, lengths[-1] * i / 6)][0], round(points[-1][0] + 2 * CLOSEST, 3))
         if s < 1 - 2 * CLOSEST:
-            found.append((s, round(schedule(s), 3)))
-    return [*found, (1.0, 1.0)]
+            points.append((s, round(schedule(s), 3)))
+    return [*points, (1.0, 1.0)]
 
 
 def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
             "line": [[0.0, 1.0], [1.0, 1.0]],
             "steps": flat,
             "average": 1.0,
-            "words": "λ stays the same",
+            "description": "λ stays the same",
         }
     places = {i / FINENESS for i in range(FINENESS + 1)} | {s for s, _ in points_of(schedule)}
     if isinstance(schedule, Step) and 0 < schedule.p < 1:
@@ -109,7 +109,7 @@ def drawing(schedule: Schedule | None, steps: int) -> dict[str, Any]:
         "line": [[s, schedule(s)] for s in sorted(places)],
         "steps": at,
         "average": sum(lam for _, lam in at) / steps,
-        "words": str(schedule),
+        "description": str(schedule),
     }
 
 

@@ -20,7 +20,7 @@ from deradiff.rewards import PictureReward
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
-from deradiff.studio.jobs import Job
+from deradiff.studio.jobs import PageJob
 from deradiff.sweep import drawing
 from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
 
@@ -44,7 +44,7 @@ JUDGED = 16
 BLACKED_OUT = "none: blacked out by the safety checker"
 
 
-class Step(NamedTuple):
+class StepReport(NamedTuple):
     """How far an image is."""
 
     done: int
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImage:
     """An image and what is known about it."""
 
     image: Image.Image
@@ -90,7 +90,9 @@ def strip_of(settings: Settings, lams: Sequence[float]) -> Settings:
 
     def at(lam: float) -> Column:
         if isinstance(own.lam, dict):
-            return Column(lam={name: round(its * lam, 6) for name, its in own.lam.items()}, schedule=own.schedule)
+            return Column(
+                lam={name: round(dialled * lam, 6) for name, dialled in own.lam.items()}, schedule=own.schedule
+            )
         return Column(lam=lam, schedule=own.schedule)
 
     return settings.model_copy(update={"columns": tuple(map(at, lams))})
@@ -100,10 +102,10 @@ def draw(
     settings: Settings,
     pipe: DiffusionPipeline,
     dial: Dial,
-    job: Job,
-    report: Callable[[Step], None],
+    job: PageJob,
+    report: Callable[[StepReport], None],
     preview: bool = False,
-) -> list[Drawn]:
+) -> list[DrawnImage]:
     """Draw an image for every column of `settings`, one prompt's and one seed's.
 
     `report` is told about every step; the job is looked at as often, so that one that was stopped ends there
@@ -111,27 +113,41 @@ def draw(
     that the path KL is known at λ = 0 and 1 too.
     """
     begun, glimpsed = time.perf_counter(), 0.0
-    told = begun
+    reported = begun
     single = len(settings.columns) == 1
     dial.reuse = None if settings.tolerance is None else Reuse(tolerance=settings.tolerance)
     dial.watching = not preview and posteriors.is_diffusion(pipe.scheduler)
 
     def on_step(done: int, total: int) -> None:
-        nonlocal glimpsed, told
+        nonlocal glimpsed, reported
         job.check()
         now, glimpse = time.perf_counter(), None
-        if preview or now - told < OFTEN:
+        if preview or now - reported < OFTEN:
             return
-        told = now
+        reported = now
         if single and done < total and glimpsed <= GLIMPSES * (now - begun):
             glimpse = glimpse_of(pipe, dial)
             glimpsed += time.perf_counter() - now
-        report(Step(done, total, glimpse))
+        report(StepReport(done, total, glimpse))
 
     prompt, seed = settings.prompts[0], settings.seeds[0]
     shots = [Shot(prompt, seed, column) for column in range(len(settings.columns))]
     lams = [column.dial() for column in settings.columns]
-    found = list(
+    sampled = _sampled(settings, pipe, dial, shots, lams, on_step)
+    seconds = time.perf_counter() - begun
+    made = drawing.made_of(settings, pipe, dial)
+    return [_drawn(settings, made, shot, image, metadata, seconds, preview) for shot, image, metadata in sampled]
+
+
+def _sampled(
+    settings: Settings,
+    pipe: DiffusionPipeline,
+    dial: Dial,
+    shots: Sequence[Shot],
+    lams: Sequence[Any],
+    on_step: Callable[[int, int], None],
+) -> list[tuple[Shot, Image.Image, drawing.Told]]:
+    return list(
         drawing.sample(
             pipe,
             dial,
@@ -143,19 +159,16 @@ def draw(
             **call_of(settings),
         )
     )
-    seconds = time.perf_counter() - begun
-    made = drawing.made_of(settings, pipe, dial)
-    return [_drawn(settings, made, shot, image, told, seconds, preview) for shot, image, told in found]
 
 
-def scored(images: Sequence[Drawn], rewards: Sequence[PictureReward]) -> list[Drawn]:
+def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
     """The same images with their scores, or words in place of them: what was blacked out is no picture."""
     shown = [drawn for drawn in images if not drawn.blacked_out]
     columns: dict[str, Tensor | str] = {}
     if shown:
         columns = _scores([drawn.image for drawn in shown], [drawn.settings.prompts[0] for drawn in shown], rewards)
     own = {
-        id(drawn): {name: its if isinstance(its, str) else float(its[i]) for name, its in columns.items()}
+        id(drawn): {name: column if isinstance(column, str) else float(column[i]) for name, column in columns.items()}
         for i, drawn in enumerate(shown)
     }
     hidden: dict[str, float | str] = {reward.name: BLACKED_OUT for reward in rewards}
@@ -166,14 +179,14 @@ def _scores(
     pictures: list[Image.Image], prompts: list[str], rewards: Sequence[PictureReward]
 ) -> dict[str, Tensor | str]:
     """Each reward's scores, or why it has none: the digits' rewards know the digits' captions alone."""
-    found: dict[str, Tensor | str] = {}
+    scores: dict[str, Tensor | str] = {}
     with torch.no_grad():
         for reward in rewards:
             try:
-                found[reward.name] = reward(pictures, prompts).double().cpu()
+                scores[reward.name] = reward(pictures, prompts).double().cpu()
             except ValueError as error:
-                found[reward.name] = str(error)
-    return found
+                scores[reward.name] = str(error)
+    return scores
 
 
 def _drawn(
@@ -181,24 +194,35 @@ def _drawn(
     made: dict[str, Any],
     shot: Shot,
     image: Image.Image,
-    told: drawing.Told,
+    metadata: drawing.Told,
     seconds: float,
     preview: bool,
-) -> Drawn:
+) -> DrawnImage:
     own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
-    assert told.run is not None
-    judged = verdict(joined([told.run]))
-    kl = None if told.run.path_kl is None else float(told.run.path_kl)
-    words, kind = judged.words, judged.kind
-    if told.reused is not None and told.reused.error:
-        words, kind = told.reused.words, "approximate"  # type: ignore[assignment]
+    assert metadata.run is not None
+    judged = verdict(joined([metadata.run]))
+    kl = None if metadata.run.path_kl is None else float(metadata.run.path_kl)
+    reason, kind = judged.words, judged.kind
+    if metadata.reused is not None and metadata.reused.error:
+        reason, kind = metadata.reused.words, "approximate"  # type: ignore[assignment]
     own_shot = Shot(shot.prompt, shot.seed, 0)
-    record = drawing.about(own, own_shot, told) | made | {"settings": own.model_dump()}
-    warned = tuple(cut.words for cut in told.cuts)
-    if told.blacked_out:
+    record = drawing.about(own, own_shot, metadata) | made | {"settings": own.model_dump()}
+    warned = tuple(cut.words for cut in metadata.cuts)
+    if metadata.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
-    return Drawn(
-        image, own, record, file_name(own, own_shot), {}, kl, words, kind, seconds, preview, warned, told.blacked_out
+    return DrawnImage(
+        image,
+        own,
+        record,
+        file_name(own, own_shot),
+        {},
+        kl,
+        reason,
+        kind,
+        seconds,
+        preview,
+        warned,
+        metadata.blacked_out,
     )
 
 
@@ -206,8 +230,8 @@ def judged(
     settings: Settings,
     pipe: DiffusionPipeline,
     dial: Dial,
-    job: Job,
-    report: Callable[[Step], None],
+    job: PageJob,
+    report: Callable[[StepReport], None],
     rewards: Sequence[PictureReward],
 ) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
@@ -219,34 +243,23 @@ def judged(
 
     def on_step(done: int, total: int) -> None:
         job.check()
-        report(Step(done, total))
+        report(StepReport(done, total))
 
     shots = [Shot(prompt, seed + i, 0) for i in range(JUDGED)]
     lams = [settings.columns[0].dial()]
-    found = list(
-        drawing.sample(
-            pipe,
-            dial,
-            shots,
-            lams,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            on_step=on_step,
-            **call_of(settings),
-        )
-    )
-    run = joined([told.run for _, _, told in found if told.run is not None])
-    hidden = sum(told.blacked_out for _, _, told in found)
+    sampled = _sampled(settings, pipe, dial, shots, lams, on_step)
+    run = joined([metadata.run for _, _, metadata in sampled if metadata.run is not None])
+    hidden = sum(metadata.blacked_out for _, _, metadata in sampled)
     if hidden:
-        return [f"{verdict(run).words}; no score, as the safety checker blacked out {hidden} of {len(found)} images"]
-    scores = _scores([image for _, image, _ in found], [prompt] * len(found), rewards)
-    usable = {name: its for name, its in scores.items() if not isinstance(its, str)}
+        return [f"{verdict(run).words}; no score, as the safety checker blacked out {hidden} of {len(sampled)} images"]
+    scores = _scores([image for _, image, _ in sampled], [prompt] * len(sampled), rewards)
+    usable = {name: score for name, score in scores.items() if not isinstance(score, str)}
     if not usable:
         return [verdict(run).words]
-    said = {name: verdict(run, its, name=name).words for name, its in usable.items()}
-    if len({*said.values()}) == 1:
-        return [next(iter(said.values()))]
-    return [f"{name}: {words}" for name, words in said.items()]
+    verdicts = {name: verdict(run, score, name=name).words for name, score in usable.items()}
+    if len({*verdicts.values()}) == 1:
+        return [next(iter(verdicts.values()))]
+    return [f"{name}: {reason}" for name, reason in verdicts.items()]
 
 
 def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:

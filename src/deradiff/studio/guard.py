@@ -75,7 +75,7 @@ class Event(BaseModel):
     trigger_id: StrictInt | None = None
 
 
-class Question(BaseModel):
+class CurveRequest(BaseModel):
     """What the curve's editor asks."""
 
     session_hash: Session
@@ -101,9 +101,9 @@ class Reset(BaseModel):
 class NotAsked(Exception):
     """The studio's page would not ask this; the status says how much of it was understood."""
 
-    def __init__(self, status: int, words: str | None = None) -> None:
-        super().__init__(words)
-        self.status, self.words = status, words
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class Guard:
@@ -134,11 +134,11 @@ class Guard:
                 if path == UPLOAD:
                     await self._upload(scope, body, receive, send)
                 else:
-                    await self._pass(scope, self._said(path, scope[VISITOR], body), receive, send)
+                    await self._pass(scope, self._request_of(path, scope[VISITOR], body), receive, send)
             else:
                 raise NotAsked(405)
         except NotAsked as error:
-            await self.refused(error.status, error.words)(scope, receive, send)
+            await self.refused(error.status, None)(scope, receive, send)
 
     # -- what is read -------------------------------------------------------------------------------------------------
 
@@ -182,14 +182,14 @@ class Guard:
             pass
         raise NotAsked(403)
 
-    # -- what is said -------------------------------------------------------------------------------------------------
+    # -- what is sent -------------------------------------------------------------------------------------------------
 
-    def _said(self, path: str, visitor: str, body: bytes) -> BaseModel:
+    def _request_of(self, path: str, visitor: str, body: bytes) -> BaseModel:
         """What a page says with `body`, without what it would not say. Raises `NotAsked`."""
         kinds: dict[str, type[BaseModel]] = {
             "/gradio_api/queue/join": Event,
             "/gradio_api/run/predict": Event,
-            "/gradio_api/component_server": Question,
+            "/gradio_api/component_server": CurveRequest,
             "/gradio_api/cancel": Ended,
             "/gradio_api/reset": Reset,
         }
@@ -197,21 +197,21 @@ class Guard:
         if kind is None:
             raise NotAsked(404)
         try:
-            said = kind.model_validate(_plain(body))
+            sent = kind.model_validate(_plain(body))
         except ValidationError:
             raise NotAsked(400) from None
-        if isinstance(said, Event):
-            self._know(said.session_hash, visitor)
-            return self._checked(said, queued=path.startswith("/gradio_api/queue"))
-        if isinstance(said, Question):
-            self._know(said.session_hash, visitor)
-            asked = self.blocks.blocks.get(said.component_id)
-            if not isinstance(asked, gr.HTML) or said.fn_name not in {each.__name__ for each in asked.server_fns}:
+        if isinstance(sent, Event):
+            self._know(sent.session_hash, visitor)
+            return self._checked(sent, queued=path.startswith("/gradio_api/queue"))
+        if isinstance(sent, CurveRequest):
+            self._know(sent.session_hash, visitor)
+            asked = self.blocks.blocks.get(sent.component_id)
+            if not isinstance(asked, gr.HTML) or sent.fn_name not in {each.__name__ for each in asked.server_fns}:
                 raise NotAsked(400)
-            _require_no_file(said.data)
-        if isinstance(said, Ended) and said.fn_index not in self.blocks.fns:
+            _require_no_file(sent.data)
+        if isinstance(sent, Ended) and sent.fn_index not in self.blocks.fns:
             raise NotAsked(400)
-        return said
+        return sent
 
     def _checked(self, event: Event, queued: bool) -> Event:
         reaction = self.blocks.fns.get(event.fn_index)
@@ -252,8 +252,8 @@ class Guard:
             while len(self._sessions) > self.blocks.state_session_capacity:
                 self._sessions.popitem(last=False)
 
-    async def _pass(self, scope: Scope, said: BaseModel, receive: Receive, send: Send) -> None:
-        body = json.dumps(said.model_dump(), allow_nan=False).encode()
+    async def _pass(self, scope: Scope, sent: BaseModel, receive: Receive, send: Send) -> None:
+        body = json.dumps(sent.model_dump(), allow_nan=False).encode()
 
         async def answer(message: Message) -> None:  # Gradio says 500 where a value is none of its component's
             if message["type"] == "http.response.start" and message["status"] == 500:

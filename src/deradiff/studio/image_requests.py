@@ -22,9 +22,9 @@ from deradiff.files.records import write_png
 from deradiff.sampling.dial import Dial
 from deradiff.servers.gate import without_values
 from deradiff.studio import drawing
-from deradiff.studio.drawing import Drawn, Step
-from deradiff.studio.jobs import Job, Outcome, Pages, Turns, streamed
-from deradiff.studio.models import Models
+from deradiff.studio.drawing import DrawnImage, StepReport
+from deradiff.studio.jobs import PageJob, Pages, Turns, streamed
+from deradiff.studio.models import LoadedModels
 from deradiff.sweep.settings import Settings
 from deradiff.worlds import find
 
@@ -49,16 +49,16 @@ class Loading(NamedTuple):
     reference: str
 
 
-class Unscored(NamedTuple):
+class UnscoredImages(NamedTuple):
     """The images, while the rewards still look at them."""
 
-    images: list[Drawn]
+    images: list[DrawnImage]
 
 
 class Desk:
     """Draws for every page, one image at a time."""
 
-    def __init__(self, models: Models, scored_by: Sequence[str] = ()) -> None:
+    def __init__(self, models: LoadedModels, scored_by: Sequence[str] = ()) -> None:
         self.models = models
         self.pages, self.turns = Pages(), Turns()
         self._scored_by = tuple(scored_by)
@@ -66,7 +66,7 @@ class Desk:
         self._scoring = threading.Lock()
         self.folder = Path(mkdtemp(prefix="deradiff-studio-"))
         self._files: list[Path] = []
-        self._warming = Job()
+        self._warming = PageJob()
         self._warmer: threading.Thread | None = None
 
     def close(self) -> None:
@@ -86,15 +86,15 @@ class Desk:
         rest: float = 0.0,
         kind: str = "image",
         goes_on: bool = False,
-    ) -> Iterator[Waiting | Loading | Step | Unscored | list[Drawn]]:
+    ) -> Iterator[Waiting | Loading | StepReport | UnscoredImages | list[DrawnImage]]:
         """Draw `settings` for a page, in place of what it waited for of that `kind`; the images come last.
 
         The work is begun after `rest` seconds; `goes_on` is of `jobs.Pages.begin`. Raises `jobs.Cancelled`,
-        `jobs.Full`, what loading and sampling raise, and `MemoryError` that says what to lower.
+        `jobs.QueueFull`, what loading and sampling raise, and `MemoryError` that says what to lower.
         """
         job = self.pages.begin(page, kind, goes_on)
 
-        def work(report: Callable[[Any], None]) -> list[Drawn]:
+        def work(report: Callable[[Any], None]) -> list[DrawnImage]:
             job.rest(rest)
             with self._models_for(settings, job, report) as (own, pipe, dial):
                 images = drawing.draw(own, pipe, dial, job, report, preview)
@@ -102,12 +102,12 @@ class Desk:
             images = [replace(drawn, warned=(*warned, *drawn.warned)) for drawn in images]
             if preview:
                 return images
-            report(Unscored(images))
+            report(UnscoredImages(images))
             return self._scored(images)
 
-        return self._told(work, job)
+        return streamed(work, job)
 
-    def judged(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | Step | list[str]]:
+    def judged(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | StepReport | list[str]]:
         """How far the page's image can be trusted, in words (`drawing.judged`); they come last. Raises as `drawn`."""
         job = self.pages.begin(page, "judge")
 
@@ -116,7 +116,7 @@ class Desk:
             with self._models_for(settings, job, report) as (own, pipe, dial):
                 return drawing.judged(own, pipe, dial, job, report, judges)
 
-        return self._told(work, job)
+        return streamed(work, job)
 
     def loaded(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | None]:
         """Load the models of `settings` for a page; None comes last. Raises as `drawn`."""
@@ -126,7 +126,7 @@ class Desk:
             with self._models_for(settings, job, report):
                 pass
 
-        return self._told(work, job)
+        return streamed(work, job)
 
     def warm_up(self, settings: Settings) -> threading.Thread:
         """Load what `settings` need and make ready what is slow at first; what fails is told to the page that asks."""
@@ -144,7 +144,7 @@ class Desk:
 
     @contextmanager
     def _models_for(
-        self, settings: Settings, job: Job, report: Callable[[Any], None]
+        self, settings: Settings, job: PageJob, report: Callable[[Any], None]
     ) -> Iterator[tuple[Settings, DiffusionPipeline, Dial]]:
         """Hold the models of `settings`, in turn; with them come the settings on this machine.
 
@@ -160,10 +160,6 @@ class Desk:
                 self.models.let_go(but=settings.reference)
                 raise MemoryError(_lower(own)) from error
 
-    def _told(self, work: Callable[[Callable[[Any], None]], Any], job: Job) -> Iterator[Any]:
-        for news in streamed(work, job):
-            yield news.value if isinstance(news, Outcome) else news
-
     def _judges(self, settings: Settings) -> list[rewards.PictureReward]:
         world = find(settings.reference)
         names = self._scored_by or (world.rewards if world else ())
@@ -173,7 +169,7 @@ class Desk:
                     self._rewards[name] = rewards.load(name)
             return [self._rewards[name] for name in names]
 
-    def _scored(self, images: list[Drawn]) -> list[Drawn]:
+    def _scored(self, images: list[DrawnImage]) -> list[DrawnImage]:
         """The images with their scores; where scoring fails, with words in place of them: the images stand."""
         try:
             judges = self._judges(images[0].settings)
@@ -181,11 +177,11 @@ class Desk:
                 return drawing.scored(images, judges)
         except (torch.OutOfMemoryError, MemoryError):
             self.models.let_go(but=images[0].settings.reference)
-            words = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
+            reason = "none: out of memory while scoring. Lower the width and the height, or ask for fewer rewards"
         except Exception as error:
             log.error("an image could not be scored: %s", without_values(error))
-            words = f"none: {' '.join(str(error).split()) or type(error).__name__}"
-        return [replace(drawn, scores={"scores": words}) for drawn in images]
+            reason = f"none: {' '.join(str(error).split()) or type(error).__name__}"
+        return [replace(drawn, scores={"scores": reason}) for drawn in images]
 
     def save(self, name: str, image: Image.Image, record: dict[str, Any]) -> Path:
         """An image as a PNG file that holds its record, under that name."""

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 LOOK = 0.02
 """Seconds between two looks at whether a job that waits was stopped."""
@@ -27,11 +27,11 @@ class Cancelled(Exception):
         self.why: Why = why
 
 
-class Full(RuntimeError):
+class QueueFull(RuntimeError):
     """More images wait than the studio takes."""
 
 
-class Job:
+class PageJob:
     """What a page is waiting for."""
 
     def __init__(self) -> None:
@@ -70,9 +70,9 @@ class Pages:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: dict[str, dict[str, Job]] = {}
+        self._jobs: dict[str, dict[str, PageJob]] = {}
 
-    def begin(self, page: str, kind: str = "image", goes_on: bool = False) -> Job:
+    def begin(self, page: str, kind: str = "image", goes_on: bool = False) -> PageJob:
         """A new job for `page`, whose last one of that kind is stopped.
 
         One that `goes_on` where the last ended, as the exact image does after its preview, is stopped with it: a cancel
@@ -80,7 +80,7 @@ class Pages:
         """
         with self._lock:
             jobs = self._jobs.setdefault(page, {})
-            last, job = jobs.get(kind), Job()
+            last, job = jobs.get(kind), PageJob()
             if last is not None:
                 if goes_on and last.why == "cancelled":
                     job.stop("cancelled")
@@ -108,7 +108,7 @@ class Pages:
                 _stop(jobs, "left")
 
 
-def _stop(jobs: dict[str, Job], why: Why) -> None:
+def _stop(jobs: dict[str, PageJob], why: Why) -> None:
     for job in jobs.values():
         job.stop(why)
 
@@ -119,26 +119,26 @@ class Turns:
     def __init__(self, most: int = 16) -> None:
         self.most = most
         self._changed = threading.Condition()
-        self._line: deque[Job] = deque()
+        self._line: deque[PageJob] = deque()
 
     @contextmanager
-    def taken(self, job: Job, on_wait: Callable[[int], None] | None = None) -> Iterator[None]:
+    def taken(self, job: PageJob, on_wait: Callable[[int], None] | None = None) -> Iterator[None]:
         """Hold the models for the block; `on_wait(ahead)` is told how many are before this one.
 
-        Raises `Full`, and `Cancelled` where the job is stopped before its turn.
+        Raises `QueueFull`, and `Cancelled` where the job is stopped before its turn.
         """
         with self._changed:
             if len(self._line) > self.most:
-                raise Full(f"{len(self._line)} images wait already: try again in a moment")
+                raise QueueFull(f"{len(self._line)} images wait already: try again in a moment")
             self._line.append(job)
         try:
-            told = 0
+            reported = 0
             with self._changed:
                 while self._line[0] is not job:
                     job.check()
                     ahead = self._line.index(job)
-                    if on_wait is not None and ahead != told:
-                        on_wait(told := ahead)
+                    if on_wait is not None and ahead != reported:
+                        on_wait(reported := ahead)
                     self._changed.wait(LOOK)
             job.check()
             yield
@@ -148,14 +148,8 @@ class Turns:
                 self._changed.notify_all()
 
 
-class Outcome(NamedTuple):
-    """The last thing that `streamed` yields: what the work returned."""
-
-    value: Any
-
-
-def streamed(work: Callable[[Callable[[Any], None]], Any], job: Job) -> Iterator[Any]:
-    """Do `work(report)` in a thread and yield what it reports, the newest where several came at once, then its Outcome.
+def streamed(work: Callable[[Callable[[Any], None]], Any], job: PageJob) -> Iterator[Any]:
+    """Do `work(report)` in a thread; yield what it reports, of several at once the newest, and last what it returns.
 
     Raises what the work raises. Where whoever listens stops listening, the job is stopped, and the thread has ended
     before this returns.
@@ -171,7 +165,7 @@ def streamed(work: Callable[[Callable[[Any], None]], Any], job: Job) -> Iterator
 
     def run() -> None:
         try:
-            outcome: Any = Outcome(work(report))
+            outcome: Any = work(report)
         except BaseException as error:
             outcome = error
         with changed:

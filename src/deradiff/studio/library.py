@@ -22,7 +22,7 @@ LARGEST = 100_000
 """Bytes that a file of ours can have."""
 
 
-class Kept:
+class Library:
     """Things of one kind by name, in a folder that is made with the first of them."""
 
     def __init__(self, folder: Path, what: str) -> None:
@@ -30,8 +30,8 @@ class Kept:
 
     def names(self) -> list[str]:
         """What there is, in alphabetical order."""
-        found = (path.stem for path in self.folder.glob("*.json")) if self.folder.is_dir() else ()
-        return sorted((name for name in found if NAME.fullmatch(name)), key=str.lower)
+        stems = (path.stem for path in self.folder.glob("*.json")) if self.folder.is_dir() else ()
+        return sorted((name for name in stems if NAME.fullmatch(name)), key=str.lower)
 
     def save(self, name: str, content: Mapping[str, Any]) -> str:
         """Keep `content` as `name`, in place of what had that name; returns the name as it is kept.

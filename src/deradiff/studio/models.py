@@ -31,7 +31,7 @@ MOST_KEPT = 12
 
 
 @dataclass
-class Machine:
+class MachineSettings:
     """Where models are computed, and in which numbers; what the command line decides once."""
 
     device: str = "auto"
@@ -54,7 +54,7 @@ class Machine:
 
 
 @dataclass
-class _Kept:
+class _LoadedReference:
     """One reference, with whatever was loaded beside it."""
 
     pipe: DiffusionPipeline
@@ -66,17 +66,17 @@ class _Kept:
     """What putting these anchors beside the reference warned about."""
 
 
-class Models:
+class LoadedModels:
     """The references and anchors in memory. Its methods are for whoever has the turn (`jobs.Turns`).
 
     A reference is loaded once, whatever anchors pages put beside it; so is an anchor with weights of its own. The one
     used longest ago goes first where memory runs short.
     """
 
-    def __init__(self, sources: Sources, machine: Machine, free: Callable[[], float] | None = None) -> None:
+    def __init__(self, sources: Sources, machine: MachineSettings, free: Callable[[], float] | None = None) -> None:
         self.sources, self.machine = sources, machine
         self._free = machine.free if free is None else free
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, _LoadedReference] = OrderedDict()
 
     @property
     def references(self) -> list[str]:
@@ -115,7 +115,7 @@ class Models:
         for reference in [name for name in self._kept if name != but]:
             self._drop(reference)
         if (kept := self._kept.get(but or "")) is not None:
-            kept.modules = OrderedDict((name, its) for name, its in kept.modules.items() if name in kept.anchors)
+            kept.modules = OrderedDict((name, module) for name, module in kept.modules.items() if name in kept.anchors)
         _collect()
 
     def _realigned(self, settings: Settings) -> tuple[DiffusionPipeline, Dial]:
@@ -128,24 +128,24 @@ class Models:
         self._make_room(settings.reference)
         return kept.pipe, kept.dial
 
-    def _reference(self, settings: Settings) -> _Kept:
+    def _reference(self, settings: Settings) -> _LoadedReference:
         reference = settings.reference
         if reference not in self._kept:
             own = Settings(**{**settings.model_dump(), **self.machine.options(), "scheduler": None})
             self._make_room(None)
             pipe = loaded(own)
             place(pipe, own)
-            self._kept[reference] = _Kept(pipe, {None: pipe.scheduler})
+            self._kept[reference] = _LoadedReference(pipe, {None: pipe.scheduler})
         self._kept.move_to_end(reference)
         return self._kept[reference]
 
-    def _scheduler(self, kept: _Kept, name: str | None) -> Any:
+    def _scheduler(self, kept: _LoadedReference, name: str | None) -> Any:
         if name not in kept.schedulers:
             assert name is not None
             kept.schedulers[name] = scheduler_like(kept.schedulers[None], name)
         return kept.schedulers[name]
 
-    def _turn_to(self, kept: _Kept, anchors: tuple[str, ...]) -> None:
+    def _turn_to(self, kept: _LoadedReference, anchors: tuple[str, ...]) -> None:
         """Have `kept` realigned with these anchors; where they cannot be, the ones before stay."""
         if kept.anchors == anchors and kept.dial is not None:
             return
@@ -157,7 +157,7 @@ class Models:
                 self._realign(kept, before)
             raise
 
-    def _realign(self, kept: _Kept, anchors: tuple[str, ...]) -> None:
+    def _realign(self, kept: _LoadedReference, anchors: tuple[str, ...]) -> None:
         if kept.dial is not None:
             kept.dial.remove()
             kept.dial, kept.anchors = None, ()
@@ -169,7 +169,7 @@ class Models:
             warnings.simplefilter("always")
             dial = realign(kept.pipe, given, dict.fromkeys(names, 1.0), allow_pickle=self.machine.allow_pickle)
         kept.dial, kept.anchors = dial, anchors
-        kept.warned = tuple(str(one.message) for one in caught if "deradiff" in one.filename)
+        kept.warned = tuple(str(warning.message) for warning in caught if "deradiff" in warning.filename)
         for name, source in zip(names, anchors, strict=True):
             if name in dial.modules:
                 kept.modules[source] = dial.modules[name]
@@ -189,7 +189,7 @@ class Models:
                 return
             _collect()
 
-    def _forget_anchor(self, kept: _Kept) -> bool:
+    def _forget_anchor(self, kept: _LoadedReference) -> bool:
         idle = [source for source in kept.modules if source not in kept.anchors]
         if idle:
             del kept.modules[idle[0]]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
 
 from deradiff.studio import curves, drawing, html, scenes
+from deradiff.studio.components import Controls, DialComponents, View
 from deradiff.sweep.settings import Settings
-
-PAGES = Path(__file__).parent / "pages"
 
 SANS, MONO = ("system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"), ("ui-monospace", "Menlo", "monospace")
 
@@ -50,97 +48,7 @@ def forgive_cleared_numbers() -> None:
     gr.Slider.preprocess = preprocess  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True)
-class Dial:
-    """What decides the image; its settings are read from here alone."""
-
-    models: gr.State
-    """The reference and the anchors that images are drawn with: the last ones that could be loaded."""
-    prompt: gr.Textbox
-    negative_prompt: gr.Textbox
-    lams: list[gr.Slider]
-    curve: gr.HTML
-    scheduler: gr.Dropdown
-    steps: gr.Slider
-    guidance_scale: gr.Number
-    seed: gr.Number
-    width: gr.Number
-    height: gr.Number
-    preview: gr.Radio
-
-    def components(self) -> list[Any]:
-        """All of them, in order."""
-        found: list[Any] = []
-        for its in fields(self):
-            value = getattr(self, its.name)
-            found += value if isinstance(value, list) else [value]
-        return found
-
-
-@dataclass(frozen=True)
-class View:
-    """What shows the image, and what is known about it."""
-
-    meaning: gr.HTML
-    picture: gr.Image
-    status: gr.HTML
-    facts: gr.HTML
-    judgement: gr.HTML
-    download: gr.DownloadButton
-    shown: gr.State
-    """The last exact image: its file and its caption."""
-    python: gr.Code
-    shell: gr.Code
-    link: gr.Code
-
-    def components(self) -> list[Any]:
-        """All of them, in order."""
-        return [getattr(self, its.name) for its in fields(self)]
-
-
-@dataclass(frozen=True)
-class Controls:
-    """Buttons, and what they need beside the dial."""
-
-    draw: gr.Button
-    cancel: gr.Button
-    judge: gr.Button
-    new_seed: gr.Button
-    family: gr.Dropdown
-    parameter: gr.Number
-    kept_curves: gr.Dropdown
-    curve_name: gr.Textbox
-    keep_curve: gr.Button
-    delete_curve: gr.Button
-    curve_export: gr.Code
-    reference: gr.Dropdown
-    anchors: gr.Dropdown
-    load: gr.Button
-    models_status: gr.HTML
-    strip_lams: gr.Textbox
-    draw_strip: gr.Button
-    strip_status: gr.HTML
-    strip: gr.Gallery
-    strip_table: gr.HTML
-    strip_download: gr.DownloadButton
-    strip_lams_drawn: gr.State
-    keep_a: gr.Button
-    keep_b: gr.Button
-    side_a: gr.State
-    side_b: gr.State
-    comparison: gr.ImageSlider
-    sides: gr.HTML
-    presets: gr.Dropdown
-    preset_name: gr.Textbox
-    keep_preset: gr.Button
-    delete_preset: gr.Button
-    paste: gr.Textbox
-    use_paste: gr.Button
-    upload: gr.File
-    share_status: gr.HTML
-
-
-def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Dial, View, Controls]:
+def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[DialComponents, View, Controls]:
     """Lay the page out, inside a `gr.Blocks`; `start` are the settings that it opens with."""
     forgive_cleared_numbers()
     made: dict[str, Any] = {
@@ -170,11 +78,11 @@ def page(start: Settings, references: list[str], anchors: list[str]) -> tuple[Di
                 made |= _sampling(start)
             with gr.Accordion("Models", open=False, elem_id="models-panel"):
                 made |= _models(start, references, anchors)
-    return _of(Dial, made), _of(View, made), _of(Controls, made)
+    return _of(DialComponents, made), _of(View, made), _of(Controls, made)
 
 
 def _of(kind: Any, made: dict[str, Any]) -> Any:
-    return kind(**{its.name: made[its.name] for its in fields(kind)})
+    return kind(**{part.name: made[part.name] for part in fields(kind)})
 
 
 def _front(start: Settings) -> dict[str, Any]:
@@ -205,7 +113,7 @@ def _front(start: Settings) -> dict[str, Any]:
             )
             for i in range(scenes.MOST_ANCHORS)
         ]
-        gr.HTML(html.SCALE, padding=True)
+        gr.HTML(html.scale(), padding=True)
         meaning = gr.HTML(elem_id="meaning", padding=True)
     return {"prompt": prompt, "draw": draw, "cancel": cancel, "lams": lams, "meaning": meaning}
 
@@ -213,13 +121,13 @@ def _front(start: Settings) -> dict[str, Any]:
 def _curve(start: Settings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     with gr.Row():
-        families = [(told, name) for name, told in FAMILIES.items()]
+        families = [(label, name) for name, label in FAMILIES.items()]
         made["family"] = gr.Dropdown(families, value="constant", label="Start from", elem_id="family")
         made["parameter"] = gr.Number(2.0, label="Its parameter, p or κ", elem_id="parameter", minimum=0)
     made["curve"] = gr.HTML(
         {"schedule": None, "steps": start.steps},
-        html_template=(PAGES / "curve.html").read_text(encoding="utf-8"),
-        js_on_load=(PAGES / "curve.js").read_text(encoding="utf-8"),
+        html_template=(html.PAGES / "curve.html").read_text(encoding="utf-8"),
+        js_on_load=(html.PAGES / "curve.js").read_text(encoding="utf-8"),
         server_functions=[curves.answer],
         elem_id="curve",
         padding=True,

@@ -12,10 +12,9 @@ import gradio as gr
 from deradiff.files import records
 from deradiff.studio import curves, html, scenes
 from deradiff.studio.annealing import exported
-from deradiff.studio.image_requests import Loading, Waiting
 from deradiff.studio.jobs import Cancelled
-from deradiff.studio.library import Kept
-from deradiff.studio.session import Session, Updates, page_of, refusal
+from deradiff.studio.library import Library
+from deradiff.studio.session import Session, Updates, page_of, progress, refusal, refusing
 from deradiff.sweep.settings import Settings
 
 CANCELLED = "cancelled"
@@ -26,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 class Keeping:
     """What changes all of the page at once."""
 
-    def __init__(self, session: Session, kept: Kept, kept_curves: Kept, shipped: Mapping[str, Settings]) -> None:
+    def __init__(self, session: Session, kept: Library, kept_curves: Library, shipped: Mapping[str, Settings]) -> None:
         self.session, self.presets, self.curves, self.shipped = session, kept, kept_curves, shipped
 
     def first(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
@@ -100,10 +99,8 @@ class Keeping:
     def keep(self, data: dict[Any, Any]) -> Updates:
         """Keep the page's settings by name."""
         on = self.session.controls
-        try:
+        with refusing():
             name = self.presets.save(data[on.preset_name] or "", self.session.scene(data).model_dump())
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return {
             on.presets: gr.update(choices=self._preset_names(), value=name),
             on.preset_name: "",
@@ -114,12 +111,10 @@ class Keeping:
         """Forget a preset of the person's own."""
         on = self.session.controls
         name = data[on.presets] or ""
-        try:
+        with refusing():
             if name in self.shipped:
                 raise ValueError("this preset comes with the studio, and stays")
             self.presets.delete(name)
-        except (ValueError, OSError) as error:
-            raise refusal(error) from None
         return {
             on.presets: gr.update(choices=self._preset_names(), value=None),
             on.share_status: html.status(f"Deleted the preset {name}"),
@@ -138,17 +133,14 @@ class Keeping:
         """Load what `settings` need and show them in every component. Raises `gr.Error` where it cannot be had."""
         try:
             for news in self.session.desk.loaded(page_of(request), settings):
-                match news:
-                    case Waiting(ahead):
-                        yield {status: html.status(f"Waiting: {ahead} images before this")}
-                    case Loading(reference):
-                        yield {status: html.status(f"Loading {reference} …")}
+                if (line := progress(news)) is not None:
+                    yield {status: line}
         except Cancelled as stopped:
             if stopped.why == "cancelled":
                 yield {status: html.status("Cancelled"), **self._chosen(data[self.session.dial.models])}
             raise gr.Error(CANCELLED, visible=False, print_exception=False) from None
         except Exception as error:
-            yield {**self._chosen(data[self.session.dial.models]), status: self.session.said(error)}
+            yield {**self._chosen(data[self.session.dial.models]), status: self.session.explanation(error)}
             raise refusal(error) from None
         yield self._fill(settings) | {status: html.status("Ready")}
 

@@ -15,7 +15,7 @@ def shipped(hub: bool) -> dict[str, Settings]:
     """By name; those that load from the hub only where that is allowed."""
     digit = "a blue eight on white paper"
     quadratic = Power(2).to_dict()
-    found = {
+    presets = {
         "Digits: an over-aligned anchor at half strength": _digits(["digits:100"], digit, [0.5]),
         "Digits: annealed, p = 2": scene("digits", ["digits:100"], digit, [1.0], schedule=quadratic),
         "Digits: beyond the anchor": _digits(["digits:250"], "a red seven", [1.5]),
@@ -23,13 +23,13 @@ def shipped(hub: bool) -> dict[str, Settings]:
     }
     if hub:
         typhoon = "a typhoon in a teacup"
-        found["SDXL and Diffusion-DPO at half strength"] = scene(
+        presets["SDXL and Diffusion-DPO at half strength"] = scene(
             SDXL, [SDXL_DPO], typhoon, [0.5], scheduler="euler-a", steps=50, guidance_scale=5.0
         )
-        found["SDXL and Diffusion-DPO, annealed, p = 2"] = scene(
+        presets["SDXL and Diffusion-DPO, annealed, p = 2"] = scene(
             SDXL, [SDXL_DPO], typhoon, [1.0], schedule=quadratic, scheduler="euler-a", steps=50, guidance_scale=5.0
         )
-    return found
+    return presets
 
 
 def _digits(anchors: Sequence[str], prompt: str, lams: Sequence[float]) -> Settings:

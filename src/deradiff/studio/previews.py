@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from deradiff.studio import drawing, html, scenes, snippets
-from deradiff.studio.drawing import Drawn, Step
-from deradiff.studio.image_requests import REST, Unscored
+from deradiff.studio.drawing import DrawnImage
+from deradiff.studio.image_requests import REST, UnscoredImages
 from deradiff.studio.session import Session, Updates, page_of
 from deradiff.sweep.settings import Settings
 
@@ -50,20 +50,15 @@ class Turning:
         except ValueError as error:
             yield {view.status: html.wrong(error)}
             return
-        early: list[Drawn] = []
+        early: list[DrawnImage] = []
         for news in self._images(settings, request, data, rest=REST, goes_on=True):
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, Step):
-                changed: Updates = {view.status: html.status(f"Step {news.done} of {news.total}", *news[:2])}
-                if news.glimpse is not None:
-                    changed[view.picture] = news.glimpse
-                yield changed
-            elif isinstance(news, Unscored):
+            elif isinstance(news, UnscoredImages):
                 early = news.images
                 yield self._finished(early[0], request) | {view.facts: html.facts(early[0], scoring=True)}
             elif isinstance(news, list):
-                changed = {} if early else self._finished(news[0], request)
+                changed: Updates = {} if early else self._finished(news[0], request)
                 yield changed | {view.facts: html.facts(news[0])}
 
     def judge(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
@@ -75,12 +70,10 @@ class Turning:
             yield {view.judgement: html.wrong(error)}
             return
         yield {view.judgement: html.status(f"Drawing {drawing.JUDGED} images …")}
-        steps = self.session.told(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
+        steps = self.session.updates(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
         for news in steps:
             if isinstance(news, dict):
                 yield news
-            elif isinstance(news, Step):
-                yield {view.judgement: html.status(f"Step {news.done} of {news.total}", *news[:2])}
             elif isinstance(news, list):
                 yield {view.judgement: html.judgement(news, settings, drawing.JUDGED)}
 
@@ -93,9 +86,9 @@ class Turning:
         self.session.desk.pages.leave(page_of(request))
 
     def _images(self, settings: Settings, request: gr.Request, data: dict[Any, Any], **how: Any) -> Iterator[Any]:
-        return self.session.told(self.session.desk.drawn(page_of(request), settings, **how), data)
+        return self.session.updates(self.session.desk.drawn(page_of(request), settings, **how), data)
 
-    def _finished(self, drawn: Drawn, request: gr.Request) -> Updates:
+    def _finished(self, drawn: DrawnImage, request: gr.Request) -> Updates:
         view, machine = self.session.view, self.session.desk.models.machine
         try:
             file = str(self.session.desk.save(drawn.name, drawn.image, drawn.record))

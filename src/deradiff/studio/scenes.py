@@ -176,19 +176,19 @@ def read(text: str) -> Settings:
         raise ValueError(f"the settings string has {twice[0]} twice")
     if missing := [name for name in ("prompt", "reference", "anchor", "lam") if name not in fields]:
         raise ValueError(f"the settings string lacks {', '.join(missing)}: copy all of one from a studio")
-    one = {name: values[0] for name, values in fields.items()}
-    over = one.get("over", "steps")
+    single = {name: values[0] for name, values in fields.items()}
+    over = single.get("over", "steps")
     if over not in ("steps", "time"):
         raise ValueError(f"the settings string has over={over[:20]!r}: it is steps or time")
-    shape = notation.schedule(one.get("schedule", "constant"), over, "schedule")  # type: ignore[arg-type]
+    shape = notation.schedule(single.get("schedule", "constant"), over, "schedule")  # type: ignore[arg-type]
     return scene(
-        one["reference"],
+        single["reference"],
         fields["anchor"],
-        one["prompt"],
+        single["prompt"],
         [_parsed("lam", lam) for lam in fields["lam"]],
         schedule=None if shape is None else shape.to_dict(),
-        seed=_parsed("seed", one.get("seed", "0")),
-        **{name: kind(name, one[name]) for name, kind in _OPTIONAL.items() if name in one},
+        seed=_parsed("seed", single.get("seed", "0")),
+        **{name: kind(name, single[name]) for name, kind in _OPTIONAL.items() if name in single},
     )
 
 
@@ -199,32 +199,32 @@ def of_record(record: Mapping[str, Any]) -> Settings:
     """
     about = record.get("settings", record)
     try:
-        found = Settings.model_validate(about)
-        prompt, seed = record.get("prompt", found.prompts[0]), record.get("seed", found.seeds[0])
-        lam = record.get("lam", found.columns[0].lam)
-        shape = record.get("schedule", found.columns[0].schedule)
+        settings = Settings.model_validate(about)
+        prompt, seed = record.get("prompt", settings.prompts[0]), record.get("seed", settings.seeds[0])
+        lam = record.get("lam", settings.columns[0].lam)
+        shape = record.get("schedule", settings.columns[0].schedule)
     except (ValueError, TypeError, AttributeError):
         raise ValueError("this record holds no settings of one image") from None
-    if found.method != "mixture" or found.particles is not None:
+    if settings.method != "mixture" or settings.particles is not None:
         raise ValueError("this image was drawn with interpolated weights or particles, which the studio does not do")
-    if found.reuse is not None or found.tolerance is not None or found.path != "auto":
+    if settings.reuse is not None or settings.tolerance is not None or settings.path != "auto":
         raise ValueError("this image carried predictions over, or mixed otherwise than usual: the studio draws exactly")
-    if found.revision is not None or found.anchor_revision is not None:
+    if settings.revision is not None or settings.anchor_revision is not None:
         raise ValueError("this image's models were of a revision, which the studio cannot choose")
-    lams = [lam.get(name, 0.0) for name in found.anchors] if isinstance(lam, Mapping) else [lam]
+    lams = [lam.get(name, 0.0) for name in settings.anchors] if isinstance(lam, Mapping) else [lam]
     return scene(
-        found.reference,
-        list(found.anchors.values()),
+        settings.reference,
+        list(settings.anchors.values()),
         str(prompt),
         lams,
         schedule=shape,
         seed=seed,
-        scheduler=found.scheduler,
-        steps=found.steps,
-        guidance_scale=found.guidance_scale,
-        negative_prompt=found.negative_prompt,
-        width=found.width,
-        height=found.height,
+        scheduler=settings.scheduler,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        negative_prompt=settings.negative_prompt,
+        width=settings.width,
+        height=settings.height,
     )
 
 

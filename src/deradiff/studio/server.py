@@ -9,7 +9,7 @@ from pathlib import Path
 from deradiff.servers.access import HEADERS as EVERYWHERE
 from deradiff.servers.access import Admission
 from deradiff.studio.image_requests import Desk
-from deradiff.studio.models import Machine, Models
+from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 
@@ -23,7 +23,7 @@ try:
 
     from deradiff.servers.connections import serve
     from deradiff.servers.gate import Gate
-    from deradiff.studio import guard, page
+    from deradiff.studio import guard, html, page
 except ImportError as error:
     raise ImportError(
         f"the studio needs {error.name}, a part of the studio extra: pip install 'deradiff[studio]'"
@@ -93,8 +93,8 @@ def app(desk: Desk, start: Settings, library: Path, token: str | None = None, ro
         show_error=True,
         max_file_size=page.LARGEST_UPLOAD,
         theme=page.theme(),
-        css_paths=page.PAGES / "studio.css",
-        head_paths=page.PAGES / "head.html",
+        css_paths=html.PAGES / "studio.css",
+        head_paths=html.PAGES / "head.html",
         enable_monitoring=False,
         mcp_server=False,
         pwa=False,
@@ -104,14 +104,14 @@ def app(desk: Desk, start: Settings, library: Path, token: str | None = None, ro
     )
 
 
-def desk_of(sources: Sources, machine: Machine, scored_by: tuple[str, ...] = ()) -> Desk:
+def desk_of(sources: Sources, machine: MachineSettings, scored_by: tuple[str, ...] = ()) -> Desk:
     """A desk with no models in memory yet."""
-    return Desk(Models(sources, machine), scored_by)
+    return Desk(LoadedModels(sources, machine), scored_by)
 
 
 def _longest(path: str) -> int:
     return guard.LONGEST_UPLOAD if path == guard.UPLOAD else guard.LONGEST_VALUES
 
 
-def _refusal(status: int, words: str | None = None) -> Response:
-    return PlainTextResponse(words or REFUSED.get(status, REFUSED[403]), status)
+def _refusal(status: int, message: str | None = None) -> Response:
+    return PlainTextResponse(message or REFUSED.get(status, REFUSED[403]), status)

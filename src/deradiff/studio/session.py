@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,9 +13,10 @@ import gradio as gr
 
 from deradiff.servers.gate import without_values
 from deradiff.studio import html, scenes
+from deradiff.studio.components import Controls, DialComponents, View
+from deradiff.studio.drawing import StepReport
 from deradiff.studio.image_requests import Desk, Loading, Waiting
 from deradiff.studio.jobs import Cancelled
-from deradiff.studio.page import Controls, Dial, View
 from deradiff.sweep.pipelines import known_beta
 from deradiff.sweep.settings import Settings
 
@@ -31,7 +33,7 @@ class Session:
 
     desk: Desk
     start: Settings
-    dial: Dial
+    dial: DialComponents
     view: View
     controls: Controls
 
@@ -66,18 +68,18 @@ class Session:
             for lam, (name, source) in zip(scenes.strengths(settings), settings.anchors.items(), strict=True)
         )
 
-    def told(self, news: Iterator[Any], data: Mapping[Any, Any], *, status: Any = None) -> Iterator[Any]:
-        """What the desk tells about work; waiting and failing come as updates of `status`, the image's if None."""
+    def updates(self, news: Iterator[Any], data: Mapping[Any, Any], *, status: Any = None) -> Iterator[Any]:
+        """What the desk tells about work, in updates of `status` (the image's if None) but for what comes of it."""
         own = status is None
         status = self.view.status if own else status
         try:
             for what in news:
-                if isinstance(what, Waiting):
-                    yield {status: html.status(f"Waiting: {what.ahead} before this one")}
-                elif isinstance(what, Loading):
-                    yield {status: html.status(f"Loading {what.reference} …")}
-                else:
+                if (line := progress(what)) is None:
                     yield what
+                elif isinstance(what, StepReport) and what.glimpse is not None:
+                    yield {status: line, self.view.picture: what.glimpse}
+                else:
+                    yield {status: line}
         except Cancelled as stopped:
             if stopped.why == "cancelled":
                 shown = data[self.view.shown]
@@ -85,9 +87,9 @@ class Session:
                 last = " The last finished image is shown." if restored else ""
                 yield {status: html.status(f"Cancelled.{last}"), **restored}
         except Exception as error:
-            yield {status: self.said(error)}
+            yield {status: self.explanation(error)}
 
-    def said(self, error: Exception) -> str:
+    def explanation(self, error: Exception) -> str:
         """An error in words for the page; one that nobody expected is told in full in the terminal."""
         if isinstance(error, EXPECTED) or type(error).__module__.startswith("deradiff."):
             return html.wrong(error)
@@ -95,9 +97,30 @@ class Session:
         return html.wrong(f"something went wrong ({type(error).__name__}); the terminal says more")
 
 
+def progress(news: Any) -> str | None:
+    """How far work is, as HTML; None for news of another kind."""
+    match news:
+        case Waiting(ahead):
+            return html.status(f"Waiting: {ahead} before this one")
+        case Loading(reference):
+            return html.status(f"Loading {reference} …")
+        case StepReport(done, total):
+            return html.status(f"Step {done} of {total}", done, total)
+    return None
+
+
 def refusal(error: Exception | str) -> gr.Error:
     """An error of the person's, to be raised: it is shown, and what would come next does not."""
     return gr.Error(escape(" ".join(str(error).split())), print_exception=False, title="That was not done")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Raise what is wrong with a person's wish, or cannot be written, as `refusal` does."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise refusal(error) from None
 
 
 def page_of(request: gr.Request) -> str:

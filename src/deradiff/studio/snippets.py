@@ -17,16 +17,16 @@ def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> st
     """The `deradiff generate` that draws the same image, for a POSIX shell."""
     single = len(settings.anchors) == 1
     lams = scenes.strengths(settings)
-    words = ["deradiff", "generate", settings.reference]
+    command = ["deradiff", "generate", settings.reference]
     for name, source in settings.anchors.items():
-        words += ["--anchor", source if single else f"{name}={source}"]
-    words += [*_option("--prompt", settings.prompts[0]), "--lam"]
+        command += ["--anchor", source if single else f"{name}={source}"]
+    command += [*_option("--prompt", settings.prompts[0]), "--lam"]
     named = ",".join(f"{name}={plain(lam)}" for name, lam in zip(settings.anchors, lams, strict=True))
-    words.append(plain(lams[0]) if single else named)
+    command.append(plain(lams[0]) if single else named)
     shape = scenes.curve(settings)
     if shape is not None:
-        words += ["--schedule", notation.written(shape), *(["--over", "time"] if shape.over == "time" else [])]
-    words += ["--seed", str(settings.seeds[0]), "--steps", str(settings.steps)]
+        command += ["--schedule", notation.written(shape), *(["--over", "time"] if shape.over == "time" else [])]
+    command += ["--seed", str(settings.seeds[0]), "--steps", str(settings.steps)]
     for option, value in (
         ("--scheduler", settings.scheduler),
         ("--guidance-scale", settings.guidance_scale),
@@ -35,10 +35,10 @@ def command(settings: Settings, device: str = "auto", dtype: str = "auto") -> st
         ("--height", settings.height),
     ):
         if value is not None:
-            words += _option(option, plain(value) if isinstance(value, float) else str(value))
-    words += [*(["--device", device] if device != "auto" else []), *(["--dtype", dtype] if dtype != "auto" else [])]
-    words += ["--out", "image"]
-    return shlex.join(words)
+            command += _option(option, plain(value) if isinstance(value, float) else str(value))
+    command += [*(["--device", device] if device != "auto" else []), *(["--dtype", dtype] if dtype != "auto" else [])]
+    command += ["--out", "image"]
+    return shlex.join(command)
 
 
 def _option(name: str, value: str) -> list[str]:

@@ -70,12 +70,12 @@ class Sources:
         )
 
     def _local(self) -> list[Path]:
-        found: list[Path] = []
+        models: list[Path] = []
         for folder in self.folders:
             inside = [folder, *_below(folder)]
             inside += [deeper for path in inside[1:] if not _is_model(path) for deeper in _below(path)]
-            found += [path for path in inside if _is_model(path)]
-        return found[:MOST_LISTED]
+            models += [path for path in inside if _is_model(path)]
+        return models[:MOST_LISTED]
 
 
 def _below(folder: Path) -> list[Path]:

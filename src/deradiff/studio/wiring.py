@@ -13,7 +13,7 @@ from deradiff.studio import page, presets
 from deradiff.studio.annealing import Annealing
 from deradiff.studio.comparisons import Comparing
 from deradiff.studio.image_requests import Desk
-from deradiff.studio.library import Kept
+from deradiff.studio.library import Library
 from deradiff.studio.page_settings import Keeping
 from deradiff.studio.previews import Turning
 from deradiff.studio.session import Session
@@ -25,7 +25,7 @@ def connect(blocks: gr.Blocks, desk: Desk, start: Settings, library: Path) -> No
     sources = desk.models.sources
     dial, view, on = page.page(start, sources.references(), sources.anchors())
     session = Session(desk, start, dial, view, on)
-    curves, kept = Kept(library / "curves", "curve"), Kept(library / "presets", "preset")
+    curves, kept = Library(library / "curves", "curve"), Library(library / "presets", "preset")
     turning, annealing, comparing = Turning(session), Annealing(curves), Comparing(session)
     keeping = Keeping(session, kept, curves, presets.shipped(sources.hub))
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from deradiff.files import plans
-from deradiff.files.plans import Part, Several
+from deradiff.files import plans, reading
+from deradiff.files.plans import PlanPart, Several
 from deradiff.sweep import notation
 
 TILES = 9
@@ -29,7 +29,7 @@ INTRODUCTION = (
 )
 
 
-class StudyQuestion(Part):
+class StudyQuestion(PlanPart):
     """What is asked of every pair."""
 
     key: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")
@@ -47,7 +47,7 @@ QUESTIONS = (
 """The paper's three: diversity, quality, and agreement with the prompt. Noise may well pass for varied."""
 
 
-class Configuration(Part):
+class Configuration(PlanPart):
     """Methods that are compared with each other: arms of one experiment, sampled alike, for prompts of one set."""
 
     name: str = Field(min_length=1, max_length=80)
@@ -112,7 +112,7 @@ NOISE = StudyImage(-1, "", 0, 0)
 """The image that attention checks show instead of a method's."""
 
 
-class StudyPlan(Part):
+class StudyPlan(PlanPart):
     """A study. Raises `ValueError` (pydantic's) for what does not fit together."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -185,8 +185,8 @@ def read_plan(path: Path) -> StudyPlan:
 
 
 def parse_plan(content: Any, where: str) -> StudyPlan:
-    """The plan that is plain data; raises as `plans.parse` does."""
-    return plans.parse(StudyPlan, content, where, "plan of a study")
+    """The plan that is plain data; raises as `reading.fit` does."""
+    return reading.fit(StudyPlan, content, where, "plan of a study")
 
 
 def write_plan(plan: StudyPlan) -> str:

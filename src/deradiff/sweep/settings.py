@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from deradiff.algorithm.schedules import Schedule
 from deradiff.files import records
-from deradiff.files.plans import Part, Several
+from deradiff.files.plans import PlanPart, Several
 from deradiff.sweep.notation import plain
 from deradiff.sweep.pipelines import require_both_sides, usual_guidance
 
@@ -19,7 +19,7 @@ Strength = float | dict[str, float]
 """λ of one column: a number for one anchor, or one for each of several anchors by name."""
 
 
-class Column(Part):
+class Column(PlanPart):
     """One column of a sweep: a λ, and how it is reached if it is annealed."""
 
     lam: Strength
@@ -66,7 +66,7 @@ class Column(Part):
         return name if self.schedule is None else f"{name}-{records.slug(self.schedule['schedule'])}"
 
 
-class Settings(Part):
+class Settings(PlanPart):
     """Everything that decides a sweep's images; its JSON form stands in the record and in every image."""
 
     reference: str

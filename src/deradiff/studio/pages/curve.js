@@ -99,7 +99,7 @@ function render() {
   dots.replaceChildren();
   for (const [s, lam] of shown.steps) make(dots, 'circle', {cx: x(s), cy: y(lam), r: 2.2});
   const average = `average λ over ${shown.steps.length} steps: ${shown.average.toFixed(3)} of the dial's`;
-  readout.textContent = shown.schedule ? `${shown.words} · ${average}` : shown.words;
+  readout.textContent = shown.schedule ? `${shown.description} · ${average}` : shown.description;
   find('.list').textContent = shown.steps.map(([, lam], i) => `${i + 1}: ${lam.toFixed(3)}`).join('   ');
   drawPoints();
   tools();
