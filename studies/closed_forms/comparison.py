@@ -28,7 +28,7 @@ from torch import Tensor
 
 from deradiff.algorithm import verdict
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Power
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
@@ -184,7 +184,7 @@ class _Bench:
         pipe = _pipeline(self.world, self.case)
         with realign(pipe, self._anchors(), self._lams(lam), method=method) as dial:
             x = _sample(pipe, self.case, self.seed)
-            return x, dial.weights if method == "mixture" else None
+            return x, dial.importance_weights if method == "mixture" else None
 
     def particles(self) -> Record:
         """Particles, from noise of their own: resampled ones are no pairs of anything."""
@@ -205,7 +205,7 @@ class _Bench:
         return dict.fromkeys(self.case.rewards, lam)
 
 
-def _verdict(case: Case, run: RunWeights, scores: Float[Tensor, " sample"]) -> Record:
+def _verdict(case: Case, run: ImportanceWeights, scores: Float[Tensor, " sample"]) -> Record:
     baseline = _reference_mean(case.world, case.rewards, case.eta, case.steps, case.samples)
     found = verdict.verdict(run, scores, baseline=baseline)
     return {

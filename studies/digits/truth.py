@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.estimates import mean
-from deradiff.algorithm.path_weights import RunWeights, joined
+from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.verdict import verdict
 from deradiff.files.folders import claim
 from deradiff.files.locks import taken
@@ -251,8 +251,8 @@ def compute(trained: Path, case: Case, plan: Plan, known: Record) -> Record:
         return _measured(images, torch.zeros(shape))
 
     with realign(pipe, anchors, case.target) as dial:
-        runs: list[RunWeights] = []
-        images = _draw(pipe, texts, scale, plan, lambda: runs.append(dial.weights))
+        runs: list[ImportanceWeights] = []
+        images = _draw(pipe, texts, scale, plan, lambda: runs.append(dial.importance_weights))
         whole = joined(runs)
         arms["algorithm 1"], arms["weighted"] = of(images), _measured(images, whole.log_weights.view(shape))
         for count in plan.counts if scale == 1 else plan.guided_counts:

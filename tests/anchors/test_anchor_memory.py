@@ -81,7 +81,7 @@ def test_particles_and_gradients_let_go(tmp_path):
     del latents, output
     dial.remove()
     del anchor
-    assert alive(held) == 0 and dial.last.sample is not None and dial.weights.predictions == 3
+    assert alive(held) == 0 and dial.last.sample is not None and dial.importance_weights.predictions == 3
 
 
 @attack

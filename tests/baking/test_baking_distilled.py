@@ -61,7 +61,7 @@ def test_the_teacher_says_what_a_dial_steps_with(tmp_path: Path, kind: str) -> N
 
     def look(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert dial.last is not None
-        seen.append((dial.last, mixed(dial.last.predictions, dial.last.weights)))
+        seen.append((dial.last, mixed(dial.last.predictions, dial.last.mixture_weights)))
         return kwargs
 
     with deradiff.realign(pipe, anchors, lam) as dial:

@@ -210,13 +210,13 @@ def test_weights_and_verdict_know_of_it() -> None:
     with deradiff.realign(pipe, anchor, 0.4, reuse=2) as dial:
         assert "approximate: all models every 2 steps" in repr(dial)
         sample(pipe, call, **STEPS, guidance_scale=1.0)
-        assert dial.weights.obstacles == {"reuse"}
+        assert dial.importance_weights.obstacles == {"reuse"}
         assert "estimated from earlier steps" in dial.verdict().words
         with pytest.raises(ValueError, match=r"reuse only estimates: set dial.reuse = None"):
             deradiff.sample_particles(pipe, "a", 4)
         dial.reuse = None
         sample(pipe, call, **STEPS, guidance_scale=1.0)
-        assert not dial.weights.obstacles
+        assert not dial.importance_weights.obstacles
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

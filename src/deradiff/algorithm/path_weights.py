@@ -6,7 +6,7 @@ case of the Feynman-Kac correctors of Skreta et al. 2025, arXiv 2503.02819, appl
 
     d log W = -½ Σ_{i<j} w_i w_j ||ε_i - ε_j||² d log SNR
 
-Samples weighted with W follow `Π p_i^{w_i}`, the retrained model's distribution; Algorithm 1's own do not. `weights`
+Samples weighted with W follow `Π p_i^{w_i}`, the retrained model's distribution; Algorithm 1's own do not. `verdict`
 turns these numbers into estimates and a verdict.
 """
 
@@ -29,12 +29,12 @@ from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
 from deradiff.algorithm.step import StepRecord, mixed, per_element
 
 Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
-"""Why the weights of a run have no model's distribution as their target; `weights.OBSTACLES` says it in words."""
+"""Why the weights of a run have no model's distribution as their target; `verdict.OBSTACLES` says it in words."""
 
 
 @dataclass(frozen=True)
-class RunWeights:
-    """What is known about one realigned run, per image. Made by `Dial.weights`.
+class ImportanceWeights:
+    """What is known about one realigned run, per image. Made by `Dial.importance_weights`.
 
     Attributes:
         log_weights: log W; 0 for an image at λ = 0 or 1.
@@ -57,7 +57,7 @@ class RunWeights:
     obstacles: frozenset[Obstacle]
     predictions: int
 
-    def rows(self, index: Int[Tensor, " rows"] | slice) -> RunWeights:
+    def rows(self, index: Int[Tensor, " rows"] | slice) -> ImportanceWeights:
         """These images alone, as when a batch holds several λ."""
         return replace(
             self,
@@ -68,7 +68,7 @@ class RunWeights:
         )
 
 
-def joined(runs: Sequence[RunWeights]) -> RunWeights:
+def joined(runs: Sequence[ImportanceWeights]) -> ImportanceWeights:
     """Several runs of the same models and sampler as one, their images in order."""
     first = runs[0]
     names = [name for name in first.log_ratios if all(name in run.log_ratios for run in runs)]
@@ -90,7 +90,7 @@ class _Evaluation:
 
     names: tuple[str, ...]
     outputs: list[Tensor]
-    weights: Float[Tensor, "model #batch"]
+    mixture_weights: Float[Tensor, "model #batch"]
     distances: dict[tuple[int, int], Tensor]
     """`||out_i - out_j||²` of every image."""
     spread: Float[Tensor, " batch"]
@@ -99,7 +99,7 @@ class _Evaluation:
     @classmethod
     def of(cls, step: StepRecord) -> _Evaluation:
         outputs = [output[:, : step.sample.shape[1]].float() for output in step.predictions]
-        weights = step.weights.to(outputs[0].device, torch.float32)
+        weights = step.mixture_weights.to(outputs[0].device, torch.float32)
         distances, spread = {}, torch.zeros(len(step.sample), device=outputs[0].device)
         for i, j in combinations(range(len(outputs)), 2):
             distances[i, j] = (outputs[i] - outputs[j]).flatten(1).square().sum(1)
@@ -108,7 +108,7 @@ class _Evaluation:
 
     def from_mixture(self, k: int) -> Float[Tensor, " batch"]:
         """`||Σ_j w_j out_j - out_k||²`, since the weights sum to one."""
-        away = sum(self.weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
+        away = sum(self.mixture_weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
         return away - self.spread
 
 
@@ -226,14 +226,14 @@ class Ledger:
         """log W so far."""
         return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spread))
 
-    def result(self) -> RunWeights:
+    def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
         nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")
         sums = {name: total.cpu().double() for name, total in self._sums.items()}
         ratios = {name.removeprefix("ratio "): total for name, total in sums.items() if name.startswith("ratio ")}
-        return RunWeights(
+        return ImportanceWeights(
             log_weights=sums.get("log_weights", nothing),
             log_ratios=ratios if self._has_densities else {},
             path_kl=sums.get("path_kl", nothing) if self._has_paths else None,
@@ -261,7 +261,7 @@ def _diffusion(
     """
     carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **settings)
     outputs = evaluation.outputs
-    mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.weights)
+    mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.mixture_weights)
     from_reference = evaluation.from_mixture(0)
 
     def at(previous: Tensor) -> dict[str, Tensor]:
@@ -285,7 +285,7 @@ def _gaussians(
     ]
     gaussians = [Gaussian(mean, variance.expand_as(mean)) for mean, variance in gaussians]
     means, variances = (torch.stack(part) for part in zip(*gaussians, strict=True))
-    mixture = geometric_mixture(means, variances, per_element(evaluation.weights, step.predictions))
+    mixture = geometric_mixture(means, variances, per_element(evaluation.mixture_weights, step.predictions))
 
     def at(previous: Tensor) -> dict[str, Tensor]:
         x = previous.float()

@@ -25,14 +25,14 @@ class StepRecord:
     """What one step was taken from (Algorithm 1, lines 7 to 12).
 
     `predictions` are the guided predictions of the models that were evaluated, in the order of `models`, in whatever
-    the scheduler predicts (ε, v, x_0 or flow velocity); `weights` are theirs in the mixture, per image or for all (one
-    column). `sample` is x_t as the scheduler holds it, `log_snr` its log(α²/σ²); `timestep` is
-    the `at`-th of its timesteps.
+    the scheduler predicts (ε, v, x_0 or flow velocity); `mixture_weights` are theirs, per image or for all (one
+    column). `sample` is x_t as the scheduler holds it, `log_snr` its log(α²/σ²); `timestep` is the `at`-th of its
+    timesteps.
     """
 
     models: tuple[str, ...]
     predictions: Float[Tensor, "model batch predicted *latent"]
-    weights: Float[Tensor, "model #batch"]
+    mixture_weights: Float[Tensor, "model #batch"]
     sample: Float[Tensor, "batch channel *latent"]
     timestep: Any
     at: int
@@ -68,7 +68,7 @@ def mixed_step(
     theory.
     """
     if space == "prediction":
-        return own_step(**{**arguments, "model_output": mixed(step.predictions, step.weights)})
+        return own_step(**{**arguments, "model_output": mixed(step.predictions, step.mixture_weights)})
     settings = {key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments}
     gaussians = [
         posteriors.posterior(scheduler, prediction, step.timestep, step.sample, **settings)
@@ -77,7 +77,7 @@ def mixed_step(
     mixture = geometric_mixture(
         torch.stack([gaussian.mean for gaussian in gaussians]),
         torch.stack([gaussian.variance.expand_as(gaussian.mean) for gaussian in gaussians]),
-        per_element(step.weights, step.predictions),
+        per_element(step.mixture_weights, step.predictions),
     )
     previous = posteriors.sample(
         scheduler,
@@ -99,7 +99,7 @@ def mixed(
     return mixture.to(predictions.dtype)
 
 
-def with_reference(lams: Float[Tensor, "anchor batch"]) -> Float[Tensor, "model batch"]:
+def with_reference_weight(lams: Float[Tensor, "anchor batch"]) -> Float[Tensor, "model batch"]:
     """Weights of all models, the reference's `1 - Σ λ` first; what is zero but for rounding is zero."""
     reference = 1 - lams.sum(0, keepdim=True)
     return torch.cat([reference.where(reference.abs() > 1e-12, torch.zeros_like(reference)), lams])
@@ -123,7 +123,7 @@ def denoised(scheduler: SchedulerMixin, step: StepRecord) -> Float[Tensor, "batc
         return None
     ratio = math.exp(-step.log_snr / 2)  # σ/α
     x = step.sample.float()
-    output = mixed(step.predictions, step.weights).float()[:, : x.shape[1]]
+    output = mixed(step.predictions, step.mixture_weights).float()[:, : x.shape[1]]
     name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
     if name.startswith("FlowMatch"):
         return x - ratio / (1 + ratio) * output

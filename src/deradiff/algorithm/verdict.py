@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deradiff.algorithm.estimates import Estimate, mean, normalized, rows_of_groups
-from deradiff.algorithm.path_weights import Obstacle, RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle
 
 TRUSTED = 0.02
 """A run is called trustworthy where its error is below this share of the whole shift, two standard errors included."""
@@ -160,7 +160,7 @@ def _finite(x: float) -> float | None:
 
 
 def verdict(
-    run: RunWeights,
+    run: ImportanceWeights,
     scores: Float[Tensor, " image"] | None = None,
     groups: Int[Tensor, " image"] | None = None,
     *,
@@ -170,7 +170,7 @@ def verdict(
     """Judge a run at one λ.
 
     Args:
-        run: `Dial.weights`, or `RunWeights.rows` of it where a batch holds several λ.
+        run: `Dial.importance_weights`, or `ImportanceWeights.rows` of it where a batch holds several λ.
         scores: a score of every image. By default the exponent `Σ λ_i log p_i/p_0` of the paths, which is the anchors'
             implicit reward in units of β, or log W itself where the sampler is not memoryless.
         groups: the prompt of every image, as an index; all the same by default.
@@ -255,7 +255,7 @@ class Elsewhere:
 
 
 def at_other_lam(
-    run: RunWeights,
+    run: ImportanceWeights,
     scores: Float[Tensor, " image"],
     lam: float | int | dict[str, float],
     groups: Int[Tensor, " image"] | None = None,
@@ -290,7 +290,7 @@ def at_other_lam(
 
 
 def slope(
-    run: RunWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
+    run: ImportanceWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
 ) -> dict[str, Estimate]:
     """The derivative of the retrained model's mean score in each λ: `Cov_W(score, log p_i/p_0)`.
 
@@ -315,7 +315,7 @@ def slope(
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _exponent(run: RunWeights) -> Tensor | None:
+def _exponent(run: ImportanceWeights) -> Tensor | None:
     """`Σ λ_i log p_i/p_0` of every path, None where the sampler is not memoryless."""
     if not run.memoryless or not run.log_ratios:
         return None

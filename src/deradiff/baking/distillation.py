@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deradiff.algorithm.schedules import Lams, Progress, finite
-from deradiff.algorithm.step import mixed, with_reference
+from deradiff.algorithm.step import mixed, with_reference_weight
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
 from deradiff.alignment.feeds import row_generators
 from deradiff.alignment.loop import Curve, Part, Plan, Report, train
@@ -147,13 +147,13 @@ class _Mixture(nn.Module):
 
     def __init__(self, denoisers: Denoisers, lams: Float[Tensor, "anchor batch"]) -> None:
         super().__init__()
-        self.denoisers, self.weights = denoisers, with_reference(lams)
+        self.denoisers, self.mixture_weights = denoisers, with_reference_weight(lams)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        models = [k for k in range(len(self.weights)) if self.weights[k].any()]
+        models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
         output = self.denoisers.predict(models, args, kwargs)
         predictions = output.sample.unflatten(0, (-1, len(models))).movedim(1, 0)
-        return type(output)(sample=mixed(predictions, self.weights[models]))
+        return type(output)(sample=mixed(predictions, self.mixture_weights[models]))
 
 
 class Teacher:

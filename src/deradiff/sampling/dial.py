@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.algorithm.noise_levels import first, impacts, index_of, log_snr_at, progress_at, strengths
-from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Lams, Schedule, parse_lam
-from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference
+from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference_weight
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
@@ -63,8 +63,9 @@ class Dial:
 
     `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
     context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
-    While `watching` is set, models without weight are evaluated as well: images stay what they are, and `weights` then
-    knows the path KL and the implicit reward of a single model too, at the price of the other models' evaluations.
+    While `watching` is set, models without weight are evaluated as well: images stay what they are, and
+    `importance_weights` then knows the path KL and the implicit reward of a single model too, at the price of the other
+    models' evaluations.
 
     Threads may draw at once with pipelines of their own around the denoiser, each attached and with its own scheduler.
     Whatever is said of the present or last run is then of this thread's, or of any where this thread has drawn nothing.
@@ -181,7 +182,7 @@ class Dial:
         return {anchor.name: anchor.module for anchor in self._denoisers.anchors if anchor.module is not None}
 
     @property
-    def weights(self) -> RunWeights:
+    def importance_weights(self) -> ImportanceWeights:
         """What Algorithm 1 left out of the present or last run: log weights, path divergence, implicit rewards.
 
         Raises `RuntimeError` before the first step, and for interpolated weights, which leave out something else.
@@ -198,8 +199,8 @@ class Dial:
         baseline: float | None = None,
         name: str = "score",
     ) -> Verdict:
-        """How far the present or last run can be trusted, for a score of its images: see `weights.verdict`."""
-        return verdict(self.weights, scores, groups, baseline=baseline, name=name)
+        """How far the present or last run can be trusted, for a score of its images: see `verdict.verdict`."""
+        return verdict(self.importance_weights, scores, groups, baseline=baseline, name=name)
 
     @property
     def path(self) -> Space:
@@ -320,13 +321,13 @@ class Dial:
                 )
         lams = self._lams
         if run.lams is not lams:
-            run.lams, run.weights = lams, None
+            run.lams, run.mixture_weights = lams, None
             if run.bridge is not None:
                 run.bridge.renew(strengths(lams, run.scheduler))
-        if run.weights is None or not lams.is_constant:
+        if run.mixture_weights is None or not lams.is_constant:
             # How many images the batch holds, only `step` knows.
-            run.weights = with_reference(lams.at(progress, lams.images or 1))
-        weights = run.weights
+            run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
+        weights = run.mixture_weights
         models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
         step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
         if len(models) == 1:
@@ -342,7 +343,7 @@ class Dial:
         if run.bridge is None:
             require_affine(run.scheduler, self._path)
             names = [self._denoisers.names[k] for k in step.models]
-            carrier = reuse.resolved(names, step.weights, self.blends_rows)
+            carrier = reuse.resolved(names, step.mixture_weights, self.blends_rows)
             assert run.lams is not None
             along = strengths(run.lams, run.scheduler)
             run.bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
@@ -442,12 +443,12 @@ class Dial:
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.bridge is not None:
             predictions = evaluation.bridge.complete(
-                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
+                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.mixture_weights
             )
         run.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
             predictions=predictions,
-            weights=evaluation.weights,
+            mixture_weights=evaluation.mixture_weights,
             sample=sample,
             timestep=timestep,
             at=evaluation.at,

@@ -22,8 +22,7 @@ class Evaluation:
     progress: Progress
     models: tuple[int, ...]
     """Those that the step mixes: 0 is the reference, k the k-th anchor."""
-    weights: Float[Tensor, "model #batch"]
-    """Theirs in the mixture."""
+    mixture_weights: Float[Tensor, "model #batch"]
     lams: Float[Tensor, "anchor #batch"]
     images: int | None
     """How many images the λ are for, None where every image has the same."""
@@ -63,7 +62,7 @@ class Evaluation:
 
     def bridged(self, bridge: Bridge) -> Evaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
-        weighty = [bridge.names[k] for k, weight in zip(self.models, self.weights, strict=True) if weight.any()]
+        weighty = [bridge.names[k] for k, weight in zip(self.models, self.mixture_weights, strict=True) if weight.any()]
         if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
         wanted = bridge.wants(self.at, (self.models, self.rows))
@@ -78,11 +77,11 @@ class Evaluation:
 
         A pipeline that guides repeats its images along the batch as a whole.
         """
-        if self.weights.shape[1] == 1:
-            return {k: float(weight) for k, weight in zip(self.models, self.weights, strict=True)}
-        if self.rows % self.weights.shape[1]:
-            raise wrong_count(self.weights.shape[1], self.rows)
-        repeated = self.weights.repeat(1, self.rows // self.weights.shape[1])
+        if self.mixture_weights.shape[1] == 1:
+            return {k: float(weight) for k, weight in zip(self.models, self.mixture_weights, strict=True)}
+        if self.rows % self.mixture_weights.shape[1]:
+            raise wrong_count(self.mixture_weights.shape[1], self.rows)
+        repeated = self.mixture_weights.repeat(1, self.rows // self.mixture_weights.shape[1])
         return dict(zip(self.models, repeated, strict=True))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.estimates import Estimate, effective_sample_size
-from deradiff.algorithm.path_weights import Ledger, RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights, Ledger
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.sampling import pictures
 from deradiff.sampling.dial import Dial, dial_of
@@ -49,7 +49,7 @@ class Particles:
     lineage: list[tuple[int, Int[Tensor, "prompt particle"]]]
     evenness: Float[Tensor, "step prompt"]
     log_normalizer: Float[Tensor, " prompt"]
-    run: RunWeights
+    run: ImportanceWeights
     resampled_by: str
     blacked_out: Bool[Tensor, " image"]
 
@@ -164,7 +164,7 @@ def sample_particles(
             "number, or pass fewer prompts at a time"
         ) from None
     names = [f"particle {k + 1} of prompt {p + 1}" for p in range(prompts) for k in range(count)]
-    return population.result(drawn.require_finite(names), dial.weights)
+    return population.result(drawn.require_finite(names), dial.importance_weights)
 
 
 class Population:
@@ -206,7 +206,7 @@ class Population:
         ledger.select(rows)
         return previous[rows]
 
-    def result(self, drawn: pictures.Pictures, run: RunWeights) -> Particles:
+    def result(self, drawn: pictures.Pictures, run: ImportanceWeights) -> Particles:
         """The particles at the end of the run."""
         self._count(run.log_weights)
         if not bool(torch.isfinite(self.log_weights).any(1).all()):

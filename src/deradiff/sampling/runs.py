@@ -45,8 +45,8 @@ class Run:
     """Whether no step was taken yet."""
     last: StepRecord | None = None
     lams: Lams | None = None
-    """The λ that `weights` are for, which the dial may have left behind since."""
-    weights: Float[Tensor, "model #image"] | None = None
+    """The λ that `mixture_weights` are for, which the dial may have left behind since."""
+    mixture_weights: Float[Tensor, "model #image"] | None = None
     over: bool = False
 
 

@@ -212,7 +212,7 @@ def judged(
 ) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
 
-    From `JUDGED` images, whose seeds begin with that of `settings`; see `weights.verdict`.
+    From `JUDGED` images, whose seeds begin with that of `settings`; see `verdict.verdict`.
     """
     dial.reuse, dial.watching = None, False
     prompt, seed = settings.prompts[0], settings.seeds[0]
