@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
@@ -35,6 +35,7 @@ from deradiff.files.locks import taken
 from deradiff.files.reading import Record as FileRecord
 from deradiff.files.reading import read
 from deradiff.files.writing import write_json
+from deradiff.sampling.dial import Method
 from deradiff.sampling.particles import Particles, sample_particles
 from deradiff.sampling.realignment import realign
 from deradiff.sweep.jobs import Pool
@@ -97,7 +98,7 @@ def compute(case: Case) -> Record:
     if case.study in ("grid", "two rewards"):
         arms["annealed"] = bench.paired(bench.realigned(Power(ANNEALING, case.lam))[0])
         if bench.differ_in_means_alone:
-            arms["interpolated"] = bench.paired(bench.realigned(case.lam, "weights")[0])
+            arms["interpolated"] = bench.paired(bench.realigned(case.lam, "interpolate")[0])
     return found
 
 
@@ -179,7 +180,7 @@ class _Bench:
             difference(self.reward(x), self.reward(self.samples), logs),
         )
 
-    def realigned(self, lam: float | Power, method: Literal["mixture", "weights"] = "mixture") -> tuple[Tensor, Any]:
+    def realigned(self, lam: float | Power, method: Method = "mixture") -> tuple[Tensor, Any]:
         """Samples of the realigned reference, and their weights where it mixes."""
         pipe = _pipeline(self.world, self.case)
         with realign(pipe, self._anchors(), self._lams(lam), method=method) as dial:

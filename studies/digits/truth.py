@@ -257,7 +257,7 @@ def compute(trained: Path, case: Case, plan: Plan, known: Record) -> Record:
         arms["algorithm 1"], arms["weighted"] = of(images), _measured(images, whole.log_weights.view(shape))
         for count in plan.counts if scale == 1 else plan.guided_counts:
             arms[f"particles {count}"] = _particles(pipe, texts, scale, plan, count)
-    with realign(pipe, anchors, case.target, method="weights"):
+    with realign(pipe, anchors, case.target, method="interpolate"):
         arms["interpolated"] = of(_draw(pipe, texts, scale, plan))
     verdicts = {}
     for name, reward in REWARDS.items():

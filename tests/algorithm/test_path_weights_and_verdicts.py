@@ -227,7 +227,7 @@ def test_interpolated_weights_and_runs_not_begun_have_no_weights():
     pipe = world.pipeline(FAMILIES["DDPM"]())
     with realign(pipe, world.denoiser({"slope": 1.0}), 0.5) as dial, pytest.raises(RuntimeError, match="run the pipe"):
         dial.importance_weights  # noqa: B018
-    with realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="weights") as dial:
+    with realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="interpolate") as dial:
         pipe(num_inference_steps=2, num_images_per_prompt=2)
         with pytest.raises(RuntimeError, match="one model"):
             dial.importance_weights  # noqa: B018

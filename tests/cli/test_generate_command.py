@@ -139,7 +139,7 @@ def test_several_anchors_each_with_a_lam(generate: Run, models: tuple[Path, Path
 
 
 def test_interpolated_weights_run_a_lam_at_a_time(generate: Run, tmp_path: Path) -> None:
-    result = generate("-p", "a", "-p", "b", "--lam", "0:1:0.5", "--method", "weights")
+    result = generate("-p", "a", "-p", "b", "--lam", "0:1:0.5", "--method", "interpolate")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["mixed"] == "weights"

@@ -1,5 +1,6 @@
 """Profiles: full steps measured once, that keep their tolerance on other prompts and seeds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,10 @@ def test_a_profile_needs_a_realigned_pipeline_and_a_tolerance_that_can_be_kept()
         profiled(pipe, ["a"], -1.0)
     with deradiff.realign(pipe, anchor, 0.5), pytest.raises(ValueError, match="no carrier of reference, anchor keeps"):
         profiled(pipe, ["a", "b"], 1e-9, num_inference_steps=3)
+
+
+def test_what_0_1_measured_is_read(tmp_path: Path) -> None:
+    reuse = {"tolerance": None, "every": None, "steps": [0, 2], "carrier": "weights", "slope": 1.0}
+    numbers = {"tolerance": 0.1, "error": 0.05, "changed": 0.0, "cost": 1.2, "steps": 3, "images": 4}
+    (tmp_path / "old.json").write_text(json.dumps({"reuse": reuse, "scheduler": "DDIMScheduler"} | numbers))
+    assert Profile.load(tmp_path / "old.json").reuse == Reuse(steps=(0, 2), carrier="interpolate")

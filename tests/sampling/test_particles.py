@@ -303,7 +303,7 @@ def test_pipelines_without_a_dial_or_with_interpolated_weights_are_refused():
     with pytest.raises(ValueError, match="not realigned"):
         sample_particles(pipe, "", 4)
     with (
-        realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="weights"),
+        realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="interpolate"),
         pytest.raises(ValueError, match="one mo"),
     ):
         sample_particles(pipe, "", 4)

@@ -39,7 +39,7 @@ def records(pipe: Any, dial: Any, call: dict[str, Any], **changes: Any) -> list[
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_inpaint", "sd_adapter", "sd_controlnet", "sd3", "flux", "pixart"])
-@pytest.mark.parametrize("carrier", ["reference", "anchor", "weights"])
+@pytest.mark.parametrize("carrier", ["reference", "anchor", "interpolate"])
 def test_all_models_at_every_step_is_exact(kind: str, carrier: str) -> None:
     pipe, anchor, call = make(kind)
     with deradiff.realign(pipe, anchor, 0.4) as dial:
@@ -117,7 +117,7 @@ def test_several_anchors_and_images_of_their_own_weights() -> None:
 def test_loras_have_a_scale_for_each_image(adapter: Path) -> None:
     pipe, _, call = make("sd")
     lams = [0.2, 0.9]
-    with deradiff.realign(pipe, adapter, 0.0, method="weights") as dial:
+    with deradiff.realign(pipe, adapter, 0.0, method="interpolate") as dial:
         assert dial.blends_rows
         alone = []
         for row, dial.lam in enumerate(lams):
@@ -134,7 +134,7 @@ def test_interpolated_loras_carry_a_sweep(adapter: Path) -> None:
         exact = sample(pipe, call, **STEPS)
         dial.reuse = 3
         near = sample(pipe, call, **STEPS)
-        assert dial.reused is not None and dial.reused.carrier == "weights"
+        assert dial.reused is not None and dial.reused.carrier == "interpolate"
         assert dial.reused.evaluations == 2 * 3 + 4
         dial.reuse = Reuse(every=3, carrier="reference")
         far = sample(pipe, call, **STEPS)
@@ -259,6 +259,13 @@ def test_all_weights_of_one_noise_share_the_first_step() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize("name", ["auto", "interpolate", "weights", "reference"])
+def test_an_anchor_has_no_name_that_means_something_else(name: str) -> None:
+    pipe, anchor, _ = make("sd")
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        deradiff.realign(pipe, {name: anchor}, {name: 0.5})
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": 0.0}, r"above 0 and below 1; got 0\.0"),
     ({"tolerance": -0.1}, "above 0 and below 1"),
@@ -267,10 +274,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reuse": 0}, "every must be a whole number of steps, 1 at least; got 0"),
     ({"reuse": True}, "every must be a whole number of steps"),
     ({"reuse": 2, "tolerance": 0.1}, "reuse or tolerance, not both"),
-    ({"reuse": 2, "method": "weights"}, "one model, with nothing to carry over"),
-    ({"reuse": Reuse(every=2, carrier="style")}, "carrier is one of auto, weights, reference, anchor; got 'style'"),
-    ({"reuse": Reuse(every=2, carrier="weights"), "lam": [0.1, 0.2]}, "needs one model for each"),
-    ({"reuse": Reuse(every=2, carrier="weights"), "anchor_device": "cpu"}, "need all models on one device"),
+    ({"reuse": 2, "method": "interpolate"}, "one model, with nothing to carry over"),
+    ({"reuse": Reuse(every=2, carrier="style")}, "carrier is one of auto, interpolate, reference, anchor; got 'style'"),
+    ({"reuse": Reuse(every=2, carrier="interpolate"), "lam": [0.1, 0.2]}, "needs one model for each"),
+    ({"reuse": Reuse(every=2, carrier="interpolate"), "anchor_device": "cpu"}, "need all models on one device"),
     ({"reuse": 2, "path": "posterior"}, "cannot be carried over between steps where posteriors are mixed"),
 ]
 
@@ -322,10 +329,10 @@ def test_a_weight_that_changes_does_not_count_twice(adapter: Path) -> None:
     with deradiff.realign(pipe, adapter, deradiff.schedules.Power(3)) as dial:
         exact = sample(pipe, call, num_inference_steps=9)
         away = {}
-        for carrier in ("weights", "reference"):
+        for carrier in ("interpolate", "reference"):
             dial.reuse = Reuse(every=3, slope=0.0, carrier=carrier)
             away[carrier] = float((sample(pipe, call, num_inference_steps=9) - exact).norm())
-        assert away["weights"] < away["reference"]
+        assert away["interpolate"] < away["reference"]
 
 
 def test_guidance_that_ends_closes_an_interval() -> None:
@@ -435,6 +442,6 @@ def test_an_anchor_stays_on_a_device_of_its_own(adapter: Path) -> None:
     with pytest.raises(ValueError, match="is a LoRA, which lives in the reference's weights"):
         deradiff.realign(pipe, adapter, anchor_device="cpu")
     with pytest.raises(ValueError, match="all models on one device"):
-        deradiff.realign(pipe, anchor, method="weights", anchor_device="cpu")
+        deradiff.realign(pipe, anchor, method="interpolate", anchor_device="cpu")
     with pytest.raises(ValueError, match="torch knows no device"):
         deradiff.realign(pipe, anchor, anchor_device="gpu7")

@@ -48,7 +48,7 @@ def _digests(found: Mapping[str, str]) -> str:
 
 
 def _method(made_of: Mapping[str, Any]) -> str:
-    if made_of["method"] == "weights":
+    if made_of["method"] == "interpolate":
         return (
             "Interpolated weights, `(1 - Σλ) θ_0 + Σ λ θ`: to first order in the difference of the weights, the model "
             "whose predictions are the mixture."

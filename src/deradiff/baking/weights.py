@@ -1,4 +1,4 @@
-"""Interpolated weights, tensor by tensor: the model that `realign(..., method="weights")` computes with, as files.
+"""Interpolated weights, tensor by tensor: the model that `realign(..., method="interpolate")` computes with, as files.
 
 No second model is ever in memory. An anchor's weights are read from their files when their turn comes, mixed with the
 reference's, written and let go; a LoRA anchor is an adapter in the reference, and its share is computed layer by layer.
@@ -131,8 +131,8 @@ def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) ->
 class Blend:
     """`(1 - Σ λ_i) θ_0 + Σ λ_i θ_i`, and a LoRA at scale λ_i: every tensor is made when it is asked for.
 
-    The arithmetic is that of `method="weights"`, in single precision and then in the reference's own; a LoRA is added
-    by PEFT's merging. To first order in the difference of the weights, it is the mixture of predictions (see AIG,
+    The arithmetic is that of `method="interpolate"`, in single precision and then in the reference's own; a LoRA is
+    added by PEFT's merging. To first order in the difference of the weights, it is the mixture of predictions (see AIG,
     §3.2.2, for a LoRA).
 
     Raises `AnchorError` for a reference whose weights are out of reach, are not floating point numbers, or have a LoRA

@@ -22,7 +22,7 @@ LARGEST_SEED = 2**31 - 1
 class Method(StrEnum):
     """How to bake."""
 
-    weights = "weights"
+    interpolate = "interpolate"
     distill = "distill"
 
 
@@ -53,7 +53,7 @@ def bake(
             "minutes for the digits, nearer.",
             rich_help_panel=DIAL,
         ),
-    ] = Method.weights,
+    ] = Method.interpolate,
     schedule: Annotated[
         str,
         typer.Option(
@@ -157,7 +157,7 @@ def bake(
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
-        if method is Method.weights and not images:
+        if method is Method.interpolate and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
@@ -238,7 +238,7 @@ def _distillation(method: Method, reference: str, given: dict[str, Any]) -> "Dis
     from deradiff.baking.distillation import DIGITS
 
     named = {name: value for name, value in given.items() if value is not None}
-    if method is Method.weights and named:
+    if method is Method.interpolate and named:
         options = {"steps": "train-steps"}
         listed = ", ".join(f"--{options.get(name, name).replace('_', '-')}" for name in named)
         raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")

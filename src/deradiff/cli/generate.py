@@ -21,7 +21,7 @@ class Method(StrEnum):
     """How λ is applied."""
 
     mixture = "mixture"
-    weights = "weights"
+    interpolate = "interpolate"
 
 
 class Space(StrEnum):

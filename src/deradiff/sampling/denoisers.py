@@ -33,7 +33,7 @@ from deradiff.sampling.call_arguments import (
     timestep_argument,
     without_scale,
 )
-from deradiff.sampling.reuse import AUTO, WEIGHTS, Reuse
+from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror, UnmirroredState
 
 
@@ -210,14 +210,14 @@ class Denoisers:
 
     def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
         """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
-        if reuse is not None and method == "weights":
+        if reuse is not None and method == "interpolate":
             raise ValueError(
                 "interpolated weights are one model, with nothing to carry over: reuse is for method='mixture'"
             )
-        carriers = (AUTO, WEIGHTS, *self.names)
+        carriers = (AUTO, INTERPOLATE, *self.names)
         if reuse is not None and reuse.carrier not in carriers:
             raise ValueError(f"the carrier is one of {', '.join(carriers)}; got {reuse.carrier!r}")
-        if method != "weights" and (reuse is None or reuse.carrier != WEIGHTS):
+        if method != "interpolate" and (reuse is None or reuse.carrier != INTERPOLATE):
             return
         if any(anchor.device is not None for anchor in self.anchors):
             raise ValueError("interpolated weights need all models on one device: leave anchor_device out")

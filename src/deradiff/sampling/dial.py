@@ -39,7 +39,7 @@ from deradiff.sampling.runs import Run, Runs
 from deradiff.sampling.scheduler_hook import adopt, adopt_pipeline, owner_of, release
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
-Method = Literal["mixture", "weights"]
+Method = Literal["mixture", "interpolate"]
 Where = Literal["auto", "prediction", "posterior"]
 
 _INTERCEPTED = (
@@ -187,7 +187,7 @@ class Dial:
 
         Raises `RuntimeError` before the first step, and for interpolated weights, which leave out something else.
         """
-        if self.method == "weights":
+        if self.method == "interpolate":
             raise RuntimeError("interpolated weights are one model, whose error has no weight: use method='mixture'")
         return self._runs.shown.ledger.result()
 
@@ -332,7 +332,7 @@ class Dial:
         step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
         if len(models) == 1:
             return step
-        if self.method == "weights":
+        if self.method == "interpolate":
             return step.blended()
         if run.reuse is None:
             return step

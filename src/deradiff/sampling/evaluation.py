@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
-from deradiff.sampling.reuse import WEIGHTS, Bridge
+from deradiff.sampling.reuse import INTERPOLATE, Bridge
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Evaluation:
     def bridged(self, bridge: Bridge) -> Evaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
         weighty = [bridge.names[k] for k, weight in zip(self.models, self.mixture_weights, strict=True) if weight.any()]
-        if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
+        if len(weighty) < 2 or bridge.carrier not in (INTERPOLATE, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
         wanted = bridge.wants(self.at, (self.models, self.rows))
         carried = wanted == "carrier"
-        if bridge.carrier == WEIGHTS:
+        if bridge.carrier == INTERPOLATE:
             blend = None if wanted == "models" else self._by_row()
             return replace(self, blend=blend, instead=carried, bridge=bridge)
         return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)

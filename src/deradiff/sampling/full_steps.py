@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeInt
+from pydantic import BeforeValidator, NonNegativeInt
 from torch import Tensor
 
 from deradiff.files.reading import Record, read
 from deradiff.files.writing import write_json
 from deradiff.sampling.dial import Dial, dial_of
-from deradiff.sampling.reuse import REFERENCE, WEIGHTS, Reuse
+from deradiff.sampling.reuse import INTERPOLATE, REFERENCE, Reuse, current_word
 
 AIMS = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
 """Tolerances that are tried, in units of the one asked for: an error is only estimated until it is measured."""
@@ -71,7 +71,7 @@ class Profile:
 
 class _ReuseRecord(Record):
     steps: list[NonNegativeInt]
-    carrier: str
+    carrier: Annotated[str, BeforeValidator(current_word)]
 
 
 class _ProfileRecord(Record):
@@ -116,7 +116,7 @@ def profiled(
         raise ValueError("this pipeline is not realigned: call deradiff.realign(pipe, anchor, lam) first")
     Reuse(tolerance=tolerance)
     if carriers is None:
-        carriers = (*([WEIGHTS] if dial.blends_rows else []), REFERENCE, *dial.anchors)
+        carriers = (*([INTERPOLATE] if dial.blends_rows else []), REFERENCE, *dial.anchors)
     lam, before = dial.lam, dial.reuse
 
     def drawn() -> Float[Tensor, "image *latent"]:

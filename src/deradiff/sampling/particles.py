@@ -269,7 +269,7 @@ def _realigned(
     dial = dial_of(pipe)
     if dial is None:
         raise ValueError("this pipeline is not realigned: call deradiff.realign(pipe, anchor, lam) first")
-    if dial.method == "weights":
+    if dial.method == "interpolate":
         raise ValueError("interpolated weights are one model, with nothing to weigh: use method='mixture'")
     if dial.reuse is not None:
         raise ValueError(

@@ -26,7 +26,11 @@ from deradiff.algorithm.step import mixed, space_of
 
 Wanted = Literal["carrier", "all", "models"]
 
-AUTO, WEIGHTS, REFERENCE = "auto", "weights", "reference"
+AUTO, INTERPOLATE, REFERENCE = "auto", "interpolate", "reference"
+
+RESERVED = (AUTO, INTERPOLATE, REFERENCE, "weights")
+"""Names that no anchor can have. Files of 0.1 say "weights" for "interpolate"."""
+
 
 SHARE = 0.35
 """The part of the tolerance that may be spent between two full evaluations: the errors of several intervals add up as
@@ -50,8 +54,8 @@ class Reuse:
         every: all models at every so many steps.
         steps: all models at these steps, counted from 0 in the scheduler's list of timesteps (`profiles.profiled`
             finds good ones). The first step of a run always is one.
-        carrier: "reference", the name of an anchor, "weights" (the weight-interpolated model; of full weights it is one
-            more copy in memory), or "auto": the weights where all anchors are LoRAs, else whichever model has more
+        carrier: "reference", the name of an anchor, "interpolate" (the weight-interpolated model; of full weights it is
+            one more copy in memory), or "auto": that one where all anchors are LoRAs, else whichever model has more
             weight, or the reference where images have weights of their own.
         slope: the part of the last change that goes on between full evaluations: 1 continues a difference along the
             line through its last two, 0 holds it.
@@ -107,7 +111,7 @@ class Reuse:
         if self.carrier != AUTO:
             return self.carrier
         if loras:
-            return WEIGHTS
+            return INTERPOLATE
         if weights.shape[1] > 1 and REFERENCE in names:
             return REFERENCE
         return names[int(weights.abs().mean(1).argmax())]
@@ -119,7 +123,7 @@ class Reuse:
             when = f"all models every {self.every} steps"
         else:
             when = f"all models at {len(self.steps or ())} chosen steps"
-        return when if self.carrier == AUTO else f"{when}, carried by {self.carrier}"
+        return when if self.carrier == AUTO else f"{when}, carried by {_in_words(self.carrier)}"
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,10 @@ class Reused:
     @property
     def words(self) -> str:
         """What was done, and how far off it may be, in a sentence."""
+        price = self.evaluations / max(self.predictions, 1)
         done = (
-            f"approximate: all models at {len(self.steps)} of {self.predictions} steps, {self.carrier} at the others "
-            f"({self.evaluations / max(self.predictions, 1):.2f} evaluations a step); estimated error {self.error:.1%} "
-            "of λ's effect"
+            f"approximate: all models at {len(self.steps)} of {self.predictions} steps, {_in_words(self.carrier)} at "
+            f"the others ({price:.2f} evaluations a step); estimated error {self.error:.1%} of λ's effect"
         )
         return done if self.kept else f"{done}, ABOVE the tolerance of {self.tolerance:g}"
 
@@ -237,7 +241,7 @@ class Bridge:
         if not self._wants_all(i):
             return "carrier"
         early = self._kept and self.predictions - self._kept[0].number < self._patience
-        return "models" if early and self.carrier == WEIGHTS and self.reuse.tolerance is not None else "all"
+        return "models" if early and self.carrier == INTERPOLATE and self.reuse.tolerance is not None else "all"
 
     def _wants_all(self, i: int) -> bool:
         if not self._kept:
@@ -269,8 +273,8 @@ class Bridge:
             wide = found.float()
             self._effect = _length(mixed(wide - wide[0], weights)) / max(self.strengths[i], 1e-12)
             self.steps.append(i)
-            if self.carrier != WEIGHTS or len(predictions) > len(models):
-                at = models.index(self.names.index(self.carrier)) if self.carrier != WEIGHTS else -1
+            if self.carrier != INTERPOLATE or len(predictions) > len(models):
+                at = models.index(self.names.index(self.carrier)) if self.carrier != INTERPOLATE else -1
                 self._keep(i, wide - predictions[at].float(), weights)
         self._done = self._done + self.impacts[i] * self.strengths[i] * self._effect
         self.predictions += 1
@@ -307,7 +311,7 @@ class Bridge:
             away = self.predictions - self._kept[0].number
             self._patience = 2 * self._patience if away <= self._patience else 1
             line, its_residual = self._continued()
-            off = residual - (its_residual if self.carrier == WEIGHTS else mixed(line, weights))
+            off = residual - (its_residual if self.carrier == INTERPOLATE else mixed(line, weights))
             rate = _length(off) / (self._shape() * max(self.strengths[i], 1e-12))
             self._close(rate)
             # Differences change ever faster towards the image: a rate that has grown goes on growing.
@@ -332,7 +336,7 @@ class Bridge:
         self, carrier: Float[Tensor, "batch *latent"], weights: Float[Tensor, "model #batch"]
     ) -> Float[Tensor, "model batch *latent"]:
         differences, residual = self._continued()
-        if self.carrier == WEIGHTS:  # the carrier goes along with λ: what is left of the mixture does not
+        if self.carrier == INTERPOLATE:  # the carrier goes along with λ: what is left of the mixture does not
             differences = differences - mixed(differences, weights) + residual
         return (carrier.float() + differences).to(carrier.dtype)
 
@@ -367,6 +371,15 @@ def require_affine(scheduler: SchedulerMixin, path: Literal["auto", "prediction"
             f"predictions cannot be carried over between steps where posteriors are mixed ({why}): their error is not "
             "the prediction's. Use path='prediction' or a scheduler whose step is affine, or leave reuse out"
         )
+
+
+def current_word(word: Any) -> Any:
+    """What a file says of a method or a carrier, in today's word: 0.1 wrote "weights" for "interpolate"."""
+    return INTERPOLATE if word == "weights" else word
+
+
+def _in_words(carrier: str) -> str:
+    return "the interpolated weights" if carrier == INTERPOLATE else carrier
 
 
 def _length(change: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:

@@ -261,7 +261,7 @@ def attempts(
     """
     accepted = require_heeded(pipe, arguments)
     groups = [list(shots)]
-    one_lam = dial.method == "weights" and not dial.blends_rows
+    one_lam = dial.method == "interpolate" and not dial.blends_rows
     if one_lam:
         alike = [next(other for other, its in enumerate(lams) if its == lam) for lam in lams]
         groups = [[shot for shot in shots if alike[shot.column] == column] for column in dict.fromkeys(alike)]
@@ -288,7 +288,7 @@ def attempts(
         done += len(batch) * steps
         if on_step:
             on_step(done, total)
-        run = None if dial.method == "weights" else dial.importance_weights
+        run = None if dial.method == "interpolate" else dial.importance_weights
         reused = dial.reused
         require_size(pipe, drawn.images[0], arguments)
         for row, (shot, image, flaw) in enumerate(zip(batch, drawn.images, drawn.flaws, strict=True)):
