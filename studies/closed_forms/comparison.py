@@ -30,7 +30,7 @@ from deradiff.algorithm import verdict
 from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Power
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record as FileRecord
 from deradiff.files.reading import read
@@ -287,7 +287,7 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
         ValueError: `out` holds a comparison with other settings.
     """
     cases = plan.cases()
-    folder = _claim(plan, out)
+    folder = _folder_of(plan, out)
     todo = [case for case in cases if not _file(folder, case).exists()]
     done = len(cases) - len(todo)
     on_step(done, len(cases))
@@ -298,10 +298,10 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
     return [_read(folder, case) for case in cases]
 
 
-def _claim(plan: Plan, out: Path) -> Path:
+def _folder_of(plan: Plan, out: Path) -> Path:
     """The folder of the cases."""
     settings = {"worlds": list(plan.worlds), "samples": plan.samples, "steps": plan.steps, "quick": plan.quick}
-    claim(out, settings, "comparison")
+    begin_or_resume(out, settings, "comparison")
     folder = out / "cases"
     folder.mkdir(exist_ok=True)
     return folder

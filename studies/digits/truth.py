@@ -21,7 +21,7 @@ from torch import Tensor
 from deradiff.algorithm.estimates import mean
 from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.verdict import verdict
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.models import reading_model
 from deradiff.files.writing import write_json
@@ -174,7 +174,7 @@ def run(
     ]
     if not todo:
         raise ValueError(f"{trained} holds no trained targets with their anchors that were asked for")
-    claim(out, asdict(plan), "study")
+    begin_or_resume(out, asdict(plan), "study")
     with taken(out, "a study"):
         _measure(trained, out, plan, todo, report, workers)
     return [_compared(out, case) for case in todo]

@@ -12,7 +12,7 @@ import deradiff
 from anchor_files import lora
 from deradiff.algorithm.noise_levels import impacts
 from deradiff.sampling import reuse as reusing
-from deradiff.sampling.reuse import Bridge, Reuse
+from deradiff.sampling.reuse import PredictionEstimator, Reuse
 from deradiff.worlds import digits
 from tiny import Counter, assert_close, denoiser, make, sample
 
@@ -383,12 +383,12 @@ def test_the_error_of_an_annealed_weight_is_that_of_the_steps_where_it_acts() ->
 
 
 def test_nothing_is_carried_over_steps_that_mix_nothing() -> None:
-    bridge = Bridge(Reuse(every=9), "reference", ("reference", "anchor"), [1.0] * 6, [1.0] * 6)
+    estimator = PredictionEstimator(Reuse(every=9), "reference", ("reference", "anchor"), [1.0] * 6, [1.0] * 6)
     both, weights = torch.randn(2, 1, 4, 2, 2), torch.tensor([[0.5], [0.5]])
     for i, evaluated, wanted in ((0, (0, 1), "all"), (1, (0,), "carrier"), (3, (0, 1), "all"), (4, (0,), "carrier")):
-        assert bridge.wants(i, "alike") == wanted
-        bridge.complete(i, both[: len(evaluated)], (0, 1), evaluated, weights)
-    assert bridge.result().steps == (0, 3)
+        assert estimator.wants(i, "alike") == wanted
+        estimator.complete(i, both[: len(evaluated)], (0, 1), evaluated, weights)
+    assert estimator.result().steps == (0, 3)
 
 
 def test_watching_does_not_change_images() -> None:

@@ -112,8 +112,8 @@ class _Evaluation:
         return away - self.spread
 
 
-class Ledger:
-    """Writes down one run: `arrive` before a scheduler's step is taken, `leave` after it.
+class PathWeights:
+    """Writes down one run: `before_step` before a scheduler's step is taken, `after_step` after it.
 
     log W is integrated by the trapezoidal rule. The first half of an interval belongs to the predictions at its
     beginning, its second half to those at its end; the last interval, to infinite SNR, is left out.
@@ -131,7 +131,7 @@ class Ledger:
         self._sums: dict[str, Tensor] = {}
         self._evaluation: Any = None
         self._clock = 0.0
-        self._paid = False
+        self._first_half_added = False
         self._densities: Callable[[Tensor], dict[str, Tensor]] | None = None
         self.noisy = self._memoryless = self._has_paths = self._has_densities = True
         self.ahead: float | None = None
@@ -139,7 +139,7 @@ class Ledger:
         self._lams: Any = None
         self._predictions = 0
 
-    def arrive(
+    def before_step(
         self,
         scheduler: SchedulerMixin,
         step: StepRecord,
@@ -166,9 +166,9 @@ class Ledger:
         if math.isnan(clock):
             self._obstacles.add("unknown noise")
         if self._evaluation is not None and math.isfinite(clock - self._clock) and clock > self._clock:
-            self.pay(clock)
+            self.add_first_half(clock)
             self._add("log_weights", evaluation.spread, (self._clock - clock) / 2)
-        self._evaluation, self._clock, self._paid = evaluation, clock, False
+        self._evaluation, self._clock, self._first_half_added = evaluation, clock, False
         self._lams = lams
         self._predictions += 1
         self._path(scheduler, step, settings)
@@ -197,13 +197,13 @@ class Ledger:
             else:
                 self._densities = _gaussians(scheduler, step, self._evaluation, settings)
 
-    def pay(self, until: float) -> None:
+    def add_first_half(self, until: float) -> None:
         """Count the first half of the interval to the clock's `until`, once."""
-        if not self._paid:
+        if not self._first_half_added:
             self._add("log_weights", self._evaluation.spread, (self._clock - until) / 2)
-        self._paid = True
+        self._first_half_added = True
 
-    def leave(self, previous: Tensor) -> None:
+    def after_step(self, previous: Tensor) -> None:
         """The step led to `previous`: add its part to the densities of the path (the last step has none)."""
         if self._densities is not None:
             for name, summand in self._densities(previous).items():

@@ -1,9 +1,9 @@
 """How far can a realigned run be trusted? Weighted means beside plain ones, effective sample sizes, and a verdict.
 
-Algorithm 1's samples are off from the retrained model's by a weight that is known (`ledger`). Two numbers have to be
-read together. The *effective sample size* says whether the weighted mean can be believed; the *bias*, weighted minus
-plain mean, says how far off Algorithm 1 is, for that score. Even weights alone prove nothing: in a plane with four
-modes 89% of the samples were effective while the plain mean was off by a third (`studies.closed_forms`).
+Algorithm 1's samples are off from the retrained model's by a weight that is known (`path_weights`). Two numbers have
+to be read together. The *effective sample size* says whether the weighted mean can be believed; the *bias*, weighted
+minus plain mean, says how far off Algorithm 1 is, for that score. Even weights alone prove nothing: in a plane with
+four modes 89% of the samples were effective while the plain mean was off by a third (`studies.closed_forms`).
 
 Weights compare images of one prompt with one another, never those of different prompts: every prompt has a normaliser
 of its own. So everything here takes `groups`, the prompt of each image.

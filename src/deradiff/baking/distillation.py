@@ -30,10 +30,10 @@ from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.tensors import joined
 from deradiff.files.tensors import rows as rows_of
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.dial import Dial
 
@@ -261,7 +261,7 @@ def draw_samples(
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
     folder was begun with other settings than `made_of`, or a file in it is damaged.
     """
-    claim(folder, made_of, "set of drawn samples")
+    begin_or_resume(folder, made_of, "set of drawn samples")
     count, parts = settings.samples, {}
     seeds, numbers, lams = seeds_for(seed, count, "own sample"), torch.arange(count) % len(prompts), None
     if settings.span is not None:
@@ -274,7 +274,7 @@ def draw_samples(
             if lams is not None:
                 dial.lam = lams[rows].tolist()
             drawn = sampler.latents(pipe, [prompts[i] for i in numbers[rows].tolist()], seeds[rows])
-            with whole(path) as temporary:
+            with atomic_file(path) as temporary:
                 save_file({"latents": drawn.contiguous()}, temporary)
         parts[path] = rows_of(path, {"latents": None}, len(numbers[rows]), WHAT, CURE)
         report(min(start + sampler.batch_size, count), count, "samples of the realigned model")

@@ -109,7 +109,7 @@ def distilled(
 
     What an interruption must not lose is in `work`; raises `ValueError` where that was begun with other settings.
     """
-    # Of other versions a warning tells: see `files.folders.claim`.
+    # Of other versions a warning tells: see `files.folders.begin_or_resume`.
     identity = {name: value for name, value in job.made_of.items() if name != "versions"}
     base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)

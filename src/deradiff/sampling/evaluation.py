@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
-from deradiff.sampling.reuse import INTERPOLATE, Bridge
+from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Evaluation:
     blend: Mapping[int, Any] | None = None
     """The weights of the weight-interpolated model where that is evaluated, besides the others or instead."""
     instead: bool = False
-    bridge: Bridge | None = None
+    estimator: PredictionEstimator | None = None
     """What estimates the predictions of models that are not evaluated."""
 
     @property
@@ -60,17 +60,18 @@ class Evaluation:
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, blend=blend)
 
-    def bridged(self, bridge: Bridge) -> Evaluation:
+    def with_reuse(self, estimator: PredictionEstimator) -> Evaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
-        weighty = [bridge.names[k] for k, weight in zip(self.models, self.mixture_weights, strict=True) if weight.any()]
-        if len(weighty) < 2 or bridge.carrier not in (INTERPOLATE, *weighty):
+        weights = zip(self.models, self.mixture_weights, strict=True)
+        weighty = [estimator.names[k] for k, weight in weights if weight.any()]
+        if len(weighty) < 2 or estimator.carrier not in (INTERPOLATE, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
-        wanted = bridge.wants(self.at, (self.models, self.rows))
+        wanted = estimator.wants(self.at, (self.models, self.rows))
         carried = wanted == "carrier"
-        if bridge.carrier == INTERPOLATE:
+        if estimator.carrier == INTERPOLATE:
             blend = None if wanted == "models" else self._by_row()
-            return replace(self, blend=blend, instead=carried, bridge=bridge)
-        return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)
+            return replace(self, blend=blend, instead=carried, estimator=estimator)
+        return replace(self, carrier=estimator.names.index(estimator.carrier) if carried else None, estimator=estimator)
 
     def _by_row(self) -> dict[int, Any]:
         """Each model's weight in the interpolated one: a number, or one for each row where images differ.

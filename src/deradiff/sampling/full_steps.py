@@ -33,7 +33,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Profile:
+class FullSteps:
     """Full steps that were measured to keep a tolerance, for these models, this scheduler and number of steps.
 
     `reuse` is for `realign` or `dial.reuse`. `error`, the median image's, is what it came to on the images it was
@@ -50,22 +50,22 @@ class Profile:
     images: int
 
     def save(self, file: Path) -> None:
-        """Write the profile as JSON. Raises `FileExistsError` where `file` is something else than a profile."""
+        """Write them as JSON. Raises `FileExistsError` where `file` is something else than such a list."""
         if file.exists():
             try:
-                Profile.load(file)
+                FullSteps.load(file)
             except (ValueError, OSError):
-                raise FileExistsError(f"{file} is no profile, and is not replaced: name another file") from None
+                raise FileExistsError(f"{file} is no list of full steps, and stays: name another file") from None
         write_json(file, asdict(self))
 
     @classmethod
-    def load(cls, file: Path) -> Profile:
+    def load(cls, file: Path) -> FullSteps:
         """Read what `save` wrote. Raises `ValueError` for another file."""
-        found = read(_ProfileRecord, Path(file), "profile of full steps", "measure it anew")
+        found = read(_FullStepsRecord, Path(file), "list of full steps", "measure it anew")
         try:
             reuse = Reuse(steps=tuple(found.reuse.steps), carrier=found.reuse.carrier)
         except ValueError as error:
-            raise ValueError(f"{file} is no profile of full steps: {error}") from None
+            raise ValueError(f"{file} is no list of full steps: {error}") from None
         return cls(reuse=reuse, **found.model_dump(exclude={"reuse"}))
 
 
@@ -74,7 +74,7 @@ class _ReuseRecord(Record):
     carrier: Annotated[str, BeforeValidator(current_word)]
 
 
-class _ProfileRecord(Record):
+class _FullStepsRecord(Record):
     reuse: _ReuseRecord
     tolerance: float
     error: float
@@ -85,7 +85,7 @@ class _ProfileRecord(Record):
     images: int
 
 
-def profiled(
+def find_full_steps(
     pipe: Any,
     prompts: Sequence[str],
     tolerance: float,
@@ -93,7 +93,7 @@ def profiled(
     carriers: Sequence[str] | None = None,
     seed: int = 0,
     **call: Any,
-) -> Profile:
+) -> FullSteps:
     """Find the fewest full steps that keep `tolerance` on these prompts, at the λ that the dial is set to.
 
     Costs two exact runs' worth of evaluations and one to six approximate ones for each carrier.
@@ -138,7 +138,7 @@ def profiled(
             "exact run: take more steps, or a larger tolerance"
         )
     cost, errors, reuse = min(tried, key=lambda one: one[0])
-    return Profile(
+    return FullSteps(
         reuse,
         tolerance,
         errors.median,
