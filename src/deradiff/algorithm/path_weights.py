@@ -266,11 +266,11 @@ def _diffusion(
 
     def at(previous: Tensor) -> dict[str, Tensor]:
         noise = (previous.float() - mean) * math.copysign((2 * elapsed / variance) ** 0.5, gain)
-        found = {"path_kl": elapsed * from_reference}
+        summands = {"path_kl": elapsed * from_reference}
         for k, name in enumerate(evaluation.names[1:], 1):
             along = ((outputs[k] - outputs[0]) * noise).flatten(1).sum(1)
-            found[f"ratio {name}"] = along + elapsed * (from_reference - evaluation.from_mixture(k))
-        return found
+            summands[f"ratio {name}"] = along + elapsed * (from_reference - evaluation.from_mixture(k))
+        return summands
 
     return at
 
@@ -290,9 +290,9 @@ def _gaussians(
     def at(previous: Tensor) -> dict[str, Tensor]:
         x = previous.float()
         log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in gaussians]
-        found = {"path_kl": kl(mixture, gaussians[0])}
+        summands = {"path_kl": kl(mixture, gaussians[0])}
         for k, name in enumerate(evaluation.names[1:], 1):
-            found[f"ratio {name}"] = log_densities[k] - log_densities[0]
-        return found
+            summands[f"ratio {name}"] = log_densities[k] - log_densities[0]
+        return summands
 
     return at

@@ -136,7 +136,7 @@ def bake(
     job = Job(pipe, reference, sources, where, lams, {}, seed, report)
     with outputs.baking_folder(out, method, force) as (folder, work):
         with job.anchors(open_anchor) as opened:
-            anchors = {one.name: {"source": one.source, "sha256": hashes(one, reference)} for one in opened}
+            anchors = {anchor.name: {"source": anchor.source, "sha256": hashes(anchor, reference)} for anchor in opened}
         job.made_of.update(
             _made_of(pipe, component, reference, name, lams, anchors, method, seed)
             | ({} if method == "interpolate" else _trained_with(pipe, distillation, sampler, texts))
@@ -237,7 +237,7 @@ def _made_of(
     seed: int,
 ) -> dict[str, Any]:
     called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
-    lam = {one: _plain(lams.raw[one] if isinstance(lams.raw, Mapping) else lams.raw) for one in lams.anchors}
+    lam = {anchor: _plain(lams.raw[anchor] if isinstance(lams.raw, Mapping) else lams.raw) for anchor in lams.anchors}
     return {
         "method": method,
         "words": _words(lams),
@@ -253,14 +253,14 @@ def _made_of(
 
 
 def _trained_with(pipe: Any, settings: Distillation, sampler: Sampler, prompts: list[str]) -> dict[str, Any]:
-    found = {
+    settled = {
         "distillation": asdict(settings),
         "sampler": asdict(sampler),
         "scheduler": type(pipe.scheduler).__name__,
         "guidance_scale": sampler.guidance(pipe),
         "prompts": prompts,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(settled))
 
 
 def _plain(lam: Any) -> Any:

@@ -43,8 +43,8 @@ def card(made_of: Mapping[str, Any], form: Form, judged: Sequence[Judgement], ho
     return "\n".join(lines)
 
 
-def _digests(found: Mapping[str, str]) -> str:
-    return ", ".join(f"`{digest}` ({of})" for of, digest in found.items())
+def _digests(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"`{digest}` ({of})" for of, digest in digests.items())
 
 
 def _method(made_of: Mapping[str, Any]) -> str:

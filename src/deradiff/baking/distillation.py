@@ -355,11 +355,11 @@ def distil(
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
-        found = []
+        parts = []
         for start in range(trained_on, settings.samples, settings.per_pass):
             rows = range(settings.samples)[start : start + settings.per_pass]
-            found.append(errors(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
-        return float(torch.cat(found).mean())
+            parts.append(errors(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
+        return float(torch.cat(parts).mean())
 
     return train(
         student,

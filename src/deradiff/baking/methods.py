@@ -61,13 +61,13 @@ class Job:
     @contextmanager
     def anchors(self, opening: Callable[..., Opened]) -> Iterator[list[Opened]]:
         """The anchors, opened by `open_anchor` or `load_anchor`; afterwards the pipeline is without them."""
-        found: list[Opened] = []
+        opened: list[Opened] = []
         try:
             for name, source in self.sources.items():
-                found.append(opening(source, self.pipe, name=name, **self.where))
-            yield found
+                opened.append(opening(source, self.pipe, name=name, **self.where))
+            yield opened
         finally:
-            for anchor in found:
+            for anchor in opened:
                 if isinstance(anchor, Anchor):
                     anchor.unload(self.reference)
 

@@ -90,8 +90,8 @@ def open_anchor(source: Source, pipe: DiffusionPipeline, name: str, **where: Any
     allow_pickle = where.get("allow_pickle", False)
     repository = locate(source, where.get("subfolder"), where.get("revision"), where.get("local_files_only", False))
     files = select(repository, component, reference.dtype, allow_pickle)
-    found = _stored(files, pipe, reference, name)
-    return load_anchor(source, pipe, name=name, **where) if found is None else found
+    stored = _stored(files, pipe, reference, name)
+    return load_anchor(source, pipe, name=name, **where) if stored is None else stored
 
 
 def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) -> StoredAnchor | None:
@@ -120,7 +120,7 @@ def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) ->
     places = {key: path for path in files.weights for key in read_tensors([path])}
     anchor = StoredAnchor(name, files.label, places)
     pairs = ((anchor.rows(key, ...), tensor) for key, tensor in base_tensors(reference) if key in places)
-    if all(torch.equal(theirs.to(mine.device, mine.dtype), mine) for theirs, mine in pairs):
+    if all(torch.equal(stored.to(tensor.device, tensor.dtype), tensor) for stored, tensor in pairs):
         warnings.warn(f"{files.label} has the same weights as the reference: so has what is baked of it.", stacklevel=4)
     return anchor
 

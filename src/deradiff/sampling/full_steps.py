@@ -61,12 +61,12 @@ class FullSteps:
     @classmethod
     def load(cls, file: Path) -> FullSteps:
         """Read what `save` wrote. Raises `ValueError` for another file."""
-        found = read(_FullStepsRecord, Path(file), "list of full steps", "measure it anew")
+        record = read(_FullStepsRecord, Path(file), "list of full steps", "measure it anew")
         try:
-            reuse = Reuse(steps=tuple(found.reuse.steps), carrier=found.reuse.carrier)
+            reuse = Reuse(steps=tuple(record.reuse.steps), carrier=record.reuse.carrier)
         except ValueError as error:
             raise ValueError(f"{file} is no list of full steps: {error}") from None
-        return cls(reuse=reuse, **found.model_dump(exclude={"reuse"}))
+        return cls(reuse=reuse, **record.model_dump(exclude={"reuse"}))
 
 
 class _ReuseRecord(Record):
@@ -121,15 +121,16 @@ def find_full_steps(
 
     def drawn() -> Float[Tensor, "image *latent"]:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        found: Tensor = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call).images
-        return found
+        latents: Tensor = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call).images
+        return latents
 
     try:
         dial.reuse, dial.lam = None, dict.fromkeys(dial.anchors, 0.0)
         reference = drawn()
         dial.lam = lam
         exact = drawn()
-        tried = [found for carrier in carriers if (found := _tried(dial, carrier, tolerance, drawn, exact, reference))]
+        tries = (_tried(dial, carrier, tolerance, drawn, exact, reference) for carrier in carriers)
+        tried = [cheapest for cheapest in tries if cheapest]
     finally:
         dial.lam, dial.reuse = lam, before
     if not tried:
@@ -137,7 +138,7 @@ def find_full_steps(
             f"no carrier of {', '.join(carriers)} keeps {tolerance:g} of λ's effect with fewer evaluations than the "
             "exact run: take more steps, or a larger tolerance"
         )
-    cost, errors, reuse = min(tried, key=lambda one: one[0])
+    cost, errors, reuse = min(tried, key=lambda candidate: candidate[0])
     return FullSteps(
         reuse,
         tolerance,
@@ -158,14 +159,14 @@ def _tried(
         if aim * tolerance >= 1:
             continue
         dial.reuse = Reuse(tolerance=aim * tolerance, carrier=carrier)
-        found = errors(drawn(), exact, reference)
+        errors_made = errors(drawn(), exact, reference)
         if dial.reused is None:
             raise ValueError("no step of this λ mixes two models: there is nothing to carry over")
         cost = dial.reused.evaluations / dial.reused.predictions
         if cost >= 1 + len(dial.anchors):
             return None
-        if found.median <= tolerance:
-            return cost, found, Reuse(steps=dial.reused.steps, carrier=carrier)
+        if errors_made.median <= tolerance:
+            return cost, errors_made, Reuse(steps=dial.reused.steps, carrier=carrier)
     return None
 
 
