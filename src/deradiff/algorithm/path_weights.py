@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deradiff.algorithm import posteriors
-from deradiff.algorithm.gaussian import Gaussian, geometric_mixture, kl
+from deradiff.algorithm.gaussian import kl
 from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
-from deradiff.algorithm.step import StepRecord, mixed, per_element
+from deradiff.algorithm.step import RealignedPosterior, StepRecord, mixed, realigned_posterior
 
 Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
 """Why the weights of a run have no model's distribution as their target; `verdict.OBSTACLES` says it in words."""
@@ -85,7 +85,7 @@ def joined(runs: Sequence[ImportanceWeights]) -> ImportanceWeights:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class _Outputs:
     """The models' outputs at one x_t, and how far apart they are."""
 
     names: tuple[str, ...]
@@ -97,7 +97,7 @@ class _Evaluation:
     """`Σ_{i<j} w_i w_j ||out_i - out_j||²`."""
 
     @classmethod
-    def of(cls, step: StepRecord) -> _Evaluation:
+    def of(cls, step: StepRecord) -> _Outputs:
         outputs = [output[:, : step.sample.shape[1]].float() for output in step.predictions]
         weights = step.mixture_weights.to(outputs[0].device, torch.float32)
         distances, spread = {}, torch.zeros(len(step.sample), device=outputs[0].device)
@@ -145,14 +145,14 @@ class PathWeights:
         step: StepRecord,
         lams: Tensor,
         guided: bool,
-        settings: Mapping[str, Any],
-        estimated: bool = False,
+        estimated: bool,
+        realigned: RealignedPosterior | None,
     ) -> None:
         """Predictions are in: close the interval that led here. Call before the scheduler's own step.
 
-        `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own;
-        `settings` shape the step's distribution (DDIM's `eta`); `estimated` says that some predictions were carried
-        over from earlier steps.
+        `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own,
+        `estimated` that some were carried over from earlier steps; `realigned` is what the step will be drawn from,
+        where that was made.
         """
         if estimated:
             self._obstacles.add("reuse")
@@ -162,7 +162,7 @@ class PathWeights:
             self._obstacles.add("annealing")
         if not self._predictions and step.progress.steps > 0:
             self._obstacles.add("partial")
-        evaluation, clock = _Evaluation.of(step), weight_clock(scheduler, step.log_snr)
+        evaluation, clock = _Outputs.of(step), weight_clock(scheduler, step.log_snr)
         if math.isnan(clock):
             self._obstacles.add("unknown noise")
         if self._evaluation is not None and math.isfinite(clock - self._clock) and clock > self._clock:
@@ -171,11 +171,11 @@ class PathWeights:
         self._evaluation, self._clock, self._first_half_added = evaluation, clock, False
         self._lams = lams
         self._predictions += 1
-        self._path(scheduler, step, settings)
+        self._path(scheduler, step, realigned)
 
-    def _path(self, scheduler: SchedulerMixin, step: StepRecord, settings: Mapping[str, Any]) -> None:
+    def _path(self, scheduler: SchedulerMixin, step: StepRecord, realigned: RealignedPosterior | None) -> None:
         """What the coming step will add to the densities of the path."""
-        models, eta = self._evaluation.names, settings.get("eta", 0.0)
+        models, eta = self._evaluation.names, step.settings.get("eta", 0.0)
         self._densities, self.ahead = None, None
         if not posteriors.is_diffusion(scheduler, eta):
             self.noisy = self._has_paths = self._has_densities = self._memoryless = False
@@ -193,9 +193,9 @@ class PathWeights:
             if posteriors.affine(scheduler)[0]:
                 share = posteriors.share_of_noise(scheduler, eta)
                 elapsed = (self.ahead - self._clock) * ((1 + share**2) / (2 * share)) ** 2
-                self._densities = _diffusion(scheduler, step, self._evaluation, settings, elapsed)
+                self._densities = _diffusion(scheduler, step, self._evaluation, elapsed)
             else:
-                self._densities = _gaussians(scheduler, step, self._evaluation, settings)
+                self._densities = _gaussians(step.models, _in_single_precision(scheduler, step, realigned))
 
     def add_first_half(self, until: float) -> None:
         """Count the first half of the interval to the clock's `until`, once."""
@@ -249,7 +249,7 @@ class PathWeights:
 
 
 def _diffusion(
-    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any], elapsed: float
+    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Outputs, elapsed: float
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """The densities of a step of a diffusion, by Girsanov's theorem with the noise `z` that the step will draw.
 
@@ -259,7 +259,7 @@ def _diffusion(
     own Gaussians tend to the same, but from far: they overcount a step in which SNR grows by much, as the last but one
     does in flow matching.
     """
-    carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **settings)
+    carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **step.settings)
     outputs = evaluation.outputs
     mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.mixture_weights)
     from_reference = evaluation.from_mixture(0)
@@ -275,23 +275,25 @@ def _diffusion(
     return at
 
 
-def _gaussians(
-    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any]
-) -> Callable[[Tensor], dict[str, Tensor]]:
+def _in_single_precision(
+    scheduler: SchedulerMixin, step: StepRecord, realigned: RealignedPosterior | None
+) -> RealignedPosterior:
+    """The posteriors that the step is drawn from, if they are in single precision; else made anew in that."""
+    if realigned is not None and step.predictions.dtype == step.sample.dtype == torch.float32:
+        return realigned
+    return realigned_posterior(
+        scheduler, replace(step, predictions=step.predictions.float(), sample=step.sample.float())
+    )
+
+
+def _gaussians(models: Sequence[str], realigned: RealignedPosterior) -> Callable[[Tensor], dict[str, Tensor]]:
     """The densities of a step that is not affine in the prediction: every model's Gaussian, written out."""
-    gaussians = [
-        posteriors.posterior(scheduler, prediction.float(), step.timestep, step.sample.float(), **settings)
-        for prediction in step.predictions
-    ]
-    gaussians = [Gaussian(mean, variance.expand_as(mean)) for mean, variance in gaussians]
-    means, variances = (torch.stack(part) for part in zip(*gaussians, strict=True))
-    mixture = geometric_mixture(means, variances, per_element(evaluation.mixture_weights, step.predictions))
 
     def at(previous: Tensor) -> dict[str, Tensor]:
         x = previous.float()
-        log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in gaussians]
-        summands = {"path_kl": kl(mixture, gaussians[0])}
-        for k, name in enumerate(evaluation.names[1:], 1):
+        log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in realigned.models]
+        summands = {"path_kl": kl(realigned.mixture, realigned.models[0])}
+        for k, name in enumerate(models[1:], 1):
             summands[f"ratio {name}"] = log_densities[k] - log_densities[0]
         return summands
 

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -455,18 +456,17 @@ class Dial:
             at=evaluation.at,
             log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
             progress=evaluation.progress,
+            settings={key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments},
         )
         if run.estimator is not None:
             run.estimator.tell(evaluation.at)
-        settings: dict[str, Any] = {
-            key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
-        }
         guided = evaluation.distilled or evaluation.rows != len(sample)
-        run.path_weights.before_step(run.scheduler, run.last, evaluation.lams, guided, settings, estimated=estimated)
+        observe = partial(run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, estimated)
         if len(evaluation.models) == 1:
+            observe(None)
             return own_step(**arguments)
         space, _ = space_of(run.scheduler, self._path)
-        return mixed_step(run.scheduler, own_step, arguments, run.last, space)
+        return mixed_step(run.scheduler, own_step, arguments, run.last, space, observe)
 
 
 def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:

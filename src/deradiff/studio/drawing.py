@@ -14,12 +14,12 @@ from torch import Tensor
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.path_weights import joined
-from deradiff.algorithm.step import denoised
 from deradiff.algorithm.verdict import verdict
 from deradiff.rewards import PictureReward
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
+from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import Job
 from deradiff.sweep import drawing
 from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
