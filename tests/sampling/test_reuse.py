@@ -1,5 +1,6 @@
 """Reuse between steps: which models run when, what stands for those that do not, and what it says of itself."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,17 @@ def test_the_error_of_an_annealed_weight_is_that_of_the_steps_where_it_acts() ->
     away = (near - exact).flatten(1).norm(dim=1).median() / (exact - base).flatten(1).norm(dim=1).median()
     assert 0.5 < told.error / float(away) < 2
     assert told.evaluations < 1.4 * told.predictions
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.15, 0.2, 0.3])
+def test_a_difference_that_changes_ever_faster_is_expected_to_go_on_so(rate: float) -> None:
+    estimator = PredictionEstimator(Reuse(tolerance=0.3), "reference", ("reference", "anchor"), [1.0] * 40, [1.0] * 40)
+    for i in range(40):
+        both = torch.tensor([0.0, math.exp(rate * i)]).view(2, 1, 1, 1, 1)
+        evaluated = (0,) if estimator.wants(i, "alike") == "carrier" else (0, 1)
+        estimator.complete(i, both[: len(evaluated)], (0, 1), evaluated, torch.tensor([[0.5], [0.5]]))
+    result = estimator.result()
+    assert result.error < 0.45 * 0.3 and result.evaluations < 1.4 * 40
 
 
 def test_nothing_is_carried_over_steps_that_mix_nothing() -> None:
