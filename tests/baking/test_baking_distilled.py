@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import deradiff
 import tiny
 from anchor_files import lora, lora_weights
-from deradiff.algorithm.schedules import Power, Schedule, Step, parse_lam
+from deradiff.algorithm.lams import parse_lam
+from deradiff.algorithm.schedules import Power, Schedule, Step
 from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
 from deradiff.alignment.feeds import row_generators

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.algorithm.schedules import Constant, Lams, Progress, Schedule, parse_lam
+from deradiff.algorithm.lams import Lams, parse_lam
+from deradiff.algorithm.schedules import Constant, Progress, Schedule
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.baking import outputs

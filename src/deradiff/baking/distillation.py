@@ -20,7 +20,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deradiff.algorithm.schedules import Lams, Progress, finite
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.schedules import Progress, finite
 from deradiff.algorithm.step import mixed, with_reference_weight
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
 from deradiff.alignment.feeds import row_generators

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from deradiff.algorithm.schedules import Lams, Progress
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.schedules import Progress
 from deradiff.alignment.base import Base
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.baking import outputs

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from deradiff.algorithm.schedules import Lams
+from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers, same_objects
 from deradiff.sampling.call_arguments import (

@@ -24,9 +24,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deradiff.algorithm.lams import Lams, parse_lam
 from deradiff.algorithm.noise_levels import first, impacts, index_of, log_snr_at, progress_at, strengths
 from deradiff.algorithm.path_weights import ImportanceWeights
-from deradiff.algorithm.schedules import Lams, Schedule, parse_lam
+from deradiff.algorithm.schedules import Schedule
 from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference_weight
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoiser_of

@@ -17,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.algorithm.schedules import finite, parse_lam
+from deradiff.algorithm.lams import parse_lam
+from deradiff.algorithm.schedules import finite
 from deradiff.algorithm.step import space_of
 from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
@@ -57,7 +58,7 @@ def realign(
             named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`).
         lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
             less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
-            per image of the batch, or, with several anchors, a dictionary of any of those (`schedules.parse_lam`).
+            per image of the batch, or, with several anchors, a dictionary of any of those (`lams.parse_lam`).
         method: "mixture" mixes predictions, one evaluation per model and step. "interpolate" runs one model with
             interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
         path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them

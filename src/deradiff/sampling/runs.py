@@ -17,8 +17,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
+from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.path_weights import PathWeights
-from deradiff.algorithm.schedules import Lams
 from deradiff.algorithm.step import StepRecord
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.evaluation import Evaluation
