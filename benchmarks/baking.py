@@ -40,7 +40,7 @@ LIMIT = 15 * 60 * 2
 def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
     """One way of baking: what it took, how near it comes, what its result costs."""
     pipe, prompts = digits.load_pipeline(), captions.sample_prompts(PROMPTS, seed=1)
-    if method == "weights":
+    if method == "interpolate":
         prompts = split_prompts(prompts, IMAGES, "distill")[1]  # the same are compared either way
     wall, processor = time.perf_counter(), time.process_time()
     begun: list[tuple[float, float]] = []
@@ -115,7 +115,7 @@ def main() -> None:
     terminal.pass_on_warnings()
     with TemporaryDirectory() as temporary, reproducible(1), terminal.stages(console) as report:
         out = chosen.out or Path(temporary)
-        rows = [baked(method, out / method, report) for method in ("weights", "distill")]
+        rows = [baked(method, out / method, report) for method in ("interpolate", "distill")]
     weights, student = rows
     goals = {
         "a student's error is at most a third of the weights'": (

@@ -54,8 +54,8 @@ MODES: Mapping[str, Reuse | None] = {
     "exact": None,
     "tolerance 0.05": Reuse(tolerance=0.05),
     "tolerance 0.15": Reuse(tolerance=0.15),
-    "tolerance 0.05, weights carry": Reuse(tolerance=0.05, carrier="weights"),
-    "tolerance 0.15, weights carry": Reuse(tolerance=0.15, carrier="weights"),
+    "tolerance 0.05, weights carry": Reuse(tolerance=0.05, carrier="interpolate"),
+    "tolerance 0.15, weights carry": Reuse(tolerance=0.15, carrier="interpolate"),
     "every 4th": Reuse(every=4, carrier="reference"),
     "every 4th, held": Reuse(every=4, carrier="reference", slope=0.0),
 }

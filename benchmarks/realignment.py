@@ -129,7 +129,7 @@ def sampling_costs(rounds: int) -> list[Figure]:
 
 
 class Silent:
-    """A ledger that writes nothing down."""
+    """Path weights that write nothing down."""
 
     noisy = False
 
@@ -153,7 +153,7 @@ def bookkeeping(rounds: int) -> list[Figure]:
 
     def begin_silently(*args: Any, **kwargs: Any) -> Any:
         run = begin(*args, **kwargs)
-        run.ledger = Silent()  # type: ignore[assignment]
+        run.path_weights = Silent()  # type: ignore[assignment]
         return run
 
     dial._runs.begin = begin_silently  # type: ignore[method-assign]

@@ -133,7 +133,7 @@ class Problem:
             dial.lam = lam
             noise = torch.Generator().manual_seed(1000 * self.seed + noise_of)
             x = pipe(num_images_per_prompt=PROMPTS * SEEDS, num_inference_steps=STEPS, eta=1.0, generator=noise).images
-            run = dial.weights
+            run = dial.importance_weights
             ratio = next((one.numpy().reshape(PROMPTS, SEEDS) for one in run.log_ratios.values()), None)
             images, log_weights = x[:, 0].double().numpy(), run.log_weights.numpy()
             self._cache[key] = images.reshape(PROMPTS, SEEDS), log_weights.reshape(PROMPTS, SEEDS), ratio

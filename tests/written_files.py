@@ -41,10 +41,10 @@ from deradiff.baking.drawing import Sampler
 from deradiff.experiments import export as experiment_export
 from deradiff.experiments import plan, results
 from deradiff.experiments.store import Store
-from deradiff.files.folders import RunFolder, claim
+from deradiff.files.folders import RunFolder, begin_or_resume
 from deradiff.files.records import read_png, versions, write_png
 from deradiff.sampling.dial import Dial
-from deradiff.sampling.full_steps import Profile
+from deradiff.sampling.full_steps import FullSteps
 from deradiff.sampling.reuse import Reuse
 from deradiff.search import running as search
 from deradiff.search import spaces
@@ -129,10 +129,10 @@ SETTINGS = Settings(
 
 def records(folder: Path) -> Iterator[Written]:
     """Of runs, of images, and what the studio keeps."""
-    claimed = folder / "claimed"
-    claim(claimed, {"seed": 1, "prompts": ["a seven"]}, "cache")
-    read: Callable[[], object] = lambda: claim(claimed, {"seed": 1, "prompts": ["a seven"]}, "cache")  # noqa: E731
-    yield Written("settings.json", claimed / "settings.json", read, "json", 20, claimed)
+    begun = folder / "claimed"
+    begin_or_resume(begun, {"seed": 1, "prompts": ["a seven"]}, "cache")
+    read: Callable[[], object] = lambda: begin_or_resume(begun, {"seed": 1, "prompts": ["a seven"]}, "cache")  # noqa: E731
+    yield Written("settings.json", begun / "settings.json", read, "json", 20, begun)
 
     out, about = folder / "run", SETTINGS.model_dump(mode="json")
     image = Image.new("RGB", (8, 8), (200, 10, 10))
@@ -157,10 +157,10 @@ def records(folder: Path) -> Iterator[Written]:
     yield Written("preset", preset, lambda: scenes.of_record(kept.load("mine")), "json", 20, folder / "kept")
     yield Written("curve", curve, lambda: curves.read(kept.load("curve")), "json", 20, folder / "kept")
 
-    file = folder / "profile" / "profile.json"
+    file = folder / "full_steps" / "full_steps.json"
     file.parent.mkdir()
-    Profile(Reuse(steps=(0, 2), carrier="reference"), 0.1, 0.05, 0.0, 1.2, "DDIMScheduler", 3, 4).save(file)
-    yield Written("profile", file, lambda: Profile.load(file), "json", 20, file.parent)
+    FullSteps(Reuse(steps=(0, 2), carrier="reference"), 0.1, 0.05, 0.0, 1.2, "DDIMScheduler", 3, 4).save(file)
+    yield Written("full steps", file, lambda: FullSteps.load(file), "json", 20, file.parent)
 
 
 # -- alignments --------------------------------------------------------------------------------------------------------

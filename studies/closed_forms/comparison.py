@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
@@ -28,13 +28,14 @@ from torch import Tensor
 
 from deradiff.algorithm import verdict
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Power
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record as FileRecord
 from deradiff.files.reading import read
 from deradiff.files.writing import write_json
+from deradiff.sampling.dial import Method
 from deradiff.sampling.particles import Particles, sample_particles
 from deradiff.sampling.realignment import realign
 from deradiff.sweep.jobs import Pool
@@ -97,7 +98,7 @@ def compute(case: Case) -> Record:
     if case.study in ("grid", "two rewards"):
         arms["annealed"] = bench.paired(bench.realigned(Power(ANNEALING, case.lam))[0])
         if bench.differ_in_means_alone:
-            arms["interpolated"] = bench.paired(bench.realigned(case.lam, "weights")[0])
+            arms["interpolated"] = bench.paired(bench.realigned(case.lam, "interpolate")[0])
     return found
 
 
@@ -179,12 +180,12 @@ class _Bench:
             difference(self.reward(x), self.reward(self.samples), logs),
         )
 
-    def realigned(self, lam: float | Power, method: Literal["mixture", "weights"] = "mixture") -> tuple[Tensor, Any]:
+    def realigned(self, lam: float | Power, method: Method = "mixture") -> tuple[Tensor, Any]:
         """Samples of the realigned reference, and their weights where it mixes."""
         pipe = _pipeline(self.world, self.case)
         with realign(pipe, self._anchors(), self._lams(lam), method=method) as dial:
             x = _sample(pipe, self.case, self.seed)
-            return x, dial.weights if method == "mixture" else None
+            return x, dial.importance_weights if method == "mixture" else None
 
     def particles(self) -> Record:
         """Particles, from noise of their own: resampled ones are no pairs of anything."""
@@ -205,7 +206,7 @@ class _Bench:
         return dict.fromkeys(self.case.rewards, lam)
 
 
-def _verdict(case: Case, run: RunWeights, scores: Float[Tensor, " sample"]) -> Record:
+def _verdict(case: Case, run: ImportanceWeights, scores: Float[Tensor, " sample"]) -> Record:
     baseline = _reference_mean(case.world, case.rewards, case.eta, case.steps, case.samples)
     found = verdict.verdict(run, scores, baseline=baseline)
     return {
@@ -286,7 +287,7 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
         ValueError: `out` holds a comparison with other settings.
     """
     cases = plan.cases()
-    folder = _claim(plan, out)
+    folder = _folder_of(plan, out)
     todo = [case for case in cases if not _file(folder, case).exists()]
     done = len(cases) - len(todo)
     on_step(done, len(cases))
@@ -297,10 +298,10 @@ def run(plan: Plan, out: Path, on_step: Callable[[int, int], None], workers: int
     return [_read(folder, case) for case in cases]
 
 
-def _claim(plan: Plan, out: Path) -> Path:
+def _folder_of(plan: Plan, out: Path) -> Path:
     """The folder of the cases."""
     settings = {"worlds": list(plan.worlds), "samples": plan.samples, "steps": plan.steps, "quick": plan.quick}
-    claim(out, settings, "comparison")
+    begin_or_resume(out, settings, "comparison")
     folder = out / "cases"
     folder.mkdir(exist_ok=True)
     return folder

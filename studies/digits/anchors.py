@@ -20,7 +20,7 @@ from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.tensors import joined, rows
-from deradiff.files.writing import whole, whole_folder, write_json
+from deradiff.files.writing import atomic_file, atomic_folder, write_json
 from deradiff.sweep.jobs import Report
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
@@ -60,7 +60,7 @@ def draw_pairs(folder: Path, settings: Settings, number: int, report: Report) ->
         rewards = DigitsReward()(decode(pipe.vae, latents), texts).view(-1, 2)
         wins = bradley_terry(rewards[:, 0], rewards[:, 1], settings.reward_temperature, generator)
         chunk = {"latents": latents.view(-1, 2, 4, 8, 8), "rewards": rewards, "first_wins": wins}
-        with whole(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file(chunk, temporary)
     report("preference pairs", len(list(folder.glob("pairs-*.safetensors"))), settings.chunks, f"chunk {number}")
 
@@ -166,7 +166,7 @@ def train_anchor(folder: Path, settings: Settings, beta: float, report: Report) 
     policy, checkpoint, progress = Policy(base), folder / f"{name}-checkpoint", partial(report, f"anchor β = {beta:g}")
     curve = align(base, policy, pairs, beta, settings.dpo, settings, checkpoint, progress)
     write_json(folder / f"{name}-curve.json", asdict(curve))
-    with whole_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         policy.model.save_pretrained(fresh)
     discard(checkpoint)
 
@@ -186,6 +186,6 @@ def train_lora(folder: Path, settings: Settings, report: Report) -> None:
     curve = align(base, policy, pairs, beta, settings.lora, settings, checkpoint, progress)
     write_json(folder / f"lora-beta-{beta:g}-curve.json", asdict(curve))
     layers = get_peft_model_state_dict(policy.model)
-    with whole_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         StableDiffusionPipeline.save_lora_weights(fresh, unet_lora_layers=layers)
     discard(checkpoint)

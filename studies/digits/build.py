@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.sweep.jobs import Report, reproducible, run_jobs
 from studies.digits.anchors import draw_pairs, train_anchor, train_lora
@@ -25,7 +25,7 @@ def build(folder: Path, settings: Settings, report: Report) -> Path:
 
     Raises `ValueError` if `folder` holds a build with other settings.
     """
-    claim(folder, asdict(settings), "build")
+    begin_or_resume(folder, asdict(settings), "build")
     with taken(folder, "a build"):
         return _build(folder, settings, report)
 

@@ -17,7 +17,7 @@ from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.reading import read
-from deradiff.files.writing import whole_folder
+from deradiff.files.writing import atomic_folder
 from deradiff.worlds.digits import quality
 from deradiff.worlds.digits.captions import sample_prompts, words
 from deradiff.worlds.digits.rewards import DigitsReward
@@ -35,7 +35,7 @@ def export(folder: Path, settings: Settings, report: Progress) -> Path:
     if path.exists():
         require_whole(path, None, "export", "delete that folder, and it is exported again")
         return path
-    with whole_folder(path) as files:
+    with atomic_folder(path) as files:
         _gather(folder, files, settings, report)
     return path
 

@@ -15,7 +15,7 @@ from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.training import BatchPart, TrainingRun
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
-from deradiff.files.writing import whole_folder, write_json
+from deradiff.files.writing import atomic_folder, write_json
 from deradiff.sweep.jobs import Report
 from deradiff.worlds.digits import captions, data
 from studies.digits import models
@@ -60,7 +60,7 @@ def train_autoencoder(folder: Path, settings: Settings, report: Report) -> Autoe
     )
     standardise(vae.eval(), pictures[:2048])
     write_json(folder / "vae-curve.json", asdict(curve))
-    with whole_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         vae.save_pretrained(fresh)
     discard(folder / "vae-checkpoint")
     return vae
@@ -163,7 +163,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     )
     write_json(folder / "reference-curve.json", asdict(curve))
     pipe = models.pipeline(vae, text.eval(), model["unet"].eval())
-    with whole_folder(path) as fresh:
+    with atomic_folder(path) as fresh:
         pipe.save_pretrained(fresh)
     discard(folder / "reference-checkpoint")
     return _quiet(pipe)

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.estimates import mean
-from deradiff.algorithm.path_weights import RunWeights, joined
+from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.verdict import verdict
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.models import reading_model
 from deradiff.files.writing import write_json
@@ -174,7 +174,7 @@ def run(
     ]
     if not todo:
         raise ValueError(f"{trained} holds no trained targets with their anchors that were asked for")
-    claim(out, asdict(plan), "study")
+    begin_or_resume(out, asdict(plan), "study")
     with taken(out, "a study"):
         _measure(trained, out, plan, todo, report, workers)
     return [_compared(out, case) for case in todo]
@@ -251,13 +251,13 @@ def compute(trained: Path, case: Case, plan: Plan, known: Record) -> Record:
         return _measured(images, torch.zeros(shape))
 
     with realign(pipe, anchors, case.target) as dial:
-        runs: list[RunWeights] = []
-        images = _draw(pipe, texts, scale, plan, lambda: runs.append(dial.weights))
+        runs: list[ImportanceWeights] = []
+        images = _draw(pipe, texts, scale, plan, lambda: runs.append(dial.importance_weights))
         whole = joined(runs)
         arms["algorithm 1"], arms["weighted"] = of(images), _measured(images, whole.log_weights.view(shape))
         for count in plan.counts if scale == 1 else plan.guided_counts:
             arms[f"particles {count}"] = _particles(pipe, texts, scale, plan, count)
-    with realign(pipe, anchors, case.target, method="weights"):
+    with realign(pipe, anchors, case.target, method="interpolate"):
         arms["interpolated"] = of(_draw(pipe, texts, scale, plan))
     verdicts = {}
     for name, reward in REWARDS.items():

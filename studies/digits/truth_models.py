@@ -31,12 +31,12 @@ from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr, weighted_mean
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import discard, taken
 from deradiff.files.reading import Record, read
 from deradiff.files.tensors import joined, metadata, opened, rows
-from deradiff.files.writing import whole, whole_folder, write_json
+from deradiff.files.writing import atomic_file, atomic_folder, write_json
 from deradiff.rewards import Reward
 from deradiff.sweep.jobs import Job, Report, run_jobs
 from deradiff.worlds.digits import captions, load_pipeline
@@ -121,7 +121,7 @@ def train_truth(
     for reward in {name for target in settings.targets for name in target}:
         if reward not in settings.betas:
             raise ValueError(f"a target names the reward {reward!r}, which has no β: {', '.join(settings.betas)} have")
-    claim(folder, asdict(settings), "truth")
+    begin_or_resume(folder, asdict(settings), "truth")
     with taken(folder, "a truth"):
         _train_truth(folder, settings, report, workers, only)
 
@@ -201,7 +201,7 @@ def draw_pool(folder: Path, settings: TruthSettings, number: int, report: Report
         generator = torch.Generator().manual_seed((settings.seed + 1 << 32) + number)
         latents, rewards = draw_scored(_reference(), prompts, settings, generator)
         texts = {"captions": json.dumps(prompts)}
-        with whole(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file({"latents": latents, **rewards}, temporary, metadata=texts)
     report("reference samples", len(list(folder.glob("pool-*.safetensors"))), settings.chunks, f"chunk {number}")
 
@@ -366,6 +366,6 @@ def _save(model: UNet2DConditionModel, record: Mapping[str, Any], curve: LossCur
     model.to(memory_format=torch.contiguous_format)
 
     path.parent.mkdir(exist_ok=True)
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         model.save_pretrained(folder)
         write_json(folder / "truth.json", {**record, "curve": asdict(curve), "files": inventory(folder)})

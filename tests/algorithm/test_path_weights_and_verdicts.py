@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deradiff import realign
 from deradiff.algorithm.estimates import effective_sample_size, normalized
-from deradiff.algorithm.path_weights import RunWeights, joined
+from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.schedules import Power
 from deradiff.algorithm.verdict import ENOUGH, EVEN, at_other_lam, compare, slope, verdict
 from deradiff.sampling.dial import Dial
@@ -130,7 +130,7 @@ def test_weighted_samples_follow_the_retrained_model_with_every_scheduler(name):
     x, dial = realigned(world, family, {"anchor": {"slope": 2.0}}, 0.25)
     truth = sample(world, family, {"slope": 0.5})
     shift = world.aligned({"slope": 0.5}).expected(reward)
-    found = compare(reward(x), dial.weights.log_weights)
+    found = compare(reward(x), dial.importance_weights.log_weights)
     noise = math.hypot(found.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
     gap = found.weighted.value - float(reward(truth).mean())
     # Four standard errors, and two percent of the shift for time discretisation.
@@ -154,7 +154,7 @@ def test_weighted_samples_follow_the_retrained_model_in_random_worlds(seed, name
     target = {n: tilts[n] * lam[n] for n in tilts}
     truth = sample(world, family, target, steps=60)
     for reward in world.rewards.values():
-        found = compare(reward(x), dial.weights.log_weights)
+        found = compare(reward(x), dial.importance_weights.log_weights)
         noise = math.hypot(found.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
         # The aligned model differs from the reference by at most this much for any of the rewards.
         scale = max(
@@ -168,7 +168,7 @@ def test_one_model_alone_has_no_weight_and_weights_do_not_depend_on_the_batch():
     world = crossing()
     for lam in (0.0, 1.0):
         _, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, lam, samples=5, steps=5)
-        assert dial.weights.log_weights.tolist() == [0.0] * 5
+        assert dial.importance_weights.log_weights.tolist() == [0.0] * 5
     latents = torch.randn(6, 2, dtype=torch.float64)
     family = FAMILIES["DDIM η = 0"]
     _, together = realigned(
@@ -176,16 +176,17 @@ def test_one_model_alone_has_no_weight_and_weights_do_not_depend_on_the_batch():
     )
     _, alone = realigned(world, family, {"a": {"slope": 1.0}}, 0.5, latents=latents, samples=6)
     both = [1, 2, 5]
-    torch.testing.assert_close(together.weights.log_weights[both], alone.weights.log_weights[both])
-    assert together.weights.log_weights[[0, 3]].tolist() == [0.0, 0.0]
-    assert together.weights.log_weights[4] > 0 > together.weights.log_weights[1]
+    log_weights = together.importance_weights.log_weights
+    torch.testing.assert_close(log_weights[both], alone.importance_weights.log_weights[both])
+    assert log_weights[[0, 3]].tolist() == [0.0, 0.0]
+    assert log_weights[4] > 0 > log_weights[1]
 
 
 def test_the_normaliser_of_the_mixture_comes_out():
     """`E[W]` along the reverse process is `∫ p_0^{1-λ} p_1^λ`, which is `Z(λ/β)/Z(1/β)^λ`."""
     world, lam, tilt = crossing(), 0.5, 2.0
     _, dial = realigned(world, FAMILIES["DDIM η = 1"], {"a": {"slope": tilt}}, lam, samples=20_000)
-    weights = dial.weights.log_weights
+    weights = dial.importance_weights.log_weights
     exact = world.reference.tilted(world.exponent({"slope": lam * tilt}))[1]
     exact -= lam * world.reference.tilted(world.exponent({"slope": tilt}))[1]
     found = float(torch.logsumexp(weights, 0)) - math.log(len(weights))
@@ -197,13 +198,13 @@ def test_guidance_annealing_img2img_and_renoising_have_no_exact_target_and_say_s
     world, anchors = crossing(), {"a": {"slope": 1.0}}
     ddpm = FAMILIES["DDPM"]
     _, dial = realigned(world, ddpm, anchors, 0.5, samples=8, steps=6, guidance_scale=3.0, prompt="right")
-    assert dial.weights.obstacles == {"guidance"}
+    assert dial.importance_weights.obstacles == {"guidance"}
     assert "guidance scale 1" in dial.verdict().words and dial.verdict().kind == "no target"
     _, dial = realigned(world, ddpm, anchors, Power(2), samples=8, steps=6)
-    assert dial.weights.obstacles == {"annealing"}
+    assert dial.importance_weights.obstacles == {"annealing"}
     renoising = Family("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})
     _, dial = realigned(world, renoising, anchors, 0.5, samples=8, steps=6)
-    assert dial.weights.obstacles == {"renoising"}
+    assert dial.importance_weights.obstacles == {"renoising"}
     assert "FlowMatchSDEScheduler" in dial.verdict().words
     pipe = world.pipeline(ddpm())
     with realign(pipe, world.denoiser({"slope": 1.0}), 0.5) as dial:
@@ -211,25 +212,25 @@ def test_guidance_annealing_img2img_and_renoising_have_no_exact_target_and_say_s
         x = torch.randn(4, 2, dtype=torch.float64)
         for t in pipe.scheduler.timesteps[5:]:  # as img2img does
             x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
-    assert dial.weights.obstacles == {"partial"}
+    assert dial.importance_weights.obstacles == {"partial"}
 
 
 def test_guidance_that_was_distilled_into_a_model_counts_as_guidance():
     pipe, anchor, call = make("flux")
     with realign(pipe, anchor, 0.5) as dial:
         pipe(**call | {"true_cfg_scale": 1.0})
-    assert pipe.transformer.config.guidance_embeds and "guidance" in dial.weights.obstacles
+    assert pipe.transformer.config.guidance_embeds and "guidance" in dial.importance_weights.obstacles
 
 
 def test_interpolated_weights_and_runs_not_begun_have_no_weights():
     world = crossing()
     pipe = world.pipeline(FAMILIES["DDPM"]())
     with realign(pipe, world.denoiser({"slope": 1.0}), 0.5) as dial, pytest.raises(RuntimeError, match="run the pipe"):
-        dial.weights  # noqa: B018
-    with realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="weights") as dial:
+        dial.importance_weights  # noqa: B018
+    with realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="interpolate") as dial:
         pipe(num_inference_steps=2, num_images_per_prompt=2)
         with pytest.raises(RuntimeError, match="one model"):
-            dial.weights  # noqa: B018
+            dial.importance_weights  # noqa: B018
 
 
 # -- densities of the path --------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_memoryless_paths_tell_the_implicit_reward_and_the_divergence(name):
     world, lam, tilt = crossing(), 0.5, 1.0
     reward = world.rewards["slope"]
     x, dial = realigned(world, FAMILIES[name], {"a": {"slope": tilt}}, lam, steps=400)
-    run = dial.weights
+    run = dial.importance_weights
     assert run.memoryless
     implied, given = run.log_ratios["a"], tilt * reward(x)
     slope_ = float(torch.cov(torch.stack([implied, given]))[0, 1] / given.var())
@@ -254,7 +255,7 @@ def test_the_divergence_of_memoryless_paths_is_that_of_their_images(name):
     """At λ → 1 the realigned model is the anchor, whose KL divergence to the reference is a formula."""
     world = crossing()
     _, dial = realigned(world, FAMILIES[name], {"a": {"slope": 1.0}}, 1 - 1e-6, steps=200)
-    found = dial.weights.path_kl
+    found = dial.importance_weights.path_kl
     assert found is not None
     exact = world.divergence({"slope": 1.0})
     assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / len(found) ** 0.5 + 0.05 * exact
@@ -295,7 +296,7 @@ def test_path_densities_match_gaussians_written_out(name, clip):
                 gained = ((x - means[0]).square() - (x - means[k]).square()).sum(1) / (2 * variance)
                 ratios[name] = ratios[name] + gained
             kl = kl + (mix - means[0]).square().sum(1) / (2 * variance)
-    run = dial.weights
+    run = dial.importance_weights
     near = 1e-3 if clip else 0.1
     torch.testing.assert_close(run.path_kl, kl, rtol=near, atol=near)
     for name, ratio in ratios.items():
@@ -305,12 +306,13 @@ def test_path_densities_match_gaussians_written_out(name, clip):
 def test_deterministic_runs_know_no_path_and_half_anchored_runs_no_ratio():
     world = crossing()
     _, dial = realigned(world, FAMILIES["DDIM η = 0"], {"a": {"slope": 1.0}}, 0.5, samples=4, steps=5)
-    assert dial.weights.path_kl is None and dial.weights.log_ratios == {} and not dial.weights.memoryless
+    run = dial.importance_weights
+    assert run.path_kl is None and run.log_ratios == {} and not run.memoryless
     _, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, 0.0, samples=4, steps=5)
-    path_kl = dial.weights.path_kl
-    assert dial.weights.log_ratios == {} and path_kl is not None and path_kl.tolist() == [0.0] * 4
+    path_kl = dial.importance_weights.path_kl
+    assert dial.importance_weights.log_ratios == {} and path_kl is not None and path_kl.tolist() == [0.0] * 4
     _, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, 1.0, samples=4, steps=5)
-    assert dial.weights.path_kl is None
+    assert dial.importance_weights.path_kl is None
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def test_second_order_is_nearer_where_the_score_is_skewed():
     world, reward = crossing(), crossing().rewards["slope"]
     x, dial = realigned(world, FAMILIES["DDIM η = 1"], {"a": {"slope": 2.0}}, 0.25, samples=20_000)
     exact = world.aligned({"slope": 0.5}).expected(reward)
-    found = compare(reward(x), dial.weights.log_weights)
+    found = compare(reward(x), dial.importance_weights.log_weights)
     plain, first, second = (abs(v - exact) for v in (found.plain.value, found.covariance, found.skewed))
     assert second < first < plain
 
@@ -398,7 +400,7 @@ def test_verdicts_tell_trust_from_error_where_even_weights_prove_nothing():
     assert dial.verdict().kind == "trust" and dial.verdict().score == "implicit reward"
 
 
-def run_of(log_weights: Tensor, lam: float = 0.5, **changes: Any) -> RunWeights:
+def run_of(log_weights: Tensor, lam: float = 0.5, **changes: Any) -> ImportanceWeights:
     """A run of a deterministic sampler with these weights."""
     n = len(log_weights)
     known: dict[str, Any] = {
@@ -410,7 +412,7 @@ def run_of(log_weights: Tensor, lam: float = 0.5, **changes: Any) -> RunWeights:
         "obstacles": frozenset(),
         "predictions": 10,
     }
-    return RunWeights(**(known | changes))
+    return ImportanceWeights(**(known | changes))
 
 
 def test_every_kind_of_verdict():
@@ -436,7 +438,7 @@ def test_a_batch_of_several_lam_is_judged_row_by_row_and_runs_join():
     _, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, lams, samples=400, steps=20)
     with pytest.raises(ValueError, match=r"run\.rows"):
         dial.verdict()
-    run = dial.weights
+    run = dial.importance_weights
     first, second = run.rows(slice(0, 200)), run.rows(torch.arange(200, 400))
     assert first.lams.unique().tolist() == [0.25] and len(second.log_ratios["a"]) == 200
     assert verdict(first).comparison.images == 200
@@ -451,7 +453,7 @@ def test_a_batch_of_several_lam_is_judged_row_by_row_and_runs_join():
 def test_other_lam_from_one_run():
     world, reward = crossing(), crossing().rewards["slope"]
     x, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, 0.5, samples=20_000, steps=200)
-    run = dial.weights
+    run = dial.importance_weights
     for lam in (0.4, 0.5, 0.65):
         found = at_other_lam(run, reward(x), lam)
         exact = world.aligned({"slope": lam}).expected(reward)
@@ -469,15 +471,18 @@ def test_other_lam_of_two_anchors_and_refusals():
     lams = {"s": 0.4, "l": 0.4}
     x, dial = realigned(world, FAMILIES["DDPM"], {"s": {"slope": 1.0}, "l": {"lift": 1.0}}, lams, samples=20_000)
     lift = world.rewards["lift"]
-    found = at_other_lam(dial.weights, lift(x), {"s": 0.4, "l": 0.55})
+    found = at_other_lam(dial.importance_weights, lift(x), {"s": 0.4, "l": 0.55})
     exact = world.aligned({"slope": 0.4, "lift": 0.55}).expected(lift)
     assert abs(found.mean.value - exact) < 4 * found.mean.error + 0.03 * exact
     with pytest.raises(ValueError, match="exactly the anchors"):
-        at_other_lam(dial.weights, lift(x), 0.5)
+        at_other_lam(dial.importance_weights, lift(x), 0.5)
     with pytest.raises(ValueError, match="exactly the anchors"):
-        at_other_lam(dial.weights, lift(x), {"s": 0.4, "x": 0.5})
+        at_other_lam(dial.importance_weights, lift(x), {"s": 0.4, "x": 0.5})
     x, dial = realigned(world, FAMILIES["DDIM η = 0"], {"s": {"slope": 1.0}}, 0.5, samples=50, steps=5)
-    for asked in (lambda: at_other_lam(dial.weights, lift(x), 0.6), lambda: slope(dial.weights, lift(x))):
+    for asked in (
+        lambda: at_other_lam(dial.importance_weights, lift(x), 0.6),
+        lambda: slope(dial.importance_weights, lift(x)),
+    ):
         with pytest.raises(ValueError, match="memoryless"):
             asked()
 
@@ -487,12 +492,12 @@ def test_the_first_run_of_a_scheduler_that_was_put_in_forgets_the_last_one() -> 
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     with realign(pipe, module, lam=0.5) as dial:
         pipe(**call)
-        assert dial.weights.path_kl is None  # DDIM draws no noise
+        assert dial.importance_weights.path_kl is None  # DDIM draws no noise
         pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         pipe(**call, generator=torch.Generator().manual_seed(0))
-        first = dial.weights
+        first = dial.importance_weights
         pipe(**call, generator=torch.Generator().manual_seed(0))
-        second = dial.weights
+        second = dial.importance_weights
     assert first.path_kl is not None and second.path_kl is not None
     torch.testing.assert_close(first.path_kl, second.path_kl)
     torch.testing.assert_close(first.log_weights, second.log_weights)

@@ -9,8 +9,8 @@ import torch
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.gaussian import geometric_mixture
-from deradiff.algorithm.noise_levels import index_of
-from deradiff.algorithm.step import StepRecord, denoised
+from deradiff.algorithm.noise_levels import index_of, log_snr, progress
+from deradiff.algorithm.posterior_families import UnsupportedScheduler, ddim
 
 SHAPE = (2, 3, 4, 4)
 STEPS = 7
@@ -165,7 +165,7 @@ def test_given_noise_is_used_and_excludes_a_generator():
     scheduler = started("DDIMScheduler", {})
     t, x, z = scheduler.timesteps[2], start(scheduler, torch.float32), torch.randn(SHAPE)
     output = prediction(scheduler, x, 0)
-    gaussian = posteriors.ddim(scheduler, output, t, x, eta=1.0)
+    gaussian = ddim(scheduler, output, t, x, eta=1.0)
     expected = scheduler.step(output, t, x, eta=1.0, variance_noise=z)[0]
     torch.testing.assert_close(posteriors.sample(scheduler, gaussian, t, variance_noise=z), expected)
     with pytest.raises(ValueError, match="both generator and variance_noise"):
@@ -227,7 +227,7 @@ def test_which_schedulers_have_posteriors(name):
     if name in WITHOUT_POSTERIORS:
         assert "mixing predictions is the definition" in reason
         x = torch.zeros(SHAPE)
-        with pytest.raises(posteriors.UnsupportedScheduler, match=name):
+        with pytest.raises(UnsupportedScheduler, match=name):
             posteriors.posterior(scheduler, x, 1, x)
 
 
@@ -305,13 +305,13 @@ def test_variances_that_cannot_be_are_refused_with_the_reason():
     x = torch.zeros(SHAPE)
     scheduler = started("DDPMScheduler", {"variance_type": "fixed_large_log"})
     assert not posteriors.has_posterior(scheduler)
-    with pytest.raises(posteriors.UnsupportedScheduler, match=r"fixed_large_log.*NaN"):
+    with pytest.raises(UnsupportedScheduler, match=r"fixed_large_log.*NaN"):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
     scheduler = started("DDPMScheduler", {"variance_type": "learned_range"})
-    with pytest.raises(posteriors.UnsupportedScheduler, match="no channels for one"):
+    with pytest.raises(UnsupportedScheduler, match="no channels for one"):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
     scheduler = started("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"})
-    with pytest.raises(posteriors.UnsupportedScheduler, match="'sample'"):
+    with pytest.raises(UnsupportedScheduler, match="'sample'"):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
 
 
@@ -350,7 +350,7 @@ def test_progress_over_a_run_is_the_fraction_of_steps_done(case, form):
             "half": t.to(torch.bfloat16),
             "over T": t / 1000 if name.startswith("Flow") else t.item(),
         }[form]
-        seen.append(posteriors.progress(scheduler, argument))
+        seen.append(progress(scheduler, argument))
         x = scheduler.step(output, t, x)[0]
     steps = [p.steps for p in seen]
     assert sorted(set(steps)) == pytest.approx([i / 10 for i in range(10)])
@@ -373,7 +373,7 @@ def test_kdpm2_counts_its_intermediate_evaluations():
     scheduler = started("KDPM2DiscreteScheduler", {}, steps=5)
     x, steps = start(scheduler, torch.float32), []
     for i, t in enumerate(scheduler.timesteps):
-        steps.append(posteriors.progress(scheduler, t).steps)
+        steps.append(progress(scheduler, t).steps)
         x = scheduler.step(prediction(scheduler, x, i), t, x)[0]
     assert steps == pytest.approx([i / 9 for i in range(9)])
 
@@ -384,10 +384,10 @@ def test_kdpm2_counts_its_intermediate_evaluations():
 def test_image_to_image_starts_inside_the_schedule(name):
     scheduler = started(name, {"skip_prk_steps": True} if name == "PNDMScheduler" else {}, steps=10)
     middle = sorted(set(scheduler.timesteps.tolist()), reverse=True)[5]
-    assert posteriors.progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.5)
+    assert progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.5)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(7)
-        assert posteriors.progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.7)
+        assert progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28])
@@ -402,15 +402,15 @@ def test_a_new_schedule_is_noticed_and_a_missing_one_is_named():
     scheduler = make("DDIMScheduler")
     for steps in (10, 20, 10):
         scheduler.set_timesteps(steps)
-        assert posteriors.progress(scheduler, scheduler.timesteps[5]).steps == pytest.approx(5 / steps)
+        assert progress(scheduler, scheduler.timesteps[5]).steps == pytest.approx(5 / steps)
     with pytest.raises(ValueError, match="set_timesteps first"):
-        posteriors.progress(make("PNDMScheduler"), 10)
+        progress(make("PNDMScheduler"), 10)
 
 
 def test_a_finished_run_stays_at_its_last_step():
     scheduler = started("EulerDiscreteScheduler", {}, steps=4)
     scheduler._step_index = 4
-    assert posteriors.progress(scheduler, scheduler.timesteps[-1]).steps == pytest.approx(3 / 4)
+    assert progress(scheduler, scheduler.timesteps[-1]).steps == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -439,31 +439,31 @@ def test_log_snr_is_that_of_the_training_schedule(name):
         alpha_bar = float(alphas_cumprod[round(float(t))])
         expected = math.log(alpha_bar / (1 - alpha_bar))
         # Where timesteps are fractional (linspace), the neighbours bound the value; a tolerance of half a step does.
-        assert posteriors.log_snr(scheduler, t) == pytest.approx(expected, abs=0.02)
+        assert log_snr(scheduler, t) == pytest.approx(expected, abs=0.02)
 
 
 def test_log_snr_of_the_first_timestep_of_stable_diffusion():
     """Stable Diffusion's schedule ends at ᾱ = 0.0047."""
     scheduler = make("DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert posteriors.log_snr(scheduler, 999) == pytest.approx(math.log(0.00466 / (1 - 0.00466)), abs=2e-3)
+    assert log_snr(scheduler, 999) == pytest.approx(math.log(0.00466 / (1 - 0.00466)), abs=2e-3)
 
 
 def test_log_snr_of_flow_matching_edm_and_kdpm2():
     flow = started("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, steps=4)
-    assert posteriors.log_snr(flow, flow.timesteps[0]) == -math.inf
+    assert log_snr(flow, flow.timesteps[0]) == -math.inf
     sigma = float(flow.sigmas[2])
-    assert posteriors.log_snr(flow, flow.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
+    assert log_snr(flow, flow.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
 
     unipc = started("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, steps=4)
     sigma = float(unipc.sigmas[2])
-    assert posteriors.log_snr(unipc, unipc.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
+    assert log_snr(unipc, unipc.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
 
     edm = started("EDMEulerScheduler", {}, steps=4)
-    assert posteriors.log_snr(edm, edm.timesteps[0]) == pytest.approx(-2 * math.log(80))
-    assert posteriors.log_snr(edm, edm.timesteps[-1]) == pytest.approx(-2 * math.log(0.002), rel=1e-4)
+    assert log_snr(edm, edm.timesteps[0]) == pytest.approx(-2 * math.log(80))
+    assert log_snr(edm, edm.timesteps[-1]) == pytest.approx(-2 * math.log(0.002), rel=1e-4)
 
     zero = started("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
-    assert posteriors.log_snr(zero, zero.timesteps[0]) == -math.inf
+    assert log_snr(zero, zero.timesteps[0]) == -math.inf
 
 
 @pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler"])
@@ -472,7 +472,7 @@ def test_the_noise_level_is_the_one_the_scheduler_scales_its_input_by(name):
     scheduler = started(name, {}, steps=5)
     x = start(scheduler, torch.float32)
     for i, t in enumerate(scheduler.timesteps):
-        snr = posteriors.log_snr(scheduler, t)
+        snr = log_snr(scheduler, t)
         factor = float(scheduler.scale_model_input(torch.ones(()), t))
         assert snr == pytest.approx(-math.log(1 / factor**2 - 1), rel=1e-4)
         x = scheduler.step(prediction(scheduler, x, i), t, x)[0]
@@ -481,62 +481,4 @@ def test_the_noise_level_is_the_one_the_scheduler_scales_its_input_by(name):
 def test_a_scheduler_with_no_noise_levels_has_no_snr():
     scheduler = diffusers.IPNDMScheduler()
     scheduler.set_timesteps(4)
-    assert math.isnan(posteriors.log_snr(scheduler, scheduler.timesteps[0]))
-
-
-ESTIMATES = {
-    **{
-        f"{name}-{prediction}": (name, {"prediction_type": prediction})
-        for name in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-        for prediction in ("epsilon", "v_prediction")
-    },
-    "DDIMScheduler-sample": ("DDIMScheduler", {"prediction_type": "sample"}),
-}
-
-
-@pytest.mark.parametrize("case", ESTIMATES)
-def test_the_estimate_of_x_0_is_the_schedulers_own(case: str) -> None:
-    name, config = ESTIMATES[case]
-    scheduler = started(name, config)
-    for timestep in scheduler.timesteps[:-1]:
-        sample, outputs = torch.randn(SHAPE), torch.randn(2, *SHAPE)
-        weights = torch.tensor([[0.3, 1.0], [0.7, 0.0]])
-        step = record(scheduler, timestep, sample, outputs, weights)
-        mixture = weights[0].view(-1, 1, 1, 1) * outputs[0] + weights[1].view(-1, 1, 1, 1) * outputs[1]
-        if hasattr(scheduler, "is_scale_input_called"):
-            scheduler.is_scale_input_called = True
-        theirs = scheduler.step(mixture, timestep, sample).pred_original_sample
-        ours = denoised(scheduler, step)
-        assert ours is not None
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-4)
-
-
-def test_the_estimate_of_x_0_in_flow_matching_is_where_the_velocity_leads() -> None:
-    scheduler = started("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
-    image, noise = torch.randn(SHAPE), torch.randn(SHAPE)
-    for i, timestep in enumerate(scheduler.timesteps[1:], 1):
-        sigma = scheduler.sigmas[i]
-        sample, velocity = (1 - sigma) * image + sigma * noise, noise - image
-        scheduler._step_index = i
-        step = record(scheduler, timestep, sample, velocity[None], torch.ones(1, 1))
-        torch.testing.assert_close(denoised(scheduler, step), image, rtol=1e-4, atol=1e-4)
-
-
-def test_nobody_guesses_x_0_where_the_prediction_is_unknown() -> None:
-    scheduler = started("DDIMScheduler", {"prediction_type": "epsilon"})
-    step = record(scheduler, scheduler.timesteps[0], torch.zeros(SHAPE), torch.zeros(1, *SHAPE), torch.ones(1, 1))
-    assert denoised(scheduler, step) is not None
-    scheduler.register_to_config(prediction_type="riddle")
-    assert denoised(scheduler, step) is None
-
-
-def record(
-    scheduler: diffusers.SchedulerMixin,
-    timestep: torch.Tensor,
-    sample: torch.Tensor,
-    outputs: torch.Tensor,
-    weights: torch.Tensor,
-) -> StepRecord:
-    models = tuple(f"model {k}" for k in range(len(outputs)))
-    at, progress = index_of(scheduler, timestep), posteriors.progress(scheduler, timestep)
-    return StepRecord(models, outputs, weights, sample, timestep, at, posteriors.log_snr(scheduler, timestep), progress)
+    assert math.isnan(log_snr(scheduler, scheduler.timesteps[0]))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from deradiff.algorithm.schedules import Constant, Lams, Power, Progress, Schedule, Sigmoid, Spline, Step, parse_lam
+from deradiff.algorithm.lams import Lams, parse_lam
+from deradiff.algorithm.schedules import Constant, Power, Progress, Schedule, Sigmoid, Spline, Step
 
 ALL = [
     Constant(0.5),
@@ -262,7 +263,7 @@ def test_a_list_of_the_wrong_length_names_both_lengths_and_the_order():
 
 def test_schedules_are_cheap_to_import():
     heavy = "torch", "scipy", "matplotlib", "diffusers"
-    code = f"import sys, deradiff.schedules; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, deradiff; deradiff.schedules; print([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -149,7 +149,7 @@ def test_a_realigned_run_counts_the_same_steps_by_their_logarithm() -> None:
             width=16,
             generator=row_generators(2, range(5), "path"),
         )
-        whole = dial.weights.path_kl
+        whole = dial.importance_weights.path_kl
     assert whole is not None and whole[-1] == 0
     torch.testing.assert_close(counted, whole[:4].float(), rtol=1e-3, atol=0)
 

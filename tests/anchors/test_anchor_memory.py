@@ -32,7 +32,9 @@ def weights_of(module: Any) -> list[Any]:
 
 
 @attack
-@pytest.mark.parametrize("options", [{}, {"reuse": 2}, {"reuse": 2, "lam": 0.7}, {"method": "weights"}, {"lam": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reuse": 2}, {"reuse": 2, "lam": 0.7}, {"method": "interpolate"}, {"lam": 1.0}]
+)
 def test_a_whole_model_is_let_go(options):
     pipe, anchor, call = made_any()
     dial = realign(pipe, anchor, **{"lam": 0.5, **options})
@@ -81,7 +83,7 @@ def test_particles_and_gradients_let_go(tmp_path):
     del latents, output
     dial.remove()
     del anchor
-    assert alive(held) == 0 and dial.last.sample is not None and dial.weights.predictions == 3
+    assert alive(held) == 0 and dial.last.sample is not None and dial.importance_weights.predictions == 3
 
 
 @attack

@@ -36,7 +36,7 @@ def played(kind: str, anchor: Any, lam: Any, dtype: torch.dtype = torch.float32)
     """What a dial with interpolated weights samples."""
     pipe, _, call = tiny.make(kind)
     pipe.to(dtype)
-    with deradiff.realign(pipe, anchor, lam, method="weights"):
+    with deradiff.realign(pipe, anchor, lam, method="interpolate"):
         return tiny.sample(pipe, call)
 
 
@@ -248,7 +248,7 @@ def test_report_sheet_and_card_say_what_was_made_from_what(tmp_path: Path) -> No
             ]
         return torch.cat(rows)
 
-    reference, exact, own = latents(anchor, 0.0), latents(anchor, 0.5), latents(anchor, 0.5, "weights")
+    reference, exact, own = latents(anchor, 0.0), latents(anchor, 0.5), latents(anchor, 0.5, "interpolate")
     by_hand = (own - exact).flatten(1).norm(dim=1) / (exact - reference).flatten(1).norm(dim=1)
     assert judged.error.value == pytest.approx(by_hand.mean().item(), rel=1e-3)
     assert judged.error.error == pytest.approx(by_hand.std().item() / 2, rel=1e-3)
@@ -391,7 +391,7 @@ def test_prompts_held_out_are_not_trained_with() -> None:
     prompts = [f"prompt {i}" for i in range(20)]
     trained, held_out = split_prompts([*prompts, *prompts], 8, "distill")
     assert len(held_out) == 4 and trained + held_out == prompts
-    assert split_prompts(prompts, 3, "weights") == ([], prompts[:3])
+    assert split_prompts(prompts, 3, "interpolate") == ([], prompts[:3])
 
 
 def test_the_blend_names_what_files_hold(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import deradiff
 import tiny
 from anchor_files import lora, lora_weights
-from deradiff.algorithm.schedules import Power, Schedule, Step, parse_lam
+from deradiff.algorithm.lams import parse_lam
+from deradiff.algorithm.schedules import Power, Schedule, Step
 from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
@@ -61,7 +62,7 @@ def test_the_teacher_says_what_a_dial_steps_with(tmp_path: Path, kind: str) -> N
 
     def look(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert dial.last is not None
-        seen.append((dial.last, mixed(dial.last.predictions, dial.last.weights)))
+        seen.append((dial.last, mixed(dial.last.predictions, dial.last.mixture_weights)))
         return kwargs
 
     with deradiff.realign(pipe, anchors, lam) as dial:
@@ -304,7 +305,7 @@ def test_a_lora_anchor_is_distilled_into_one_lora(tmp_path: Path) -> None:
     mean = float(
         lam_by_timestep(parse_lam(Power(1), ("a",)), type(pipe.scheduler).from_config(pipe.scheduler.config), 3).mean()
     )
-    with deradiff.realign(pipe, adapter, mean, method="weights"):
+    with deradiff.realign(pipe, adapter, mean, method="interpolate"):
         tiny.assert_close(found, tiny.sample(pipe, call), 1e-4)
 
 

@@ -21,7 +21,7 @@ from deradiff.algorithm.schedules import Constant, Power, Schedule, Sigmoid, Spl
 from deradiff.cli import app, arguments, demo, terminal
 from deradiff.files.folders import RunFolder
 from deradiff.files.records import read_png
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.shared_settings import UnmirroredState
 from deradiff.sweep import drawing, notation
@@ -140,7 +140,7 @@ def test_several_anchors_each_with_a_lam(generate: Run, models: tuple[Path, Path
 
 
 def test_interpolated_weights_run_a_lam_at_a_time(generate: Run, tmp_path: Path) -> None:
-    result = generate("-p", "a", "-p", "b", "--lam", "0:1:0.5", "--method", "weights")
+    result = generate("-p", "a", "-p", "b", "--lam", "0:1:0.5", "--method", "interpolate")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["mixed"] == "weights"
@@ -243,7 +243,7 @@ def test_an_interrupted_run_leaves_whole_images_and_no_record(
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(RuntimeError), whole(file) as temporary:
+    with pytest.raises(RuntimeError), atomic_file(file) as temporary:
         temporary.write_text("ne")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -64,9 +64,9 @@ def test_particles_draw_every_image_from_k(tmp_path):
 
 
 def test_interpolated_weights_have_no_verdict_and_no_particles(tmp_path):
-    result = generate(tmp_path / "out", "--lam", "0.5", "--method", "weights")
+    result = generate(tmp_path / "out", "--lam", "0.5", "--method", "interpolate")
     assert result.exit_code == 0 and "an approximation without a verdict" in result.output
-    result = generate(tmp_path / "other", "--lam", "0.5", "--method", "weights", "--particles", "2")
+    result = generate(tmp_path / "other", "--lam", "0.5", "--method", "interpolate", "--particles", "2")
     assert result.exit_code == 2 and "particles" in result.output
     assert not (tmp_path / "other").exists()
 

@@ -74,11 +74,11 @@ def test_images_are_those_of_the_pipeline_itself() -> None:
     assert (reference - plainly(pipe, of["reference"])).abs().max() <= ONE_LEVEL
     with deradiff.realign(pipe, digits.anchor_path(30), 30 / 500) as dial:
         by_hand = plainly(pipe, of["strong → weak"])
-        weights = dial.weights
+        weights = dial.importance_weights
     (mixed, told), *_ = draw(plan, [of["strong → weak"]])
     assert (mixed - by_hand).abs().max() <= ONE_LEVEL
     assert told["log_weight"] == pytest.approx(float(weights.log_weights), rel=1e-3)
-    with deradiff.realign(pipe, digits.anchor_path(30), 0.5, method="weights"):
+    with deradiff.realign(pipe, digits.anchor_path(30), 0.5, method="interpolate"):
         by_hand = plainly(pipe, of["strong, weights at 0.5"])
     assert (draw(plan, [of["strong, weights at 0.5"]])[0][0] - by_hand).abs().max() <= ONE_LEVEL
     with deradiff.realign(pipe, digits.anchor_path(30), deradiff.schedules.Power(2)):

@@ -19,10 +19,10 @@ import tiny
 from deradiff.baking import bake, outputs
 from deradiff.cli import app
 from deradiff.files import folders
-from deradiff.files.folders import RunFolder, assembled, claim, finish_moving, named_files
+from deradiff.files.folders import RunFolder, assembled, begin_or_resume, finish_moving, named_files
 from deradiff.files.locks import PRIVATE, FolderInUse, taken
 from deradiff.files.records import read_png
-from deradiff.files.writing import whole, whole_folder, write_json
+from deradiff.files.writing import atomic_file, atomic_folder, write_json
 from deradiff.sweep import drawing
 from holding import another_process
 from programs import invoked
@@ -292,11 +292,11 @@ def test_an_interrupted_distillation_stays_when_another_method_is_tried(tmp_path
 def test_a_folder_of_something_else_is_not_claimed(tmp_path: Path) -> None:
     (tmp_path / "thesis.docx").write_text("mine")
     with pytest.raises(FileExistsError):
-        claim(tmp_path, {}, "cache")
+        begin_or_resume(tmp_path, {}, "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.docx"]
-    claim(tmp_path / "cache", {"resolution": 8}, "cache")
+    begin_or_resume(tmp_path / "cache", {"resolution": 8}, "cache")
     with pytest.raises(ValueError, match=r"resolution 8, now 16"):
-        claim(tmp_path / "cache", {"resolution": 16}, "cache")
+        begin_or_resume(tmp_path / "cache", {"resolution": 16}, "cache")
 
 
 # -- a kill at any place -----------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_a_run_that_is_killed_while_it_removes_the_older_one_can_be_replaced(
 def test_a_name_for_what_is_not_finished_is_nobody_elses(tmp_path: Path) -> None:
     names: set[str] = set()
     for _ in range(50):
-        with whole(tmp_path / "file") as first, whole(tmp_path / "file") as second:
+        with atomic_file(tmp_path / "file") as first, atomic_file(tmp_path / "file") as second:
             names |= {first.name, second.name}
             first.write_text("1")
             second.write_text("2")
@@ -458,7 +458,7 @@ def test_a_name_for_what_is_not_finished_is_nobody_elses(tmp_path: Path) -> None
     ],
 )
 def test_a_full_disk_is_named_with_the_room_it_has(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(OSError, match=r"model.*B free"), whole_folder(tmp_path / "model"):
+    with pytest.raises(OSError, match=r"model.*B free"), atomic_folder(tmp_path / "model"):
         raise error
     assert not list(tmp_path.iterdir())
 
@@ -471,7 +471,7 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError, match="B free"), whole(tmp_path / "weights") as temporary:
+        with pytest.raises(OSError, match="B free"), atomic_file(tmp_path / "weights") as temporary:
             save_file({"a": torch.zeros(1000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -480,9 +480,9 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path) -> N
 
 @FULL
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="shapes differ"), whole(tmp_path / "file"):
+    with pytest.raises(RuntimeError, match="shapes differ"), atomic_file(tmp_path / "file"):
         raise RuntimeError("shapes differ")
-    with pytest.raises(PermissionError), whole(tmp_path / "file"):
+    with pytest.raises(PermissionError), atomic_file(tmp_path / "file"):
         raise PermissionError(13, "Permission denied")
 
 

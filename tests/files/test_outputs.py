@@ -13,7 +13,7 @@ import pytest
 
 from deradiff.files import outputs
 from deradiff.files.outputs import new_file, replaced
-from deradiff.sampling.full_steps import Profile
+from deradiff.sampling.full_steps import FullSteps
 from deradiff.sampling.reuse import Reuse
 from programs import invoked
 from small_study import begun, voted
@@ -262,15 +262,15 @@ def test_the_votes_in_the_folder_of_a_study_are_ours_as_long_as_nobody_edits_the
 
 
 @attack
-def test_only_a_profile_is_replaced_by_a_profile(tmp_path: Path) -> None:
-    profile = Profile(Reuse(steps=(0, 2)), 0.05, 0.04, 0.1, 1.3, "ddim", 4, 8)
-    file = tmp_path / "profile.json"
-    profile.save(file)
-    profile.save(file)
-    assert Profile.load(file) == profile
+def test_only_a_list_of_full_steps_is_replaced_by_one(tmp_path: Path) -> None:
+    full_steps = FullSteps(Reuse(steps=(0, 2)), 0.05, 0.04, 0.1, 1.3, "ddim", 4, 8)
+    file = tmp_path / "full_steps.json"
+    full_steps.save(file)
+    full_steps.save(file)
+    assert FullSteps.load(file) == full_steps
     file.write_text(THEIRS)
-    with pytest.raises(FileExistsError, match=r"profile\.json"):
-        profile.save(file)
+    with pytest.raises(FileExistsError, match=r"full_steps\.json"):
+        full_steps.save(file)
     assert file.read_text() == THEIRS
 
 

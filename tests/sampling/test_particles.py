@@ -210,7 +210,7 @@ def test_without_resampling_particles_are_the_pipelines_own_images():
         found = sample_particles(pipe, "", 6, ess_threshold=0, generator=torch.Generator().manual_seed(2), **call)
         plain = pipe("", num_images_per_prompt=6, generator=torch.Generator().manual_seed(2), **call).images
     assert torch.equal(found.images, plain)
-    torch.testing.assert_close(found.log_weights[0], torch.log_softmax(dial.weights.log_weights, 0))
+    torch.testing.assert_close(found.log_weights[0], torch.log_softmax(dial.importance_weights.log_weights, 0))
     assert found.lineage == [] and found.ancestors.tolist() == [list(range(6))]
     assert found.evenness.shape == (9, 1)
 
@@ -303,7 +303,7 @@ def test_pipelines_without_a_dial_or_with_interpolated_weights_are_refused():
     with pytest.raises(ValueError, match="not realigned"):
         sample_particles(pipe, "", 4)
     with (
-        realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="weights"),
+        realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="interpolate"),
         pytest.raises(ValueError, match="one mo"),
     ):
         sample_particles(pipe, "", 4)

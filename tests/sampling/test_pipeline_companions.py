@@ -304,7 +304,7 @@ def test_weight_interpolation_is_one_model_with_interpolated_weights(kind):
     pipe, anchor, call, own = trio(kind)
     plain, aligned = sample(own[0], call), sample(own[1], call)
     between = make(kind)[0]
-    dial = realign(pipe, anchor, 0.37, method="weights")
+    dial = realign(pipe, anchor, 0.37, method="interpolate")
     with Counter(denoiser(pipe)) as reference, Counter(anchor) as anchors:
         for lam in (0.37, 1.4):
             with torch.no_grad():
@@ -339,7 +339,7 @@ def test_interpolated_weights_follow_a_style_and_weights_loaded_between_two_call
                     weight.copy_((names[0][name] + names[1][name]) / 2)
         assert_close(sample(pipe, call), sample(between, call), tolerance=3e-5)
 
-    with realign(pipe, anchor, 0.5, method="weights"):
+    with realign(pipe, anchor, 0.5, method="interpolate"):
         agree()
         everyone = pipe, *own, between
         for each in everyone:
@@ -357,7 +357,7 @@ def test_interpolated_weights_follow_a_style_and_weights_loaded_between_two_call
 def test_lora_scaling_is_one_pass_at_that_scale(lora_anchor):
     pipe, _, call = make("sd")
     path, weights = lora_anchor(pipe)
-    dial = realign(pipe, path, 0.37, method="weights")
+    dial = realign(pipe, path, 0.37, method="interpolate")
     with Counter(denoiser(pipe)) as passes:
         assert_close(sample(pipe, call), sample(fused(make("sd")[0], weights, scale=0.37), call))
         assert passes.number == call["num_inference_steps"]

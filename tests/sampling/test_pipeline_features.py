@@ -176,7 +176,7 @@ def test_the_record_of_a_step_holds_what_it_was_taken_from():
     assert len(records) == 4
     for i, (record, t) in enumerate(zip(records, pipe.scheduler.timesteps, strict=True)):
         assert record.models == ("reference", "anchor") and record.timestep == t and record.progress.steps == i / 4
-        assert record.weights.flatten().tolist() == pytest.approx([0.63, 0.37])
+        assert record.mixture_weights.flatten().tolist() == pytest.approx([0.63, 0.37])
         assert record.log_snr == pytest.approx(float((abar[t] / (1 - abar[t])).log()), rel=1e-5)
         for prediction, each in zip(record.predictions, own, strict=True):
             with torch.no_grad():

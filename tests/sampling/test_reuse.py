@@ -1,5 +1,6 @@
 """Reuse between steps: which models run when, what stands for those that do not, and what it says of itself."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import deradiff
 from anchor_files import lora
 from deradiff.algorithm.noise_levels import impacts
 from deradiff.sampling import reuse as reusing
-from deradiff.sampling.reuse import Bridge, Reuse
+from deradiff.sampling.reuse import PredictionEstimator, Reuse
 from deradiff.worlds import digits
 from tiny import Counter, assert_close, denoiser, make, sample
 
@@ -39,7 +40,7 @@ def records(pipe: Any, dial: Any, call: dict[str, Any], **changes: Any) -> list[
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_inpaint", "sd_adapter", "sd_controlnet", "sd3", "flux", "pixart"])
-@pytest.mark.parametrize("carrier", ["reference", "anchor", "weights"])
+@pytest.mark.parametrize("carrier", ["reference", "anchor", "interpolate"])
 def test_all_models_at_every_step_is_exact(kind: str, carrier: str) -> None:
     pipe, anchor, call = make(kind)
     with deradiff.realign(pipe, anchor, 0.4) as dial:
@@ -117,7 +118,7 @@ def test_several_anchors_and_images_of_their_own_weights() -> None:
 def test_loras_have_a_scale_for_each_image(adapter: Path) -> None:
     pipe, _, call = make("sd")
     lams = [0.2, 0.9]
-    with deradiff.realign(pipe, adapter, 0.0, method="weights") as dial:
+    with deradiff.realign(pipe, adapter, 0.0, method="interpolate") as dial:
         assert dial.blends_rows
         alone = []
         for row, dial.lam in enumerate(lams):
@@ -134,7 +135,7 @@ def test_interpolated_loras_carry_a_sweep(adapter: Path) -> None:
         exact = sample(pipe, call, **STEPS)
         dial.reuse = 3
         near = sample(pipe, call, **STEPS)
-        assert dial.reused is not None and dial.reused.carrier == "weights"
+        assert dial.reused is not None and dial.reused.carrier == "interpolate"
         assert dial.reused.evaluations == 2 * 3 + 4
         dial.reuse = Reuse(every=3, carrier="reference")
         far = sample(pipe, call, **STEPS)
@@ -210,13 +211,13 @@ def test_weights_and_verdict_know_of_it() -> None:
     with deradiff.realign(pipe, anchor, 0.4, reuse=2) as dial:
         assert "approximate: all models every 2 steps" in repr(dial)
         sample(pipe, call, **STEPS, guidance_scale=1.0)
-        assert dial.weights.obstacles == {"reuse"}
+        assert dial.importance_weights.obstacles == {"reuse"}
         assert "estimated from earlier steps" in dial.verdict().words
         with pytest.raises(ValueError, match=r"reuse only estimates: set dial.reuse = None"):
             deradiff.sample_particles(pipe, "a", 4)
         dial.reuse = None
         sample(pipe, call, **STEPS, guidance_scale=1.0)
-        assert not dial.weights.obstacles
+        assert not dial.importance_weights.obstacles
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +260,13 @@ def test_all_weights_of_one_noise_share_the_first_step() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize("name", ["auto", "interpolate", "weights", "reference"])
+def test_an_anchor_has_no_name_that_means_something_else(name: str) -> None:
+    pipe, anchor, _ = make("sd")
+    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+        deradiff.realign(pipe, {name: anchor}, {name: 0.5})
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tolerance": 0.0}, r"above 0 and below 1; got 0\.0"),
     ({"tolerance": -0.1}, "above 0 and below 1"),
@@ -267,10 +275,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reuse": 0}, "every must be a whole number of steps, 1 at least; got 0"),
     ({"reuse": True}, "every must be a whole number of steps"),
     ({"reuse": 2, "tolerance": 0.1}, "reuse or tolerance, not both"),
-    ({"reuse": 2, "method": "weights"}, "one model, with nothing to carry over"),
-    ({"reuse": Reuse(every=2, carrier="style")}, "carrier is one of auto, weights, reference, anchor; got 'style'"),
-    ({"reuse": Reuse(every=2, carrier="weights"), "lam": [0.1, 0.2]}, "needs one model for each"),
-    ({"reuse": Reuse(every=2, carrier="weights"), "anchor_device": "cpu"}, "need all models on one device"),
+    ({"reuse": 2, "method": "interpolate"}, "one model, with nothing to carry over"),
+    ({"reuse": Reuse(every=2, carrier="style")}, "carrier is one of auto, interpolate, reference, anchor; got 'style'"),
+    ({"reuse": Reuse(every=2, carrier="interpolate"), "lam": [0.1, 0.2]}, "needs one model for each"),
+    ({"reuse": Reuse(every=2, carrier="interpolate"), "anchor_device": "cpu"}, "need all models on one device"),
     ({"reuse": 2, "path": "posterior"}, "cannot be carried over between steps where posteriors are mixed"),
 ]
 
@@ -322,10 +330,10 @@ def test_a_weight_that_changes_does_not_count_twice(adapter: Path) -> None:
     with deradiff.realign(pipe, adapter, deradiff.schedules.Power(3)) as dial:
         exact = sample(pipe, call, num_inference_steps=9)
         away = {}
-        for carrier in ("weights", "reference"):
+        for carrier in ("interpolate", "reference"):
             dial.reuse = Reuse(every=3, slope=0.0, carrier=carrier)
             away[carrier] = float((sample(pipe, call, num_inference_steps=9) - exact).norm())
-        assert away["weights"] < away["reference"]
+        assert away["interpolate"] < away["reference"]
 
 
 def test_guidance_that_ends_closes_an_interval() -> None:
@@ -375,13 +383,24 @@ def test_the_error_of_an_annealed_weight_is_that_of_the_steps_where_it_acts() ->
     assert told.evaluations < 1.4 * told.predictions
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.15, 0.2, 0.3])
+def test_a_difference_that_changes_ever_faster_is_expected_to_go_on_so(rate: float) -> None:
+    estimator = PredictionEstimator(Reuse(tolerance=0.3), "reference", ("reference", "anchor"), [1.0] * 40, [1.0] * 40)
+    for i in range(40):
+        both = torch.tensor([0.0, math.exp(rate * i)]).view(2, 1, 1, 1, 1)
+        evaluated = (0,) if estimator.wants(i, "alike") == "carrier" else (0, 1)
+        estimator.complete(i, both[: len(evaluated)], (0, 1), evaluated, torch.tensor([[0.5], [0.5]]))
+    result = estimator.result()
+    assert result.error < 0.45 * 0.3 and result.evaluations < 1.4 * 40
+
+
 def test_nothing_is_carried_over_steps_that_mix_nothing() -> None:
-    bridge = Bridge(Reuse(every=9), "reference", ("reference", "anchor"), [1.0] * 6, [1.0] * 6)
+    estimator = PredictionEstimator(Reuse(every=9), "reference", ("reference", "anchor"), [1.0] * 6, [1.0] * 6)
     both, weights = torch.randn(2, 1, 4, 2, 2), torch.tensor([[0.5], [0.5]])
     for i, evaluated, wanted in ((0, (0, 1), "all"), (1, (0,), "carrier"), (3, (0, 1), "all"), (4, (0,), "carrier")):
-        assert bridge.wants(i, "alike") == wanted
-        bridge.complete(i, both[: len(evaluated)], (0, 1), evaluated, weights)
-    assert bridge.result().steps == (0, 3)
+        assert estimator.wants(i, "alike") == wanted
+        estimator.complete(i, both[: len(evaluated)], (0, 1), evaluated, weights)
+    assert estimator.result().steps == (0, 3)
 
 
 def test_watching_does_not_change_images() -> None:
@@ -435,6 +454,6 @@ def test_an_anchor_stays_on_a_device_of_its_own(adapter: Path) -> None:
     with pytest.raises(ValueError, match="is a LoRA, which lives in the reference's weights"):
         deradiff.realign(pipe, adapter, anchor_device="cpu")
     with pytest.raises(ValueError, match="all models on one device"):
-        deradiff.realign(pipe, anchor, method="weights", anchor_device="cpu")
+        deradiff.realign(pipe, anchor, method="interpolate", anchor_device="cpu")
     with pytest.raises(ValueError, match="torch knows no device"):
         deradiff.realign(pipe, anchor, anchor_device="gpu7")

@@ -64,7 +64,7 @@ class Turns:
 
 @attack
 @pytest.mark.parametrize("form", ["module", "lora"])
-@pytest.mark.parametrize("options", [{}, {"method": "weights"}, {"reuse": 2}, {"batched": False}])
+@pytest.mark.parametrize("options", [{}, {"method": "interpolate"}, {"reuse": 2}, {"batched": False}])
 def test_two_pipelines_around_one_denoiser_draw_what_each_draws_alone(form, options, tmp_path):
     pipe, anchor, call = make("sd")
     if form == "lora":
@@ -74,13 +74,13 @@ def test_two_pipelines_around_one_denoiser_draw_what_each_draws_alone(form, opti
     with realign(pipe, tmp_path if form == "lora" else anchor, 0.5, **options) as dial:
         dial.attach(other)
         alone = [sample(pipe, call, 1), sample(other, call, 2, prompt=["x"] * 3, negative_prompt=["y"] * 3)]
-        weights = dial.weights.log_weights if dial.method == "mixture" else None
+        weights = dial.importance_weights.log_weights if dial.method == "mixture" else None
         turns = Turns()
         drawn = together(
             lambda: sampled(pipe, call, 1, callback_on_step_end=turns),
             lambda: (
                 sampled(other, call, 2, prompt=["x"] * 3, negative_prompt=["y"] * 3, callback_on_step_end=turns),
-                dial.weights.log_weights if weights is not None else None,
+                dial.importance_weights.log_weights if weights is not None else None,
             ),
         )
     assert torch.equal(drawn[0], alone[0]) and torch.equal(drawn[1][0], alone[1])
@@ -252,7 +252,7 @@ def test_lambda_set_by_another_thread_takes_effect_at_the_next_step():
             finals.append(sample(pipe, call, 1, callback_on_step_end=turn))
         dial.lam = 0.2
         assert torch.equal(*finals) and not torch.equal(finals[0], sample(pipe, call, 1))
-        assert dial.last is not None and float(dial.last.weights[1]) == pytest.approx(0.2)
+        assert dial.last is not None and float(dial.last.mixture_weights[1]) == pytest.approx(0.2)
 
 
 @attack

@@ -100,7 +100,7 @@ def test_an_image_brings_its_settings_back(models: LoadedModels) -> None:
     [
         ({}, "no settings of one image"),
         ({"settings": 3}, "no settings of one image"),
-        (SCENES["plain"].model_dump() | {"method": "weights"}, "does not do"),
+        (SCENES["plain"].model_dump() | {"method": "interpolate"}, "does not do"),
         (SCENES["plain"].model_dump() | {"particles": 4}, "does not do"),
         (SCENES["plain"].model_dump() | {"tolerance": 0.1}, "the studio draws exactly"),
         (SCENES["plain"].model_dump() | {"anchor_revision": "main"}, "of a revision"),

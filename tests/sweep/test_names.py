@@ -1,5 +1,7 @@
 """Names are for people: what things are is told by their content, and names that would be mixed up are refused."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,35 @@ def test_the_identity_of_an_image_is_what_it_was() -> None:
     (arm,) = plan.arms()
     drawing = running.by_weights(drawing_of(plan, arm, "a", 7), plan, prints)
     assert running.identity(drawing, plan, prints) == "65f826443ca4d1fddf95e200dbd4a0ec"  # computed by version 0.1
+
+
+def test_what_0_1_stored_of_interpolated_weights_is_what_is_asked_for_now() -> None:
+    methods = [
+        {"method": "realign", "anchors": ["strong"], "lam": [0.5]},
+        {"method": "interpolate", "anchors": ["strong"], "lam": [0.5, 1.0]},
+    ]
+    plan = small(methods=methods)
+    prints = {name: {"sha256": name or "base"} for name in ("", *plan.models)}
+    drawings = [drawing_of(plan, arm, "the digit one", 3) for arm in plan.arms()]
+    assert [running.identity(drawing, plan, prints) for drawing in drawings] == [
+        "1013547d9441dda87b92801fd9b890fc",
+        "4e6ca1540131acb0c341a1184a1644f9",
+        "f4007d307d785a405b56bc3202387bf5",
+    ]
+    rows = [json.dumps(running.record(drawing), sort_keys=True).encode() for drawing in drawings]
+    assert [hashlib.sha256(row).hexdigest()[:32] for row in rows] == [
+        "6892ddb0a8c9a180ce8b81e088b723ce",
+        "6c73a5c43e4745e7e73ec311812f49e8",
+        "7b6f4b586757553649124b3aa2a83311",
+    ]
+
+
+def test_a_record_of_0_1_is_read() -> None:
+    known = {"reference": "digits", "anchors": {"anchor": "digits:30"}, "prompts": ["a"], "seeds": [0]}
+    settings = Settings.model_validate(known | {"columns": [{"lam": 0.5}], "method": "weights"})
+    assert settings.method == "interpolate" == settings.model_dump()["method"]
+    with pytest.raises(ValueError, match="'mixture' or 'interpolate'"):
+        Settings.model_validate(known | {"columns": [{"lam": 0.5}], "method": "magic"})
 
 
 def test_points_of_a_search_are_found_by_what_they_are() -> None:

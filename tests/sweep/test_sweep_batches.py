@@ -22,7 +22,7 @@ def test_shots_of_equal_weights_share_a_batch_of_interpolated_weights() -> None:
 
     pipe.__class__ = Counted
     shots = [Shot("a", seed, column) for column, seed in enumerate((0, 1, 2, 3))]
-    with deradiff.realign(pipe, anchor, 0.5, method="weights") as dial:
+    with deradiff.realign(pipe, anchor, 0.5, method="interpolate") as dial:
         found = list(sample(pipe, dial, shots, [0.5, 0.2, 0.5, 0.5], steps=2, batch_size=4, guidance_scale=1.0))
     assert sorted(sizes) == [1, 3]
     assert {shot for shot, _, _ in found} == {*shots}

@@ -275,8 +275,8 @@ USUAL: dict[str, Any] = {
         ({"seeds": (True,)}, "valid integer"),
         ({"columns": ({"lam": True},)}, "lam"),
         ({"columns": ({"lam": math.nan},)}, "finite"),
-        ({"method": "weights", "path": "posterior"}, "take no path"),
-        ({"method": "weights", "tolerance": 0.1, "particles": 4}, "take no tolerance, particles"),
+        ({"method": "interpolate", "path": "posterior"}, "take no path"),
+        ({"method": "interpolate", "tolerance": 0.1, "particles": 4}, "take no tolerance, particles"),
         ({"anchors": {"a": "x", "b": "y"}, "anchor_beta": 3.0}, "single anchor"),
     ],
 )
@@ -327,7 +327,7 @@ def test_what_says_where_weights_lie_is_for_weights_that_are_read(tmp_path: Path
 def test_interpolated_weights_take_what_they_can_use(tmp_path: Path) -> None:
     pipe, anchor, _ = tiny.make("sd")
     with pytest.raises(ValueError, match="path='posterior'"):
-        deradiff.realign(pipe, anchor, 0.5, method="weights", path="posterior")
+        deradiff.realign(pipe, anchor, 0.5, method="interpolate", path="posterior")
     for given, said in (({"distillation": Distillation(steps=3)}, "not trained"), ({"prompts": ["a"]}, "0 images")):
         with pytest.raises(ValueError, match=said):
             baking.bake(pipe, anchor, 0.5, tmp_path / "out", images=0, **given)
@@ -394,8 +394,8 @@ SEARCH = ("search", "digits", "-a", "digits:100", "-m", "legible", "-p", "x")
         ((*GENERATE, "--height", "32"), "height is given without width"),
         ((*GENERATE, "--guidance-scale", "nan"), "guidance_scale: "),
         ((*GENERATE, "--guidance-scale", "1", "--negative-prompt", "y"), "does not read a negative prompt"),
-        ((*GENERATE, "--method", "weights", "--path", "prediction"), "take no path"),
-        ((*GENERATE, "--method", "weights", "--reuse", "2"), "take no reuse"),
+        ((*GENERATE, "--method", "interpolate", "--path", "prediction"), "take no path"),
+        ((*GENERATE, "--method", "interpolate", "--reuse", "2"), "take no reuse"),
         ((*GENERATE, "--reuse", "2", "--tolerance", "0.1"), "not both"),
         ((*GENERATE, "--revision", "main"), "revision 'main' is for models on the hub"),
         ((*GENERATE, "--anchor-revision", "main"), "revision='main' is for models on the hub"),

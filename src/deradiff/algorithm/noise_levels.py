@@ -15,7 +15,8 @@ import torch
 from diffusers import KDPM2AncestralDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
-from deradiff.algorithm.schedules import Lams, Progress
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.schedules import Progress
 
 Timestep = float | int | Tensor
 

@@ -6,7 +6,7 @@ case of the Feynman-Kac correctors of Skreta et al. 2025, arXiv 2503.02819, appl
 
     d log W = -½ Σ_{i<j} w_i w_j ||ε_i - ε_j||² d log SNR
 
-Samples weighted with W follow `Π p_i^{w_i}`, the retrained model's distribution; Algorithm 1's own do not. `weights`
+Samples weighted with W follow `Π p_i^{w_i}`, the retrained model's distribution; Algorithm 1's own do not. `verdict`
 turns these numbers into estimates and a verdict.
 """
 
@@ -24,17 +24,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deradiff.algorithm import posteriors
-from deradiff.algorithm.gaussian import Gaussian, geometric_mixture, kl
+from deradiff.algorithm.gaussian import kl
 from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
-from deradiff.algorithm.step import StepRecord, mixed, per_element
+from deradiff.algorithm.step import RealignedPosterior, StepRecord, mixed, realigned_posterior
 
 Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
-"""Why the weights of a run have no model's distribution as their target; `weights.OBSTACLES` says it in words."""
+"""Why the weights of a run have no model's distribution as their target; `verdict.OBSTACLES` says it in words."""
 
 
 @dataclass(frozen=True)
-class RunWeights:
-    """What is known about one realigned run, per image. Made by `Dial.weights`.
+class ImportanceWeights:
+    """What is known about one realigned run, per image. Made by `Dial.importance_weights`.
 
     Attributes:
         log_weights: log W; 0 for an image at λ = 0 or 1.
@@ -57,7 +57,7 @@ class RunWeights:
     obstacles: frozenset[Obstacle]
     predictions: int
 
-    def rows(self, index: Int[Tensor, " rows"] | slice) -> RunWeights:
+    def rows(self, index: Int[Tensor, " rows"] | slice) -> ImportanceWeights:
         """These images alone, as when a batch holds several λ."""
         return replace(
             self,
@@ -68,7 +68,7 @@ class RunWeights:
         )
 
 
-def joined(runs: Sequence[RunWeights]) -> RunWeights:
+def joined(runs: Sequence[ImportanceWeights]) -> ImportanceWeights:
     """Several runs of the same models and sampler as one, their images in order."""
     first = runs[0]
     names = [name for name in first.log_ratios if all(name in run.log_ratios for run in runs)]
@@ -85,21 +85,21 @@ def joined(runs: Sequence[RunWeights]) -> RunWeights:
 
 
 @dataclass(frozen=True)
-class _Evaluation:
+class _Outputs:
     """The models' outputs at one x_t, and how far apart they are."""
 
     names: tuple[str, ...]
     outputs: list[Tensor]
-    weights: Float[Tensor, "model #batch"]
+    mixture_weights: Float[Tensor, "model #batch"]
     distances: dict[tuple[int, int], Tensor]
     """`||out_i - out_j||²` of every image."""
     spread: Float[Tensor, " batch"]
     """`Σ_{i<j} w_i w_j ||out_i - out_j||²`."""
 
     @classmethod
-    def of(cls, step: StepRecord) -> _Evaluation:
+    def of(cls, step: StepRecord) -> _Outputs:
         outputs = [output[:, : step.sample.shape[1]].float() for output in step.predictions]
-        weights = step.weights.to(outputs[0].device, torch.float32)
+        weights = step.mixture_weights.to(outputs[0].device, torch.float32)
         distances, spread = {}, torch.zeros(len(step.sample), device=outputs[0].device)
         for i, j in combinations(range(len(outputs)), 2):
             distances[i, j] = (outputs[i] - outputs[j]).flatten(1).square().sum(1)
@@ -108,12 +108,12 @@ class _Evaluation:
 
     def from_mixture(self, k: int) -> Float[Tensor, " batch"]:
         """`||Σ_j w_j out_j - out_k||²`, since the weights sum to one."""
-        away = sum(self.weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
+        away = sum(self.mixture_weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
         return away - self.spread
 
 
-class Ledger:
-    """Writes down one run: `arrive` before a scheduler's step is taken, `leave` after it.
+class PathWeights:
+    """Writes down one run: `before_step` before a scheduler's step is taken, `after_step` after it.
 
     log W is integrated by the trapezoidal rule. The first half of an interval belongs to the predictions at its
     beginning, its second half to those at its end; the last interval, to infinite SNR, is left out.
@@ -131,7 +131,7 @@ class Ledger:
         self._sums: dict[str, Tensor] = {}
         self._evaluation: Any = None
         self._clock = 0.0
-        self._paid = False
+        self._first_half_added = False
         self._densities: Callable[[Tensor], dict[str, Tensor]] | None = None
         self.noisy = self._memoryless = self._has_paths = self._has_densities = True
         self.ahead: float | None = None
@@ -139,20 +139,20 @@ class Ledger:
         self._lams: Any = None
         self._predictions = 0
 
-    def arrive(
+    def before_step(
         self,
         scheduler: SchedulerMixin,
         step: StepRecord,
         lams: Tensor,
         guided: bool,
-        settings: Mapping[str, Any],
-        estimated: bool = False,
+        estimated: bool,
+        realigned: RealignedPosterior | None,
     ) -> None:
         """Predictions are in: close the interval that led here. Call before the scheduler's own step.
 
-        `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own;
-        `settings` shape the step's distribution (DDIM's `eta`); `estimated` says that some predictions were carried
-        over from earlier steps.
+        `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own,
+        `estimated` that some were carried over from earlier steps; `realigned` is what the step will be drawn from,
+        where that was made.
         """
         if estimated:
             self._obstacles.add("reuse")
@@ -162,20 +162,20 @@ class Ledger:
             self._obstacles.add("annealing")
         if not self._predictions and step.progress.steps > 0:
             self._obstacles.add("partial")
-        evaluation, clock = _Evaluation.of(step), weight_clock(scheduler, step.log_snr)
+        evaluation, clock = _Outputs.of(step), weight_clock(scheduler, step.log_snr)
         if math.isnan(clock):
             self._obstacles.add("unknown noise")
         if self._evaluation is not None and math.isfinite(clock - self._clock) and clock > self._clock:
-            self.pay(clock)
+            self.add_first_half(clock)
             self._add("log_weights", evaluation.spread, (self._clock - clock) / 2)
-        self._evaluation, self._clock, self._paid = evaluation, clock, False
+        self._evaluation, self._clock, self._first_half_added = evaluation, clock, False
         self._lams = lams
         self._predictions += 1
-        self._path(scheduler, step, settings)
+        self._path(scheduler, step, realigned)
 
-    def _path(self, scheduler: SchedulerMixin, step: StepRecord, settings: Mapping[str, Any]) -> None:
+    def _path(self, scheduler: SchedulerMixin, step: StepRecord, realigned: RealignedPosterior | None) -> None:
         """What the coming step will add to the densities of the path."""
-        models, eta = self._evaluation.names, settings.get("eta", 0.0)
+        models, eta = self._evaluation.names, step.settings.get("eta", 0.0)
         self._densities, self.ahead = None, None
         if not posteriors.is_diffusion(scheduler, eta):
             self.noisy = self._has_paths = self._has_densities = self._memoryless = False
@@ -193,17 +193,17 @@ class Ledger:
             if posteriors.affine(scheduler)[0]:
                 share = posteriors.share_of_noise(scheduler, eta)
                 elapsed = (self.ahead - self._clock) * ((1 + share**2) / (2 * share)) ** 2
-                self._densities = _diffusion(scheduler, step, self._evaluation, settings, elapsed)
+                self._densities = _diffusion(scheduler, step, self._evaluation, elapsed)
             else:
-                self._densities = _gaussians(scheduler, step, self._evaluation, settings)
+                self._densities = _gaussians(step.models, _in_single_precision(scheduler, step, realigned))
 
-    def pay(self, until: float) -> None:
+    def add_first_half(self, until: float) -> None:
         """Count the first half of the interval to the clock's `until`, once."""
-        if not self._paid:
+        if not self._first_half_added:
             self._add("log_weights", self._evaluation.spread, (self._clock - until) / 2)
-        self._paid = True
+        self._first_half_added = True
 
-    def leave(self, previous: Tensor) -> None:
+    def after_step(self, previous: Tensor) -> None:
         """The step led to `previous`: add its part to the densities of the path (the last step has none)."""
         if self._densities is not None:
             for name, summand in self._densities(previous).items():
@@ -226,14 +226,14 @@ class Ledger:
         """log W so far."""
         return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spread))
 
-    def result(self) -> RunWeights:
+    def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
         nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")
         sums = {name: total.cpu().double() for name, total in self._sums.items()}
         ratios = {name.removeprefix("ratio "): total for name, total in sums.items() if name.startswith("ratio ")}
-        return RunWeights(
+        return ImportanceWeights(
             log_weights=sums.get("log_weights", nothing),
             log_ratios=ratios if self._has_densities else {},
             path_kl=sums.get("path_kl", nothing) if self._has_paths else None,
@@ -249,7 +249,7 @@ class Ledger:
 
 
 def _diffusion(
-    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any], elapsed: float
+    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Outputs, elapsed: float
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """The densities of a step of a diffusion, by Girsanov's theorem with the noise `z` that the step will draw.
 
@@ -259,40 +259,42 @@ def _diffusion(
     own Gaussians tend to the same, but from far: they overcount a step in which SNR grows by much, as the last but one
     does in flow matching.
     """
-    carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **settings)
+    carry, gain, variance = posteriors.coefficients(scheduler, step.timestep, **step.settings)
     outputs = evaluation.outputs
-    mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.weights)
+    mean = carry * step.sample.float() + gain * mixed(torch.stack(outputs), evaluation.mixture_weights)
     from_reference = evaluation.from_mixture(0)
 
     def at(previous: Tensor) -> dict[str, Tensor]:
         noise = (previous.float() - mean) * math.copysign((2 * elapsed / variance) ** 0.5, gain)
-        found = {"path_kl": elapsed * from_reference}
+        summands = {"path_kl": elapsed * from_reference}
         for k, name in enumerate(evaluation.names[1:], 1):
             along = ((outputs[k] - outputs[0]) * noise).flatten(1).sum(1)
-            found[f"ratio {name}"] = along + elapsed * (from_reference - evaluation.from_mixture(k))
-        return found
+            summands[f"ratio {name}"] = along + elapsed * (from_reference - evaluation.from_mixture(k))
+        return summands
 
     return at
 
 
-def _gaussians(
-    scheduler: SchedulerMixin, step: StepRecord, evaluation: _Evaluation, settings: Mapping[str, Any]
-) -> Callable[[Tensor], dict[str, Tensor]]:
+def _in_single_precision(
+    scheduler: SchedulerMixin, step: StepRecord, realigned: RealignedPosterior | None
+) -> RealignedPosterior:
+    """The posteriors that the step is drawn from, if they are in single precision; else made anew in that."""
+    if realigned is not None and step.predictions.dtype == step.sample.dtype == torch.float32:
+        return realigned
+    return realigned_posterior(
+        scheduler, replace(step, predictions=step.predictions.float(), sample=step.sample.float())
+    )
+
+
+def _gaussians(models: Sequence[str], realigned: RealignedPosterior) -> Callable[[Tensor], dict[str, Tensor]]:
     """The densities of a step that is not affine in the prediction: every model's Gaussian, written out."""
-    gaussians = [
-        posteriors.posterior(scheduler, prediction.float(), step.timestep, step.sample.float(), **settings)
-        for prediction in step.predictions
-    ]
-    gaussians = [Gaussian(mean, variance.expand_as(mean)) for mean, variance in gaussians]
-    means, variances = (torch.stack(part) for part in zip(*gaussians, strict=True))
-    mixture = geometric_mixture(means, variances, per_element(evaluation.weights, step.predictions))
 
     def at(previous: Tensor) -> dict[str, Tensor]:
         x = previous.float()
-        log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in gaussians]
-        found = {"path_kl": kl(mixture, gaussians[0])}
-        for k, name in enumerate(evaluation.names[1:], 1):
-            found[f"ratio {name}"] = log_densities[k] - log_densities[0]
-        return found
+        log_densities = [-((x - m).square() / v + v.log()).flatten(1).sum(1) / 2 for m, v in realigned.models]
+        summands = {"path_kl": kl(realigned.mixture, realigned.models[0])}
+        for k, name in enumerate(models[1:], 1):
+            summands[f"ratio {name}"] = log_densities[k] - log_densities[0]
+        return summands
 
     return at

@@ -1,9 +1,9 @@
 """How far can a realigned run be trusted? Weighted means beside plain ones, effective sample sizes, and a verdict.
 
-Algorithm 1's samples are off from the retrained model's by a weight that is known (`ledger`). Two numbers have to be
-read together. The *effective sample size* says whether the weighted mean can be believed; the *bias*, weighted minus
-plain mean, says how far off Algorithm 1 is, for that score. Even weights alone prove nothing: in a plane with four
-modes 89% of the samples were effective while the plain mean was off by a third (`studies.closed_forms`).
+Algorithm 1's samples are off from the retrained model's by a weight that is known (`path_weights`). Two numbers have
+to be read together. The *effective sample size* says whether the weighted mean can be believed; the *bias*, weighted
+minus plain mean, says how far off Algorithm 1 is, for that score. Even weights alone prove nothing: in a plane with
+four modes 89% of the samples were effective while the plain mean was off by a third (`studies.closed_forms`).
 
 Weights compare images of one prompt with one another, never those of different prompts: every prompt has a normaliser
 of its own. So everything here takes `groups`, the prompt of each image.
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from deradiff.algorithm.estimates import Estimate, mean, normalized, rows_of_groups
-from deradiff.algorithm.path_weights import Obstacle, RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle
 
 TRUSTED = 0.02
 """A run is called trustworthy where its error is below this share of the whole shift, two standard errors included."""
@@ -160,7 +160,7 @@ def _finite(x: float) -> float | None:
 
 
 def verdict(
-    run: RunWeights,
+    run: ImportanceWeights,
     scores: Float[Tensor, " image"] | None = None,
     groups: Int[Tensor, " image"] | None = None,
     *,
@@ -170,7 +170,7 @@ def verdict(
     """Judge a run at one λ.
 
     Args:
-        run: `Dial.weights`, or `RunWeights.rows` of it where a batch holds several λ.
+        run: `Dial.importance_weights`, or `ImportanceWeights.rows` of it where a batch holds several λ.
         scores: a score of every image. By default the exponent `Σ λ_i log p_i/p_0` of the paths, which is the anchors'
             implicit reward in units of β, or log W itself where the sampler is not memoryless.
         groups: the prompt of every image, as an index; all the same by default.
@@ -192,20 +192,20 @@ def verdict(
         scores, given = exponent, "implicit reward"
     else:
         scores, given = run.log_weights, "log W"
-    found = compare(scores, run.log_weights, groups)
+    comparison = compare(scores, run.log_weights, groups)
     spread = _within(run.log_weights, run.log_weights, groups) ** 0.5
     shift = None
     if baseline is not None:
-        shift = found.weighted.value - baseline
+        shift = comparison.weighted.value - baseline
     elif exponent is not None and given != "log W":
         shift = _within(scores, exponent, groups)
     error = None
     if shift:
-        error = Estimate(found.bias.value / abs(shift), found.bias.error / abs(shift))
+        error = Estimate(comparison.bias.value / abs(shift), comparison.bias.error / abs(shift))
 
     def judged(kind: Kind, words: str) -> Verdict:
         path_kl = None if run.path_kl is None else mean(run.path_kl)
-        return Verdict(kind, words, given, found, error, path_kl)
+        return Verdict(kind, words, given, comparison, error, path_kl)
 
     if alone and "annealing" not in run.obstacles:
         return judged("exact", "exact: one model alone, nothing is mixed")
@@ -213,16 +213,17 @@ def verdict(
         reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(run.obstacles))
         drops = f". As a diagnostic, log W varies by {spread:.2g} within a prompt" if math.isfinite(spread) else ""
         return judged("no target", f"no exact target: {reasons}{drops}")
-    per_prompt = found.effective / found.prompts
-    if found.images < ENOUGH * found.prompts:
-        each = found.images / found.prompts
+    per_prompt = comparison.effective / comparison.prompts
+    if comparison.images < ENOUGH * comparison.prompts:
+        each = comparison.images / comparison.prompts
         return judged(
             "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
         )
-    if found.evenness < EVEN or per_prompt < ENOUGH:
+    if comparison.evenness < EVEN or per_prompt < ENOUGH:
         return judged(
             "uneven",
-            f"cannot tell: weights too uneven ({found.effective:.3g} of {found.images} effective), use particles",
+            f"cannot tell: weights too uneven ({comparison.effective:.3g} of {comparison.images} effective), use "
+            "particles",
         )
     if given == "log W":
         if spread <= TRUSTED:
@@ -231,7 +232,7 @@ def verdict(
             "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
         )
     if error is None:
-        return judged("depends", f"{given} is off by {found.bias}; its shift from the reference is not known")
+        return judged("depends", f"{given} is off by {comparison.bias}; its shift from the reference is not known")
     if abs(error.value) + 2 * error.error <= TRUSTED:
         return judged("trust", f"trust: {given} is off by {abs(error.value):.1%} of its shift or less")
     if abs(error.value) > 2 * error.error:
@@ -255,7 +256,7 @@ class Elsewhere:
 
 
 def at_other_lam(
-    run: RunWeights,
+    run: ImportanceWeights,
     scores: Float[Tensor, " image"],
     lam: float | int | dict[str, float],
     groups: Int[Tensor, " image"] | None = None,
@@ -280,17 +281,17 @@ def at_other_lam(
     log_weights = run.log_weights
     for row, (anchor, ratio) in zip(run.lams, run.log_ratios.items(), strict=True):
         log_weights = log_weights + (wanted[anchor] - row.to(ratio)) * ratio
-    found = compare(scores, log_weights, groups)
-    if found.evenness < EVEN / 2 or found.effective < ENOUGH * found.prompts:
+    comparison = compare(scores, log_weights, groups)
+    if comparison.evenness < EVEN / 2 or comparison.effective < ENOUGH * comparison.prompts:
         raise ValueError(
-            f"λ = {lam} is too far from the run's own: {found.effective:.3g} of {found.images} images would carry the "
-            f"estimate. Choose a nearer λ, draw more images, or run it"
+            f"λ = {lam} is too far from the run's own: {comparison.effective:.3g} of {comparison.images} images would "
+            f"carry the estimate. Choose a nearer λ, draw more images, or run it"
         )
-    return Elsewhere(found.weighted, found.effective, found.images)
+    return Elsewhere(comparison.weighted, comparison.effective, comparison.images)
 
 
 def slope(
-    run: RunWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
+    run: ImportanceWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
 ) -> dict[str, Estimate]:
     """The derivative of the retrained model's mean score in each λ: `Cov_W(score, log p_i/p_0)`.
 
@@ -299,7 +300,7 @@ def slope(
     if not run.memoryless or not run.log_ratios:
         raise ValueError("the derivative in λ needs a memoryless run with every model evaluated, like `at_other_lam`")
     weights, f = normalized(run.log_weights.cpu(), groups), scores.double().cpu()
-    found = {}
+    slopes = {}
     for anchor, ratio in run.log_ratios.items():
         value = variance = 0.0
         for index in rows_of_groups(groups, len(f)):
@@ -308,14 +309,14 @@ def slope(
             inside = w @ product
             value += share * float(inside) * n / max(n - 1, 1)
             variance += share**2 * float((n * w * (product - inside)).square().sum() / (n * max(n - 1, 1)))
-        found[anchor] = Estimate(value, variance**0.5)
-    return found
+        slopes[anchor] = Estimate(value, variance**0.5)
+    return slopes
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _exponent(run: RunWeights) -> Tensor | None:
+def _exponent(run: ImportanceWeights) -> Tensor | None:
     """`Σ λ_i log p_i/p_0` of every path, None where the sampler is not memoryless."""
     if not run.memoryless or not run.log_ratios:
         return None

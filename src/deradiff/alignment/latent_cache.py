@@ -34,11 +34,11 @@ from deradiff.alignment.latent_shards import (
     require_alike,
 )
 from deradiff.alignment.pair_rows import PreferencePair
-from deradiff.files.folders import Claim, claim
+from deradiff.files.folders import FolderSettings, begin_or_resume
 from deradiff.files.inventory import inventory, require_whole
 from deradiff.files.locks import taken
 from deradiff.files.reading import fit, read
-from deradiff.files.writing import whole, write_json
+from deradiff.files.writing import atomic_file, write_json
 
 FORMAT = 1
 
@@ -125,7 +125,7 @@ def write_cache(
         "resolution": resolution,
         "limit": limit,
     }
-    claim(folder, settings, "cache")
+    begin_or_resume(folder, settings, "cache")
     if not (folder / "finished.json").exists():
         encoding = _Encoding(encode_images, encode_prompts, base, resolution, batch)
         with taken(folder, "a cache"):
@@ -261,7 +261,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], c
     # As bytes and through Python's own file: a full disk is then an OSError, whatever the library would make of it.
     content = save({name: value.contiguous() for name, value in tensors.items()}, {"state": json.dumps(state)})
     try:
-        with whole(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -292,7 +292,7 @@ class LatentCache:
         if not (self.folder / "settings.json").is_file():
             raise FileNotFoundError(f"{folder} is no cache of latents: it has no settings.json")
         settings = self.folder / "settings.json"
-        self.settings: dict[str, Any] = read(Claim, settings, "settings of a cache", ANEW).settings
+        self.settings: dict[str, Any] = read(FolderSettings, settings, "settings of a cache", ANEW).settings
         fit(CacheSettings, self.settings, str(settings), "settings of a cache", ANEW)
         files = _shard_files(self.folder)
         if not (self.folder / "finished.json").is_file():

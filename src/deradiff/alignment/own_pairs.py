@@ -19,11 +19,11 @@ from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
 from deradiff.alignment.training import Report
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.inventory import Inventory, inventory, require_picture, require_whole
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record, read
-from deradiff.files.writing import whole, write_json
+from deradiff.files.writing import atomic_file, write_json
 from deradiff.rewards import Reward
 from deradiff.sampling import pictures
 
@@ -65,7 +65,7 @@ def draw_pairs(
         "chunk": chunk,
         "precision": str(pipe.unet.dtype),
     }
-    claim(folder, settings, "set of drawn pairs")
+    begin_or_resume(folder, settings, "set of drawn pairs")
     parts = [_part(folder, number) for number in range(-(-len(prompts) // chunk))]
     complete = all(part.exists() for part in (folder / LIST, *parts))
     with nullcontext() if complete else taken(folder, "a set of drawn pairs"):
@@ -91,7 +91,7 @@ def _draw(
     text = "".join(json.dumps(pair.model_dump(), ensure_ascii=False) + "\n" for pair in pairs)
     # It says nothing that the chunks do not: where it is damaged, it is written again.
     if not (folder / LIST).is_file() or (folder / LIST).read_bytes() != text.encode():
-        with whole(folder / LIST) as temporary:
+        with atomic_file(folder / LIST) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -144,7 +144,7 @@ def _chunk(
     files = []
     for i, image in enumerate(pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(drawn))):
         name = f"images/{start + i // 2:06d}-{'ab'[i % 2]}.png"
-        with whole(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             image.save(temporary, format="PNG")
         files.append(name)
     scores = scored(reward, drawn, texts).float().cpu().view(-1, 2)

@@ -17,11 +17,11 @@ from deradiff.alignment.rwr import ReferenceSamples
 from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.alignment.scoring import scored
 from deradiff.alignment.training import Report
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.tensors import joined
 from deradiff.files.tensors import rows as rows_of
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 from deradiff.rewards import Reward
 
 WHAT, CURE = "file of drawn samples", "delete it, and they are drawn again"
@@ -76,7 +76,7 @@ def draw_samples(
         "seed": seed,
         "precision": str(base.denoiser.dtype),
     }
-    claim(folder, settings, "set of drawn samples")
+    begin_or_resume(folder, settings, "set of drawn samples")
     count, parts = len(prompts) * per_prompt, {}
     shape = sampling.noise(base, row_generators(seed, range(1))).shape[1:]
     paths = {start: folder / f"samples-{start:07d}.safetensors" for start in range(0, count, chunk)}
@@ -86,7 +86,7 @@ def draw_samples(
             rows = range(count)[start : start + chunk]
             if not path.exists():
                 drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
-                with whole(path) as temporary:
+                with atomic_file(path) as temporary:
                     save_file(drawn, temporary)
             parts[path] = rows_of(path, {"latents": shape, "rewards": ()}, len(rows), WHAT, CURE)
             report(min(start + chunk, count), count, f"samples scored by {reward.name}")

@@ -116,8 +116,8 @@ def path_kl(
 
     One path of every prompt is drawn, `per_pass` at a time; for more, give each prompt several times. What is summed
     are the divergences of the sampler's own steps, ½ (R - 1) ||Δε||² where the signal-to-noise ratio grows R times: so
-    compare models with the same sampling. (`Dial.weights` has the limit for fine steps, ½ log R.) A last step without
-    noise is left out; its divergence would be infinite wherever the models differ.
+    compare models with the same sampling. (`Dial.importance_weights` has the limit for fine steps, ½ log R.) A last
+    step without noise is left out; its divergence would be infinite wherever the models differ.
 
     Raises `ValueError` for no prompts and for a sampler whose steps draw no noise.
     """

@@ -29,7 +29,7 @@ from deradiff.files.locks import PRIVATE, discard, taken
 from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
 from deradiff.files.records import versions
-from deradiff.files.writing import whole_folder, write_json
+from deradiff.files.writing import atomic_folder, write_json
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.notation import plain
@@ -199,7 +199,7 @@ def _align(
         if accelerator is None or accelerator.is_main_process:
             report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
             away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
-            with whole_folder(path, within=private) as folder:
+            with atomic_folder(path, within=private) as folder:
                 _save(pipe, policy, method, made_of, curve, away, folder)
             discard(checkpoint)
     finally:

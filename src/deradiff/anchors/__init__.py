@@ -107,7 +107,7 @@ def load_anchor(
                 f"{name!r} is loaded already: leave them out"
             )
         module = checks.unwrapped(source)
-        module, restore = full_weights.adopt(module, reference)
+        module, restore = full_weights.as_anchor(module, reference)
         full_weights.warn_if_equal(module, f"anchor {name!r}", reference)
         return Anchor(name, f"a loaded {type(module).__name__}", module=module, _restore=restore)
 

@@ -104,9 +104,9 @@ def adapters_of(layer: Any) -> set[str]:
     return {name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})}
 
 
-def same_objects(one: Sequence[Any], other: Sequence[Any]) -> bool:
+def same_objects(objects: Sequence[Any], others: Sequence[Any]) -> bool:
     """Whether both hold the same objects: configurations of LoRAs, say, of which equal ones may be two."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(objects) == len(others) and all(a is b for a, b in zip(objects, others, strict=True))
 
 
 def warn_if_zero(denoiser: ModelMixin, adapter: str, label: str) -> None:

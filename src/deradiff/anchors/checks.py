@@ -75,9 +75,9 @@ def require_same_config(config: Mapping[str, Any], label: str, reference: ModelM
     # The default image size, except where a positional embedding is made from it.
     neutral = _NEUTRAL if hasattr(reference, "pos_embed") else _NEUTRAL | {"sample_size"}
     differing = [
-        f"{name} is {theirs!r}, the reference's {own!r}{_meaning(name, theirs, own)}"
+        f"{name} is {given!r}, the reference's {own!r}{_meaning(name, given, own)}"
         for name, default in defaults.items()
-        if name not in neutral and not _same(theirs := config.get(name, default), own := ours.get(name, default))
+        if name not in neutral and not _same(given := config.get(name, default), own := ours.get(name, default))
     ]
     if differing:
         more = f"; and {len(differing) - _SHOWN} more settings" if len(differing) > _SHOWN else ""
@@ -93,29 +93,29 @@ def _same(left: Any, right: Any) -> bool:
     return left == right
 
 
-def _meaning(name: str, theirs: Any, own: Any) -> str:
-    if name == "in_channels" and 9 in (theirs, own):
-        return f" (9 channels are an inpainting model: {'the anchor' if theirs == 9 else 'the reference'} is one)"
+def _meaning(name: str, given: Any, own: Any) -> str:
+    if name == "in_channels" and 9 in (given, own):
+        return f" (9 channels are an inpainting model: {'the anchor' if given == 9 else 'the reference'} is one)"
     if name in ("guidance_embeds", "time_cond_proj_dim"):
-        return f" (guidance-distilled: {'the anchor' if theirs else 'the reference'} is)"
+        return f" (guidance-distilled: {'the anchor' if given else 'the reference'} is)"
     return ""
 
 
 def require_same_shapes(
-    theirs: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]], label: str, extra_allowed: bool = False
+    given: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]], label: str, extra_allowed: bool = False
 ) -> None:
     """Raise `IncompatibleAnchor` naming the first tensors that are of another shape, missing, or one too many."""
     reshaped = [
-        f"{name} is {list(theirs[name])}, the reference's {list(shape)}"
+        f"{name} is {list(given[name])}, the reference's {list(shape)}"
         for name, shape in own.items()
-        if name in theirs and tuple(theirs[name]) != tuple(shape)
+        if name in given and tuple(given[name]) != tuple(shape)
     ]
-    missing = [name for name in own if name not in theirs]
-    extra = [] if extra_allowed else [name for name in theirs if name not in own]
+    missing = [name for name in own if name not in given]
+    extra = [] if extra_allowed else [name for name in given if name not in own]
     problems = [
-        f"{what}: {'; '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
-        for what, found in (("other shapes", reshaped), ("missing tensors", missing), ("unknown tensors", extra))
-        if found
+        f"{what}: {'; '.join(wrong[:_SHOWN])}{f' and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''}"
+        for what, wrong in (("other shapes", reshaped), ("missing tensors", missing), ("unknown tensors", extra))
+        if wrong
     ]
     if problems:
         raise IncompatibleAnchor(f"the weights of {label} do not fit the reference. {'. '.join(problems)}.")
@@ -138,12 +138,12 @@ def _no_numbers(tensor: Tensor) -> str | None:
     return None
 
 
-def require_same_prediction(found: str, label: str, pipe: DiffusionPipeline) -> None:
+def require_same_prediction(given: str, label: str, pipe: DiffusionPipeline) -> None:
     """Raise `IncompatibleAnchor` if an anchor predicts something else than the pipeline expects."""
     own = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
-    if found != own:
+    if given != own:
         raise IncompatibleAnchor(
-            f"{label} predicts {found!r}, the reference's scheduler ({type(pipe.scheduler).__name__}) expects {own!r}: "
+            f"{label} predicts {given!r}, the reference's scheduler ({type(pipe.scheduler).__name__}) expects {own!r}: "
             "predictions of different kinds cannot be mixed."
         )
 
@@ -182,9 +182,9 @@ def differing_text_encoders(folder: Path, pipe: DiffusionPipeline) -> list[str]:
 
 def _encoders_differ(files: list[Path], encoder: nn.Module) -> bool:
     own = {name.removeprefix("text_model."): tensor for name, tensor in base_tensors(encoder)}
-    theirs = {name.removeprefix("text_model."): tensor for name, tensor in read_tensors(files).items()}
-    shared = [name for name in theirs if name in own and theirs[name].is_floating_point() and not own[name].is_meta]
-    return any(not _equal(theirs[name], own[name]) for name in shared) or not shared
+    stored = {name.removeprefix("text_model."): tensor for name, tensor in read_tensors(files).items()}
+    shared = [name for name in stored if name in own and stored[name].is_floating_point() and not own[name].is_meta]
+    return any(not _equal(stored[name], own[name]) for name in shared) or not shared
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

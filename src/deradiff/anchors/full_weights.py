@@ -36,10 +36,10 @@ _OTHER_PARTS = ("text_encoder", "vae.", "first_stage_model.", "cond_stage_model.
 
 
 DIAL = "_deradiff_dial"
-"""The attribute that names the dial, of a realigned denoiser and of an adopted scheduler's or pipeline's class."""
+"""The attribute that names the dial, of a realigned denoiser and of a hooked scheduler's or pipeline's class."""
 
 
-def adopt(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], None]]:
+def as_anchor(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[[], None]]:
     """Take a loaded denoiser as an anchor: checked, on the reference's device and dtype, in eval mode, frozen.
 
     It is changed in place, like a pipeline's component; the second value gives back its training mode and gradients.

@@ -106,8 +106,8 @@ def _on_this_machine(path: Path, subfolder: str | None) -> Repository:
     folder = path / subfolder if subfolder else path
     if not folder.is_dir():
         raise AnchorNotFound(f"{path} has no folder {subfolder!r}; it holds {some(p.name for p in path.iterdir())}.")
-    found = sorted(p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_file())
-    return Repository(str(folder), tuple(p.relative_to(folder).as_posix() for p in found), lambda names: folder)
+    files = sorted(p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.is_file())
+    return Repository(str(folder), tuple(p.relative_to(folder).as_posix() for p in files), lambda names: folder)
 
 
 def _on_the_hub(
@@ -287,12 +287,12 @@ def _checkpoints(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
 
 def _whole(files: list[str], label: str) -> list[str]:
     """The unsharded file of a checkpoint, or else all its shards."""
-    shards = {name: found for name in files if (found := _SHARD.search(name))}
+    shards = {name: match for name in files if (match := _SHARD.search(name))}
     unsharded = [name for name in files if name not in shards]
     if unsharded:
         return unsharded[:1]
     total = int(next(iter(shards.values()))[2])
-    absent = sorted(set(range(1, total + 1)) - {int(found[1]) for found in shards.values()})
+    absent = sorted(set(range(1, total + 1)) - {int(match[1]) for match in shards.values()})
     if absent:
         raise AnchorNotFound(
             f"{label} is incomplete: of {total} shards, {absent} are missing; {some(shards)} is there."

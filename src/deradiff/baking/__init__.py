@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.algorithm.schedules import Constant, Lams, Progress, Schedule, parse_lam
+from deradiff.algorithm.lams import Lams, parse_lam
+from deradiff.algorithm.schedules import Constant, Progress, Schedule
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.baking import outputs
@@ -35,7 +36,7 @@ from deradiff.sweep.jobs import Report
 
 __all__ = ["Baked", "Distillation", "Judgement", "Sampler", "bake"]
 
-Method = Literal["weights", "distill"]
+Method = Literal["interpolate", "distill"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def bake(
     lam: Lam | Mapping[str, Lam],
     out: str | Path,
     *,
-    method: Method = "weights",
+    method: Method = "interpolate",
     prompts: Sequence[str] = (),
     images: int = 32,
     sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
@@ -80,8 +81,8 @@ def bake(
         anchor: the aligned model, or several by name: see `realign`.
         lam: λ as `realign` takes it, but the same for all images. A schedule needs `method="distill"`.
         out: a new or empty folder. It gets the model, its card (`README.md`), `baking.json` and a contact sheet.
-        method: "weights" writes `(1 - Σλ) θ_0 + Σ λ θ`, a LoRA scaled and fused: exactly what a dial with
-            `method="weights"` computes with. An anchor's files are read tensor by tensor, so that memory holds no
+        method: "interpolate" writes `(1 - Σλ) θ_0 + Σ λ θ`, a LoRA scaled and fused: exactly what a dial with
+            `method="interpolate"` computes with. An anchor's files are read tensor by tensor, so that memory holds no
             second model. "distill" trains a student from there, on Stable Diffusion and SDXL.
         prompts: for measuring how near the result comes; with "distill" also for training, less the last fifth, which
             are held out for measuring.
@@ -101,7 +102,7 @@ def bake(
     `<out>/.deradiff` keeps what it has.
 
     Raises:
-        ValueError: λ that is not finite, not one for every anchor, or one per image; a schedule for "weights"; no
+        ValueError: λ that is not finite, not one for every anchor, or one per image; a schedule for "interpolate"; no
             prompts where some are needed; a model that cannot be distilled; an unfinished distillation with other
             settings; `anchors.AnchorError` for an anchor or a reference that cannot be used.
         FileExistsError: `out` holds something, or an interrupted distillation while `method` is another.
@@ -114,7 +115,7 @@ def bake(
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if dial_of(pipe) is not None:
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
-    if method == "weights" and distillation != Distillation():
+    if method == "interpolate" and distillation != Distillation():
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
     component, denoiser = denoiser_of(pipe)
     reference = unwrapped(denoiser)
@@ -136,12 +137,12 @@ def bake(
     job = Job(pipe, reference, sources, where, lams, {}, seed, report)
     with outputs.baking_folder(out, method, force) as (folder, work):
         with job.anchors(open_anchor) as opened:
-            anchors = {one.name: {"source": one.source, "sha256": hashes(one, reference)} for one in opened}
+            anchors = {anchor.name: {"source": anchor.source, "sha256": hashes(anchor, reference)} for anchor in opened}
         job.made_of.update(
             _made_of(pipe, component, reference, name, lams, anchors, method, seed)
-            | ({} if method == "weights" else _trained_with(pipe, distillation, sampler, texts))
+            | ({} if method == "interpolate" else _trained_with(pipe, distillation, sampler, texts))
         )
-        if method == "weights":
+        if method == "interpolate":
             form = interpolated(job, folder)
         else:
             form = distilled(job, folder, work, distillation, texts, sampler)
@@ -167,7 +168,7 @@ def bake(
 
 
 def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[list[str], list[str]]:
-    """Prompts to train with, and those held out for `images` to be compared: the last fifth, or all for "weights".
+    """Prompts to train with, and those held out for `images` to be compared: the last fifth, or all for "interpolate".
 
     Raises `ValueError` where there are too few.
     """
@@ -176,7 +177,7 @@ def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[
     texts = list(dict.fromkeys(prompts))
     if images < 0:
         raise ValueError(f"{images} images cannot be compared: name 0 or more")
-    if method == "weights":
+    if method == "interpolate":
         if texts and not images:
             raise ValueError("prompts measure the result, which 0 images leave unmeasured: leave them out")
         if images and not texts:
@@ -196,7 +197,7 @@ def _require_bakeable(
     """Raise `ValueError` for λ that one checkpoint cannot have."""
     if lams.images is not None:
         raise ValueError(f"λ is given for {lams.images} images, but one checkpoint has one λ for all: name one")
-    if method == "weights" and not lams.is_constant:
+    if method == "interpolate" and not lams.is_constant:
         raise ValueError(
             "interpolated weights have the same λ at every noise level, and this λ changes along the run: bake it with "
             "method='distill', whose student learns the λ that belongs to each noise level"
@@ -207,7 +208,7 @@ def _require_bakeable(
     if config.get("time_cond_proj_dim") is not None:
         raise ValueError(
             "this model is told its guidance scale (time_cond_proj_dim), and a student would have to be trained at "
-            "every one: bake it with method='weights'"
+            "every one: bake it with method='interpolate'"
         )
     if settings.span is None:
         return
@@ -237,7 +238,7 @@ def _made_of(
     seed: int,
 ) -> dict[str, Any]:
     called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
-    lam = {one: _plain(lams.raw[one] if isinstance(lams.raw, Mapping) else lams.raw) for one in lams.anchors}
+    lam = {anchor: _plain(lams.raw[anchor] if isinstance(lams.raw, Mapping) else lams.raw) for anchor in lams.anchors}
     return {
         "method": method,
         "words": _words(lams),
@@ -253,14 +254,14 @@ def _made_of(
 
 
 def _trained_with(pipe: Any, settings: Distillation, sampler: Sampler, prompts: list[str]) -> dict[str, Any]:
-    found = {
+    settled = {
         "distillation": asdict(settings),
         "sampler": asdict(sampler),
         "scheduler": type(pipe.scheduler).__name__,
         "guidance_scale": sampler.guidance(pipe),
         "prompts": prompts,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(settled))
 
 
 def _plain(lam: Any) -> Any:
@@ -278,7 +279,7 @@ def _said(lam: Any) -> str:
 
 def _cases(lams: Lams, method: Method, settings: Distillation) -> list[Case]:
     """At which λ a result is compared; the first is on the sheet."""
-    if method == "weights" or not settings.guided:
+    if method == "interpolate" or not settings.guided:
         return [Case(_words(lams), lams.raw, None)]
     if settings.span is None:
         return [Case(_words(lams), lams.raw, 1.0)]

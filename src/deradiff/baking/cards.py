@@ -43,12 +43,12 @@ def card(made_of: Mapping[str, Any], form: Form, judged: Sequence[Judgement], ho
     return "\n".join(lines)
 
 
-def _digests(found: Mapping[str, str]) -> str:
-    return ", ".join(f"`{digest}` ({of})" for of, digest in found.items())
+def _digests(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"`{digest}` ({of})" for of, digest in digests.items())
 
 
 def _method(made_of: Mapping[str, Any]) -> str:
-    if made_of["method"] == "weights":
+    if made_of["method"] == "interpolate":
         return (
             "Interpolated weights, `(1 - Σλ) θ_0 + Σ λ θ`: to first order in the difference of the weights, the model "
             "whose predictions are the mixture."

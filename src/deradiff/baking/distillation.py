@@ -20,8 +20,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deradiff.algorithm.schedules import Lams, Progress, finite
-from deradiff.algorithm.step import mixed, with_reference
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.schedules import Progress, finite
+from deradiff.algorithm.step import mixed, with_reference_weight
 from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.loop import train
@@ -31,10 +32,10 @@ from deradiff.alignment.training import BatchPart, LossCurve, Report, TrainingPl
 from deradiff.anchors.full_weights import empty_copy
 from deradiff.baking.drawing import Sampler, seeds_for
 from deradiff.baking.weights import Blend
-from deradiff.files.folders import claim
+from deradiff.files.folders import begin_or_resume
 from deradiff.files.tensors import joined
 from deradiff.files.tensors import rows as rows_of
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.dial import Dial
 from deradiff.worlds import find
@@ -154,13 +155,13 @@ class _Mixture(nn.Module):
 
     def __init__(self, denoisers: Denoisers, lams: Float[Tensor, "anchor batch"]) -> None:
         super().__init__()
-        self.denoisers, self.weights = denoisers, with_reference(lams)
+        self.denoisers, self.mixture_weights = denoisers, with_reference_weight(lams)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        models = [k for k in range(len(self.weights)) if self.weights[k].any()]
+        models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
         output = self.denoisers.predict(models, args, kwargs)
         predictions = output.sample.unflatten(0, (-1, len(models))).movedim(1, 0)
-        return type(output)(sample=mixed(predictions, self.weights[models]))
+        return type(output)(sample=mixed(predictions, self.mixture_weights[models]))
 
 
 class Teacher:
@@ -268,7 +269,7 @@ def draw_samples(
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
     folder was begun with other settings than `made_of`, or a file in it is damaged.
     """
-    claim(folder, made_of, "set of drawn samples")
+    begin_or_resume(folder, made_of, "set of drawn samples")
     count, parts = settings.samples, {}
     seeds, numbers, lams = seeds_for(seed, count, "own sample"), torch.arange(count) % len(prompts), None
     if settings.span is not None:
@@ -281,7 +282,7 @@ def draw_samples(
             if lams is not None:
                 dial.lam = lams[rows].tolist()
             drawn = sampler.latents(pipe, [prompts[i] for i in numbers[rows].tolist()], seeds[rows])
-            with whole(path) as temporary:
+            with atomic_file(path) as temporary:
                 save_file({"latents": drawn.contiguous()}, temporary)
         parts[path] = rows_of(path, {"latents": None}, len(numbers[rows]), WHAT, CURE)
         report(min(start + sampler.batch_size, count), count, "samples of the realigned model")
@@ -362,11 +363,11 @@ def distil(
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
-        found = []
+        parts = []
         for start in range(trained_on, settings.samples, settings.per_pass):
             rows = range(settings.samples)[start : start + settings.per_pass]
-            found.append(errors(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
-        return float(torch.cat(found).mean())
+            parts.append(errors(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
+        return float(torch.cat(parts).mean())
 
     return train(
         student,

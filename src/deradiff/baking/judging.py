@@ -46,10 +46,10 @@ class Judgement:
     def record(self) -> dict[str, Any]:
         """As plain data for JSON, where what is no number is None."""
         numbers = {"error": self.error, "effect": self.effect}
-        found = {name: {"value": estimate.value, "error": estimate.error} for name, estimate in numbers.items()}
+        named = {name: {"value": estimate.value, "error": estimate.error} for name, estimate in numbers.items()}
         plain = {
             name: {key: value if math.isfinite(value) else None for key, value in pair.items()}
-            for name, pair in found.items()
+            for name, pair in named.items()
         }
         return {"lam": self.lam, **plain, "images": self.images, "words": self.words}
 
@@ -137,12 +137,12 @@ def judge(
             tick(1 + len(exact), total)
         dial.lam = cases[0].lam
         pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown]))
-    found: list[Judgement] = []
+    judgements: list[Judgement] = []
     with baked():
         for case, latents in zip(cases, exact, strict=True):
             own = sampler.latents(pipe, prompts, seeds, case.guidance_scale)
-            found.append(compared(case.words, reference, latents, own))
-            tick(1 + len(exact) + len(found), total)
+            judgements.append(compared(case.words, reference, latents, own))
+            tick(1 + len(exact) + len(judgements), total)
         pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown], cases[0].guidance_scale))
     tick(total, total)
     columns = ["reference\nλ = 0", f"realigned\n{cases[0].words}", "baked\none checkpoint"]
@@ -151,6 +151,6 @@ def judge(
         [list(row) for row in zip(*pictures, strict=True)],
         columns,
         rows,
-        f"From the same noise, {sampler.steps} steps. Over final latents, {found[0].words}.",
+        f"From the same noise, {sampler.steps} steps. Over final latents, {judgements[0].words}.",
     )
-    return found, sheet
+    return judgements, sheet

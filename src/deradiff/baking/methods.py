@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from deradiff.algorithm.schedules import Lams, Progress
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.schedules import Progress
 from deradiff.alignment.base import Base
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.baking import outputs
@@ -61,13 +62,13 @@ class Job:
     @contextmanager
     def anchors(self, opening: Callable[..., Opened]) -> Iterator[list[Opened]]:
         """The anchors, opened by `open_anchor` or `load_anchor`; afterwards the pipeline is without them."""
-        found: list[Opened] = []
+        opened: list[Opened] = []
         try:
             for name, source in self.sources.items():
-                found.append(opening(source, self.pipe, name=name, **self.where))
-            yield found
+                opened.append(opening(source, self.pipe, name=name, **self.where))
+            yield opened
         finally:
-            for anchor in found:
+            for anchor in opened:
                 if isinstance(anchor, Anchor):
                     anchor.unload(self.reference)
 
@@ -109,7 +110,7 @@ def distilled(
 
     What an interruption must not lose is in `work`; raises `ValueError` where that was begun with other settings.
     """
-    # Of other versions a warning tells: see `files.folders.claim`.
+    # Of other versions a warning tells: see `files.folders.begin_or_resume`.
     identity = {name: value for name, value in job.made_of.items() if name != "versions"}
     base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)

@@ -114,7 +114,7 @@ def joined_loras(parts: Sequence[tuple[nn.Module, str, float]]) -> dict[str, Ten
     Every layer gets the same rank, the sum of the adapters' highest, filled up with zeros: diffusers takes alpha to be
     the rank where a file states none, and misreads it where ranks differ.
     """
-    found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    factors_by_layer: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     ranks = [0] * len(parts)
     for number, (denoiser, adapter, scale) in enumerate(parts):
         for path, layer in adapter_layers(denoiser):
@@ -122,10 +122,10 @@ def joined_loras(parts: Sequence[tuple[nn.Module, str, float]]) -> dict[str, Ten
                 continue
             down, up = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
             ranks[number] = max(ranks[number], len(down))
-            found.setdefault(path, []).append((number, down, up * (scale * layer.scaling[adapter])))
+            factors_by_layer.setdefault(path, []).append((number, down, up * (scale * layer.scaling[adapter])))
     rank = sum(ranks)
     state = {}
-    for path, factors in found.items():
+    for path, factors in factors_by_layer.items():
         _, down, up = factors[0]
         whole_down, whole_up = down.new_zeros(rank, *down.shape[1:]), up.new_zeros(len(up), rank, *up.shape[2:])
         for number, down, up in factors:

@@ -1,4 +1,4 @@
-"""Interpolated weights, tensor by tensor: the model that `realign(..., method="weights")` computes with, as files.
+"""Interpolated weights, tensor by tensor: the model that `realign(..., method="interpolate")` computes with, as files.
 
 No second model is ever in memory. An anchor's weights are read from their files when their turn comes, mixed with the
 reference's, written and let go; a LoRA anchor is an adapter in the reference, and its share is computed layer by layer.
@@ -90,8 +90,8 @@ def open_anchor(source: Source, pipe: DiffusionPipeline, name: str, **where: Any
     allow_pickle = where.get("allow_pickle", False)
     repository = locate(source, where.get("subfolder"), where.get("revision"), where.get("local_files_only", False))
     files = select(repository, component, reference.dtype, allow_pickle)
-    found = _stored(files, pipe, reference, name)
-    return load_anchor(source, pipe, name=name, **where) if found is None else found
+    stored = _stored(files, pipe, reference, name)
+    return load_anchor(source, pipe, name=name, **where) if stored is None else stored
 
 
 def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) -> StoredAnchor | None:
@@ -120,7 +120,7 @@ def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) ->
     places = {key: path for path in files.weights for key in read_tensors([path])}
     anchor = StoredAnchor(name, files.label, places)
     pairs = ((anchor.rows(key, ...), tensor) for key, tensor in base_tensors(reference) if key in places)
-    if all(torch.equal(theirs.to(mine.device, mine.dtype), mine) for theirs, mine in pairs):
+    if all(torch.equal(stored.to(tensor.device, tensor.dtype), tensor) for stored, tensor in pairs):
         warnings.warn(f"{files.label} has the same weights as the reference: so has what is baked of it.", stacklevel=4)
     return anchor
 
@@ -131,8 +131,8 @@ def _stored(files: Files, pipe: DiffusionPipeline, reference: Any, name: str) ->
 class Blend:
     """`(1 - Σ λ_i) θ_0 + Σ λ_i θ_i`, and a LoRA at scale λ_i: every tensor is made when it is asked for.
 
-    The arithmetic is that of `method="weights"`, in single precision and then in the reference's own; a LoRA is added
-    by PEFT's merging. To first order in the difference of the weights, it is the mixture of predictions (see AIG,
+    The arithmetic is that of `method="interpolate"`, in single precision and then in the reference's own; a LoRA is
+    added by PEFT's merging. To first order in the difference of the weights, it is the mixture of predictions (see AIG,
     §3.2.2, for a LoRA).
 
     Raises `AnchorError` for a reference whose weights are out of reach, are not floating point numbers, or have a LoRA

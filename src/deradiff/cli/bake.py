@@ -19,7 +19,7 @@ TRAINING = "Training (distill)"
 class BakingMethod(StrEnum):
     """How to bake."""
 
-    weights = "weights"
+    interpolate = "interpolate"
     distill = "distill"
 
 
@@ -39,7 +39,7 @@ def bake(
             "minutes for the digits, nearer.",
             rich_help_panel=DIAL,
         ),
-    ] = BakingMethod.weights,
+    ] = BakingMethod.interpolate,
     schedule: Annotated[
         str,
         typer.Option(
@@ -122,7 +122,7 @@ def bake(
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
-        if method is BakingMethod.weights and not images:
+        if method is BakingMethod.interpolate and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
@@ -202,7 +202,7 @@ def _distillation(method: BakingMethod, reference: str, given: dict[str, Any]) -
     from deradiff.baking.distillation import usual
 
     named = {name: value for name, value in given.items() if value is not None}
-    if method is BakingMethod.weights and named:
+    if method is BakingMethod.interpolate and named:
         options = {"steps": "train-steps"}
         listed = ", ".join(f"--{options.get(name, name).replace('_', '-')}" for name in named)
         raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")

@@ -15,7 +15,7 @@ class SamplingMethod(StrEnum):
     """How λ is applied."""
 
     mixture = "mixture"
-    weights = "weights"
+    interpolate = "interpolate"
 
 
 class MixtureSpace(StrEnum):

@@ -20,6 +20,7 @@ class Drawing:
     """
 
     kind: Literal["mixture", "weights", "particles", "noise"]
+    """In the words of 0.1, which the identities of stored images are made of: "weights" are interpolated ones."""
     anchors: tuple[tuple[str, float], ...]
     schedule: str
     particles: int

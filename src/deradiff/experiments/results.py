@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from deradiff.algorithm.path_weights import RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
@@ -178,7 +178,7 @@ class Results:
         return {(row, column): self._told[item][0] for row, column, item in items if item in self._told}
 
     def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
-        """How far an arm's mean score can be trusted (`weights.verdict`); None where it has no weights."""
+        """How far an arm's mean score can be trusted (`verdict.verdict`); None where it has no weights."""
         rows, told, scores = [], [], []
         for row, _, item in self._items(arm, prompts):
             score = self._scores[name].get(item)
@@ -239,12 +239,12 @@ class Results:
         return table
 
 
-def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> RunWeights:
+def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> ImportanceWeights:
     """The weights of images that were drawn in several batches, as of one run."""
     records = [ToldRecord.model_validate(record) for record in told]
     names = [name for name in records[0].log_ratios if all(name in record.log_ratios for record in records)]
     paths = [record.path_kl for record in records]
-    return RunWeights(
+    return ImportanceWeights(
         log_weights=torch.tensor([record.log_weight for record in records], dtype=torch.float64),
         log_ratios={
             name: torch.tensor([record.log_ratios[name] for record in records], dtype=torch.float64) for name in names

@@ -25,7 +25,7 @@ from deradiff.files import databases
 from deradiff.files.folders import contents
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record, fit, parse
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 
 SCHEMA = 1
 """The version of the tables below; a store of a later one is refused."""
@@ -244,7 +244,7 @@ class Store:
             path = self.path(item)
             with databases.explained(self.file, StoreError, needed=len(png)):
                 path.parent.mkdir(exist_ok=True)
-                with whole(path) as temporary:
+                with atomic_file(path) as temporary:
                     temporary.write_bytes(png)
                 state = path.stat()
             digest = hashlib.sha256(png).hexdigest()

@@ -253,7 +253,7 @@ class Worker:
                 pipe,
                 anchors,
                 dict.fromkeys(anchors, 1.0),
-                method="weights" if drawing.kind == "weights" else "mixture",
+                method="interpolate" if drawing.kind == "weights" else "mixture",
                 allow_pickle=self.plan.allow_pickle,
             )
         )

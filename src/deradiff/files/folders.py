@@ -20,14 +20,14 @@ from deradiff.files.records import read_png, versions, write_png
 from deradiff.files.writing import write_json
 
 
-class Claim(Record):
+class FolderSettings(Record):
     """The `settings.json` of a folder."""
 
     settings: dict[str, Any]
     versions: dict[str, str]
 
 
-def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
+def begin_or_resume(folder: Path, settings: Mapping[str, Any], what: str) -> None:
     """Make `folder` a `what` (a cache, a comparison, ...) with `settings`, or check that it is one: work goes on there.
 
     `settings.json`, written first, says what the folder is. A warning tells of other versions. To work there, take it
@@ -45,7 +45,7 @@ def claim(folder: Path, settings: Mapping[str, Any], what: str) -> None:
                 if contents(folder):
                     raise FileExistsError(f"{folder} is not empty and holds no {what}: name another folder")
                 write_json(file, {"settings": now, "versions": versions()}, within=private)
-    held = read(Claim, file, f"settings of a {what}", "name another folder, or delete it")
+    held = read(FolderSettings, file, f"settings of a {what}", "name another folder, or delete it")
     require_same(folder, what, held.settings, now)
     if held.versions != versions():
         warnings.warn(f"{folder} was begun with other versions: {held.versions}, now {versions()}", stacklevel=3)
@@ -250,7 +250,7 @@ class RunFolder:
         self._clear()
         self.images.mkdir(parents=True, exist_ok=True)
         file = self.images / name
-        self._claim(file)
+        self._take_name(file)
         write_png(file, image, settings, within=self._private)
         return file.relative_to(self.path).as_posix()
 
@@ -258,7 +258,7 @@ class RunFolder:
         """Write the contact sheet and, last of all, the record: a folder with a record is a finished run."""
         self._clear()
         for file in (self.sheet, self.record):
-            self._claim(file)
+            self._take_name(file)
         write_png(self.sheet, sheet, record, within=self._private)
         write_json(self.record, record, within=self._private)
         self._list.unlink()
@@ -271,7 +271,7 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             self._older = None
 
-    def _claim(self, file: Path) -> None:
+    def _take_name(self, file: Path) -> None:
         if file not in self._written and file.exists():
             raise FileExistsError(f"{file} has come into the folder since the run began, and is not written over.")
         self._written.add(file)

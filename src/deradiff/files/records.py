@@ -10,17 +10,17 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from deradiff.files.reading import parse, require_file
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 
 CHUNK = "deradiff"
 """The PNG text chunk (iTXt, UTF-8) that holds an image's settings as JSON."""
 
 
 def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any], within: Path | None = None) -> None:
-    """Write `image` to `path` with `settings` inside, whole or not at all; `within` is as in `whole`."""
+    """Write `image` to `path` with `settings` inside, whole or not at all; `within` is as in `atomic_file`."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps(settings, ensure_ascii=False))
-    with whole(path, within) as temporary:
+    with atomic_file(path, within) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 

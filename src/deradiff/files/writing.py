@@ -13,7 +13,7 @@ from deradiff.files.disks import naming_a_full_disk
 
 
 @contextmanager
-def whole(path: Path, within: Path | None = None) -> Iterator[Path]:
+def atomic_file(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Yield the name of a temporary file, renamed to `path` if the block succeeds and removed if it does not.
 
     It lies beside `path` or in the folder `within`, and no other process or thread has it.
@@ -30,10 +30,10 @@ def whole(path: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     """Yield an empty temporary folder, renamed to `path` if the block succeeds and removed if it does not.
 
-    As `whole` for files. Raises `DiskFull`, and `OSError` where `path` holds files meanwhile.
+    As `atomic_file` for files. Raises `DiskFull`, and `OSError` where `path` holds files meanwhile.
     """
     temporary = (within or path.parent) / f".{path.name[-100:]}.{secrets.token_hex(6)}.partial"
     try:
@@ -47,5 +47,5 @@ def whole_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
 def write_json(path: Path, record: Mapping[str, Any], within: Path | None = None) -> None:
     """Write `record` to `path` as indented JSON, whole or not at all."""
-    with whole(path, within) as temporary:
+    with atomic_file(path, within) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

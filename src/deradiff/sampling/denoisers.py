@@ -20,7 +20,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from deradiff.algorithm.schedules import Lams
+from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers, same_objects
 from deradiff.sampling.call_arguments import (
@@ -33,7 +33,7 @@ from deradiff.sampling.call_arguments import (
     timestep_argument,
     without_scale,
 )
-from deradiff.sampling.reuse import AUTO, WEIGHTS, Reuse
+from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror, UnmirroredState
 
 
@@ -136,7 +136,8 @@ class Denoisers:
 
     def _splits_batches(self) -> bool:
         """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
-        return any("PAG" in type(one).__name__ for one in getattr(self.reference, "attn_processors", {}).values())
+        processors = getattr(self.reference, "attn_processors", {}).values()
+        return any("PAG" in type(processor).__name__ for processor in processors)
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
@@ -178,9 +179,9 @@ class Denoisers:
                 self.batched = False
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
-        found = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
+        predicted = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
         home = self.argument("input", args, kwargs).device
-        outputs = [found[model] for model in models]
+        outputs = [predicted[model] for model in models]
         if any(_tensor(output).device != home for output in outputs):
             outputs = [_replaced(output, _tensor(output).to(home)) for output in outputs]
         for model, output in zip(models, outputs, strict=True):
@@ -210,14 +211,14 @@ class Denoisers:
 
     def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
         """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
-        if reuse is not None and method == "weights":
+        if reuse is not None and method == "interpolate":
             raise ValueError(
                 "interpolated weights are one model, with nothing to carry over: reuse is for method='mixture'"
             )
-        carriers = (AUTO, WEIGHTS, *self.names)
+        carriers = (AUTO, INTERPOLATE, *self.names)
         if reuse is not None and reuse.carrier not in carriers:
             raise ValueError(f"the carrier is one of {', '.join(carriers)}; got {reuse.carrier!r}")
-        if method != "weights" and (reuse is None or reuse.carrier != WEIGHTS):
+        if method != "interpolate" and (reuse is None or reuse.carrier != INTERPOLATE):
             return
         if any(anchor.device is not None for anchor in self.anchors):
             raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
@@ -330,7 +331,7 @@ class Denoisers:
                 'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
             )
         kwargs, style_scale = without_scale(kwargs)
-        found = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
+        before = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
         try:
             for layer in self._layers:
                 styles = [] if layer._disable_adapters else layer.active_adapters
@@ -339,11 +340,11 @@ class Denoisers:
                     if name in layer.scaling and not isinstance(scale, Tensor):
                         layer.scaling[name] *= scale
             self._row_scales = {name: scale for name, scale in scales.items() if name and isinstance(scale, Tensor)}
-            self._unscaled = {id(layer): scaling for layer, (_, _, scaling) in zip(self._layers, found, strict=True)}
+            self._unscaled = {id(layer): scaling for layer, (_, _, scaling) in zip(self._layers, before, strict=True)}
             yield kwargs
         finally:
             self._row_scales = {}
-            for layer, (active, disabled, scaling) in zip(self._layers, found, strict=True):
+            for layer, (active, disabled, scaling) in zip(self._layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
                 layer.scaling.update(scaling)
 

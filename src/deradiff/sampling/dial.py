@@ -4,8 +4,9 @@ Where calls are intercepted, and why there:
 
 - The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
   `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
-- The scheduler by a subclass of its own class, given to that one instance (`adoption`); a scheduler that the pipeline
-  gets later is adopted at its first use. The pipeline likewise, for nothing but to know when a call begins and ends.
+- The scheduler by a subclass of its own class, given to that one instance (`scheduler_hook`); a scheduler that the
+  pipeline gets later is hooked at its first use. The pipeline likewise, for nothing but to know when a call begins and
+  ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -22,10 +24,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deradiff.algorithm.lams import Lams, parse_lam
 from deradiff.algorithm.noise_levels import first, impacts, index_of, log_snr_at, progress_at, strengths
-from deradiff.algorithm.path_weights import RunWeights
-from deradiff.algorithm.schedules import Lams, Schedule, parse_lam
-from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference
+from deradiff.algorithm.path_weights import ImportanceWeights
+from deradiff.algorithm.schedules import Schedule
+from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference_weight
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
@@ -34,12 +37,12 @@ from deradiff.sampling import blocked_methods
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.evaluation import Evaluation, wrong_count
-from deradiff.sampling.reuse import Bridge, Reuse, Reused, require_affine
+from deradiff.sampling.reuse import PredictionEstimator, Reuse, Reused, require_affine
 from deradiff.sampling.runs import Run, Runs
-from deradiff.sampling.scheduler_hook import adopt, adopt_pipeline, owner_of, release
+from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, unhook
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
-Method = Literal["mixture", "weights"]
+Method = Literal["mixture", "interpolate"]
 Where = Literal["auto", "prediction", "posterior"]
 
 _INTERCEPTED = (
@@ -63,8 +66,9 @@ class Dial:
 
     `lam` may be read and set at any time; a new value takes effect at the next step, also in mid-image. Used as a
     context manager, the dial removes itself at the end of the block. `last` is the record of the most recent step.
-    While `watching` is set, models without weight are evaluated as well: images stay what they are, and `weights` then
-    knows the path KL and the implicit reward of a single model too, at the price of the other models' evaluations.
+    While `watching` is set, models without weight are evaluated as well: images stay what they are, and
+    `importance_weights` then knows the path KL and the implicit reward of a single model too, at the price of the other
+    models' evaluations.
 
     Threads may draw at once with pipelines of their own around the denoiser, each attached and with its own scheduler.
     Whatever is said of the present or last run is then of this thread's, or of any where this thread has drawn nothing.
@@ -134,8 +138,8 @@ class Dial:
     @property
     def reused(self) -> Reused | None:
         """What reuse came to in the present or last run, its estimated error among it; None for exact runs."""
-        bridge = self._runs.shown.bridge
-        return None if bridge is None else bridge.result()
+        estimator = self._runs.shown.estimator
+        return None if estimator is None else estimator.result()
 
     @property
     def last(self) -> StepRecord | None:
@@ -181,14 +185,14 @@ class Dial:
         return {anchor.name: anchor.module for anchor in self._denoisers.anchors if anchor.module is not None}
 
     @property
-    def weights(self) -> RunWeights:
+    def importance_weights(self) -> ImportanceWeights:
         """What Algorithm 1 left out of the present or last run: log weights, path divergence, implicit rewards.
 
         Raises `RuntimeError` before the first step, and for interpolated weights, which leave out something else.
         """
-        if self.method == "weights":
+        if self.method == "interpolate":
             raise RuntimeError("interpolated weights are one model, whose error has no weight: use method='mixture'")
-        return self._runs.shown.ledger.result()
+        return self._runs.shown.path_weights.result()
 
     def verdict(
         self,
@@ -198,8 +202,8 @@ class Dial:
         baseline: float | None = None,
         name: str = "score",
     ) -> Verdict:
-        """How far the present or last run can be trusted, for a score of its images: see `weights.verdict`."""
-        return verdict(self.weights, scores, groups, baseline=baseline, name=name)
+        """How far the present or last run can be trusted, for a score of its images: see `verdict.verdict`."""
+        return verdict(self.importance_weights, scores, groups, baseline=baseline, name=name)
 
     @property
     def path(self) -> Space:
@@ -218,9 +222,9 @@ class Dial:
         """
         self._require_in_force()
         self._require_reference(pipe)
-        self._adopt(pipe.scheduler, own=False)
+        self._hook(pipe.scheduler, own=False)
         if owner_of(pipe) is None:
-            adopt_pipeline(pipe, self)
+            hook_pipeline(pipe, self)
             self._pipes.append(weakref.ref(pipe))
 
     def remove(self) -> None:
@@ -237,8 +241,8 @@ class Dial:
                 self._reference.__dict__.pop(name, None)
             if self._compiled_call is not None:
                 self._reference._compiled_call_impl = self._compiled_call
-            for adopted in (*self._schedulers, *self._living_pipes()):
-                release(adopted)
+            for hooked in (*self._schedulers, *self._living_pipes()):
+                unhook(hooked)
             self._denoisers.undo()
             self._runs.detach()
 
@@ -290,7 +294,7 @@ class Dial:
         distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
         rows = len(self._denoisers.argument("input", args, kwargs))
         with self._runs.lock:
-            self._adopt_new()
+            self._hook_new()
             run = self._runs.present()
             evaluation = self._evaluation(run, timestep, rows, distilled)
             if self.method == "mixture" or len(evaluation.models) == 1:
@@ -320,33 +324,33 @@ class Dial:
                 )
         lams = self._lams
         if run.lams is not lams:
-            run.lams, run.weights = lams, None
-            if run.bridge is not None:
-                run.bridge.renew(strengths(lams, run.scheduler))
-        if run.weights is None or not lams.is_constant:
+            run.lams, run.mixture_weights = lams, None
+            if run.estimator is not None:
+                run.estimator.renew(strengths(lams, run.scheduler))
+        if run.mixture_weights is None or not lams.is_constant:
             # How many images the batch holds, only `step` knows.
-            run.weights = with_reference(lams.at(progress, lams.images or 1))
-        weights = run.weights
+            run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
+        weights = run.mixture_weights
         models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
         step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
         if len(models) == 1:
             return step
-        if self.method == "weights":
+        if self.method == "interpolate":
             return step.blended()
         if run.reuse is None:
             return step
-        return step.bridged(self._bridge_of(run, run.reuse, step))
+        return step.with_reuse(self._estimator_of(run, run.reuse, step))
 
-    def _bridge_of(self, run: Run, reuse: Reuse, step: Evaluation) -> Bridge:
+    def _estimator_of(self, run: Run, reuse: Reuse, step: Evaluation) -> PredictionEstimator:
         """What carries predictions over in a run, made at the first step that mixes."""
-        if run.bridge is None:
+        if run.estimator is None:
             require_affine(run.scheduler, self._path)
             names = [self._denoisers.names[k] for k in step.models]
-            carrier = reuse.resolved(names, step.weights, self.blends_rows)
+            carrier = reuse.resolved(names, step.mixture_weights, self.blends_rows)
             assert run.lams is not None
             along = strengths(run.lams, run.scheduler)
-            run.bridge = Bridge(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
-        return run.bridge
+            run.estimator = PredictionEstimator(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
+        return run.estimator
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
@@ -366,14 +370,14 @@ class Dial:
     @property
     def _scheduler(self) -> SchedulerMixin:
         """The scheduler of the present or last run."""
-        self._adopt_new()
+        self._hook_new()
         return self._runs.shown.scheduler
 
-    def _adopt_new(self) -> None:
-        """Adopt a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
+    def _hook_new(self) -> None:
+        """Hook a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
         for pipe in [] if self._removed else self._living_pipes():
             if not self._runs.is_called() or self._runs.is_called(pipe):
-                self._adopt(pipe.scheduler)
+                self._hook(pipe.scheduler)
 
     def _living_pipes(self) -> list[DiffusionPipeline]:
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]
@@ -382,17 +386,17 @@ class Dial:
     def _calling(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """A call of `pipe`, however it ends."""
         with self._runs.call(pipe):
-            self._adopt(pipe.scheduler)
+            self._hook(pipe.scheduler)
             yield
 
-    def _adopt(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+    def _hook(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
         with self._runs.lock:
             if (owner := owner_of(scheduler)) is not None:
                 if owner is not self:
                     raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
                 return
             self._schedulers.append(scheduler)
-            adopt(scheduler, self)
+            hook_scheduler(scheduler, self)
             self._start(scheduler, own=own)  # its first run has set its timesteps already
 
     @contextmanager
@@ -421,9 +425,9 @@ class Dial:
             if evaluation is None:  # another model's step through this scheduler, or interpolated weights
                 return own_step(**arguments)
             output = self._mixed_step(run, evaluation, own_step, arguments)
-        run.ledger.leave(output[0])
+        run.path_weights.after_step(output[0])
         if self.population is not None:
-            chosen = self.population(run.ledger, scheduler, output[0])
+            chosen = self.population(run.path_weights, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
 
@@ -440,31 +444,30 @@ class Dial:
         if evaluation.images not in (None, len(sample)):
             raise wrong_count(evaluation.images, len(sample))
         estimated = evaluation.evaluated != evaluation.models
-        if evaluation.bridge is not None:
-            predictions = evaluation.bridge.complete(
-                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.weights
+        if evaluation.estimator is not None:
+            predictions = evaluation.estimator.complete(
+                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.mixture_weights
             )
         run.last = StepRecord(
             models=tuple(self._denoisers.names[k] for k in evaluation.models),
             predictions=predictions,
-            weights=evaluation.weights,
+            mixture_weights=evaluation.mixture_weights,
             sample=sample,
             timestep=timestep,
             at=evaluation.at,
             log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
             progress=evaluation.progress,
+            settings={key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments},
         )
-        if run.bridge is not None:
-            run.bridge.tell(evaluation.at)
-        settings: dict[str, Any] = {
-            key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments
-        }
+        if run.estimator is not None:
+            run.estimator.tell(evaluation.at)
         guided = evaluation.distilled or evaluation.rows != len(sample)
-        run.ledger.arrive(run.scheduler, run.last, evaluation.lams, guided, settings, estimated=estimated)
+        observe = partial(run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, estimated)
         if len(evaluation.models) == 1:
+            observe(None)
             return own_step(**arguments)
         space, _ = space_of(run.scheduler, self._path)
-        return mixed_step(run.scheduler, own_step, arguments, run.last, space)
+        return mixed_step(run.scheduler, own_step, arguments, run.last, space, observe)
 
 
 def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
-from deradiff.sampling.reuse import WEIGHTS, Bridge
+from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Evaluation:
     progress: Progress
     models: tuple[int, ...]
     """Those that the step mixes: 0 is the reference, k the k-th anchor."""
-    weights: Float[Tensor, "model #batch"]
-    """Theirs in the mixture."""
+    mixture_weights: Float[Tensor, "model #batch"]
     lams: Float[Tensor, "anchor #batch"]
     images: int | None
     """How many images the λ are for, None where every image has the same."""
@@ -36,7 +35,7 @@ class Evaluation:
     blend: Mapping[int, Any] | None = None
     """The weights of the weight-interpolated model where that is evaluated, besides the others or instead."""
     instead: bool = False
-    bridge: Bridge | None = None
+    estimator: PredictionEstimator | None = None
     """What estimates the predictions of models that are not evaluated."""
 
     @property
@@ -61,28 +60,29 @@ class Evaluation:
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, blend=blend)
 
-    def bridged(self, bridge: Bridge) -> Evaluation:
+    def with_reuse(self, estimator: PredictionEstimator) -> Evaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
-        weighty = [bridge.names[k] for k, weight in zip(self.models, self.weights, strict=True) if weight.any()]
-        if len(weighty) < 2 or bridge.carrier not in (WEIGHTS, *weighty):
+        weights = zip(self.models, self.mixture_weights, strict=True)
+        weighty = [estimator.names[k] for k, weight in weights if weight.any()]
+        if len(weighty) < 2 or estimator.carrier not in (INTERPOLATE, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
-        wanted = bridge.wants(self.at, (self.models, self.rows))
+        wanted = estimator.wants(self.at, (self.models, self.rows))
         carried = wanted == "carrier"
-        if bridge.carrier == WEIGHTS:
+        if estimator.carrier == INTERPOLATE:
             blend = None if wanted == "models" else self._by_row()
-            return replace(self, blend=blend, instead=carried, bridge=bridge)
-        return replace(self, carrier=bridge.names.index(bridge.carrier) if carried else None, bridge=bridge)
+            return replace(self, blend=blend, instead=carried, estimator=estimator)
+        return replace(self, carrier=estimator.names.index(estimator.carrier) if carried else None, estimator=estimator)
 
     def _by_row(self) -> dict[int, Any]:
         """Each model's weight in the interpolated one: a number, or one for each row where images differ.
 
         A pipeline that guides repeats its images along the batch as a whole.
         """
-        if self.weights.shape[1] == 1:
-            return {k: float(weight) for k, weight in zip(self.models, self.weights, strict=True)}
-        if self.rows % self.weights.shape[1]:
-            raise wrong_count(self.weights.shape[1], self.rows)
-        repeated = self.weights.repeat(1, self.rows // self.weights.shape[1])
+        if self.mixture_weights.shape[1] == 1:
+            return {k: float(weight) for k, weight in zip(self.models, self.mixture_weights, strict=True)}
+        if self.rows % self.mixture_weights.shape[1]:
+            raise wrong_count(self.mixture_weights.shape[1], self.rows)
+        repeated = self.mixture_weights.repeat(1, self.rows // self.mixture_weights.shape[1])
         return dict(zip(self.models, repeated, strict=True))
 
 

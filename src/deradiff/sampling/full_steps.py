@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import NonNegativeInt
+from pydantic import BeforeValidator, NonNegativeInt
 from torch import Tensor
 
 from deradiff.files.reading import Record, read
 from deradiff.files.writing import write_json
 from deradiff.sampling.dial import Dial, dial_of
-from deradiff.sampling.reuse import REFERENCE, WEIGHTS, Reuse
+from deradiff.sampling.reuse import INTERPOLATE, REFERENCE, Reuse, current_word
 
 AIMS = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
 """Tolerances that are tried, in units of the one asked for: an error is only estimated until it is measured."""
@@ -33,7 +33,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Profile:
+class FullSteps:
     """Full steps that were measured to keep a tolerance, for these models, this scheduler and number of steps.
 
     `reuse` is for `realign` or `dial.reuse`. `error`, the median image's, is what it came to on the images it was
@@ -50,31 +50,31 @@ class Profile:
     images: int
 
     def save(self, file: Path) -> None:
-        """Write the profile as JSON. Raises `FileExistsError` where `file` is something else than a profile."""
+        """Write them as JSON. Raises `FileExistsError` where `file` is something else than such a list."""
         if file.exists():
             try:
-                Profile.load(file)
+                FullSteps.load(file)
             except (ValueError, OSError):
-                raise FileExistsError(f"{file} is no profile, and is not replaced: name another file") from None
+                raise FileExistsError(f"{file} is no list of full steps, and stays: name another file") from None
         write_json(file, asdict(self))
 
     @classmethod
-    def load(cls, file: Path) -> Profile:
+    def load(cls, file: Path) -> FullSteps:
         """Read what `save` wrote. Raises `ValueError` for another file."""
-        found = read(_ProfileRecord, Path(file), "profile of full steps", "measure it anew")
+        record = read(_FullStepsRecord, Path(file), "list of full steps", "measure it anew")
         try:
-            reuse = Reuse(steps=tuple(found.reuse.steps), carrier=found.reuse.carrier)
+            reuse = Reuse(steps=tuple(record.reuse.steps), carrier=record.reuse.carrier)
         except ValueError as error:
-            raise ValueError(f"{file} is no profile of full steps: {error}") from None
-        return cls(reuse=reuse, **found.model_dump(exclude={"reuse"}))
+            raise ValueError(f"{file} is no list of full steps: {error}") from None
+        return cls(reuse=reuse, **record.model_dump(exclude={"reuse"}))
 
 
 class _ReuseRecord(Record):
     steps: list[NonNegativeInt]
-    carrier: str
+    carrier: Annotated[str, BeforeValidator(current_word)]
 
 
-class _ProfileRecord(Record):
+class _FullStepsRecord(Record):
     reuse: _ReuseRecord
     tolerance: float
     error: float
@@ -85,7 +85,7 @@ class _ProfileRecord(Record):
     images: int
 
 
-def profiled(
+def find_full_steps(
     pipe: Any,
     prompts: Sequence[str],
     tolerance: float,
@@ -93,7 +93,7 @@ def profiled(
     carriers: Sequence[str] | None = None,
     seed: int = 0,
     **call: Any,
-) -> Profile:
+) -> FullSteps:
     """Find the fewest full steps that keep `tolerance` on these prompts, at the λ that the dial is set to.
 
     Costs two exact runs' worth of evaluations and one to six approximate ones for each carrier.
@@ -116,20 +116,21 @@ def profiled(
         raise ValueError("this pipeline is not realigned: call deradiff.realign(pipe, anchor, lam) first")
     Reuse(tolerance=tolerance)
     if carriers is None:
-        carriers = (*([WEIGHTS] if dial.blends_rows else []), REFERENCE, *dial.anchors)
+        carriers = (*([INTERPOLATE] if dial.blends_rows else []), REFERENCE, *dial.anchors)
     lam, before = dial.lam, dial.reuse
 
     def drawn() -> Float[Tensor, "image *latent"]:
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        found: Tensor = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call).images
-        return found
+        latents: Tensor = pipe(prompt=list(prompts), generator=generators, output_type="latent", **call).images
+        return latents
 
     try:
         dial.reuse, dial.lam = None, dict.fromkeys(dial.anchors, 0.0)
         reference = drawn()
         dial.lam = lam
         exact = drawn()
-        tried = [found for carrier in carriers if (found := _tried(dial, carrier, tolerance, drawn, exact, reference))]
+        tries = (_tried(dial, carrier, tolerance, drawn, exact, reference) for carrier in carriers)
+        tried = [cheapest for cheapest in tries if cheapest]
     finally:
         dial.lam, dial.reuse = lam, before
     if not tried:
@@ -137,8 +138,8 @@ def profiled(
             f"no carrier of {', '.join(carriers)} keeps {tolerance:g} of λ's effect with fewer evaluations than the "
             "exact run: take more steps, or a larger tolerance"
         )
-    cost, errors, reuse = min(tried, key=lambda one: one[0])
-    return Profile(
+    cost, errors, reuse = min(tried, key=lambda candidate: candidate[0])
+    return FullSteps(
         reuse,
         tolerance,
         errors.median,
@@ -158,14 +159,14 @@ def _tried(
         if aim * tolerance >= 1:
             continue
         dial.reuse = Reuse(tolerance=aim * tolerance, carrier=carrier)
-        found = errors(drawn(), exact, reference)
+        errors_made = errors(drawn(), exact, reference)
         if dial.reused is None:
             raise ValueError("no step of this λ mixes two models: there is nothing to carry over")
         cost = dial.reused.evaluations / dial.reused.predictions
         if cost >= 1 + len(dial.anchors):
             return None
-        if found.median <= tolerance:
-            return cost, found, Reuse(steps=dial.reused.steps, carrier=carrier)
+        if errors_made.median <= tolerance:
+            return cost, errors_made, Reuse(steps=dial.reused.steps, carrier=carrier)
     return None
 
 

@@ -1,9 +1,9 @@
 """Exact realignment by particles: sequential Monte Carlo around a realigned pipeline.
 
-Algorithm 1 is the proposal; the factor that it drops (`ledger`) is the weight. K particles per prompt walk through the
-pipeline as one batch; where their weights grow uneven, the light ones are replaced by copies of the heavy ones before
-noise separates them again. As K grows they follow the distribution of the model aligned at β/λ, at exactly K times the
-network evaluations of one image.
+Algorithm 1 is the proposal; the factor that it drops (`path_weights`) is the weight. K particles per prompt walk
+through the pipeline as one batch; where their weights grow uneven, the light ones are replaced by copies of the heavy
+ones before noise separates them again. As K grows they follow the distribution of the model aligned at β/λ, at exactly
+K times the network evaluations of one image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.estimates import Estimate, effective_sample_size
-from deradiff.algorithm.path_weights import Ledger, RunWeights
+from deradiff.algorithm.path_weights import ImportanceWeights, PathWeights
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.sampling import pictures
 from deradiff.sampling.dial import Dial, dial_of
@@ -49,7 +49,7 @@ class Particles:
     lineage: list[tuple[int, Int[Tensor, "prompt particle"]]]
     evenness: Float[Tensor, "step prompt"]
     log_normalizer: Float[Tensor, " prompt"]
-    run: RunWeights
+    run: ImportanceWeights
     resampled_by: str
     blacked_out: Bool[Tensor, " image"]
 
@@ -164,7 +164,7 @@ def sample_particles(
             "number, or pass fewer prompts at a time"
         ) from None
     names = [f"particle {k + 1} of prompt {p + 1}" for p in range(prompts) for k in range(count)]
-    return population.result(drawn.require_finite(names), dial.weights)
+    return population.result(drawn.require_finite(names), dial.importance_weights)
 
 
 class Population:
@@ -180,17 +180,17 @@ class Population:
         self.resampled_by = "no step was taken"
         self._counted = torch.zeros_like(self.log_weights)
 
-    def __call__(self, ledger: Ledger, scheduler: SchedulerMixin, previous: Tensor) -> Tensor:
+    def __call__(self, path_weights: PathWeights, scheduler: SchedulerMixin, previous: Tensor) -> Tensor:
         """Weigh the step that led to `previous`, and resample the prompts whose weights have grown uneven."""
         count = self.log_weights.shape[1]
-        if not ledger.noisy:
+        if not path_weights.noisy:
             self.resampled_by = f"not resampled: {_why_not(scheduler)}"
             return previous
         self.resampled_by = f"resampled {len(self.lineage)} times, below {self.threshold:g} effective"
-        if ledger.ahead is None:
+        if path_weights.ahead is None:
             return previous
-        ledger.pay(ledger.ahead)
-        self._count(ledger.log_weights)
+        path_weights.add_first_half(path_weights.ahead)
+        self._count(path_weights.log_weights)
         evenness = effective_sample_size(self.log_weights) / count
         self.evenness.append(evenness)
         uneven = evenness < self.threshold
@@ -203,10 +203,10 @@ class Population:
         self.log_weights[uneven] = 0
         self.ancestors, self._counted = self.ancestors.gather(1, parents), self._counted.gather(1, parents)
         rows = (parents + count * torch.arange(len(parents))[:, None]).flatten().to(previous.device)
-        ledger.select(rows)
+        path_weights.select(rows)
         return previous[rows]
 
-    def result(self, drawn: pictures.Pictures, run: RunWeights) -> Particles:
+    def result(self, drawn: pictures.Pictures, run: ImportanceWeights) -> Particles:
         """The particles at the end of the run."""
         self._count(run.log_weights)
         if not bool(torch.isfinite(self.log_weights).any(1).all()):
@@ -269,7 +269,7 @@ def _realigned(
     dial = dial_of(pipe)
     if dial is None:
         raise ValueError("this pipeline is not realigned: call deradiff.realign(pipe, anchor, lam) first")
-    if dial.method == "weights":
+    if dial.method == "interpolate":
         raise ValueError("interpolated weights are one model, with nothing to weigh: use method='mixture'")
     if dial.reuse is not None:
         raise ValueError(

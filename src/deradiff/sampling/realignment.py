@@ -17,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.algorithm.schedules import finite, parse_lam
+from deradiff.algorithm.lams import parse_lam
+from deradiff.algorithm.schedules import finite
 from deradiff.algorithm.step import space_of
 from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.anchors.checks import unwrapped
@@ -25,7 +26,7 @@ from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
 from deradiff.sampling.dial import Dial, Lam, Method, Where, dial_of
-from deradiff.sampling.reuse import AUTO, REFERENCE, WEIGHTS, Reuse, require_affine
+from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
 from deradiff.sampling.scheduler_hook import owner_of
 
 Source = str | Path | nn.Module
@@ -57,8 +58,8 @@ def realign(
             named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`).
         lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
             less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
-            per image of the batch, or, with several anchors, a dictionary of any of those (`schedules.parse_lam`).
-        method: "mixture" mixes predictions, one evaluation per model and step. "weights" runs one model with
+            per image of the batch, or, with several anchors, a dictionary of any of those (`lams.parse_lam`).
+        method: "mixture" mixes predictions, one evaluation per model and step. "interpolate" runs one model with
             interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
         path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them
             (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
@@ -85,7 +86,7 @@ def realign(
     for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
-    if method == "weights" and path != "auto":
+    if method == "interpolate" and path != "auto":
         raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
     _, denoiser = denoiser_of(pipe)
     reference = unwrapped(denoiser)
@@ -102,7 +103,7 @@ def realign(
     if reused is not None:
         require_affine(pipe.scheduler, path)
     sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
-    if reserved := {*sources} & {AUTO, WEIGHTS, REFERENCE}:
+    if reserved := {*sources} & {*RESERVED}:
         raise ValueError(
             f"an anchor cannot be called {reserved.pop()!r}, which means something else: name it otherwise"
         )

@@ -6,7 +6,7 @@ from the carrier's are kept, and in between they are continued along a line. The
 weight-interpolated model, which is so near to the mixture that little is left to keep; but it is a further evaluation.
 
 The differences are those of guided predictions. A mixture of predictions is linear in them, so the continued ones stand
-for the models' own in everything that follows (`mixing`, `ledger`), as estimates.
+for the models' own in everything that follows (`step`, `path_weights`), as estimates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from deradiff.algorithm.step import mixed, space_of
 
 Wanted = Literal["carrier", "all", "models"]
 
-AUTO, WEIGHTS, REFERENCE = "auto", "weights", "reference"
+AUTO, INTERPOLATE, REFERENCE = "auto", "interpolate", "reference"
+
+RESERVED = (AUTO, INTERPOLATE, REFERENCE, "weights")
+"""Names that no anchor can have. Files of 0.1 say "weights" for "interpolate"."""
+
 
 SHARE = 0.35
 """The part of the tolerance that may be spent between two full evaluations: the errors of several intervals add up as
@@ -48,10 +52,10 @@ class Reuse:
         tolerance: the error that may be made, relative to λ's own effect on the final latents: steps are chosen as the
             run goes, by how far the last full evaluation was from its estimate.
         every: all models at every so many steps.
-        steps: all models at these steps, counted from 0 in the scheduler's list of timesteps (`profiles.profiled`
-            finds good ones). The first step of a run always is one.
-        carrier: "reference", the name of an anchor, "weights" (the weight-interpolated model; of full weights it is one
-            more copy in memory), or "auto": the weights where all anchors are LoRAs, else whichever model has more
+        steps: all models at these steps, counted from 0 in the scheduler's list of timesteps (`find_full_steps` finds
+            good ones). The first step of a run always is one.
+        carrier: "reference", the name of an anchor, "interpolate" (the weight-interpolated model; of full weights it is
+            one more copy in memory), or "auto": that one where all anchors are LoRAs, else whichever model has more
             weight, or the reference where images have weights of their own.
         slope: the part of the last change that goes on between full evaluations: 1 continues a difference along the
             line through its last two, 0 holds it.
@@ -99,18 +103,18 @@ class Reuse:
             return cls(every=asked)
         raise ValueError(f"unknown reuse {asked!r}: give Reuse(...), every how many steps, or None for exactness")
 
-    def resolved(self, names: Sequence[str], weights: Float[Tensor, "model #batch"], loras: bool) -> str:
-        """The carrier's name. "auto" is the interpolated weights where all anchors are LoRAs; else the model with most
-        weight, and the reference where images have weights of their own, for its error is the same share of λ's effect
-        at every λ. `names` are those of the models that a step mixes, `weights` theirs in the mixture.
+    def resolved(self, names: Sequence[str], mixture_weights: Float[Tensor, "model #batch"], loras: bool) -> str:
+        """The carrier's name. "auto" is the weight-interpolated model where all anchors are LoRAs; else the model with
+        most weight, and the reference where images have weights of their own, for its error is the same share of λ's
+        effect at every λ. `names` are those of the models that a step mixes.
         """
         if self.carrier != AUTO:
             return self.carrier
         if loras:
-            return WEIGHTS
-        if weights.shape[1] > 1 and REFERENCE in names:
+            return INTERPOLATE
+        if mixture_weights.shape[1] > 1 and REFERENCE in names:
             return REFERENCE
-        return names[int(weights.abs().mean(1).argmax())]
+        return names[int(mixture_weights.abs().mean(1).argmax())]
 
     def __str__(self) -> str:
         if self.tolerance is not None:
@@ -119,7 +123,7 @@ class Reuse:
             when = f"all models every {self.every} steps"
         else:
             when = f"all models at {len(self.steps or ())} chosen steps"
-        return when if self.carrier == AUTO else f"{when}, carried by {self.carrier}"
+        return when if self.carrier == AUTO else f"{when}, carried by {_in_words(self.carrier)}"
 
 
 @dataclass(frozen=True)
@@ -161,20 +165,21 @@ class Reused:
     @property
     def words(self) -> str:
         """What was done, and how far off it may be, in a sentence."""
+        price = self.evaluations / max(self.predictions, 1)
         done = (
-            f"approximate: all models at {len(self.steps)} of {self.predictions} steps, {self.carrier} at the others "
-            f"({self.evaluations / max(self.predictions, 1):.2f} evaluations a step); estimated error {self.error:.1%} "
-            "of λ's effect"
+            f"approximate: all models at {len(self.steps)} of {self.predictions} steps, {_in_words(self.carrier)} at "
+            f"the others ({price:.2f} evaluations a step); estimated error {self.error:.1%} of λ's effect"
         )
         return done if self.kept else f"{done}, ABOVE the tolerance of {self.tolerance:g}"
 
     def record(self) -> dict[str, Any]:
         """The run as plain data, for a record."""
-        found = {name: getattr(self, name) for name in ("predictions", "evaluations", "carrier", "error", "tolerance")}
-        return {"full_steps": list(self.steps), **found, "kept": self.kept, "words": self.words}
+        names = ("predictions", "evaluations", "carrier", "error", "tolerance")
+        numbers = {name: getattr(self, name) for name in names}
+        return {"full_steps": list(self.steps), **numbers, "kept": self.kept, "words": self.words}
 
 
-class _Kept(NamedTuple):
+class _FullEvaluation(NamedTuple):
     """A full evaluation: how far the models' predictions were from the carrier's, and the mixture's."""
 
     number: int
@@ -183,12 +188,12 @@ class _Kept(NamedTuple):
 
 
 @dataclass
-class Bridge:
+class PredictionEstimator:
     """One run with reuse: when to evaluate all models, and what the others are estimated to predict in between.
 
     Errors are counted in the length of the final latents' change, image by image. An estimate that is off by e moves
-    them by e times the step's impact (`clocks.impacts`); λ itself, by the length of what it adds to the prediction.
-    Between two full evaluations e grows as `_shape` says, at a rate that the second of them shows.
+    them by e times the step's impact (`noise_levels.impacts`); λ itself, by the length of what it adds to the
+    prediction. Between two full evaluations e grows as `_shape` says, at a rate that the second of them shows.
     """
 
     reuse: Reuse
@@ -197,14 +202,14 @@ class Bridge:
     names: Sequence[str]
     """Those of all models, reference first."""
     impacts: Sequence[float]
-    """Of every timestep, see `clocks.impacts`."""
+    """Of every timestep, see `noise_levels.impacts`."""
     strengths: Sequence[float]
     """λ at every timestep, up to a common factor: what λ adds to a prediction, and an error of it, grow with that."""
     steps: list[int] = field(default_factory=list)
     predictions: int = 0
     evaluations: int = 0
     told: bool = False
-    _kept: list[_Kept] = field(default_factory=list)
+    _kept: list[_FullEvaluation] = field(default_factory=list)
     _kind: Any = None
     _last: int = 0
     """The timestep of the last prediction."""
@@ -237,7 +242,7 @@ class Bridge:
         if not self._wants_all(i):
             return "carrier"
         early = self._kept and self.predictions - self._kept[0].number < self._patience
-        return "models" if early and self.carrier == WEIGHTS and self.reuse.tolerance is not None else "all"
+        return "models" if early and self.carrier == INTERPOLATE and self.reuse.tolerance is not None else "all"
 
     def _wants_all(self, i: int) -> bool:
         if not self._kept:
@@ -255,28 +260,28 @@ class Bridge:
         predictions: Float[Tensor, "evaluated batch *latent"],
         models: Sequence[int],
         evaluated: Sequence[int],
-        weights: Float[Tensor, "model #batch"],
+        mixture_weights: Float[Tensor, "model #batch"],
     ) -> Float[Tensor, "model batch *latent"]:
         """The predictions of all `models` at the i-th timestep, from those that were `evaluated`: kept, or estimated.
 
         The weight-interpolated model's, where it was evaluated, is the last of `predictions`.
         """
         if len(evaluated) < len(models):
-            found = self._estimate(predictions[0], weights)
+            completed = self._estimate(predictions[0], mixture_weights)
             self._shapes += self._weight(i)
         else:
-            found = predictions[: len(models)]
-            wide = found.float()
-            self._effect = _length(mixed(wide - wide[0], weights)) / max(self.strengths[i], 1e-12)
+            completed = predictions[: len(models)]
+            wide = completed.float()
+            self._effect = _length(mixed(wide - wide[0], mixture_weights)) / max(self.strengths[i], 1e-12)
             self.steps.append(i)
-            if self.carrier != WEIGHTS or len(predictions) > len(models):
-                at = models.index(self.names.index(self.carrier)) if self.carrier != WEIGHTS else -1
-                self._keep(i, wide - predictions[at].float(), weights)
+            if self.carrier != INTERPOLATE or len(predictions) > len(models):
+                at = models.index(self.names.index(self.carrier)) if self.carrier != INTERPOLATE else -1
+                self._keep(i, wide - predictions[at].float(), mixture_weights)
         self._done = self._done + self.impacts[i] * self.strengths[i] * self._effect
         self.predictions += 1
         self.evaluations += len(predictions)
         self._last = i
-        return found
+        return completed
 
     def renew(self, strengths: Sequence[float]) -> None:
         """λ was set anew: what was learned at the old one is not carried over."""
@@ -288,8 +293,8 @@ class Bridge:
         if self.told or (i is not None and i < len(self.impacts) - 1):
             return
         self.told = True
-        if not (found := self.result()).kept:
-            warnings.warn(found.words, stacklevel=2)
+        if not (result := self.result()).kept:
+            warnings.warn(result.words, stacklevel=2)
 
     def result(self) -> Reused:
         """What the run came to so far."""
@@ -299,15 +304,17 @@ class Bridge:
             tuple(self.steps), self.predictions, self.evaluations, self.carrier, tuple(errors), self.reuse.tolerance
         )
 
-    def _keep(self, i: int, differences: Float[Tensor, "model batch *latent"], weights: Tensor) -> None:
+    def _keep(self, i: int, differences: Float[Tensor, "model batch *latent"], mixture_weights: Tensor) -> None:
         """Learn from the error of what would have been estimated, and keep the differences."""
-        residual = mixed(differences, weights)
+        residual = mixed(differences, mixture_weights)
         turnover = TURNOVER / len(self.impacts)
         if self._kept:
             away = self.predictions - self._kept[0].number
             self._patience = 2 * self._patience if away <= self._patience else 1
-            line, its_residual = self._continued()
-            off = residual - (its_residual if self.carrier == WEIGHTS else mixed(line, weights))
+            expected_differences, expected_residual = self._continued()
+            if self.carrier != INTERPOLATE:
+                expected_residual = mixed(expected_differences, mixture_weights)
+            off = residual - expected_residual
             rate = _length(off) / (self._shape() * max(self.strengths[i], 1e-12))
             self._close(rate)
             # Differences change ever faster towards the image: a rate that has grown goes on growing.
@@ -317,7 +324,7 @@ class Bridge:
         else:
             growth = 1.0
             self._rate = _length(residual) * turnover / max(self.strengths[i], 1e-12)
-        self._kept = [_Kept(self.predictions, differences, residual), *self._kept[:1]]
+        self._kept = [_FullEvaluation(self.predictions, differences, residual), *self._kept[:1]]
         future = sum(a * b for a, b in zip(self.impacts[i:], self.strengths[i:], strict=True))
         expected = self._done + future * self._effect
         still = (self._rate == 0) & (expected == 0) & (self._effect.max() > 0)  # the reference itself
@@ -329,11 +336,11 @@ class Bridge:
         self._shapes = 0.0
 
     def _estimate(
-        self, carrier: Float[Tensor, "batch *latent"], weights: Float[Tensor, "model #batch"]
+        self, carrier: Float[Tensor, "batch *latent"], mixture_weights: Float[Tensor, "model #batch"]
     ) -> Float[Tensor, "model batch *latent"]:
         differences, residual = self._continued()
-        if self.carrier == WEIGHTS:  # the carrier goes along with λ: what is left of the mixture does not
-            differences = differences - mixed(differences, weights) + residual
+        if self.carrier == INTERPOLATE:  # the carrier goes along with λ: what is left of the mixture does not
+            differences = differences - mixed(differences, mixture_weights) + residual
         return (carrier.float() + differences).to(carrier.dtype)
 
     def _continued(self) -> tuple[Float[Tensor, "model batch *latent"], Float[Tensor, "batch *latent"]]:
@@ -367,6 +374,15 @@ def require_affine(scheduler: SchedulerMixin, path: Literal["auto", "prediction"
             f"predictions cannot be carried over between steps where posteriors are mixed ({why}): their error is not "
             "the prediction's. Use path='prediction' or a scheduler whose step is affine, or leave reuse out"
         )
+
+
+def current_word(word: Any) -> Any:
+    """What a file says of a method or a carrier, in today's word: 0.1 wrote "weights" for "interpolate"."""
+    return INTERPOLATE if word == "weights" else word
+
+
+def _in_words(carrier: str) -> str:
+    return "the interpolated weights" if carrier == INTERPOLATE else carrier
 
 
 def _length(change: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:

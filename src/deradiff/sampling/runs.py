@@ -17,12 +17,12 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.algorithm.path_weights import Ledger
-from deradiff.algorithm.schedules import Lams
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.path_weights import PathWeights
 from deradiff.algorithm.step import StepRecord
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.evaluation import Evaluation
-from deradiff.sampling.reuse import Bridge, Reuse
+from deradiff.sampling.reuse import PredictionEstimator, Reuse
 
 _OWN_PIPELINE = (
     "give each thread a pipeline with a scheduler of its own, other = type(pipe)(**pipe.components) and "
@@ -37,16 +37,16 @@ class Run:
     scheduler: SchedulerMixin
     thread: int
     reuse: Reuse | None
-    ledger: Ledger = field(default_factory=Ledger)
+    path_weights: PathWeights = field(default_factory=PathWeights)
     pending: Evaluation | None = None
     """What the denoiser was called for, until the scheduler takes the step."""
-    bridge: Bridge | None = None
+    estimator: PredictionEstimator | None = None
     fresh: bool = True
     """Whether no step was taken yet."""
     last: StepRecord | None = None
     lams: Lams | None = None
-    """The λ that `weights` are for, which the dial may have left behind since."""
-    weights: Float[Tensor, "model #image"] | None = None
+    """The λ that `mixture_weights` are for, which the dial may have left behind since."""
+    mixture_weights: Float[Tensor, "model #image"] | None = None
     over: bool = False
 
 
@@ -71,8 +71,8 @@ class Runs:
         if before is not None:
             self._require_free(before)
         for earlier in (before, getattr(self._own, "run", None)):
-            if earlier is not None and earlier.bridge is not None:
-                earlier.bridge.tell()
+            if earlier is not None and earlier.estimator is not None:
+                earlier.estimator.tell()
         run = self._latest = self._by_scheduler[id(scheduler)] = Run(scheduler, me, reuse)
         if own:
             self._own.run = run
@@ -161,7 +161,7 @@ class Runs:
         """Let go of the models: where gradients are taken, predictions hold on to the weights that they came from."""
         for run in self._by_scheduler.values():
             run.pending, run.over = None, True
-            run.ledger.detach()
+            run.path_weights.detach()
             if run.last is not None:
                 run.last = replace(run.last, predictions=run.last.predictions.detach(), sample=run.last.sample.detach())
 

@@ -15,12 +15,12 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from deradiff.anchors.full_weights import DIAL
 
 
-def owner_of(adopted: SchedulerMixin | DiffusionPipeline) -> Any:
+def owner_of(hooked: SchedulerMixin | DiffusionPipeline) -> Any:
     """The dial that a scheduler or a pipeline asks, None for one that nobody realigned."""
-    return getattr(type(adopted), DIAL, None)
+    return getattr(type(hooked), DIAL, None)
 
 
-def adopt(scheduler: SchedulerMixin, dial: Any) -> None:
+def hook_scheduler(scheduler: SchedulerMixin, dial: Any) -> None:
     """From now on `scheduler` tells `dial` when a run begins, and has it take every step."""
     own_class: Any = type(scheduler)
     signature = inspect.signature(own_class.step)
@@ -50,7 +50,7 @@ def adopt(scheduler: SchedulerMixin, dial: Any) -> None:
     scheduler.__class__ = _subclass(own_class, dial, {"step": step, "set_timesteps": set_timesteps, **others})
 
 
-def adopt_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
+def hook_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
     """From now on `pipe` tells `dial` when a call of it begins and ends."""
     own_class: Any = type(pipe)
 
@@ -62,9 +62,9 @@ def adopt_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
     pipe.__class__ = _subclass(own_class, dial, {"__call__": call})
 
 
-def release(adopted: SchedulerMixin | DiffusionPipeline) -> None:
-    """Undo `adopt` or `adopt_pipeline`."""
-    adopted.__class__ = type(adopted).__mro__[1]
+def unhook(hooked: SchedulerMixin | DiffusionPipeline) -> None:
+    """Undo `hook_scheduler` or `hook_pipeline`."""
+    hooked.__class__ = type(hooked).__mro__[1]
 
 
 def _subclass(own_class: Any, dial: Any, members: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ class Mirror:
             if hasattr(module, "set_processor") and path in modules
         ]
         self._up_blocks = list(zip(getattr(reference, "up_blocks", ()), getattr(anchor, "up_blocks", ()), strict=True))
-        self._own_processors = [(mine, mine.processor) for _, mine in self._attention]
+        self._own_processors = [(counterpart, counterpart.processor) for _, counterpart in self._attention]
         self._own_projection = {part: getattr(anchor, part, None) for part in _IMAGE_PROMPT}
         self._own_projection_type = getattr(anchor.config, "encoder_hid_dim_type", None)
         self._modules = tuple(self.reference.modules())  # walking the tree anew at every step would show in the time
@@ -92,16 +92,16 @@ class Mirror:
         for module, processor in self._own_processors:
             if module.processor is not processor:
                 module.set_processor(processor)
-        for _, mine in self._up_blocks:
+        for _, counterpart in self._up_blocks:
             for factor in _FREEU:
-                if getattr(mine, factor, None) is not None:
-                    setattr(mine, factor, None)
+                if getattr(counterpart, factor, None) is not None:
+                    setattr(counterpart, factor, None)
 
     def _sync_image_prompt(self) -> None:
         for part, own in self._own_projection.items():
-            theirs = getattr(self.reference, part, None)
-            if part == "image_proj" or isinstance(theirs, MultiIPAdapterImageProjection):
-                self._set_image_prompt(part, theirs, getattr(self.reference.config, "encoder_hid_dim_type", None))
+            original = getattr(self.reference, part, None)
+            if part == "image_proj" or isinstance(original, MultiIPAdapterImageProjection):
+                self._set_image_prompt(part, original, getattr(self.reference.config, "encoder_hid_dim_type", None))
             else:
                 self._set_image_prompt(part, own, self._own_projection_type)
 
@@ -111,18 +111,18 @@ class Mirror:
             self.anchor.config.encoder_hid_dim_type = kind
 
     def _sync_attention(self) -> None:
-        for theirs, mine in self._attention:
-            if getattr(theirs, "fused_projections", False) != getattr(mine, "fused_projections", False):
-                mine.fuse_projections() if theirs.fused_projections else mine.unfuse_projections()
-            if mine.processor is not theirs.processor:
-                mine.set_processor(theirs.processor)
+        for original, counterpart in self._attention:
+            if getattr(original, "fused_projections", False) != getattr(counterpart, "fused_projections", False):
+                counterpart.fuse_projections() if original.fused_projections else counterpart.unfuse_projections()
+            if counterpart.processor is not original.processor:
+                counterpart.set_processor(original.processor)
 
     def _sync_freeu(self) -> None:
-        for theirs, mine in self._up_blocks:
+        for original, counterpart in self._up_blocks:
             for factor in _FREEU:
-                wanted = getattr(theirs, factor, None)
-                if getattr(mine, factor, None) != wanted:
-                    setattr(mine, factor, wanted)
+                wanted = getattr(original, factor, None)
+                if getattr(counterpart, factor, None) != wanted:
+                    setattr(counterpart, factor, wanted)
 
     def _sync_adapters(self) -> None:
         adapters = list(getattr(self.reference, "peft_config", {}).values())
@@ -130,15 +130,16 @@ class Mirror:
             self._return_layers()
             self._borrow_layers()
             self._adapters, self._modules = adapters, tuple(self.reference.modules())
-        for theirs, mine in self._borrowed:
-            if theirs.merged:
+        for original, counterpart in self._borrowed:
+            if original.merged:
                 raise UnmirroredState(
-                    f"a LoRA ({', '.join(theirs.merged_adapters)}) was fused into the reference's weights, which the "
+                    f"a LoRA ({', '.join(original.merged_adapters)}) was fused into the reference's weights, which the "
                     f"anchor {self.name!r} does not share: call pipe.unfuse_lora() and keep the LoRA loaded instead; "
                     "it then acts on both models"
                 )
-            if mine._active_adapter != theirs._active_adapter or mine._disable_adapters != theirs._disable_adapters:
-                mine._active_adapter, mine._disable_adapters = theirs._active_adapter, theirs._disable_adapters
+            active, disabled = original._active_adapter, original._disable_adapters
+            if (counterpart._active_adapter, counterpart._disable_adapters) != (active, disabled):
+                counterpart._active_adapter, counterpart._disable_adapters = active, disabled
 
     def _borrow_layers(self) -> None:
         """Wrap the anchor's layers in the reference's LoRA layers.
@@ -146,7 +147,7 @@ class Mirror:
         Each wrapper is a shallow copy: it shares the LoRA's matrices and scales (so that `set_adapters` reaches both
         models and nothing is stored twice) and differs in the layer underneath.
         """
-        for path, theirs in list(adapter_layers(self.reference)):
+        for path, original in list(adapter_layers(self.reference)):
             parent, child = _parent(self.anchor, path)
             base = parent._modules[child]
             if isinstance(base, BaseTunerLayer):
@@ -154,13 +155,13 @@ class Mirror:
                     f"the anchor {self.name!r} already carries LoRA layers (at {path}), so a style LoRA on the "
                     "reference cannot be set on it too: pass the LoRA file itself as the anchor, or fuse it first"
                 )
-            mine = copy.copy(theirs)
-            mine._modules = {**theirs._modules, "base_layer": base}
-            parent._modules[child] = mine
-            self._borrowed.append((theirs, mine))
+            counterpart = copy.copy(original)
+            counterpart._modules = {**original._modules, "base_layer": base}
+            parent._modules[child] = counterpart
+            self._borrowed.append((original, counterpart))
 
     def _return_layers(self) -> None:
-        borrowed = {id(mine) for _, mine in self._borrowed}
+        borrowed = {id(counterpart) for _, counterpart in self._borrowed}
         for path, layer in list(adapter_layers(self.anchor)):
             if id(layer) in borrowed:
                 parent, child = _parent(self.anchor, path)

@@ -102,10 +102,10 @@ def _observed(tokenizer: Any, hear: Callable[[str, int, str], None]) -> Iterator
         limit = options.get("max_length") or self.model_max_length
         if options.get("truncation") in (True, "longest_first", "only_first"):
             special = options.get("add_special_tokens", True)
-            for one in [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else []:
-                lost = _lost(kind, self, one, limit, special) if isinstance(one, str) else None
+            for prompt in [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else []:
+                lost = _lost(kind, self, prompt, limit, special) if isinstance(prompt, str) else None
                 if lost is not None:
-                    hear(one, limit, lost)
+                    hear(prompt, limit, lost)
         return kind.__call__(self, text, *arguments, **options)
 
     # Python looks special methods up in the class; a subclass passes for its own wherever a pipeline asks.

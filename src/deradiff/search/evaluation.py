@@ -33,7 +33,7 @@ class PointEvaluator:
         report: told of progress.
         names: the scores and measures that are read (`Goal.names`).
         prompts: the plan's prompt set that is searched on; the first by default.
-        weighted: read scores as the retrained model's, by importance weights within prompts (`weights`), instead of
+        weighted: read scores as the retrained model's, by importance weights within prompts (`verdict`), instead of
             Algorithm 1's own.
         nearby: also estimate scores at λ this much below and above every point, from the same images.
         about: what the workers are, for the record of every image.

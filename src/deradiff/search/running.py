@@ -50,7 +50,7 @@ class SearchOutcome:
     refused: dict[Point, str]
     """Points that could not be used, and why."""
     verdict: dict[str, Any] | None
-    """How far the winner's score can be trusted (`weights.Verdict.record`); None where there are no weights."""
+    """How far the winner's score can be trusted (`verdict.Verdict.record`); None where there are no weights."""
     left_out: int
     """Images that are left out everywhere, since a score of theirs failed somewhere."""
     files: list[Path] = field(default_factory=list)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.path_weights import joined
-from deradiff.algorithm.step import denoised
 from deradiff.algorithm.verdict import verdict
 from deradiff.rewards import PictureReward
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
+from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import PageJob
 from deradiff.sweep import drawing
 from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
@@ -236,7 +236,7 @@ def judged(
 ) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
 
-    From `JUDGED` images, whose seeds begin with that of `settings`; see `weights.verdict`.
+    From `JUDGED` images, whose seeds begin with that of `settings`; see `verdict.verdict`.
     """
     dial.reuse, dial.watching = None, False
     prompt, seed = settings.prompts[0], settings.seeds[0]

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
 from deradiff.algorithm.schedules import Schedule, finite
+from deradiff.sampling.reuse import RESERVED
 from deradiff.studio import curves
 from deradiff.sweep import notation
 from deradiff.sweep.pipelines import SCHEDULERS, known_beta
@@ -95,7 +96,7 @@ def anchor_names(anchors: Sequence[str]) -> list[str]:
     for source in anchors:
         end = re.sub(r"\W+", "-", source.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")).strip("-")
         name = end if re.match(r"[A-Za-z_]", end) else f"anchor-{end}"
-        while name in names or name in ("auto", "weights", "reference"):
+        while name in names or name in RESERVED:
             name += "-2"
         names.append(name)
     return names

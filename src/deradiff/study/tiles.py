@@ -11,7 +11,7 @@ from PIL import Image
 
 from deradiff.experiments import store as experiments
 from deradiff.files.images import read_rgb, rgb
-from deradiff.files.writing import whole
+from deradiff.files.writing import atomic_file
 from deradiff.study.plan import NOISE, StudyImage, StudyPlan
 from deradiff.study.votes import Votes, file_of
 
@@ -78,7 +78,7 @@ def kept(image: Image.Image, folder: Path) -> str:
     small = tile(image)
     form, suffix = ("PNG", "png") if max(image.size) <= LARGEST else ("JPEG", "jpg")
     name = f"{token_hex(16)}.{suffix}"
-    with whole(folder / "images" / name) as temporary:
+    with atomic_file(folder / "images" / name) as temporary:
         small.save(temporary, format=form, **({"quality": QUALITY} if form == "JPEG" else {"optimize": True}))
     return name
 

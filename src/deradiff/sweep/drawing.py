@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from deradiff.algorithm.path_weights import RunWeights, joined
+from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.verdict import verdict
 from deradiff.files.folders import RunFolder
 from deradiff.files.records import versions
@@ -102,7 +102,7 @@ def draw(
 ) -> list[dict[str, Any]]:
     """Sample the sweep with what `realigned` gave, and write images, contact sheet and record into `folder`.
 
-    Returns the verdict of every column (see `weights.Verdict.record`), which stand in the record too. `on_step(done,
+    Returns the verdict of every column (see `verdict.Verdict.record`), which stand in the record too. `on_step(done,
     total)` is told about every sampling step of every image; `further` goes into the record as it is. Raises
     `NotFinite` at an image of NaN or infinity: those before it are in the folder, as after any interruption.
     """
@@ -139,7 +139,7 @@ def draw(
 class Told:
     """What a run told about one image: its weights (one row), or what became of its particles."""
 
-    run: RunWeights | None = None
+    run: ImportanceWeights | None = None
     particles: Particles | None = None
     reused: Reused | None = None
     blacked_out: bool = False
@@ -261,7 +261,7 @@ def attempts(
     """
     accepted = require_heeded(pipe, arguments)
     groups = [list(shots)]
-    one_lam = dial.method == "weights" and not dial.blends_rows
+    one_lam = dial.method == "interpolate" and not dial.blends_rows
     if one_lam:
         alike = [next(other for other, its in enumerate(lams) if its == lam) for lam in lams]
         groups = [[shot for shot in shots if alike[shot.column] == column] for column in dict.fromkeys(alike)]
@@ -288,7 +288,7 @@ def attempts(
         done += len(batch) * steps
         if on_step:
             on_step(done, total)
-        run = None if dial.method == "weights" else dial.weights
+        run = None if dial.method == "interpolate" else dial.importance_weights
         reused = dial.reused
         require_size(pipe, drawn.images[0], arguments)
         for row, (shot, image, flaw) in enumerate(zip(batch, drawn.images, drawn.flaws, strict=True)):

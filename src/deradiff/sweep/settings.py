@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from deradiff.algorithm.schedules import Schedule
 from deradiff.files import records
 from deradiff.files.plans import PlanPart, Several
+from deradiff.sampling.reuse import current_word
 from deradiff.sweep.notation import plain
 from deradiff.sweep.pipelines import require_both_sides, usual_guidance
 
@@ -80,7 +81,7 @@ class Settings(PlanPart):
     negative_prompt: str | None = None
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
-    method: Literal["mixture", "weights"] = "mixture"
+    method: Annotated[Literal["mixture", "interpolate"], BeforeValidator(current_word)] = "mixture"
     reuse: int | None = None
     """Every how many steps all models are evaluated; None for all."""
     tolerance: float | None = None
@@ -100,7 +101,7 @@ class Settings(PlanPart):
     @model_validator(mode="after")
     def _fits(self) -> Settings:
         require_both_sides(self.width, self.height)
-        if self.method == "weights":
+        if self.method == "interpolate":
             asked = {"path": self.path != "auto", "reuse": self.reuse, "tolerance": self.tolerance}
             if unheeded := [name for name, given in (asked | {"particles": self.particles}).items() if given]:
                 raise ValueError(f"interpolated weights are one model, and take no {', '.join(unheeded)}")
@@ -148,7 +149,7 @@ def caption(settings: Settings, scheduler: str, guidance_scale: float | None) ->
         parts.append(f"guidance {guidance_scale:g}")
     if clocks := sorted({column.schedule["over"] for column in settings.columns if column.schedule is not None}):
         parts.append(f"λ annealed over {' and '.join(clocks)}")
-    if settings.method == "weights":
+    if settings.method == "interpolate":
         parts.append("interpolated weights")
     if settings.tolerance is not None:
         parts.append(f"approximate: within {settings.tolerance:g} of λ's effect")

@@ -27,7 +27,7 @@ TWICE_A_STEP = ("heun", "kdpm2")
 """Samplers of second order, which evaluate the network twice in every step but the last."""
 
 NOTHING = 1e-12
-"""What counts as λ = 0 or 1: the rounding of `mixing.with_reference`."""
+"""What counts as λ = 0 or 1: the rounding of `step.with_reference_weight`."""
 
 
 # -- network evaluations ----------------------------------------------------------------------------------------------
