@@ -8,8 +8,8 @@ import typer
 from deradiff.cli import arguments, terminal
 
 if TYPE_CHECKING:
-    from deradiff.experiments.executors import Crew
     from deradiff.search.spaces import Space
+    from deradiff.sweep.workers import Executor
 
 MODELS, GOAL, SPACE, SAMPLING, MACHINE = "Models", "The goal", "What is searched", "Sampling", "Machine"
 
@@ -144,8 +144,8 @@ def search(
         from deradiff.search.goals import Goal
         from deradiff.search.loop import State
         from deradiff.search.running import run
-        from deradiff.sweep.jobs import cores
         from deradiff.sweep.pipelines import known_beta
+        from deradiff.sweep.workers import cores
 
     with terminal.refusing_wrong_input(), terminal.stages(console) as report:
         sources = arguments.anchors(anchor)
@@ -181,9 +181,9 @@ def search(
             "this search",
         )
 
-        def crew() -> "Crew":
+        def executor() -> "Executor":
             size = workers or (cores() if place == "cpu" else 1)
-            return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
+            return executors.InProcess(plan, place, 1) if size == 1 else executors.processes(plan, place, 1, size)
 
         def told(state: State) -> None:
             console.print(summary.evaluated(space, state))
@@ -193,7 +193,7 @@ def search(
             space,
             goal,
             out,
-            crew,
+            executor,
             report,
             budget=evaluations,
             seed=search_seed,
