@@ -50,10 +50,10 @@ def plan(prompts: int, seeds: int) -> Plan:
 def overhead(folder: Path) -> dict[str, Any]:
     """One process, one thread: what is not spent in models and scorers."""
     small = plan(16, 2)
-    running.run(small, folder / "warm", lambda: executors.Here(small, "cpu", 1), lambda *_: None)
+    running.run(small, folder / "warm", lambda: executors.InProcess(small, "cpu", 1), lambda *_: None)
     shares = []
     for number in range(3):
-        found = running.run(small, folder / f"{number}", lambda: executors.Here(small, "cpu", 1), lambda *_: None)
+        found = running.run(small, folder / f"{number}", lambda: executors.InProcess(small, "cpu", 1), lambda *_: None)
         shares.append(found.overhead)
     images = found.drawn
     return {"images": images, "share": median(shares), "shares": shares}
@@ -78,7 +78,7 @@ def _rate(small: Plan, folder: Path, size: int) -> float:
         if stage == "drawing" and done:
             times.append((time.perf_counter(), done))
 
-    running.run(small, folder, lambda: executors.OnRay(small, "cpu", 1, size, 0.0, None), report)
+    running.run(small, folder, lambda: executors.RayActors(small, "cpu", 1, size, 0.0, None), report)
     # Every worker has its models once it has done a batch.
     (start, first), (end, last) = times[size - 1], times[-1]
     return (last - first) / (end - start)

@@ -44,7 +44,8 @@ from deradiff.search.evaluation import PointEvaluator
 from deradiff.search.loop import FRACTION, SearchState
 from deradiff.search.proposals import Surrogates, propose
 from deradiff.search.surrogate import Observed, Surrogate
-from deradiff.sweep.jobs import cores, reproducible
+from deradiff.sweep.jobs import reproducible
+from deradiff.sweep.workers import cores
 from studies.search_baseline import algorithm_2
 
 PROBLEMS, BUDGET = 200, 8
@@ -219,13 +220,15 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
     )
     goal = Goal.read([GOAL_OF_DIGITS])
 
-    def crew() -> Any:
-        return executors.Here(plan, "cpu", 1) if workers == 1 else executors.Processes(plan, "cpu", 1, workers)
+    def executor() -> Any:
+        return executors.InProcess(plan, "cpu", 1) if workers == 1 else executors.processes(plan, "cpu", 1, workers)
 
     with terminal.stages(Console(stderr=True)) as report:
         # It goes on in the same folder: first until it stops by itself, then until the budget is used.
-        found = [searching.run(plan, SPACE, goal, folder, crew, report, budget=10, fraction=f) for f in (FRACTION, 0.0)]
-        with PointEvaluator(plan, SPACE, folder, crew, report, goal.names) as evaluator:
+        found = [
+            searching.run(plan, SPACE, goal, folder, executor, report, budget=10, fraction=f) for f in (FRACTION, 0.0)
+        ]
+        with PointEvaluator(plan, SPACE, folder, executor, report, goal.names) as evaluator:
             grid = [(round(float(lam), 3),) for lam in np.linspace(0, 1, lams)]
             means = goal.objectives[0].table(evaluator(grid)).mean(1)
     searches = {}

@@ -51,7 +51,7 @@ def fake_png(drawing: Drawing) -> bytes:
 
 @dataclass
 class Fake:
-    """A crew of one that draws without models, and remembers what it was asked for."""
+    """A executor of one that draws without models, and remembers what it was asked for."""
 
     size: int = 1
     fail_on: tuple[bytes, ...] = ()

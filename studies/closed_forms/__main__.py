@@ -41,7 +41,7 @@ def compare(
     Writes a report with figures and tables, and the numbers of every case as JSON. Hundreds of runs: give it time.
     """
     with terminal.refusing_wrong_input(), terminal.progress("comparing") as on_step:
-        from deradiff.sweep.jobs import cores
+        from deradiff.sweep.workers import cores
         from studies.closed_forms import cases, comparison, report
 
         plan = cases.planned(quick=quick, worlds=tuple(world or ()), samples=samples, steps=steps)

@@ -38,7 +38,7 @@ from deradiff.files.writing import write_json
 from deradiff.sampling.dial import Method
 from deradiff.sampling.particles import Particles, sample_particles
 from deradiff.sampling.realignment import realign
-from deradiff.sweep.jobs import Pool
+from deradiff.sweep.workers import Processes, Todo, work
 from deradiff.worlds.gaussian_mixture import SCHEDULE, QuadraticReward, World
 from studies.closed_forms.cases import WORLDS, Case, Plan
 
@@ -318,9 +318,9 @@ def _computed(cases: Sequence[Case], folder: Path, workers: int) -> Iterator[Cas
         finally:
             torch.set_num_threads(threads)
         return
-    with Pool(workers, torch.set_num_threads, 1) as pool:
-        for future in pool.done([pool.submit(_store, folder, case) for case in cases]):
-            yield future.result()
+    todos = [Todo(None, lambda case=case: case) for case in cases]  # type: ignore[misc]
+    with Processes(workers, partial(_store, folder), torch.set_num_threads, 1) as processes:
+        yield from (case for _, case in work(todos, processes))
 
 
 def _store(folder: Path, case: Case) -> Case:

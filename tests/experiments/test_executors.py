@@ -1,4 +1,4 @@
-"""Workers and crews: real images of the digits, by this process, by several, and by Ray; and workers that die."""
+"""Workers and executors: real images of the digits, by this process, by several, and by Ray; and workers that die."""
 
 import os
 import signal
@@ -15,7 +15,6 @@ import deradiff
 from deradiff.experiments import executors, running
 from deradiff.experiments.drawings import Drawing, drawing_of
 from deradiff.experiments.drawings import cells as cells_of
-from deradiff.experiments.executors import Todo, WorkerLost, work
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
@@ -23,6 +22,7 @@ from deradiff.experiments.worker import Done, Draw, Score, Worker, _pixels
 from deradiff.rewards import load
 from deradiff.sweep.pipelines import scheduler_like
 from deradiff.sweep.prompt_embeddings import Remembering
+from deradiff.sweep.workers import Todo, WorkerLost, work
 from deradiff.worlds import digits
 from small_experiment import Fake, fake_png, files, silent, small
 
@@ -146,18 +146,18 @@ def test_what_has_no_rows_is_the_same_for_all_prompts() -> None:
     assert embeds.shape == (2, 7, 4) and nothing is None and positions is ids
 
 
-# -- crews -------------------------------------------------------------------------------------------------------------
+# -- executors ---------------------------------------------------------------------------------------------------------
 
 
-def drawn_by(folder: Path, plan: Plan, crew: Any) -> running.Outcome:
-    return running.run(plan, folder, lambda: crew, silent)
+def drawn_by(folder: Path, plan: Plan, executor: Any) -> running.Outcome:
+    return running.run(plan, folder, lambda: executor, silent)
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     """All methods, by this process."""
     plan, folder = small(methods=ALL_METHODS), tmp_path_factory.mktemp("runs") / "here"
-    drawn_by(folder, plan, executors.Here(plan, "cpu", 1))
+    drawn_by(folder, plan, executors.InProcess(plan, "cpu", 1))
     return plan, folder
 
 
@@ -186,15 +186,15 @@ def test_results_hold_what_was_drawn(here: tuple[Plan, Path]) -> None:
 
 def test_processes_draw_the_same_bytes_and_are_replaced_when_they_die(here: tuple[Plan, Path], tmp_path: Path) -> None:
     plan, folder = here
-    crew = executors.Processes(plan, "cpu", 1, 2)
+    executor = executors.processes(plan, "cpu", 1, 2)
     killed: list[int] = []
 
     def report(stage: str, done: int, *_: Any) -> None:
         if stage == "drawing" and done and not killed:
-            killed.extend(crew._pools[0]._processes)
+            killed.extend(executor._pools[0]._processes)
             os.kill(killed[0], signal.SIGKILL)
 
-    outcome = running.run(plan, tmp_path / "two", lambda: crew, report)
+    outcome = running.run(plan, tmp_path / "two", lambda: executor, report)
     assert killed and outcome.drawn == len(files(folder))
     assert files(tmp_path / "two") == files(folder)
 
@@ -208,8 +208,8 @@ def test_ray_draws_the_same_bytes_and_another_worker_does_what_a_dead_one_did_no
     made: list[Any] = []
     killed: list[int] = []
 
-    def crew() -> Any:
-        made.append(executors.OnRay(plan, "cpu", 1, 2, 0.0, None))
+    def executor() -> Any:
+        made.append(executors.RayActors(plan, "cpu", 1, 2, 0.0, None))
         return made[0]
 
     def report(stage: str, done: int, *_: Any) -> None:
@@ -217,7 +217,7 @@ def test_ray_draws_the_same_bytes_and_another_worker_does_what_a_dead_one_did_no
             killed.append(ray.get(made[0]._actors[1].pid.remote()))
             os.kill(killed[0], signal.SIGKILL)
 
-    outcome = running.run(plan, tmp_path / "ray", crew, report)
+    outcome = running.run(plan, tmp_path / "ray", executor, report)
     assert killed and outcome.drawn == len(files(folder))
     assert files(tmp_path / "ray") == files(folder)
     assert not ray.is_initialized()
@@ -253,15 +253,15 @@ class Two(Fake):
 
 
 def test_workers_keep_their_models_as_long_as_there_is_work_for_them() -> None:
-    crew = Two()
+    executor = Two()
 
     def todos() -> Iterator[Todo]:
         for group in ("a", "b"):
             for _ in range(6):
                 yield Todo(group, lambda group=group: Score("scores", group, (), ()))  # type: ignore[misc]
 
-    assert len(list(work(list(todos()), crew))) == 12
-    changes = {worker: [name for to, name in crew.given if to == worker] for worker in (0, 1)}
+    assert len(list(work(list(todos()), executor))) == 12
+    changes = {worker: [name for to, name in executor.given if to == worker] for worker in (0, 1)}
     for names in changes.values():
         assert sum(one != other for one, other in pairwise(names)) <= 1
     assert changes[0][0] != changes[1][0]

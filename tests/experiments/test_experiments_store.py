@@ -20,8 +20,8 @@ from holding import another_process
 from small_experiment import Fake, fake_png, files, silent, small
 
 
-def run(folder: Path, crew: Fake, plan: Any = None, **options: Any) -> running.Outcome:
-    return running.run(plan or small(), folder, lambda: crew, silent, **options)
+def run(folder: Path, executor: Fake, plan: Any = None, **options: Any) -> running.Outcome:
+    return running.run(plan or small(), folder, lambda: executor, silent, **options)
 
 
 def test_a_repeated_run_does_nothing(tmp_path: Path) -> None:
@@ -35,19 +35,19 @@ def test_a_repeated_run_does_nothing(tmp_path: Path) -> None:
 
 def test_a_new_score_needs_no_new_image(tmp_path: Path) -> None:
     run(tmp_path / "x", Fake())
-    crew = Fake()
-    outcome = run(tmp_path / "x", crew, small(scores=["digits", "bold"]))
+    executor = Fake()
+    outcome = run(tmp_path / "x", executor, small(scores=["digits", "bold"]))
     assert (outcome.drawn, outcome.scored) == (0, 20)
-    assert {task.name for task in crew.scores} == {"bold"}
+    assert {task.name for task in executor.scores} == {"bold"}
 
 
 def test_a_changed_plan_adds_only_what_is_new(tmp_path: Path) -> None:
     run(tmp_path / "x", Fake())
-    before, crew = files(tmp_path / "x"), Fake()
+    before, executor = files(tmp_path / "x"), Fake()
     methods = [{"method": "realign", "targets": "all"}, {"method": "realign", "anchors": ["weak"], "lam": [0.5]}]
-    outcome = run(tmp_path / "x", crew, small(methods=methods))
+    outcome = run(tmp_path / "x", executor, small(methods=methods))
     assert outcome.drawn == 4
-    assert {drawing.anchors for task in crew.draws for drawing in task.drawings} == {(("weak", 0.5),)}
+    assert {drawing.anchors for task in executor.draws for drawing in task.drawings} == {(("weak", 0.5),)}
     assert before.items() <= files(tmp_path / "x").items()
 
 
@@ -60,10 +60,10 @@ def test_weights_that_changed_make_other_images(tmp_path: Path, monkeypatch: pyt
         return prints | {"weak": {"sha256": "0" * 64, "files": {}}}
 
     monkeypatch.setattr(running, "fingerprints", changed)
-    crew = Fake()
-    run(tmp_path / "x", crew)
-    assert crew.draws
-    assert all("weak" in dict(drawing.anchors) for task in crew.draws for drawing in task.drawings)
+    executor = Fake()
+    run(tmp_path / "x", executor)
+    assert executor.draws
+    assert all("weak" in dict(drawing.anchors) for task in executor.draws for drawing in task.drawings)
 
 
 def test_an_image_that_is_gone_or_altered_is_made_again_with_its_batch(tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ def test_an_image_that_is_gone_or_altered_is_made_again_with_its_batch(tmp_path:
     gone, altered = list(before)[3], list(before)[11]
     (tmp_path / "x" / gone).unlink()
     (tmp_path / "x" / altered).write_bytes(b"something else")
-    crew = Fake()
-    outcome = run(tmp_path / "x", crew)
+    executor = Fake()
+    outcome = run(tmp_path / "x", executor)
     assert (outcome.lost, outcome.drawn) == (2, 2)
     assert files(tmp_path / "x") == before
-    assert all(len(task.drawings) == 4 for task in crew.draws)
-    assert sum(len(task.wanted) for task in crew.draws) == 2
+    assert all(len(task.drawings) == 4 for task in executor.draws)
+    assert sum(len(task.wanted) for task in executor.draws) == 2
 
 
 def test_an_image_altered_without_a_trace_is_found_when_it_is_read(tmp_path: Path) -> None:

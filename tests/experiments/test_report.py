@@ -85,9 +85,9 @@ Write = Callable[..., tuple[report.WrittenReport, Parsed]]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write the report of a small experiment, made of the exhibits given by sort."""
 
-    def written(plan: Plan | None = None, crew: Fake | None = None, out: str = "report", **sorts: Any) -> Any:
+    def written(plan: Plan | None = None, executor: Fake | None = None, out: str = "report", **sorts: Any) -> Any:
         plan = plan or small()
-        running.run(plan, tmp_path / "run", lambda: crew or Fake(), silent)
+        running.run(plan, tmp_path / "run", lambda: executor or Fake(), silent)
         monkeypatch.setattr(report, "GATHERED", sorts)
         with Store(tmp_path / "run", write=False) as store:
             found = report.write(plan, store, tmp_path / out)

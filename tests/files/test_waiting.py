@@ -18,11 +18,11 @@ from deradiff.alignment import processes
 from deradiff.cli import app
 from deradiff.experiments import executors
 from deradiff.experiments.drawings import drawing_of
-from deradiff.experiments.executors import Todo, work
 from deradiff.experiments.worker import Draw
 from deradiff.files import waiting
 from deradiff.files.waiting import Patience, WaitedTooLong, announced, bound
 from deradiff.sweep import jobs
+from deradiff.sweep.workers import StartingWorkers, Todo, work
 from small_experiment import SMALL, small
 
 attack = pytest.mark.attack("waiting without a word")
@@ -100,17 +100,17 @@ def test_a_worker_that_does_not_come_up_is_given_up(impatient: None, monkeypatch
     monkeypatch.setattr(executors, "_begin", never)
     plan = small()
     task = Draw(0, (drawing_of(plan, plan.arms()[0], "the digit one", 0),), (0,))
-    crew = executors.Processes(plan, "cpu", 1, 1)
+    executor = executors.processes(plan, "cpu", 1, 1)
     try:
         with pytest.raises(WaitedTooLong, match="1 worker process"):
-            list(work([Todo("a", lambda: task)], crew))
+            list(work([Todo("a", lambda: task)], executor))
     finally:
-        crew.close()
+        executor.close()
 
 
 @attack
 def test_work_that_is_long_is_not_waiting(impatient: None, caplog: pytest.LogCaptureFixture) -> None:
-    beginning = executors._Beginning("actors", lambda: "none is free")
+    beginning = StartingWorkers("actor", "actors", lambda: "none is free")
     until = time.monotonic() + 3
     while time.monotonic() < until:  # one works, the other has not come up
         beginning.look([1], [0, 1])
@@ -118,7 +118,7 @@ def test_work_that_is_long_is_not_waiting(impatient: None, caplog: pytest.LogCap
     assert caplog.text.count("none is free") == 1
     beginning.look([], [0, 1])
     beginning.look([1], [1])  # a successor, whom nobody has waited for yet
-    with pytest.raises(WaitedTooLong, match="1 actors"):
+    with pytest.raises(WaitedTooLong, match="1 actor to come up"):
         while True:
             beginning.look([1], [1])
             time.sleep(0.05)
@@ -151,13 +151,13 @@ def cluster() -> Iterator[Any]:
 @attack
 def test_actors_that_no_room_is_found_for_are_given_up(cluster: Any, impatient: None) -> None:
     plan = small()
-    crew = executors.OnRay(plan, "cpu", 2, 1, 0.0, None)
+    executor = executors.RayActors(plan, "cpu", 2, 1, 0.0, None)
     task = Draw(0, (drawing_of(plan, plan.arms()[0], "the digit one", 0),), (0,))
     try:
         with pytest.raises(WaitedTooLong, match=r"needs 2 CPU.*has 1 CPU \(1 free\).*too little"):
-            list(work([Todo("a", lambda: task)], crew))
+            list(work([Todo("a", lambda: task)], executor))
     finally:
-        crew.close()
+        executor.close()
     assert cluster.is_initialized()  # it is not ours to end
 
 

@@ -279,7 +279,7 @@ def experiment(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[
     load = pipelines.load_pipeline
     monkeypatch.setattr(pipelines, "load_pipeline", lambda *given, **options: change(load(*given, **options)))
     plan = parse_plan(PLAN, "the plan")
-    outcome = running.run(plan, folder, lambda: executors.Here(plan, "cpu", 1), silent)
+    outcome = running.run(plan, folder, lambda: executors.InProcess(plan, "cpu", 1), silent)
     monkeypatch.undo()
     return outcome
 
@@ -301,9 +301,9 @@ def test_an_experiment_keeps_the_failure_and_goes_on(tmp_path: Path, monkeypatch
     rows = list(csv.DictReader((tmp_path / "table" / "images.csv").open(encoding="utf-8")))
     assert {row["image"] for row in rows if row["absent"]} == {item for _, item, _ in outcome.failures}
     assert all(not row["digits"] and not row["file"] for row in rows if row["absent"])
-    again = running.run(plan, tmp_path / "run", lambda: executors.Here(plan, "cpu", 1), silent)
+    again = running.run(plan, tmp_path / "run", lambda: executors.InProcess(plan, "cpu", 1), silent)
     assert again.drawn == 0 and len(again.failures) == len(outcome.failures)
-    retried = running.run(plan, tmp_path / "run", lambda: executors.Here(plan, "cpu", 1), silent, again=True)
+    retried = running.run(plan, tmp_path / "run", lambda: executors.InProcess(plan, "cpu", 1), silent, again=True)
     assert retried.drawn == total - outcome.drawn and not retried.failures
 
 

@@ -129,18 +129,20 @@ class Smooth(Fake):
         return chance.normal(size=4).astype(np.float32) * (1 - 0.9 * min(picture["lam"], 1.0))
 
 
-def search(folder: Path, crew: Any, goal: Goal = GOAL, given: Plan | None = None, **options: Any) -> SearchOutcome:
+def search(folder: Path, executor: Any, goal: Goal = GOAL, given: Plan | None = None, **options: Any) -> SearchOutcome:
     space = options.pop("space", SPACE)
-    return run(given or plan(), space, goal, folder, lambda: crew, silent, **{"budget": 4, "fraction": 0.0} | options)
+    return run(
+        given or plan(), space, goal, folder, lambda: executor, silent, **{"budget": 4, "fraction": 0.0} | options
+    )
 
 
 @pytest.mark.usefixtures("drawn")
 def test_no_image_is_drawn_twice_and_the_best_is_drawn_in_the_end(tmp_path: Path) -> None:
-    crew = Smooth()
-    outcome = search(tmp_path / "x", crew)
+    executor = Smooth()
+    outcome = search(tmp_path / "x", executor)
     assert isinstance(outcome.answer, Best) and outcome.answer.point[0] == pytest.approx(0.4, abs=0.02)
-    assert len(crew.identities) == len({*crew.identities})
-    drawn = {lam for anchors, *_ in crew.identities for _, lam in anchors} | {0.0}
+    assert len(executor.identities) == len({*executor.identities})
+    drawn = {lam for anchors, *_ in executor.identities for _, lam in anchors} | {0.0}
     assert drawn == {one.point[0] for one in outcome.answer.evaluations} | {outcome.answer.point[0]}
     assert [path.name for path in outcome.files] == ["search.png", "sheet.png", "search.json"]
     kept = json.loads((tmp_path / "x" / "search.json").read_text())
@@ -155,12 +157,12 @@ def test_a_search_that_was_broken_off_ends_like_an_unbroken_one(tmp_path: Path, 
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "broken", Smooth(ends_after=ends_after))
     begun = files(tmp_path / "broken")
-    crew = Smooth()
-    resumed = search(tmp_path / "broken", crew)
+    executor = Smooth()
+    resumed = search(tmp_path / "broken", executor)
     assert resumed.answer == whole.answer and resumed.checks == whole.checks
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
     assert begun.items() <= files(tmp_path / "broken").items()
-    assert len(crew.identities) == len(files(tmp_path / "whole")) - len(begun)
+    assert len(executor.identities) == len(files(tmp_path / "whole")) - len(begun)
 
 
 def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
@@ -178,19 +180,19 @@ def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
 
 def test_other_weights_under_the_same_name_are_other_images(tmp_path: Path) -> None:
     search(tmp_path / "x", Smooth(), budget=3)
-    crew, models = Smooth(), {"strong": {"source": "digits:100", "beta": 100}, "weak": {"source": "digits:500"}}
-    search(tmp_path / "x", crew, given=plan(models=models), budget=3)
-    drawn = {lam for anchors, *_ in crew.identities for _, lam in anchors}
-    assert drawn >= {1.0, 0.5} and all(anchors for anchors, *_ in crew.identities)  # all but the reference
+    executor, models = Smooth(), {"strong": {"source": "digits:100", "beta": 100}, "weak": {"source": "digits:500"}}
+    search(tmp_path / "x", executor, given=plan(models=models), budget=3)
+    drawn = {lam for anchors, *_ in executor.identities for _, lam in anchors}
+    assert drawn >= {1.0, 0.5} and all(anchors for anchors, *_ in executor.identities)  # all but the reference
 
 
 def test_an_image_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     whole = search(tmp_path / "x", Smooth())
     before = files(tmp_path / "x")
     (tmp_path / "x" / next(iter(before))).unlink()
-    crew = Smooth()
-    assert search(tmp_path / "x", crew).answer == whole.answer
-    assert len(crew.identities) == 1 and files(tmp_path / "x") == before
+    executor = Smooth()
+    assert search(tmp_path / "x", executor).answer == whole.answer
+    assert len(executor.identities) == 1 and files(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize(
@@ -233,8 +235,8 @@ def test_a_score_that_fails_at_the_reference_ends_the_search(tmp_path: Path) -> 
 
 def test_points_without_scores_or_mixture_bound_the_search(tmp_path: Path) -> None:
     space = spaces.lam("strong", 0, 2)
-    crew = Smooth(best=1.2, broken=((2.0, 0), (2.0, 1)))
-    outcome = search(tmp_path / "x", crew, space=space, budget=5)
+    executor = Smooth(best=1.2, broken=((2.0, 0), (2.0, 1)))
+    outcome = search(tmp_path / "x", executor, space=space, budget=5)
     assert "100% of the images could not be scored" in outcome.refused[2.0,]
     assert isinstance(outcome.answer, Best) and max(one.point[0] for one in outcome.answer.evaluations) < 2
     outcome = search(tmp_path / "y", Smooth(best=1.2, no_mixture_beyond=1.5), space=space, budget=5)
@@ -369,7 +371,7 @@ def test_the_digits_are_searched_by_the_command(tmp_path: Path) -> None:
     with Store(tmp_path / "x", write=False) as store:
         told = {len(one[0]) for one in store.told().values()}
         assert len(store.drawn()) in (18, 24) and len(told) > 0
-    assert executors.Here.size == 1
+    assert executors.InProcess.size == 1
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
@@ -396,8 +398,8 @@ def test_scores_nearby_come_from_the_same_images(tmp_path: Path) -> None:
     def keep(state: Any) -> None:
         states.append(state.tables)
 
-    crew = Smooth(log_weight=0.1, log_ratio=0.5)
-    search(tmp_path / "x", crew, given=given, weighted=True, nearby=0.1, budget=3, on_evaluation=keep)
+    executor = Smooth(log_weight=0.1, log_ratio=0.5)
+    search(tmp_path / "x", executor, given=given, weighted=True, nearby=0.1, budget=3, on_evaluation=keep)
     tables = states[0]
     assert set(tables.near) == {(0.4,), (0.6,)}, "λ = 0 and 1 run one model, whose path has no ratio"
     estimated = dict(zip(tables.near, tables.estimates["legible"], strict=True))

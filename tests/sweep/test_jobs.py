@@ -36,6 +36,18 @@ def test_the_error_of_a_job_is_raised() -> None:
         run_jobs([fail], 2, lambda *_: None)
 
 
+def die_once(folder: Path, report: Report) -> None:
+    if not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "done").touch()
+
+
+def test_a_job_whose_process_was_killed_is_begun_again(tmp_path: Path) -> None:
+    run_jobs([partial(die_once, tmp_path)], 2, lambda *_: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"died", "done"}
+
+
 DRIVER = """
 import os, sys, time
 from functools import partial

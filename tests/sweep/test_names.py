@@ -111,10 +111,10 @@ def test_the_same_weights_under_two_names_are_drawn_once(tmp_path: Path) -> None
             {"method": "combine", "lams": [{"one": 0.2, "two": 0.3}, {"three": 0.2, "one": 0.3}]},
         ],
     )
-    crew = Fake()
-    running.run(plan, tmp_path / "e", lambda: crew, silent)
-    assert {len({*drawing.group[1]}) for task in crew.draws for drawing in task.drawings} == {1, 2}
-    for task in crew.draws:
+    executor = Fake()
+    running.run(plan, tmp_path / "e", lambda: executor, silent)
+    assert {len({*drawing.group[1]}) for task in executor.draws for drawing in task.drawings} == {1, 2}
+    for task in executor.draws:
         assert len({drawing.group for drawing in task.drawings}) == 1
     with Store(tmp_path / "e", write=False) as store:
         results = Results(plan, store)
@@ -132,10 +132,10 @@ def test_a_model_gets_a_second_name_in_a_store_that_knows_the_first(tmp_path: Pa
         before = {item: image.path.read_bytes() for item, image in store.drawn().items()}
         gone = next(iter(before))
         store.path(gone).unlink()
-    crew = Fake()
-    outcome = running.run(small(models=TWICE, methods=methods), folder, lambda: crew, silent)
+    executor = Fake()
+    outcome = running.run(small(models=TWICE, methods=methods), folder, lambda: executor, silent)
     assert outcome.drawn == outcome.lost == 1
-    assert {drawing.anchors[0][0] for task in crew.draws for drawing in task.drawings} == {"one"}
+    assert {drawing.anchors[0][0] for task in executor.draws for drawing in task.drawings} == {"one"}
     with Store(folder, write=False) as store:
         assert store.drawn().keys() == before.keys()
 

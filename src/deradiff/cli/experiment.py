@@ -11,9 +11,9 @@ import typer
 from deradiff.cli import arguments, options, terminal
 
 if TYPE_CHECKING:
-    from deradiff.experiments.executors import Crew
     from deradiff.experiments.plan import Plan
     from deradiff.experiments.store import Store
+    from deradiff.sweep.workers import Executor
 
 app = typer.Typer(
     help="Every table and figure of both papers for models of your own, from one plan.",
@@ -88,7 +88,7 @@ def run(
         from deradiff.experiments.plan import read_plan
         from deradiff.experiments.store import IMAGE
         from deradiff.sampling.devices import device_called, device_name
-        from deradiff.sweep.jobs import cores
+        from deradiff.sweep.workers import cores
 
     with terminal.refusing_wrong_input("take a smaller batch_size in the plan"), terminal.stages(console) as report:
         planned = read_plan(file)
@@ -100,18 +100,18 @@ def run(
         if place != "cpu":
             arguments.refuse(context, ["threads"], f"of workers on a CPU, and the device is {place}")
 
-        def crew() -> "Crew":
+        def executor() -> "Executor":
             size = workers or (cores() if place == "cpu" else 1)
             if ray or ray_address:
-                return executors.OnRay(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
+                return executors.RayActors(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
             return (
-                executors.Here(planned, place, threads)
+                executors.InProcess(planned, place, threads)
                 if size == 1
-                else executors.Processes(planned, place, threads, size)
+                else executors.processes(planned, place, threads, size)
             )
 
         about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
-        outcome = running.run(planned, out, crew, report, about=about, thoroughly=verify, again=retry)
+        outcome = running.run(planned, out, executor, report, about=about, thoroughly=verify, again=retry)
     if outcome.lost:
         console.print(f"{outcome.lost} images were gone or altered, and were drawn again.")
     console.print(

@@ -9,8 +9,8 @@ from deradiff.cli import arguments, options, terminal
 from deradiff.cli.options import MACHINE, SAMPLING
 
 if TYPE_CHECKING:
-    from deradiff.experiments.executors import Crew
     from deradiff.search.spaces import SearchSpace
+    from deradiff.sweep.workers import Executor
 
 GOAL, SPACE = "The goal", "What is searched"
 
@@ -122,8 +122,8 @@ def search(
         from deradiff.search.goals import Goal
         from deradiff.search.loop import SearchState
         from deradiff.search.running import run
-        from deradiff.sweep.jobs import cores
         from deradiff.sweep.pipelines import known_beta
+        from deradiff.sweep.workers import cores
 
     with terminal.refusing_wrong_input(), terminal.stages(console) as report:
         sources = arguments.anchors(anchor)
@@ -159,9 +159,9 @@ def search(
             "this search",
         )
 
-        def crew() -> "Crew":
+        def executor() -> "Executor":
             size = workers or (cores() if place == "cpu" else 1)
-            return executors.Here(plan, place, 1) if size == 1 else executors.Processes(plan, place, 1, size)
+            return executors.InProcess(plan, place, 1) if size == 1 else executors.processes(plan, place, 1, size)
 
         def print_evaluation(state: SearchState) -> None:
             console.print(summary.evaluated(space, state))
@@ -171,7 +171,7 @@ def search(
             space,
             goal,
             out,
-            crew,
+            executor,
             report,
             budget=evaluations,
             seed=search_seed,

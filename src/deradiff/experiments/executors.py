@@ -1,143 +1,21 @@
-"""Who does the work: this process, several processes, or Ray's actors; and how tasks are handed to them."""
+"""Who does the work of an experiment: this process, several processes, or Ray's actors."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.worker import Done, Task, Worker
-from deradiff.files.waiting import AFTER, LOOK, Patience, announced
-from deradiff.sweep.jobs import Pool, load
-
-TRIES = 3
-"""How often a task may take its worker down with it."""
-
-IN_FLIGHT = 2
-"""Tasks that a worker has at a time: the next one waits for it, instead of it for the next one."""
+from deradiff.files.waiting import AFTER, LOOK, announced
+from deradiff.sweep.workers import Processes, StartingWorkers, WorkerLost, load
 
 
-class WorkerLost(RuntimeError):
-    """A worker ended before its task did."""
-
-
-@dataclass
-class Todo:
-    """A task that is made when a worker is there for it, since the images to be scored need not all be in memory."""
-
-    group: Any
-    make: Callable[[], Task]
-    tries: int = 0
-
-
-@runtime_checkable
-class Crew(Protocol):
-    """Workers, by number."""
-
-    size: int
-
-    def submit(self, worker: int, task: Task) -> Any:
-        """Give a worker a task; returns what `wait` and `result` know it by."""
-        ...
-
-    def wait(self, pending: Collection[Any]) -> Any:
-        """One of them that is done. Raises `WaitedTooLong` where none of their workers comes up to begin with."""
-        ...
-
-    def result(self, ticket: Any) -> Done:
-        """What became of it. Raises `WorkerLost` if its worker ended, and has put another in its place."""
-        ...
-
-    def close(self) -> None:
-        """End the workers."""
-        ...
-
-
-def work(todos: Sequence[Todo], crew: Crew) -> Iterator[tuple[Task, Done]]:
-    """Have all tasks done, and yield each as it is. Those of a worker that died are done again, by another.
-
-    Raises `WorkerLost` for a task that took `TRIES` workers with it, and whatever a task raised.
-    """
-    queue = _Queue(todos)
-    idle = [worker for worker in range(crew.size) for _ in range(IN_FLIGHT)]
-    last: dict[int, Any] = {}
-    busy: dict[Any, tuple[int, Todo, Task]] = {}
-    while busy or queue:
-        while idle and queue:
-            worker = idle.pop(0)
-            todo = queue.take(last.get(worker), [last[other] for other in last if other != worker])
-            last[worker] = todo.group
-            task = todo.make()
-            busy[crew.submit(worker, task)] = worker, todo, task
-        ticket = crew.wait(busy.keys())
-        worker, todo, task = busy.pop(ticket)
-        idle.append(worker)
-        try:
-            done = crew.result(ticket)
-        except WorkerLost as error:
-            todo.tries += 1
-            if todo.tries == TRIES:
-                raise WorkerLost(f"{error}; the same work has now ended {TRIES} workers") from None
-            queue.put_back(todo)
-            continue
-        yield task, done
-
-
-class _Queue:
-    """Tasks by group. A worker is given those of the group that it has the models of, then of one that nobody has."""
-
-    def __init__(self, todos: Sequence[Todo]) -> None:
-        self._groups: dict[Any, deque[Todo]] = {}
-        for todo in todos:
-            self._groups.setdefault(todo.group, deque()).append(todo)
-
-    def __bool__(self) -> bool:
-        return bool(self._groups)
-
-    def take(self, mine: Any, others: Collection[Any]) -> Todo:
-        """The next task for a worker that has done `mine`, while the others are at `others`."""
-        group = mine
-        if group not in self._groups:
-            free = [name for name in self._groups if name not in others]
-            group = free[0] if free else max(self._groups, key=lambda name: len(self._groups[name]))
-        todo = self._groups[group].popleft()
-        if not self._groups[group]:
-            del self._groups[group]
-        return todo
-
-    def put_back(self, todo: Todo) -> None:
-        self._groups.setdefault(todo.group, deque()).appendleft(todo)
-
-
-class _Beginning:
-    """The patience with workers that have not come up yet. As long as others work meanwhile, none is given up."""
-
-    def __init__(self, kind: str, lacking: Callable[[], str]) -> None:
-        self._kind, self._lacking = kind, lacking
-        self._patience: Patience | None = None
-
-    def look(self, late: Collection[int], needed: Collection[int]) -> None:
-        """`late` are the workers that have not come up, `needed` those whose work is waited for."""
-        if not late:
-            self._patience = None
-            return
-        if self._patience is None:
-            self._patience = Patience(f"{len(late)} {self._kind}", self._lacking)
-        if set(needed) <= set(late):
-            self._patience.check()
-        else:
-            self._patience.remind()
-
-
-class Here:
+class InProcess:
     """This process."""
 
     size = 1
@@ -166,48 +44,9 @@ class Here:
         self._worker.release()
 
 
-class Processes:
-    """Processes of this machine, each a pool of its own: so a task can be meant for one of them."""
-
-    def __init__(self, plan: Plan, device: str, threads: int, size: int) -> None:
-        self.size = size
-        self._made_of = plan, device, threads
-        self._pools = [self._pool() for _ in range(size)]
-        self._owners: dict[Future[Done], int] = {}
-        self._beginning = _Beginning("worker process(es) to come up", load)
-
-    def _pool(self) -> Pool:
-        return Pool(1, _begin, *self._made_of)
-
-    def submit(self, worker: int, task: Task) -> Future[Done]:
-        """Give a worker a task."""
-        try:
-            future = self._pools[worker].submit(_do, task)
-        except BrokenProcessPool:
-            self._pools[worker] = self._pool()
-            future = self._pools[worker].submit(_do, task)
-        self._owners[future] = worker
-        return future
-
-    def wait(self, pending: Collection[Future[Done]]) -> Future[Done]:
-        """One that is done. Raises `WaitedTooLong`."""
-        needed = {self._owners[ticket] for ticket in pending}
-        while not (done := wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED).done):
-            self._beginning.look([worker for worker in needed if not self._pools[worker].begun], needed)
-        return next(iter(done))
-
-    def result(self, ticket: Future[Done]) -> Done:
-        """What became of it."""
-        worker = self._owners.pop(ticket)
-        try:
-            return ticket.result()
-        except BrokenProcessPool:
-            raise WorkerLost(f"worker {worker} ended before its work did (killed, or out of memory)") from None
-
-    def close(self) -> None:
-        """End the workers."""
-        for pool in self._pools:
-            pool.close()
+def processes(plan: Plan, device: str, threads: int, size: int) -> Processes:
+    """So many processes of this machine."""
+    return Processes(size, _do, _begin, plan, device, threads)
 
 
 _worker: Worker | None = None
@@ -234,7 +73,7 @@ def _require_listening(address: str) -> None:
         raise ConnectionError(f"there is no Ray cluster at {address} ({error}): start one, or name another") from None
 
 
-class OnRay:
+class RayActors:
     """Actors of a Ray cluster, `gpus` of a GPU each.
 
     Raises `ImportError` where Ray is not installed, `ConnectionError` where there is no cluster at `address`.
@@ -256,9 +95,9 @@ class OnRay:
         self._actors: dict[int, Any] = {}
         self._late: dict[int, Any] = {}
         self._owners: dict[Any, tuple[int, Any]] = {}
-        self._beginning = _Beginning("Ray actor(s) to come up", self._lacking)
+        self._starting = StartingWorkers("Ray actor", "Ray actors", self._lacking)
         for worker in range(size):
-            self._hire(worker)
+            self._start(worker)
 
     def _connect(self, address: str | None, cpus: int) -> None:
         own: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
@@ -271,7 +110,7 @@ class OnRay:
         with announced(f"the Ray cluster at {address}" if address else "a Ray cluster to start on this machine", load):
             self._ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
 
-    def _hire(self, worker: int) -> None:
+    def _start(self, worker: int) -> None:
         """Put a new actor in this place; it is late until it answers for the first time."""
         self._actors[worker] = self._kind.remote(*self._made_of)
         self._late[worker] = self._actors[worker].pid.remote()
@@ -290,7 +129,7 @@ class OnRay:
             for worker, answer in list(self._late.items()):
                 if self._ray.wait([answer], timeout=0)[0]:
                     del self._late[worker]
-            self._beginning.look(self._late, needed)
+            self._starting.look(self._late, needed)
         return done[0]
 
     def _lacking(self) -> str:
@@ -316,7 +155,7 @@ class OnRay:
             raise error.cause from None
         except self._ray.exceptions.RayError as error:
             if self._actors[worker] is actor:
-                self._hire(worker)
+                self._start(worker)
             raise WorkerLost(
                 f"worker {worker} of the cluster was lost ({' '.join(str(error).split())[:200]})"
             ) from None

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from deradiff.experiments.drawings import Cell, Drawing, cells
-from deradiff.experiments.executors import Crew, Todo, work
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
 from deradiff.experiments.store import Image, Missing, Store, StoreError
@@ -21,6 +20,7 @@ from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.sampling.truncation import Cut, PromptCut
 from deradiff.sweep.jobs import Report
+from deradiff.sweep.workers import Executor, Todo, work
 
 SCORED_TOGETHER = 64
 """Images that a scorer is given at a time."""
@@ -156,7 +156,7 @@ def record(drawing: Drawing) -> dict[str, Any]:
 def run(
     plan: Plan,
     folder: Path,
-    crew: Callable[[], Crew],
+    make_executor: Callable[[], Executor],
     report: Report,
     *,
     about: Mapping[str, Any] | None = None,
@@ -168,7 +168,7 @@ def run(
     Args:
         plan: what is wanted. It may be another than that of the last run: what both want is there.
         folder: made where there is none.
-        crew: makes the workers, once there is work for them.
+        make_executor: makes the workers, once there is work for them.
         report: told of progress.
         about: what the workers are, such as their device: it stands in the record of everything they make.
         thoroughly: read all images that are there, instead of trusting the size and time of their files.
@@ -179,12 +179,12 @@ def run(
     all that was done until then stays.
     """
     outcome, began = Outcome(), time.perf_counter()
-    workers: list[Crew] = []
+    made: list[Executor] = []
 
-    def hired() -> Crew:
-        if not workers:
-            workers.append(crew())
-        return workers[0]
+    def executor() -> Executor:
+        if not made:
+            made.append(make_executor())
+        return made[0]
 
     with Store(folder, create=True) as store:
         try:
@@ -194,20 +194,20 @@ def run(
             outcome.lost += len(set(store.check(thoroughly)) & set(whole.drawings))
             tried = {} if again else store.unmade()
             while True:
-                _draw(whole, store, hired, report, outcome, tried)
+                _draw(whole, store, executor, report, outcome, tried)
                 tried = store.unmade()
-                lost = _score(whole, store, hired, report, outcome, again)
+                lost = _score(whole, store, executor, report, outcome, again)
                 if not lost:
                     break
                 outcome.lost += lost
             outcome.failures = store.failures()
             outcome.blacked_out = len(blacked_out(whole, store))
             outcome.cut = cut_prompts(whole, store)
-            if workers:
-                outcome.busy /= workers[0].size
+            if made:
+                outcome.busy /= executor().size
         finally:
-            for hand in workers:
-                hand.close()
+            for workers in made:
+                workers.close()
     for cut in outcome.cut:
         warnings.warn(cut.words, PromptCut, stacklevel=2)
     outcome.seconds = time.perf_counter() - began
@@ -228,7 +228,12 @@ def cut_prompts(whole: Contents, store: Store) -> list[Cut]:
 
 
 def _draw(
-    whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome, tried: Collection[str]
+    whole: Contents,
+    store: Store,
+    executor: Callable[[], Executor],
+    report: Report,
+    outcome: Outcome,
+    tried: Collection[str],
 ) -> None:
     """Draw what is not there, but for what was `tried` and came to nothing."""
     drawings = whole.drawings
@@ -258,7 +263,7 @@ def _draw(
         for number, members in batches.items()
         for task in [_task(number, members, drawings, tried)]
     ]
-    for task, result in work(todos, hired()):
+    for task, result in work(todos, executor()):
         assert isinstance(task, Draw)
         _warn(result)
         names = [batches[task.number][place][0] for place in task.wanted]
@@ -286,7 +291,7 @@ def _task(
 
 
 def _score(
-    whole: Contents, store: Store, hired: Callable[[], Crew], report: Report, outcome: Outcome, again: bool
+    whole: Contents, store: Store, executor: Callable[[], Executor], report: Report, outcome: Outcome, again: bool
 ) -> int:
     """Score what has no score yet; the number of images that turned out to be gone."""
     drawings, images = whole.drawings, store.drawn()
@@ -304,7 +309,7 @@ def _score(
     if not todos:
         return 0
     done = 0
-    for task, result in work(todos, hired()):
+    for task, result in work(todos, executor()):
         assert isinstance(task, Score)
         _warn(result)
         pairs: Iterable[tuple[Image, tuple[Any, str | None]]] = zip(task.token, result.results, strict=True)

@@ -10,7 +10,6 @@ import torch
 
 from deradiff.algorithm.gaussian import IllConditionedMixture
 from deradiff.experiments import running
-from deradiff.experiments.executors import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
@@ -20,6 +19,7 @@ from deradiff.search.loop import PointRefused
 from deradiff.search.readings import TooFewScores, by_unit, nearby, require_measured
 from deradiff.search.spaces import Point, SearchSpace
 from deradiff.sweep.jobs import Report
+from deradiff.sweep.workers import Executor
 
 
 class PointEvaluator:
@@ -29,7 +29,7 @@ class PointEvaluator:
         plan: models, prompts, sampling, scores and features. What it draws besides is drawn as well.
         space: whose points are evaluated.
         folder: of the store; made where there is none. Images that it holds are not drawn again.
-        crew: makes the workers, once there is work for them.
+        make_executor: makes the workers, once there is work for them.
         report: told of progress.
         names: the scores and measures that are read (`Goal.names`).
         prompts: the plan's prompt set that is searched on; the first by default.
@@ -46,7 +46,7 @@ class PointEvaluator:
         plan: Plan,
         space: SearchSpace,
         folder: Path,
-        crew: Callable[[], Crew],
+        make_executor: Callable[[], Executor],
         report: Report,
         names: Sequence[str],
         *,
@@ -60,8 +60,8 @@ class PointEvaluator:
         self.names, self.nearby = tuple(names), nearby
         self.left_out = 0
         """Images that are left out everywhere, since a score of theirs failed somewhere."""
-        self._crew, self._report, self._maker = crew, report, about
-        self._shared: list[Crew] = []
+        self._make_executor, self._report, self._maker = make_executor, report, about
+        self._made: list[Executor] = []
         self._ran = False
         require_measured(plan, self.prompts, self.names, weighted)
         if nearby is not None:
@@ -71,9 +71,9 @@ class PointEvaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for crew in self._shared:
-            crew.close()
-        self._shared.clear()
+        for executor in self._made:
+            executor.close()
+        self._made.clear()
 
     def __call__(self, points: Sequence[Point]) -> Tables:
         """Measure all of these points.
@@ -136,10 +136,10 @@ class PointEvaluator:
         except IllConditionedMixture as error:
             raise PointRefused(f"the models have no mixture there: {error}") from None
 
-    def _share(self) -> Crew:
-        if not self._shared:
-            self._shared.append(self._crew())
-        return _SharedCrew(self._shared[0])
+    def _share(self) -> Executor:
+        if not self._made:
+            self._made.append(self._make_executor())
+        return _SharedExecutor(self._made[0])
 
     def _complete(self, plan: Plan) -> bool:
         """Whether a run would have nothing to do, of models whose weights are those of the last one."""
@@ -165,23 +165,23 @@ def _require_nearby(plan: Plan, space: SearchSpace, names: Sequence[str], weight
         raise ValueError(f"of {', '.join(others)} nothing nearby can be estimated: only of the scores of single images")
 
 
-class _SharedCrew:
-    """A crew that outlives single runs, so that models are loaded once in a search."""
+class _SharedExecutor:
+    """An executor that outlives single runs, so that models are loaded once in a search."""
 
-    def __init__(self, crew: Crew) -> None:
-        self._crew, self.size = crew, crew.size
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self.size = executor, executor.size
 
     def submit(self, worker: int, task: Task) -> Any:
         """Give a worker a task."""
-        return self._crew.submit(worker, task)
+        return self._executor.submit(worker, task)
 
     def wait(self, pending: Collection[Any]) -> Any:
         """One that is done."""
-        return self._crew.wait(pending)
+        return self._executor.wait(pending)
 
     def result(self, ticket: Any) -> Done:
         """What became of it."""
-        return self._crew.result(ticket)
+        return self._executor.result(ticket)
 
     def close(self) -> None:
         """Nothing: the next run needs the workers."""

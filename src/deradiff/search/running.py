@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff.experiments.executors import Crew
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting.picture_sheets import filled
 from deradiff.experiments.results import Results
@@ -32,6 +31,7 @@ from deradiff.search.loop import FRACTION, PointRefused, SearchState, maximise
 from deradiff.search.spaces import Point, SearchSpace
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.sheets import contact_sheet
+from deradiff.sweep.workers import Executor
 
 SHOWN = 6
 """Prompts on the sheet, and points of a front."""
@@ -61,7 +61,7 @@ def run(
     space: SearchSpace,
     goal: Goal,
     folder: Path,
-    crew: Callable[[], Crew],
+    make_executor: Callable[[], Executor],
     report: Report,
     *,
     budget: int = 8,
@@ -84,7 +84,7 @@ def run(
         space: what is searched.
         goal: what is wanted.
         folder: of the experiment, made where there is none; takes `search.json`, `search.png` and `sheet.png`.
-        crew: makes the workers (`experiments.crews`).
+        make_executor: makes the workers (`experiments.executors`).
         report: told of progress in drawing and scoring.
         budget: evaluations, see `loop.maximise`, as `seed` and `fraction`.
         prompts: the prompt set to search on; the first by default.
@@ -101,7 +101,7 @@ def run(
         plan,
         space,
         folder,
-        crew,
+        make_executor,
         report,
         goal.names,
         prompts=prompts,
