@@ -1,5 +1,6 @@
 """Which room may import which: the contracts of `.importlinter` hold, and are broken by an arrow upwards."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -63,3 +64,12 @@ def test_a_new_room_has_to_be_given_its_place(copy: Path) -> None:
 
 def test_the_top_of_the_package_stays_small() -> None:
     assert len(list((ROOT / "src" / "deradiff").glob("*.py"))) <= 5
+
+
+def test_a_class_name_occurs_once() -> None:
+    places: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "src" / "deradiff").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file.relative_to(ROOT).as_posix())
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}

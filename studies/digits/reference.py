@@ -124,7 +124,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     model = nn.ModuleDict({"unet": models.unet(), "text": text})
     scheduler = models.scheduler()
 
-    def tokens(pictures: data.Pictures, index: Tensor, generator: torch.Generator) -> Tensor:
+    def tokens(pictures: data.RenderedDigits, index: Tensor, generator: torch.Generator) -> Tensor:
         named = torch.rand(len(index), 2, generator=generator) < 2 / 3
         inks = torch.where(named[:, 0], pictures.inks[index], len(data.INKS))
         papers = torch.where(named[:, 1], pictures.papers[index], len(data.PAPERS))
@@ -133,7 +133,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         return torch.where(dropped[:, None], empty, table[pictures.digits[index], inks, papers, wordings])
 
     def denoising(
-        pictures: data.Pictures, clean: Tensor, index: Tensor, generator: torch.Generator
+        pictures: data.RenderedDigits, clean: Tensor, index: Tensor, generator: torch.Generator
     ) -> Float[Tensor, " batch"]:
         noise = torch.randn(clean[index].shape, generator=generator)
         timesteps = torch.randint(1000, (len(index),), generator=generator)

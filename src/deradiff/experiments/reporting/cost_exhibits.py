@@ -33,7 +33,7 @@ NOTHING = 1e-12
 # -- network evaluations ----------------------------------------------------------------------------------------------
 
 
-class EvaluationCounts(NamedTuple):
+class EvaluationsPerImage(NamedTuple):
     """How often denoisers are evaluated for one image; a guided step evaluates each model twice."""
 
     forward: float
@@ -45,7 +45,7 @@ class EvaluationCounts(NamedTuple):
         return self.forward + self.backward
 
 
-def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationCounts | None:
+def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationsPerImage | None:
     """What an image of `arm` takes by itself; None where only its images could tell, and there are none.
 
     A model without weight in a step is not evaluated in it: λ = 0 is the reference alone, λ = 1 the anchor alone. An
@@ -55,14 +55,14 @@ def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationCounts | 
         metadata = results.told(arm, prompts)
         if not metadata:
             return None
-        return EvaluationCounts(
+        return EvaluationsPerImage(
             *(float(np.mean([image[name] for image in metadata])) for name in ("forward", "backward"))
         )
     sampling = results.plan.sampling[arm.sampling]
     calls = calls_of(sampling.scheduler, sampling.steps)
     guided = 2 if sampling.guidance_scale is None or sampling.guidance_scale > 1 else 1
     per_call = [models_at(arm, call / calls) for call in range(calls)]
-    return EvaluationCounts(float(guided * sum(per_call) * max(1, arm.particles)))
+    return EvaluationsPerImage(float(guided * sum(per_call) * max(1, arm.particles)))
 
 
 def calls_of(scheduler: str | None, steps: int) -> int:
@@ -103,7 +103,7 @@ class ArmCost(NamedTuple):
     look: int
     hollow: bool
     by_prompt: ByPrompt
-    evaluations: EvaluationCounts
+    evaluations: EvaluationsPerImage
     seconds: float
 
 
@@ -131,7 +131,7 @@ def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
             0,
             False,
             best_of(table, count),
-            EvaluationCounts(count * plain.forward),
+            EvaluationsPerImage(count * plain.forward),
             count * results.seconds(reference),
         )
         costs.append(best)

@@ -99,7 +99,7 @@ def paint(
     return paper[:, :, None, None] + ink_map[:, None] * (ink - paper)[:, :, None, None]
 
 
-class Pictures(NamedTuple):
+class RenderedDigits(NamedTuple):
     """Rendered digits with what they show: indices of the digit, into `INKS` and into `PAPERS`."""
 
     images: Float[Tensor, "batch 3 32 32"]
@@ -109,7 +109,7 @@ class Pictures(NamedTuple):
     papers: Int[Tensor, " batch"]
 
 
-def render(split: str, count: int, seed: int) -> Pictures:
+def render(split: str, count: int, seed: int) -> RenderedDigits:
     """`count` pictures: the split's digits in shuffled rounds, with fresh jitter, ink and paper, all uniform."""
     strokes, labels = load(split)
     generator = torch.Generator().manual_seed(seed)
@@ -119,4 +119,4 @@ def render(split: str, count: int, seed: int) -> Pictures:
     papers = torch.randint(len(PAPERS), (count,), generator=generator)
     maps = ink_maps(strokes[index], draw_jitter(count, generator))
     images = paint(maps, torch.tensor(list(INKS.values()))[inks], torch.tensor(list(PAPERS.values()))[papers])
-    return Pictures(images, maps, labels[index], inks, papers)
+    return RenderedDigits(images, maps, labels[index], inks, papers)
