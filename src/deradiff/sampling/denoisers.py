@@ -8,31 +8,27 @@ classifier-free guidance, rescaling per sample, dropping learned variances) then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.hooks import CpuOffload
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from accelerate.utils.operations import send_to_device
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
-from deradiff.anchors.adapters import adapter_layers, same_objects
 from deradiff.sampling.call_arguments import (
-    ATTENTION_KWARGS,
     UNBATCHED,
     distinct_images,
     own_lists,
     repeated,
     rows_of,
     timestep_argument,
-    without_scale,
 )
+from deradiff.sampling.denoiser_states import bring_in, splits_batches
+from deradiff.sampling.lora_anchors import LoraAnchors
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror, UnmirroredState
 
@@ -57,17 +53,8 @@ class Denoisers:
         self._timestep = timestep_argument(type(reference), self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
-        self._row_adapters: list[str] | None = None
-        self._row_scales: dict[str, Tensor] = {}
-        self._unscaled: dict[int, dict[str, float]] = {}
+        self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
-        self._configs: list[Any] = []
-        self._layers: list[Any] = []
-        self._handles = [
-            layer.register_forward_pre_hook(self._name_row_adapters, with_kwargs=True)
-            for _, layer in adapter_layers(reference)
-            if self._mixes_batches(layer)
-        ]
 
     def begin(self) -> None:
         """A run begins. Weights may have been loaded since the last one."""
@@ -77,8 +64,7 @@ class Denoisers:
 
     def undo(self) -> None:
         """Leave reference and anchors as they were found, and let go of them."""
-        for handle in self._handles:
-            handle.remove()
+        self._loras.undo()
         for mirror in self._mirrors.values():
             mirror.undo()
         for anchor in self.anchors:
@@ -86,7 +72,7 @@ class Denoisers:
                 anchor.module.to(self.reference.device)
             anchor.unload(self.reference)
         self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
-        self._mirrors, self._handles, self._configs, self._layers = {}, [], [], []
+        self._mirrors = {}
         self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -129,22 +115,17 @@ class Denoisers:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
             except RuntimeError as error:
                 part = min(rows, self.micro_batch or rows)
-                if part == 1 or not should_reduce_batch_size(error) or self._splits_batches():
+                if part == 1 or not should_reduce_batch_size(error) or splits_batches(self.reference):
                     raise
                 self.micro_batch = (part + 1) // 2
             clear_device_cache(garbage_collection=True)
-
-    def _splits_batches(self) -> bool:
-        """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
-        processors = getattr(self.reference, "attn_processors", {}).values()
-        return any("PAG" in type(processor).__name__ for processor in processors)
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
     ) -> Any:
         if self.micro_batch is None or rows <= self.micro_batch:
             return self._predict(models, args, kwargs, blend)
-        if self._splits_batches():
+        if splits_batches(self.reference):
             raise UnmirroredState(
                 "perturbed-attention guidance takes the batch apart itself, which cannot be divided: set "
                 "dial.micro_batch = None and draw fewer images at a time"
@@ -193,7 +174,7 @@ class Denoisers:
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs = own_lists(kwargs)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
-        with self._adapters_at({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
+        with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
                 carrier, theta = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
                 output = torch.func.functional_call(carrier, theta, args, kwargs)
@@ -205,9 +186,7 @@ class Denoisers:
     @property
     def blends_rows(self) -> bool:
         """Whether the weight-interpolated model can have weights of its own in every row: LoRAs have scales."""
-        return all(anchor.adapter is not None for anchor in self.anchors) and all(
-            self._mixes_batches(layer) for _, layer in adapter_layers(self.reference)
-        )
+        return self._loras.scale_rows
 
     def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
         """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
@@ -233,18 +212,8 @@ class Denoisers:
         self._blended = None
 
     def load_style(self, *args: Any, **kwargs: Any) -> None:
-        """`load_lora_adapter` of the reference, beside LoRA anchors.
-
-        PEFT activates a denoiser's first LoRA and leaves later ones to `set_adapters`. The anchors' adapters, inactive
-        between steps, must not count as first: a person's own first LoRA is active as on a denoiser without anchors.
-        """
-        anchors = {anchor.adapter for anchor in self.anchors}
-        before = set(self.reference.peft_config)
-        type(self.reference).load_lora_adapter(self.reference, *args, **kwargs)
-        if before <= anchors:
-            styles = [name for name in self.reference.peft_config if name not in before]
-            for _, layer in adapter_layers(self.reference):
-                layer._active_adapter = [name for name in styles if name in layer.scaling]
+        """Load a style LoRA into the reference; beside LoRA anchors it is active as it would be without them."""
+        self._loras.load_style(*args, **kwargs)
 
     @torch.compiler.disable
     def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -273,118 +242,26 @@ class Denoisers:
             if anchor.device is not None:
                 args, kwargs = send_to_device((args, kwargs), anchor.device, non_blocking=True)
             return anchor.module(*args, **kwargs)
-        with self._adapters_at({anchor.adapter: 1.0}, kwargs) as kwargs:
+        with self._loras.active({anchor.adapter: 1.0}, kwargs) as kwargs:
             return self._reference_call(*args, **kwargs)
 
     @torch.compiler.disable
     def _make_ready(self) -> None:
-        """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run.
-
-        And have no anchor's adapter active in the reference: PEFT activates one when `delete_adapters` deletes the last
-        active style.
-
-        Raises `UnmirroredState` for what cannot serve two models: sequential offload, a device_map, a step cache.
-        """
-        if getattr(self.reference, "is_cache_enabled", False):
-            raise UnmirroredState(
-                "a step cache is enabled on the denoiser (enable_cache): it would hand one model what it remembers of "
-                "another. Call pipe.transformer.disable_cache() to realign"
-            )
-        self._find_adapters()
-        ours = {anchor.adapter for anchor in self.anchors if anchor.adapter}
-        for layer in self._layers if ours else ():
-            if not ours.isdisjoint(layer.active_adapters):
-                layer.set_adapter([name for name in layer.active_adapters if name not in ours])
-        hook = getattr(self.reference, "_hf_hook", None)
-        if hook is None:
-            return
-        if not isinstance(hook, CpuOffload):
-            raise UnmirroredState(
-                f"the reference is placed by accelerate's {type(hook).__name__} (sequential offload or a device_map), "
-                "which cannot place an anchor beside it: use pipe.enable_model_cpu_offload() or "
-                "pipe.enable_group_offload(...) instead"
-            )
-        hook.pre_forward(self.reference)
-
-    def _find_adapters(self) -> None:
-        """Look for the layers with adapters around them anew where a LoRA came or went."""
-        configs = list(getattr(self.reference, "peft_config", {}).values())
-        if not same_objects(configs, self._configs):
-            self._configs, self._layers = configs, [layer for _, layer in adapter_layers(self.reference)]
+        bring_in(self.reference)
+        if self._loras.find():
             self.forget_blend()
 
-    @contextmanager
-    def _adapters_at(self, scales: Mapping[str | None, Any], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Activate anchors' adapters, scaled, beside whatever style adapters are active; yields the call's `kwargs`.
-
-        A scale is a number, or a tensor of one for each row, which every layer brings into the shape of its input.
-
-        The LoRA scale that a pipeline hands over is for the styles. diffusers would scale all active adapters by it,
-        and an anchor at another scale is another model: it is taken out of `kwargs` and given to the styles here.
-        """
-        if not scales:
-            yield kwargs
-            return
-        if lost := [name for name in scales if name not in getattr(self.reference, "peft_config", {})]:
-            raise UnmirroredState(
-                f"the anchor's LoRA {lost[0]!r} is gone from the denoiser: unload_lora_weights() removes every LoRA, "
-                'the anchor too. Use pipe.delete_adapters("name") for a style LoRA, or dial.remove() and realign anew'
-            )
-        kwargs, style_scale = without_scale(kwargs)
-        before = [(layer._active_adapter, layer._disable_adapters, dict(layer.scaling)) for layer in self._layers]
-        try:
-            for layer in self._layers:
-                styles = [] if layer._disable_adapters else layer.active_adapters
-                layer._active_adapter, layer._disable_adapters = [*styles, *scales], False
-                for name, scale in (*((style, style_scale) for style in styles), *scales.items()):
-                    if name in layer.scaling and not isinstance(scale, Tensor):
-                        layer.scaling[name] *= scale
-            self._row_scales = {name: scale for name, scale in scales.items() if name and isinstance(scale, Tensor)}
-            self._unscaled = {id(layer): scaling for layer, (_, _, scaling) in zip(self._layers, before, strict=True)}
-            yield kwargs
-        finally:
-            self._row_scales = {}
-            for layer, (active, disabled, scaling) in zip(self._layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
-                layer.scaling.update(scaling)
-
-    @torch.compiler.disable
     def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
-        if not self.batched or any(k and self.anchors[k - 1].adapter is None for k in models):
-            return False
-        if any(set(kwargs.get(key) or {}) - {"scale"} for key in ATTENTION_KWARGS):
-            return False  # e.g. masks of an IP-Adapter, whose axes only their processor knows
-        return all(
-            self._mixes_batches(layer) and not layer.active_adapters and not layer.merged for layer in self._layers
-        )
-
-    def _mixes_batches(self, layer: Any) -> bool:
-        names = [anchor.adapter for anchor in self.anchors if anchor.adapter]
-        return isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
-
-    def _name_row_adapters(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        for name, scale in self._row_scales.items():
-            if name in layer.scaling:
-                (x,) = args[:1]
-                if len(x) != len(scale):
-                    raise UnmirroredState(
-                        f"a layer of this model sees {len(x)} rows of a batch of {len(scale)}: it has no LoRA scale "
-                        "for each image. Give all images one λ, or take another carrier than the interpolated weights"
-                    )
-                rows = scale.to(x.device, torch.float32).view(-1, *[1] * (x.ndim - 1))
-                layer.scaling[name] = self._unscaled[id(layer)][name] * rows
-        return None if self._row_adapters is None else (args, {**kwargs, "adapter_names": self._row_adapters})
+        loras = all(not k or self.anchors[k - 1].adapter for k in models)
+        return self.batched and loras and self._loras.can_batch(kwargs)
 
     def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
         rows, copies = len(self.argument("input", args, kwargs)), len(models)
         args = repeated(args, rows, copies)
         kwargs = {key: value if key in UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
-        self._row_adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
-        with self._adapters_at({self.anchors[k - 1].adapter: 1.0 for k in models if k}, kwargs) as kwargs:
-            try:
-                output = self._reference_call(*args, **kwargs)
-            finally:
-                self._row_adapters = None
+        adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
+        with self._loras.by_row(adapters, kwargs) as kwargs:
+            output = self._reference_call(*args, **kwargs)
         predictions = _tensor(output)
         if not torch.isfinite(predictions).all():
             for k, model in enumerate(models):

@@ -1,0 +1,38 @@
+"""Rare states of a denoiser, looked at before it is evaluated: a step cache, offload, attention that splits batches.
+
+What else can be set on a denoiser, and acts on its anchors too, is in `shared_settings`.
+"""
+
+from typing import Any
+
+from accelerate.hooks import CpuOffload
+
+from deradiff.sampling.shared_settings import UnmirroredState
+
+
+def bring_in(reference: Any) -> None:
+    """Have model offload bring the reference in, and with it the anchors, also where only an anchor will run.
+
+    Raises `UnmirroredState` for what cannot serve two models: a step cache, sequential offload, a device_map.
+    """
+    if getattr(reference, "is_cache_enabled", False):
+        raise UnmirroredState(
+            "a step cache is enabled on the denoiser (enable_cache): it would hand one model what it remembers of "
+            "another. Call pipe.transformer.disable_cache() to realign"
+        )
+    hook = getattr(reference, "_hf_hook", None)
+    if hook is None:
+        return
+    if not isinstance(hook, CpuOffload):
+        raise UnmirroredState(
+            f"the reference is placed by accelerate's {type(hook).__name__} (sequential offload or a device_map), "
+            "which cannot place an anchor beside it: use pipe.enable_model_cpu_offload() or "
+            "pipe.enable_group_offload(...) instead"
+        )
+    hook.pre_forward(reference)
+
+
+def splits_batches(reference: Any) -> bool:
+    """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
+    processors = getattr(reference, "attn_processors", {}).values()
+    return any("PAG" in type(processor).__name__ for processor in processors)
