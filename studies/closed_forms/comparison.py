@@ -35,8 +35,8 @@ from deradiff.files.locks import taken
 from deradiff.files.reading import Record as FileRecord
 from deradiff.files.reading import read
 from deradiff.files.writing import write_json
-from deradiff.sampling.dial import Method
 from deradiff.sampling.particles import Particles, sample_particles
+from deradiff.sampling.realigned_steps import Method
 from deradiff.sampling.realignment import realign
 from deradiff.sweep.workers import Processes, Todo, work
 from deradiff.worlds.gaussian_mixture import SCHEDULE, QuadraticReward, World

@@ -15,8 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -25,37 +24,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
-from deradiff.algorithm.noise_levels import first, impacts, index_of, log_snr_at, progress_at, strengths
+from deradiff.algorithm.noise_levels import first
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Schedule
-from deradiff.algorithm.step import Space, StepRecord, mixed_step, space_of, with_reference_weight
+from deradiff.algorithm.step import Space, StepRecord, space_of
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.anchors.full_weights import DIAL
-from deradiff.sampling import blocked_methods
 from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.denoiser_hook import hook_denoiser
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
-from deradiff.sampling.evaluation import Evaluation, wrong_count
-from deradiff.sampling.reuse import PredictionEstimator, Reuse, Reused, require_affine
-from deradiff.sampling.runs import Run, Runs
+from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
+from deradiff.sampling.reuse import Reuse, Reused, require_affine
+from deradiff.sampling.runs import Runs
 from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, unhook
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
-Method = Literal["mixture", "interpolate"]
-Where = Literal["auto", "prediction", "posterior"]
-
-_INTERCEPTED = (
-    "_call_impl",
-    "_compiled_call_impl",
-    "_apply",
-    "save_pretrained",
-    "load_lora_adapter",
-    "fuse_lora",
-    "fuse_qkv_projections",
-)
-"""Attributes of the denoiser's instance, in front of its class's own, while it is realigned."""
-
 
 _DISTILLED = ("guidance", "timestep_cond")
 """What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
@@ -95,7 +80,9 @@ class Dial:
         self._removed = False
         denoisers.require_blendable(lams, method, reuse)
         self._reuse = reuse
-        self._intercept()
+        self._steps = RealignedSteps(denoisers, method, path)
+        loras = any(anchor.adapter for anchor in denoisers.anchors)
+        self._unhook = hook_denoiser(reference, self, self._call, self._apply, self._load_style if loras else None)
         self.attach(pipe)
 
     def __repr__(self) -> str:
@@ -237,10 +224,7 @@ class Dial:
         with self._runs.lock:
             self._runs.require_quiet()
             self._removed = True
-            for name in (DIAL, *_INTERCEPTED):
-                self._reference.__dict__.pop(name, None)
-            if self._compiled_call is not None:
-                self._reference._compiled_call_impl = self._compiled_call
+            self._unhook()
             for hooked in (*self._schedulers, *self._living_pipes()):
                 unhook(hooked)
             self._denoisers.undo()
@@ -275,19 +259,6 @@ class Dial:
 
     # -- the denoiser: evaluate every model that has a weight ---------------------------------------------------------
 
-    def _intercept(self) -> None:
-        reference = self._reference
-        self._compiled_call = reference._compiled_call_impl
-        call = torch.compiler.disable(self._call, recursive=False)
-        reference.__dict__.update({DIAL: self, "_call_impl": call, "_apply": self._apply})
-        reference.__dict__["fuse_lora"] = blocked_methods.fusing
-        if any(anchor.adapter for anchor in self._denoisers.anchors):
-            reference.__dict__["save_pretrained"] = blocked_methods.saving
-            reference.__dict__["load_lora_adapter"] = self._load_style
-            reference.__dict__["fuse_qkv_projections"] = blocked_methods.fusing_projections
-        if self._compiled_call is not None:
-            reference._compiled_call_impl = call
-
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Answers for the reference whenever a pipeline calls its denoiser."""
         timestep = self._denoisers.argument("timestep", args, kwargs)
@@ -296,7 +267,9 @@ class Dial:
         with self._runs.lock:
             self._hook_new()
             run = self._runs.present()
-            evaluation = self._evaluation(run, timestep, rows, distilled)
+            evaluation = self._steps.evaluation(
+                run, self._lams, timestep, rows=rows, distilled=distilled, watching=self.watching
+            )
             if self.method == "mixture" or len(evaluation.models) == 1:
                 run.pending = evaluation
             share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
@@ -308,49 +281,6 @@ class Dial:
             f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
             "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
         )
-
-    @torch.compiler.disable
-    def _evaluation(self, run: Run, timestep: Any, rows: int, distilled: bool) -> Evaluation:
-        """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
-        at = index_of(run.scheduler, timestep)
-        progress = progress_at(run.scheduler, at)
-        if (pending := run.pending) is not None:
-            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
-                return pending.again(rows)
-            if len(pending.models) > 1:
-                raise DialError(
-                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
-                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
-                )
-        lams = self._lams
-        if run.lams is not lams:
-            run.lams, run.mixture_weights = lams, None
-            if run.estimator is not None:
-                run.estimator.renew(strengths(lams, run.scheduler))
-        if run.mixture_weights is None or not lams.is_constant:
-            # How many images the batch holds, only `step` knows.
-            run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
-        weights = run.mixture_weights
-        models = tuple(k for k in range(len(weights)) if self.watching or weights[k].any())
-        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
-        if len(models) == 1:
-            return step
-        if self.method == "interpolate":
-            return step.blended()
-        if run.reuse is None:
-            return step
-        return step.with_reuse(self._estimator_of(run, run.reuse, step))
-
-    def _estimator_of(self, run: Run, reuse: Reuse, step: Evaluation) -> PredictionEstimator:
-        """What carries predictions over in a run, made at the first step that mixes."""
-        if run.estimator is None:
-            require_affine(run.scheduler, self._path)
-            names = [self._denoisers.names[k] for k in step.models]
-            carrier = reuse.resolved(names, step.mixture_weights, self.blends_rows)
-            assert run.lams is not None
-            along = strengths(run.lams, run.scheduler)
-            run.estimator = PredictionEstimator(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
-        return run.estimator
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
@@ -424,50 +354,12 @@ class Dial:
             evaluation, run.pending, run.fresh = run.pending, None, False
             if evaluation is None:  # another model's step through this scheduler, or interpolated weights
                 return own_step(**arguments)
-            output = self._mixed_step(run, evaluation, own_step, arguments)
+            output = self._steps.take(run, evaluation, own_step, arguments)
         run.path_weights.after_step(output[0])
         if self.population is not None:
             chosen = self.population(run.path_weights, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
-
-    def _mixed_step(
-        self, run: Run, evaluation: Evaluation, own_step: Callable[..., Any], arguments: dict[str, Any]
-    ) -> Any:
-        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
-        predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
-        if predictions.shape[1] != len(sample):
-            raise DialError(
-                f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
-                "pipeline rearranges its batch in a way that realignment cannot follow"
-            )
-        if evaluation.images not in (None, len(sample)):
-            raise wrong_count(evaluation.images, len(sample))
-        estimated = evaluation.evaluated != evaluation.models
-        if evaluation.estimator is not None:
-            predictions = evaluation.estimator.complete(
-                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.mixture_weights
-            )
-        run.last = StepRecord(
-            models=tuple(self._denoisers.names[k] for k in evaluation.models),
-            predictions=predictions,
-            mixture_weights=evaluation.mixture_weights,
-            sample=sample,
-            timestep=timestep,
-            at=evaluation.at,
-            log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
-            progress=evaluation.progress,
-            settings={key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments},
-        )
-        if run.estimator is not None:
-            run.estimator.tell(evaluation.at)
-        guided = evaluation.distilled or evaluation.rows != len(sample)
-        observe = partial(run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, estimated)
-        if len(evaluation.models) == 1:
-            observe(None)
-            return own_step(**arguments)
-        space, _ = space_of(run.scheduler, self._path)
-        return mixed_step(run.scheduler, own_step, arguments, run.last, space, observe)
 
 
 def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:

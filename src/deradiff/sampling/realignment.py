@@ -25,7 +25,8 @@ from deradiff.anchors.checks import unwrapped
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
-from deradiff.sampling.dial import Dial, Lam, Method, Where, dial_of
+from deradiff.sampling.dial import Dial, Lam, dial_of
+from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
 from deradiff.sampling.scheduler_hook import owner_of
 

@@ -1,0 +1,112 @@
+"""What happens at one step of a realigned run: which models are evaluated, and the step that is taken from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from deradiff.algorithm.lams import Lams
+from deradiff.algorithm.noise_levels import impacts, index_of, log_snr_at, progress_at, strengths
+from deradiff.algorithm.step import StepRecord, mixed_step, space_of, with_reference_weight
+from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.evaluation import Evaluation, wrong_count
+from deradiff.sampling.reuse import PredictionEstimator, Reuse, require_affine
+from deradiff.sampling.runs import Run
+
+Method = Literal["mixture", "interpolate"]
+Where = Literal["auto", "prediction", "posterior"]
+
+
+class RealignedSteps:
+    """The steps of a dial's runs, by its `method` and `path` (see `realignment.realign`)."""
+
+    def __init__(self, denoisers: Denoisers, method: Method, path: Where) -> None:
+        self._denoisers, self._method, self._path = denoisers, method, path
+
+    @torch.compiler.disable
+    def evaluation(
+        self, run: Run, lams: Lams, timestep: Any, *, rows: int, distilled: bool, watching: bool
+    ) -> Evaluation:
+        """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
+        at = index_of(run.scheduler, timestep)
+        progress = progress_at(run.scheduler, at)
+        if (pending := run.pending) is not None:
+            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
+                return pending.again(rows)
+            if len(pending.models) > 1:
+                raise DialError(
+                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
+                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
+                )
+        if run.lams is not lams:
+            run.lams, run.mixture_weights = lams, None
+            if run.estimator is not None:
+                run.estimator.renew(strengths(lams, run.scheduler))
+        if run.mixture_weights is None or not lams.is_constant:
+            # How many images the batch holds, only `step` knows.
+            run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
+        weights = run.mixture_weights
+        models = tuple(k for k in range(len(weights)) if watching or weights[k].any())
+        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
+        if len(models) == 1:
+            return step
+        if self._method == "interpolate":
+            return step.blended()
+        if run.reuse is None:
+            return step
+        return step.with_reuse(self._estimator_of(run, run.reuse, step))
+
+    def _estimator_of(self, run: Run, reuse: Reuse, step: Evaluation) -> PredictionEstimator:
+        """What carries predictions over in a run, made at the first step that mixes."""
+        if run.estimator is None:
+            require_affine(run.scheduler, self._path)
+            names = [self._denoisers.names[k] for k in step.models]
+            carrier = reuse.resolved(names, step.mixture_weights, self._denoisers.blends_rows)
+            assert run.lams is not None
+            along = strengths(run.lams, run.scheduler)
+            run.estimator = PredictionEstimator(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
+        return run.estimator
+
+    def take(self, run: Run, evaluation: Evaluation, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Algorithm 1, lines 9 to 14, from what the denoiser returned for `evaluation`.
+
+        `arguments` are the scheduler's. Raises `DialError` and `ValueError` for a batch that does not fit.
+        """
+        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
+        predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
+        if predictions.shape[1] != len(sample):
+            raise DialError(
+                f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
+                "pipeline rearranges its batch in a way that realignment cannot follow"
+            )
+        if evaluation.images not in (None, len(sample)):
+            raise wrong_count(evaluation.images, len(sample))
+        estimated = evaluation.evaluated != evaluation.models
+        if evaluation.estimator is not None:
+            predictions = evaluation.estimator.complete(
+                evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.mixture_weights
+            )
+        run.last = StepRecord(
+            models=tuple(self._denoisers.names[k] for k in evaluation.models),
+            predictions=predictions,
+            mixture_weights=evaluation.mixture_weights,
+            sample=sample,
+            timestep=timestep,
+            at=evaluation.at,
+            log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
+            progress=evaluation.progress,
+            settings={key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments},
+        )
+        if run.estimator is not None:
+            run.estimator.tell(evaluation.at)
+        guided = evaluation.distilled or evaluation.rows != len(sample)
+        observe = partial(run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, estimated)
+        if len(evaluation.models) == 1:
+            observe(None)
+            return own_step(**arguments)
+        space, _ = space_of(run.scheduler, self._path)
+        return mixed_step(run.scheduler, own_step, arguments, run.last, space, observe)
