@@ -120,3 +120,12 @@ def test_wrong_words_are_a_sentence(models: Path, tmp_path: Path, words: list[st
     result = run(models, "-o", str(tmp_path / "out"), *words)
     assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.stderr, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_the_digits_are_baked_by_weights_as_any_model_is(tmp_path: Path) -> None:
+    """What the digits are distilled with is nothing that was asked of interpolated weights."""
+    out = tmp_path / "out"
+    words = ["bake", "digits", "-a", "digits:100", "--lam", "0.5", "--images", "2", "--steps", "2", "-o", str(out)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()

@@ -199,13 +199,15 @@ def _distillation(method: BakingMethod, reference: str, given: dict[str, Any]) -
     """The usual settings with the options that were given in their place."""
     from dataclasses import replace
 
-    from deradiff.baking.distillation import usual
+    from deradiff.baking.distillation import Distillation, usual
 
     named = {name: value for name, value in given.items() if value is not None}
     if method is BakingMethod.interpolate and named:
         options = {"steps": "train-steps"}
         listed = ", ".join(f"--{options.get(name, name).replace('_', '-')}" for name in named)
         raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")
+    if method is BakingMethod.interpolate:
+        return Distillation()
     if named.get("lora_rank") == 0:
         named["lora_rank"] = None
     start = usual(reference)

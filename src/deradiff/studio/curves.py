@@ -58,7 +58,11 @@ def through(points: Any, over: Any = "steps") -> Spline:
     """
     if not 2 <= len(points) <= MOST_POINTS:
         raise ValueError(f"a curve has 2 to {MOST_POINTS} points, got {len(points)}")
-    spline = Spline(points, over=over)
+    if not all(isinstance(point, list | tuple) and len(point) == 2 for point in points):
+        raise ValueError(f"a curve's points are pairs (s, λ), got {points!r:.200}")
+    # Numbers before anything else: whatever a browser sends arrives here.
+    pairs = [(finite(s, "a point's s"), finite(lam, "a point's λ")) for s, lam in points]
+    spline = Spline(pairs, over=over)
     if (first := spline.points[0]) != (0.0, 0.0) or (last := spline.points[-1]) != (1.0, 1.0):
         ends = f"{tuple(first)} and {tuple(spline.points[-1])}"
         raise ValueError(f"a curve begins at (0, 0), pure noise, and ends at (1, 1), the image; got {ends}")
