@@ -52,7 +52,7 @@ def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
             "method": cell.arm.method,
             "target": cell.arm.target,
             "lam": json.dumps(dict(cell.arm.anchors)),
-            "schedule": drawing.schedule,
+            "schedule": cell.arm.schedule if drawing.schedule is not None else "",
             "particles": drawing.particles,
             "sampling": cell.arm.sampling,
             "prompt_set": cell.prompts,

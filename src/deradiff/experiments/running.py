@@ -7,18 +7,19 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deradiff.experiments.drawings import Cell, Drawing, cells
+from deradiff.experiments.drawings import PlannedImage, group_of, kind_of, planned_images
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
 from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.sampling.truncation import Cut, PromptCut
+from deradiff.sweep.description import Drawing, metadata
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.workers import Executor, Todo, work
 
@@ -50,17 +51,18 @@ class Outcome:
         return 1 - self.busy / self.seconds if self.seconds else 0.0
 
 
-def identity(drawing: Drawing, plan: Plan, prints: dict[str, Any]) -> str:
+def identity(drawing: Drawing, schedule: str, plan: Plan, prints: dict[str, Any]) -> str:
     """The name of an image: a hash of everything that decides it, the models' weights rather than their names.
 
+    `schedule` is the drawing's as the plan words it; empty for none.
     The device and the batch are left out: they decide the last bits, and would make every image another.
     """
     about = {
-        "kind": drawing.kind,
+        "kind": kind_of(drawing),
         "reference": prints[""]["sha256"],
         "dtype": plan.dtype,
         "anchors": sorted((prints[name]["sha256"], lam) for name, lam in drawing.anchors),
-        "schedule": drawing.schedule,
+        "schedule": schedule,
         "particles": drawing.particles,
         "noise": drawing.noise and drawing.noise.model_dump(),
         "pipeline": drawing.noise and drawing.noise.pipeline and prints[drawing.noise.pipeline]["sha256"],
@@ -77,7 +79,7 @@ class Contents:
 
     plan: Plan
     texts: dict[str, tuple[str, ...]]
-    cells: dict[Cell, str]
+    cells: dict[PlannedImage, str]
     """Every cell of the experiment, and the identity of its image, which several cells may share."""
 
     @property
@@ -106,8 +108,12 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
             f"{store.file} does not know the weights of {sorted(unknown)[0] or 'the reference'} yet: begin with "
             "`deradiff experiment run`"
         )
-    there = [cell._replace(drawing=by_weights(cell.drawing, plan, prints)) for cell in cells(plan, texts)]
-    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in there})
+    named: dict[PlannedImage, str] = {}
+    for planned in planned_images(plan, texts):
+        cell = planned._replace(drawing=by_weights(planned.drawing, plan, prints))
+        schedule = cell.arm.schedule if cell.drawing.schedule is not None else ""
+        named[cell] = identity(cell.drawing, schedule, plan, prints)
+    return Contents(plan, texts, named)
 
 
 def by_weights(drawing: Drawing, plan: Plan, prints: Mapping[str, Any]) -> Drawing:
@@ -118,10 +124,11 @@ def by_weights(drawing: Drawing, plan: Plan, prints: Mapping[str, Any]) -> Drawi
     names: dict[str, list[str]] = {}
     for name in plan.models:
         names.setdefault(prints[name]["sha256"], []).append(name)
-    anchors = [
+    anchors = sorted(
         (names[weights].pop(0), lam) for weights, lam in sorted((prints[n]["sha256"], x) for n, x in drawing.anchors)
-    ]
-    return replace(drawing, anchors=tuple(sorted(anchors)))
+    )
+    sources = tuple(plan.models[name].source for name, _ in anchors)
+    return replace(drawing, anchors=tuple(anchors), sources=sources)
 
 
 def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:
@@ -134,23 +141,17 @@ def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: S
     return tuple(known)
 
 
-def in_batches(plan: Plan, cells: Sequence[tuple[Cell, str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def in_batches(plan: Plan, cells: Sequence[tuple[PlannedImage, str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Batches of the images: those of one group together, all λ of a prompt beside each other."""
     arms = {arm: number for number, arm in enumerate(plan.arms())}
     sets = {name: number for number, name in enumerate(plan.prompts)}
     groups: dict[Any, dict[str, Drawing]] = {}
     for cell, item in sorted(cells, key=lambda it: (sets[it[0].prompts], it[0].row, it[0].column, arms[it[0].arm])):
-        groups.setdefault(cell.drawing.group, {})[item] = cell.drawing
+        groups.setdefault(group_of(cell.drawing), {})[item] = cell.drawing
     for group in groups.values():
         size = max(1, plan.batch_size // max(1, next(iter(group.values())).particles))
-        rows = [(item, record(drawing)) for item, drawing in group.items()]
+        rows = [(item, metadata(drawing)) for item, drawing in group.items()]
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def record(drawing: Drawing) -> dict[str, Any]:
-    """A drawing as plain data."""
-    noise = drawing.noise and drawing.noise.model_dump()
-    return asdict(drawing) | {"sampling": drawing.sampling.model_dump(), "noise": noise}
 
 
 def run(
