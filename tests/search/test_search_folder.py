@@ -366,7 +366,7 @@ def test_the_digits_are_searched_by_the_command(tmp_path: Path) -> None:
     assert "Best: λ = " in shown.output and "Stopped after 3 evaluations" in shown.output
     assert "path-kl <= 1000: met by" in shown.output
     with Store(tmp_path / "x", write=False) as store:
-        told = {len(one[0]) for one in store.told().values()}
+        told = {len(one[0]) for one in store.diagnostics().values()}
         assert len(store.drawn()) in (18, 24) and len(told) > 0
     assert executors.InProcess.size == 1
 

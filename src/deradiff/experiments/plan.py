@@ -196,8 +196,8 @@ def parse_plan(content: Any, where: str) -> Plan:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML that `read_plan` reads: what was given, not what was left at its default."""
     data = plan.model_dump(mode="json", exclude_unset=True)
-    for one in data["prompts"].values():
-        if "seeds" in one:
-            one["seeds"] = plans.seed_range(one["seeds"])
+    for prompts in data["prompts"].values():
+        if "seeds" in prompts:
+            prompts["seeds"] = plans.seed_range(prompts["seeds"])
     data["methods"] = [{"method": method.pop("method"), **method} for method in data["methods"]]
     return plans.write(data)

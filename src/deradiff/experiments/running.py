@@ -217,14 +217,14 @@ def run(
 
 def blacked_out(whole: Contents, store: Store) -> set[str]:
     """The images in place of which a safety checker put black ones."""
-    return {item for item, told in store.unmade().items() if told.get("blacked_out")} & whole.drawings.keys()
+    return {item for item, why in store.unmade().items() if why.get("blacked_out")} & whole.drawings.keys()
 
 
 def cut_prompts(whole: Contents, store: Store) -> list[Cut]:
     """What the prompts of the images that are there lost to tokenizers, each once."""
     planned = whole.drawings.keys()
-    about = [told for item, (told, _, _) in store.told().items() if item in planned]
-    kept = [cut for told in about for cut in told.get("cut_prompts", ())]
+    known = [diagnostics for item, (diagnostics, _, _) in store.diagnostics().items() if item in planned]
+    kept = [cut for diagnostics in known for cut in diagnostics.get("cut_prompts", ())]
     return list(dict.fromkeys(Cut(**cut | {"tokenizers": tuple(cut["tokenizers"])}) for cut in kept))
 
 
@@ -268,7 +268,7 @@ def _draw(
         assert isinstance(task, Draw)
         _warn(result)
         names = [batches[task.number][place][0] for place in task.wanted]
-        store.put([(name, *found) for name, found in zip(names, result.results, strict=True)], result.seconds)
+        store.put([(name, *drawn) for name, drawn in zip(names, result.results, strict=True)], result.seconds)
         outcome.busy += result.seconds
         outcome.drawn += sum(png is not None for png, _ in result.results)
         done += len(names)
@@ -314,7 +314,7 @@ def _score(
         assert isinstance(task, Score)
         _warn(result)
         pairs: Iterable[tuple[Image, tuple[Any, str | None]]] = zip(task.token, result.results, strict=True)
-        store.put_scores(task.table, task.name, [(image, *found) for image, found in pairs])
+        store.put_scores(task.table, task.name, [(image, *score) for image, score in pairs])
         outcome.busy += result.seconds
         outcome.scored += len(task.token)
         done += len(task.token)
@@ -325,18 +325,18 @@ def _score(
 
 def _loaded(table: str, name: str, images: Sequence[Image], drawings: dict[str, Drawing], lost: set[str]) -> Score:
     """The task of scoring these images, without those that are not what was drawn: they go to `lost`."""
-    found: list[tuple[Image, bytes]] = []
+    whole: list[tuple[Image, bytes]] = []
     for image in images:
         try:
-            found.append((image, image.read()))
+            whole.append((image, image.read()))
         except Missing:
             lost.add(image.id)
     return Score(
         table,
         name,
-        tuple(png for _, png in found),
-        tuple(drawings[image.id].prompt for image, _ in found),
-        tuple(image for image, _ in found),
+        tuple(png for _, png in whole),
+        tuple(drawings[image.id].prompt for image, _ in whole),
+        tuple(image for image, _ in whole),
     )
 
 

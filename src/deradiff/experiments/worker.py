@@ -62,14 +62,14 @@ class Score:
 Task = Draw | Score
 
 Attempt = tuple[Image.Image | FloatingPointError, dict[str, Any]]
-"""An image, or why it is none, and what was told about it."""
+"""An image, or why it is none, and what is known about it."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a task: of `Draw` (PNG file, what was told) for each wanted image, of `Score` (value, error).
+    """What became of a task: of `Draw` (PNG file, diagnostics) for each wanted image, of `Score` (value, error).
 
-    Where an image is none, there is no file, and what was told has the reason: `blacked_out`, or `failed` in words.
+    Where an image is none, there is no file, and the diagnostics have the reason: `blacked_out`, or `failed` in words.
     """
 
     results: list[Any]
@@ -162,7 +162,7 @@ class Worker:
             chosen.scheduler or "ddim", noise.steps or chosen.steps, guidance or 1.0, chosen.height
         )
         started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])
-        found = optimize_noise(
+        optimized = optimize_noise(
             base,
             [drawing.prompt for drawing in drawings],
             self._scorer("scores", noise.reward),
@@ -174,11 +174,11 @@ class Worker:
             noise=started,
             per_pass=len(drawings),
         )
-        told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
+        evaluations = {"forward": optimized.cost.forward, "backward": optimized.cost.backward, "plain": 0.0}
         cut = [_cut(base.pipe, [drawing.prompt]) for drawing in drawings]
         return [
-            (image, told | cut[row] | {"plain": float(found.scores[0, row])})
-            for row, image in enumerate(_pictures(found.images))
+            (image, evaluations | cut[row] | {"plain": float(optimized.scores[0, row])})
+            for row, image in enumerate(_pictures(optimized.images))
         ]
 
     def _pipe(self, drawing: Drawing) -> Any:
@@ -290,13 +290,13 @@ def _named(error: FloatingPointError, drawing: Drawing) -> FloatingPointError:
 
 
 def _result(
-    image: Image.Image | FloatingPointError, told: dict[str, Any], drawing: Drawing
+    image: Image.Image | FloatingPointError, diagnostics: dict[str, Any], drawing: Drawing
 ) -> tuple[bytes | None, dict[str, Any]]:
     if isinstance(image, FloatingPointError):
-        return None, told | {"failed": " ".join(str(image).split())}
-    if told.get("blacked_out"):  # nobody is to take it for a picture
-        return None, told
-    return _png(image, drawing), told
+        return None, diagnostics | {"failed": " ".join(str(image).split())}
+    if diagnostics.get("blacked_out"):  # nobody is to take it for a picture
+        return None, diagnostics
+    return _png(image, drawing), diagnostics
 
 
 def _png(image: Image.Image, drawing: Drawing) -> bytes:
