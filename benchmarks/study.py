@@ -40,11 +40,12 @@ from PIL import Image
 from recording import keep_parts
 
 from deradiff.experiments import plan as experiments
-from deradiff.experiments.running import contents, record
+from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
 from deradiff.study import sources
 from deradiff.study.plan import ANSWERS, QUESTIONS, StudyPlan, parse_plan, write_plan
 from deradiff.study.votes import file_of
+from deradiff.sweep.description import metadata
 
 OUT = Path(__file__).with_suffix(".json")
 PARTICIPANTS, PAIRS, CHECKS, KILLS = 50, 10, 2, 10
@@ -73,7 +74,7 @@ def experiment(folder: Path) -> None:
         store.remember("plan", plan.model_dump(mode="json", exclude_unset=True))
         store.remember("fingerprints", {name: {"sha256": name} for name in ("", *plan.models)})
         for cell, item in contents(plan, store, fresh=False).cells.items():
-            store.add_batches([[(item, record(cell.drawing))]])
+            store.add_batches([[(item, metadata(cell.drawing))]])
             store.put([(item, noise(item), {})], 0.0)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan, parse_plan
 from deradiff.experiments.reporting.report_page import page
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw, Score, Task
+from deradiff.sweep.description import Drawing
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -106,7 +106,9 @@ def test_images_and_record_carry_every_setting(generate: Run, tmp_path: Path) ->
     assert first["prompt"] == "Ein Fuchs, Überall Schnee"
     assert (first["seed"], first["lam"], first["beta"]) == (0, 0.5, 4000)
     assert first["scheduler"] == "EulerAncestralDiscreteScheduler"
-    assert first["settings"] == record["settings"]
+    own = {"prompts": ["Ein Fuchs, Überall Schnee"], "seeds": [0], "columns": [{"lam": 0.5, "schedule": None}]}
+    assert first["settings"] == record["settings"] | own
+    assert len(record["settings"]["columns"]) == 2
     assert first["settings"]["negative_prompt"] == "blurry"
     assert (first["guidance_scale"], first["dtype"], first["mixed"]) == (3, "float32", "prediction")
     assert set(first["versions"]) >= {"deradiff", "torch", "diffusers"}

@@ -56,7 +56,7 @@ def test_particles_draw_every_image_from_k(tmp_path):
     judged = record(tmp_path / "out")["verdicts"][0]
     assert judged["kind"] in ("particles", "collapsed") and judged["particles"] == 3 and judged["images"] == 2
     images = record(tmp_path / "out")["images"]
-    assert len(images) == 2 and all(1 <= image["effective_particles"] <= 3 for image in images)
+    assert len(images) == 2 and all(1 <= image["effective"] <= 3 for image in images)
     again = generate(tmp_path / "again", *options)
     assert again.exit_code == 0
     for image in images:

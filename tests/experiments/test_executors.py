@@ -13,13 +13,13 @@ import torch
 
 import deradiff
 from deradiff.experiments import executors, running
-from deradiff.experiments.drawings import Drawing, drawing_of
-from deradiff.experiments.drawings import cells as cells_of
+from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw, Score, Worker, _pixels
 from deradiff.rewards import load
+from deradiff.sweep.description import Drawing
 from deradiff.sweep.pipelines import scheduler_like
 from deradiff.sweep.prompt_embeddings import Remembering
 from deradiff.sweep.workers import Todo, WorkerLost, work
@@ -99,7 +99,7 @@ def test_a_model_alone_knows_its_path_kl_and_stays_what_it_is() -> None:
 
 def test_a_scorer_that_fails_is_asked_for_each_image() -> None:
     plan = small()
-    good = fake_png(next(cells_of(plan, {"few": ("a",)})).drawing)
+    good = fake_png(next(planned_images(plan, {"few": ("a",)})).drawing)
     task = Score("scores", "digits", (good, b"no picture", good), ("the digit one",) * 3)
     (first, none), (nothing, error), (last, _) = Worker(plan).do(task).results
     assert first == last and none is None
@@ -108,7 +108,7 @@ def test_a_scorer_that_fails_is_asked_for_each_image() -> None:
 
 def test_scores_are_those_of_the_reward() -> None:
     plan = small()
-    cells = list(cells_of(plan, {"few": ("the digit one", "the digit two")}))[:3]
+    cells = list(planned_images(plan, {"few": ("the digit one", "the digit two")}))[:3]
     pngs = tuple(fake_png(cell.drawing) for cell in cells)
     prompts = tuple(cell.drawing.prompt for cell in cells)
     found = [value for value, _ in Worker(plan).do(Score("scores", "bold", pngs, prompts)).results]

@@ -42,7 +42,7 @@ class Scored(Results):
     def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
         return self.verdicts.get(arm.name)
 
-    def told(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
+    def diagnostics(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
         return [{"effective": 1.5, "collapsed": True}, {"effective": 2.5, "collapsed": False}]
 
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
+from deradiff.experiments.drawings import kind_of
 from deradiff.experiments.plan import Arm, Plan, parse_plan
 from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits, front_exhibits
 from deradiff.experiments.reporting.arm_series import change, distinct, keys, over_prompts, series_of
@@ -77,7 +78,7 @@ def filled(folder: Path, plan: Plan, lost: str = "") -> Results:
             told: dict[str, Any] = {"forward": 20 + drawing.seed, "backward": 10} if drawing.noise else {}
             reach = sum(lam for _, lam in drawing.anchors)
             random = np.random.default_rng(int(item[:12], 16))
-            if drawing.anchors and drawing.kind == "mixture":
+            if drawing.anchors and kind_of(drawing) == "mixture":
                 told = {"path_kl": float(random.uniform(1, 9)) * reach}
             if item not in gone:
                 store.put([(item, item.encode(), told)], float(random.uniform(1, 2)))

@@ -8,8 +8,7 @@ import yaml
 
 from deradiff.algorithm.schedules import Power
 from deradiff.experiments import sources
-from deradiff.experiments.drawings import cells as cells_of
-from deradiff.experiments.drawings import drawing_of
+from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, preset
 from deradiff.experiments.running import in_batches
@@ -120,16 +119,18 @@ def test_the_dial_of_a_drawing() -> None:
         ]
     )
     combined, annealed = (drawing_of(plan, arm, "a", 0) for arm in plan.arms())
-    assert combined.dial(("strong", "weak")) == {"strong": 0.25, "weak": 0.5}
-    assert annealed.dial(("weak",)) == Power(2, 0.5)
+    assert combined.lams == {"strong": 0.25, "weak": 0.5}
+    assert annealed.lams == {"weak": Power(2, 0.5)}
 
 
 def test_batches_hold_all_lam_of_a_prompt_and_one_set_of_networks() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0, 0.25, 0.5, 1]}])
-    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
+    cells = [(cell, f"{number}") for number, cell in enumerate(planned_images(plan, {"few": ("one", "two")}))]
     batches = [[drawing for _, drawing in batch] for batch in in_batches(plan, cells)]
+    mixed = [batch for batch in batches if len(d_lams(batch)) > 1]
     assert [
-        [(d["prompt"], d["seed"], dict(d["anchors"])) for d in batch] for batch in batches if len(d_lams(batch)) > 1
+        [(d["prompt"], d["seed"], {name: d["lam"] for name in d["settings"]["anchors"]}) for d in batch]
+        for batch in mixed
     ] == [
         [
             ("one", 0, {"strong": 0.25}),
@@ -148,12 +149,12 @@ def test_batches_hold_all_lam_of_a_prompt_and_one_set_of_networks() -> None:
 
 
 def d_lams(batch: list[dict[str, Any]]) -> set[Any]:
-    return {tuple(drawing["anchors"]) for drawing in batch}
+    return {drawing["lam"] for drawing in batch}
 
 
 def test_particles_count_as_so_many_images() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0.5], "particles": 2}])
-    cells = [(cell, f"{number}") for number, cell in enumerate(cells_of(plan, {"few": ("one", "two")}))]
+    cells = [(cell, f"{number}") for number, cell in enumerate(planned_images(plan, {"few": ("one", "two")}))]
     assert [len(batch) for batch in in_batches(plan, cells)] == [2, 2]
 
 

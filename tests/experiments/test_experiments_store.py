@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deradiff.experiments import running, store
-from deradiff.experiments.drawings import cells as cells_of
+from deradiff.experiments.drawings import planned_images
 from deradiff.experiments.store import Missing, Store, StoreError
 from deradiff.files.locks import FolderInUse
 from holding import another_process
@@ -101,7 +101,7 @@ def test_an_image_altered_without_a_trace_is_found_when_it_is_read(tmp_path: Pat
 
 def test_a_scorer_that_fails_on_one_image(tmp_path: Path) -> None:
     plan = small()
-    drawing = next(cells_of(plan, {"few": plan.prompts["few"].prompts})).drawing
+    drawing = next(planned_images(plan, {"few": plan.prompts["few"].prompts})).drawing
     outcome = run(tmp_path / "x", Fake(fail_on=(fake_png(drawing),)))
     assert [(name, error) for name, _, error in outcome.failures] == [("digits", "ValueError: no")]
     with Store(tmp_path / "x", write=False) as opened:
@@ -244,5 +244,5 @@ def test_the_record_of_an_image_is_plain_data(tmp_path: Path) -> None:
         record = json.loads(next(opened._rows("SELECT drawing FROM items ORDER BY batch, place"))[0])
         provenance = opened.runs()
     assert record["prompt"] == "the digit one"
-    assert record["sampling"]["scheduler"] == "euler-a"
+    assert record["settings"]["scheduler"] == "euler-a"
     assert {"torch", "diffusers"} <= provenance[1]["versions"].keys()

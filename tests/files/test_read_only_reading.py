@@ -272,7 +272,7 @@ def test_what_is_damaged_is_told_with_the_place(tmp_path: Path, write: bool) -> 
         pytest.raises(StoreError, match=r"store\.sqlite is damaged.*Page.*\.recover"),
         Store(tmp_path / "x", write=write) as store,
     ):
-        store.told()
+        store.diagnostics()
 
 
 @called_damaged

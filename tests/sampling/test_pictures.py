@@ -32,8 +32,9 @@ from deradiff.studio.jobs import PageJob
 from deradiff.study import sources
 from deradiff.study.plan import parse_plan as parse_study
 from deradiff.sweep import pipelines
-from deradiff.sweep.drawing import attempts, draw, sample
-from deradiff.sweep.settings import Column, Settings, Shot
+from deradiff.sweep.batches import attempts, sample
+from deradiff.sweep.drawing import draw
+from deradiff.sweep.settings import Column, Settings
 from small_experiment import SMALL, reported, silent
 from tiny_parts import feature_extractor, safety_checker
 
@@ -41,7 +42,6 @@ pixels = pytest.mark.attack("NaN pixels")
 hidden = pytest.mark.attack("blacked out by a safety checker")
 
 CALL = {"prompt": "a red fox", "num_inference_steps": 2, "guidance_scale": 1.0}
-SHOTS = [Shot("a red fox", seed, 0) for seed in range(6)]
 
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -218,13 +218,13 @@ def test_a_sweep_ends_at_the_first_that_is_none_and_names_it(tmp_path: Path) -> 
         device="cpu",
     )
     with deradiff.realign(pipe, anchor, 0.5) as dial:
-        tried = list(attempts(pipe, dial, SHOTS, [0.5], steps=2, batch_size=4))
-        bad = [shot.seed for shot, image, _ in tried if isinstance(image, NotFinite)]
+        tried = list(attempts(pipe, dial, settings.drawings, batch_size=4))
+        bad = [settings.drawings[place].seed for place, image, _ in tried if isinstance(image, NotFinite)]
         assert 0 < len(bad) < 6
         with pytest.raises(NotFinite) as error, RunFolder(tmp_path / "out") as folder:
             draw(settings, pipe, dial, folder)
         with pytest.raises(NotFinite):
-            list(sample(pipe, dial, SHOTS, [0.5], steps=2, batch_size=4))
+            list(sample(pipe, dial, settings.drawings, batch_size=4))
     assert all(word in str(error.value) for word in ("a red fox", f"seed {bad[0]}", "0.5", "AutoencoderKL"))
     assert len(list((tmp_path / "out" / "images").glob("*.png"))) == bad[0]
     assert not (tmp_path / "out" / "record.json").exists()

@@ -188,7 +188,7 @@ def test_workers_of_their_own_tell_the_driver(models: tuple[Path, Path], tmp_pat
         outcome = running.run(plan, tmp_path / "run", lambda: executors.processes(plan, "cpu", 1, 1), silent)
     assert [cut.lost for cut in outcome.cut] == [LOST]
     with Store(tmp_path / "run", write=False) as store:
-        assert all(told["cut_prompts"] for told, _, _ in store.told().values())
+        assert all(told["cut_prompts"] for told, _, _ in store.diagnostics().values())
 
 
 @cut_prompts

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from deradiff.algorithm.gaussian import IllConditionedMixture
 from deradiff.cli import app
 from deradiff.experiments import executors
-from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.store import Store
 from deradiff.experiments.worker import Done, Draw
@@ -23,7 +22,7 @@ from deradiff.search import Goal, figures, run, spaces
 from deradiff.search.answers import Best, Front
 from deradiff.search.running import SearchOutcome
 from deradiff.search.summary import sentences
-from deradiff.sweep.notation import schedule
+from deradiff.sweep.description import Drawing
 from small_experiment import Fake, files, silent, small
 
 PROMPTS = [f"the digit {name}" for name in ("zero", "one", "two", "three", "four", "five", "six", "seven")]
@@ -94,10 +93,8 @@ class Smooth(Fake):
     def png(self, drawings: Sequence[Drawing], place: int) -> bytes:
         drawing, info, buffer = drawings[place], PngImagePlugin.PngInfo(), io.BytesIO()
         lam = sum(lam for _, lam in drawing.anchors)
-        if drawing.schedule:
-            shape = schedule(drawing.schedule, "steps")
-            assert shape is not None
-            lam *= sum(shape(k / 10) for k in range(11)) / 11
+        if drawing.schedule is not None:
+            lam *= sum(drawing.schedule(k / 10) for k in range(11)) / 11
         info.add_text("about", json.dumps({"lam": lam, "prompt": drawing.prompt, "seed": drawing.seed}))
         info.add_text("batch", repr([one.seed for one in drawings]))
         Image.new("RGB", (4, 4), (round(100 * lam), 20 * drawing.seed, len(drawing.prompt))).save(
@@ -369,7 +366,7 @@ def test_the_digits_are_searched_by_the_command(tmp_path: Path) -> None:
     assert "Best: λ = " in shown.output and "Stopped after 3 evaluations" in shown.output
     assert "path-kl <= 1000: met by" in shown.output
     with Store(tmp_path / "x", write=False) as store:
-        told = {len(one[0]) for one in store.told().values()}
+        told = {len(one[0]) for one in store.diagnostics().values()}
         assert len(store.drawn()) in (18, 24) and len(told) > 0
     assert executors.InProcess.size == 1
 

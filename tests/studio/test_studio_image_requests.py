@@ -258,11 +258,11 @@ def test_what_loading_warned_about_comes_with_the_image(desk: Desk) -> None:
 
 
 def test_long_names_make_a_file_all_the_same(desk: Desk) -> None:
-    from deradiff.sweep.settings import Shot, file_name
+    from deradiff.sweep.settings import file_name
 
     names = {"a" * 111: "digits:100", "b" * 111: "digits:30"}
     settings = scene().model_copy(update={"anchors": names, "columns": (_column(dict.fromkeys(names, 0.5)),)})
-    name = file_name(settings, Shot("a red seven", 0, 0))
+    name = file_name(settings, 0)
     assert len(name.encode()) < 255 and name.endswith(".png")
 
 

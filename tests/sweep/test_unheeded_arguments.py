@@ -25,7 +25,7 @@ from deradiff.cli import app, arguments
 from deradiff.experiments.plan import Prompts
 from deradiff.experiments.sources import fingerprint, resolve
 from deradiff.study.plan import parse_plan as parse_study
-from deradiff.sweep import drawing, notation
+from deradiff.sweep import batches, notation
 from deradiff.sweep.pipelines import load_pipeline
 from deradiff.sweep.settings import Column, Settings
 from pair_rows import LOSER, WINNER, folder_of, pick
@@ -337,10 +337,10 @@ def test_a_negative_prompt_that_is_not_read() -> None:
     pipe, _, _ = tiny.make("sd")
     for call in ({"guidance_scale": 1.0}, {"guidance_scale": 0.0}):
         with pytest.raises(ValueError, match="does not read a negative prompt"):
-            drawing.require_heeded(pipe, {"negative_prompt": "ugly", **call})
-        drawing.require_heeded(pipe, {"negative_prompt": "", **call})
-    drawing.require_heeded(pipe, {"negative_prompt": "ugly"})
-    drawing.require_heeded(pipe, {"negative_prompt": "ugly", "guidance_scale": 2.0})
+            batches.require_heeded(pipe, {"negative_prompt": "ugly", **call})
+        batches.require_heeded(pipe, {"negative_prompt": "", **call})
+    batches.require_heeded(pipe, {"negative_prompt": "ugly"})
+    batches.require_heeded(pipe, {"negative_prompt": "ugly", "guidance_scale": 2.0})
 
 
 def test_a_pipeline_of_true_guidance_that_is_off() -> None:
@@ -352,15 +352,15 @@ def test_a_pipeline_of_true_guidance_that_is_off() -> None:
         ) -> None: ...
 
     with pytest.raises(ValueError, match="does not read a negative prompt"):
-        drawing.require_heeded(Told(), {"negative_prompt": "ugly", "guidance_scale": 5.0})
+        batches.require_heeded(Told(), {"negative_prompt": "ugly", "guidance_scale": 5.0})
 
 
 def test_another_size_than_was_asked_for() -> None:
     pipe, _, _ = tiny.make("sd")
-    drawing.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 64, "height": 32})
-    drawing.require_size(pipe, Image.new("RGB", (64, 32)), {})
+    batches.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 64, "height": 32})
+    batches.require_size(pipe, Image.new("RGB", (64, 32)), {})
     with pytest.raises(ValueError, match="draws 64x32 where 70x32"):
-        drawing.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 70, "height": 32})
+        batches.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 70, "height": 32})
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

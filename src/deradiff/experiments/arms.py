@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from deradiff.files.plans import PlanPart, Several
 from deradiff.sampling.realignment import lam_for_beta
 from deradiff.sweep import notation
+from deradiff.sweep.description import NoiseOptimization
 from deradiff.sweep.notation import plain
 
 ALL: Final = "all"
@@ -42,22 +43,6 @@ class Models(Protocol):
     def named(self, names: Names) -> tuple[str, ...]:
         """The models of these names. Raises `ValueError` for one that there is not."""
         ...
-
-
-class NoiseOptimization(PlanPart):
-    """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
-
-    The defaults are ReNO's.
-    """
-
-    reward: str
-    iterations: int = Field(default=50, ge=1)
-    learning_rate: float = Field(default=5.0, gt=0)
-    norm_weight: float = Field(default=0.01, ge=0)
-    pipeline: str | None = None
-    """Another pipeline than the reference, such as a one-step model."""
-    steps: int | None = Field(default=None, ge=1)
-    """Other steps than the sampling's, such as one."""
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,10 @@ def denoiser_config(source: str) -> dict[str, Any]:
     """
     if world := find(source):
         source = str(world.reference)
-    found: Any = UNet2DConditionModel.load_config(source, subfolder=None if _is_unet(source) else "unet")
-    if found.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ValueError(f"{source} is a {found['_class_name']}; costs are counted for UNet2DConditionModel")
-    return dict(found)
+    config: Any = UNet2DConditionModel.load_config(source, subfolder=None if _is_unet(source) else "unet")
+    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise ValueError(f"{source} is a {config['_class_name']}; costs are counted for UNet2DConditionModel")
+    return dict(config)
 
 
 def _is_unet(source: str) -> bool:
@@ -182,6 +182,6 @@ def costs(
     return Costs(cost, alignment, sampling, strengths * (alignment + sampling), alignment + strengths * 2 * sampling)
 
 
-def record(found: Costs) -> dict[str, Any]:
+def record(counted: Costs) -> dict[str, Any]:
     """Everything as plain data."""
-    return asdict(found) | {"saved": found.saved}
+    return asdict(counted) | {"saved": counted.saved}

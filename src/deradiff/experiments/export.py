@@ -37,12 +37,12 @@ def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
 
     `absent` says why there is no file: the safety checker blacked the image out, or why it failed.
     """
-    images, told, unmade = store.drawn(), store.told(), store.unmade()
+    images, diagnostics, unmade = store.drawn(), store.diagnostics(), store.unmade()
     scores = {name: store.scores(name) for name in plan.scores}
     for cell, item in contents(plan, store, fresh=False).cells.items():
         if item not in images and item not in unmade:
             continue
-        about, seconds, run = told[item] if item in images else (unmade[item], None, None)
+        about, seconds, run = diagnostics[item] if item in images else (unmade[item], None, None)
         drawing = cell.drawing
         yield {
             "image": item,
@@ -52,7 +52,7 @@ def rows(plan: Plan, store: Store) -> Iterator[dict[str, Any]]:
             "method": cell.arm.method,
             "target": cell.arm.target,
             "lam": json.dumps(dict(cell.arm.anchors)),
-            "schedule": drawing.schedule,
+            "schedule": cell.arm.schedule if drawing.schedule is not None else "",
             "particles": drawing.particles,
             "sampling": cell.arm.sampling,
             "prompt_set": cell.prompts,

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
 from deradiff.files import plans, reading
 from deradiff.files.plans import Name, PlanPart, Several
 from deradiff.sweep import notation
-from deradiff.sweep.pipelines import SCHEDULERS, require_both_sides
+from deradiff.sweep.description import SamplingSettings
+from deradiff.sweep.pipelines import SCHEDULERS
 
 # -- what there is ----------------------------------------------------------------------------------------------------
 
@@ -54,27 +55,10 @@ class Prompts(PlanPart):
         return self
 
 
-class Sampling(PlanPart):
-    """How images are sampled; what is not given is the pipeline's own."""
-
-    scheduler: str | None = None
-    steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0)
-    negative_prompt: str | None = None
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _both_sides(self) -> Sampling:
-        require_both_sides(self.width, self.height)
-        return self
-
-    @field_validator("scheduler")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None and name not in SCHEDULERS:
-            raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
-        return name
+def _known_scheduler(sampling: SamplingSettings) -> SamplingSettings:
+    if sampling.scheduler is not None and sampling.scheduler not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler {sampling.scheduler!r}; choose one of {', '.join(SCHEDULERS)}")
+    return sampling
 
 
 # -- what is wanted of it ---------------------------------------------------------------------------------------------
@@ -108,7 +92,7 @@ class Plan(PlanPart):
     allow_pickle: bool = False
     models: dict[Name, Model] = Field(min_length=1)
     prompts: dict[Name, Prompts] = Field(min_length=1)
-    sampling: dict[Name, Sampling] = Field(min_length=1)
+    sampling: dict[Name, Annotated[SamplingSettings, AfterValidator(_known_scheduler)]] = Field(min_length=1)
     methods: Several[Method] = Field(min_length=1)
     scores: Several[str] = ()
     """Rewards by name (`rewards.load`); the first is the one that the fronts are drawn for."""
@@ -171,7 +155,7 @@ def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...
     return tuple(names)
 
 
-def _require_plain_sampling(arm: Arm, sampling: Sampling) -> None:
+def _require_plain_sampling(arm: Arm, sampling: SamplingSettings) -> None:
     """Raise `ValueError` for what sampling from optimised noise cannot do."""
     if sampling.negative_prompt is not None:
         raise ValueError(f"{arm.name!r} takes no negative_prompt: sample it without one, as {arm.sampling!r} does not")
@@ -212,8 +196,8 @@ def parse_plan(content: Any, where: str) -> Plan:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML that `read_plan` reads: what was given, not what was left at its default."""
     data = plan.model_dump(mode="json", exclude_unset=True)
-    for one in data["prompts"].values():
-        if "seeds" in one:
-            one["seeds"] = plans.seed_range(one["seeds"])
+    for prompts in data["prompts"].values():
+        if "seeds" in prompts:
+            prompts["seeds"] = plans.seed_range(prompts["seeds"])
     data["methods"] = [{"method": method.pop("method"), **method} for method in data["methods"]]
     return plans.write(data)

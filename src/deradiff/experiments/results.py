@@ -16,7 +16,7 @@ from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
-from deradiff.experiments.store import Store, ToldRecord
+from deradiff.experiments.store import Store, StoredDiagnostics
 
 Table = Float[np.ndarray, "prompt seed"]
 
@@ -44,7 +44,7 @@ class Results:
         if self.sampling not in plan.sampling:
             raise ValueError(f"the plan does not sample by {sampling!r}: it has {', '.join(plan.sampling)}")
         self.contents: Contents = contents(plan, store, fresh=False)
-        self._drawn, self._told = store.drawn(), store.told()
+        self._drawn, self._diagnostics = store.drawn(), store.diagnostics()
         self._scores = {name: store.scores(name) for name in plan.scores}
         self._features = {name: store.features(name) for name in plan.features}
         self.failures, self.runs = store.failures(), store.runs()
@@ -79,22 +79,22 @@ class Results:
 
     def pairs(self, particles: bool = False) -> list[Pair]:
         """Every approximation of a model that was also drawn as it is; by Algorithm 1, or by particles."""
-        found = []
+        pairs = []
         for arm in self.of_method("realign"):
             retrained = self.model(arm.target) if arm.target else None
             if retrained is not None and bool(arm.particles) == particles:
                 (anchor, lam), *_ = arm.anchors
-                found.append(Pair(anchor, arm.target, lam, arm, retrained))
-        return found
+                pairs.append(Pair(anchor, arm.target, lam, arm, retrained))
+        return pairs
 
     def families(self) -> dict[str, list[str]]:
         """The models of each family, those with the largest β, hence least aligned, first."""
-        found: dict[str, list[str]] = {}
+        families: dict[str, list[str]] = {}
         for name, model in self.plan.models.items():
-            found.setdefault(model.family, []).append(name)
+            families.setdefault(model.family, []).append(name)
         return {
             family: sorted(names, key=lambda name: -(self.plan.models[name].beta or 0.0))
-            for family, names in found.items()
+            for family, names in families.items()
         }
 
     @property
@@ -134,11 +134,11 @@ class Results:
     def feature_groups(self, arm: Arm, prompts: str, name: str) -> list[Float[np.ndarray, "seed feature"]]:
         """The same, prompt by prompt."""
         known = self._features[name]
-        found: dict[int, list[Any]] = {}
+        groups: dict[int, list[Any]] = {}
         for row, _, item in self._items(arm, prompts):
             if item in known:
-                found.setdefault(row, []).append(known[item])
-        return [np.stack(vectors) for vectors in found.values()]
+                groups.setdefault(row, []).append(known[item])
+        return [np.stack(vectors) for vectors in groups.values()]
 
     def features_by_place(
         self, arm: Arm, prompts: str, name: str
@@ -153,45 +153,45 @@ class Results:
         0 for the reference; NaN where it is not known: deterministic samplers, interpolated weights, particles.
         """
         if arm.method == "reference":
-            return self._table(arm, prompts, lambda item: 0.0 if item in self._told else None)
+            return self._table(arm, prompts, lambda item: 0.0 if item in self._diagnostics else None)
         return self._table(
-            arm, prompts, lambda item: self._told[item][0].get("path_kl") if item in self._told else None
+            arm, prompts, lambda item: self._diagnostics[item][0].get("path_kl") if item in self._diagnostics else None
         )
 
     def seconds(self, arm: Arm) -> float:
         """Mean seconds that one image took, in its batch; NaN for none."""
-        found = [
-            self._told[item][1]
+        seconds = [
+            self._diagnostics[item][1]
             for name in self.plan.sets(arm.prompts)
             for _, _, item in self._items(arm, name)
-            if item in self._told
+            if item in self._diagnostics
         ]
-        return float(np.mean(found)) if found else float("nan")
+        return float(np.mean(seconds)) if seconds else float("nan")
 
-    def told(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
-        """What was told about each of the arm's images that are there: weights, effective particles, evaluations."""
-        return [self._told[item][0] for _, _, item in self._items(arm, prompts) if item in self._told]
+    def diagnostics(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
+        """What is known of each of the arm's images that are there: weights, effective particles, evaluations."""
+        return [self._diagnostics[item][0] for _, _, item in self._items(arm, prompts) if item in self._diagnostics]
 
-    def told_by_place(self, arm: Arm, prompts: str) -> dict[tuple[int, int], dict[str, Any]]:
+    def diagnostics_by_place(self, arm: Arm, prompts: str) -> dict[tuple[int, int], dict[str, Any]]:
         """The same by the place (prompt, seed) of the image."""
         items = self._items(arm, prompts)
-        return {(row, column): self._told[item][0] for row, column, item in items if item in self._told}
+        return {(row, column): self._diagnostics[item][0] for row, column, item in items if item in self._diagnostics}
 
     def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
         """How far an arm's mean score can be trusted (`verdict.verdict`); None where it has no weights."""
-        rows, told, scores = [], [], []
+        rows, known, scores = [], [], []
         for row, _, item in self._items(arm, prompts):
             score = self._scores[name].get(item)
-            if item in self._told and score is not None and "log_weight" in self._told[item][0]:
+            if item in self._diagnostics and score is not None and "log_weight" in self._diagnostics[item][0]:
                 rows.append(row)
-                told.append(self._told[item][0])
+                known.append(self._diagnostics[item][0])
                 scores.append(score)
-        if not told:
+        if not known:
             return None
         reference = self.reference
         baseline = self.mean(reference, prompts, name)[0] if reference is not None else float("nan")
         return verdict(
-            _weights(arm, told),
+            _weights(arm, known),
             torch.tensor(scores, dtype=torch.float64),
             torch.tensor(rows),
             baseline=baseline if np.isfinite(baseline) else None,
@@ -203,8 +203,8 @@ class Results:
     def image(self, arm: Arm, prompts: str, row: int, column: int) -> Path | None:
         """The file of an image; None where it is not there."""
         item = self._index.get((arm, prompts), {}).get((row, column))
-        found = self._drawn.get(item) if item is not None else None
-        return None if found is None else found.path
+        drawn = self._drawn.get(item) if item is not None else None
+        return None if drawn is None else drawn.path
 
     def done(self, arm: Arm) -> tuple[int, int]:
         """How many images of an arm are there, and how many are planned."""
@@ -215,16 +215,16 @@ class Results:
         """How many images of an arm have each score and each extractor's features."""
         items = [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
         known: dict[str, Any] = self._scores | self._features
-        return {name: sum(item in found for item in items) for name, found in known.items()}
+        return {name: sum(item in values for item in items) for name, values in known.items()}
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _index(self) -> dict[tuple[Arm, str], dict[tuple[int, int], str]]:
-        found: dict[tuple[Arm, str], dict[tuple[int, int], str]] = {}
+        index: dict[tuple[Arm, str], dict[tuple[int, int], str]] = {}
         for cell, item in self.contents.cells.items():
-            found.setdefault((cell.arm, cell.prompts), {})[cell.row, cell.column] = item
-        return found
+            index.setdefault((cell.arm, cell.prompts), {})[cell.row, cell.column] = item
+        return index
 
     def _items(self, arm: Arm, prompts: str) -> Iterator[tuple[int, int, str]]:
         for (row, column), item in sorted(self._index.get((arm, prompts), {}).items()):
@@ -233,15 +233,15 @@ class Results:
     def _table(self, arm: Arm, prompts: str, value: Any) -> Table:
         table = np.full((len(self.contents.texts[prompts]), len(self.plan.prompts[prompts].seeds)), np.nan)
         for row, column, item in self._items(arm, prompts):
-            found = value(item)
-            if found is not None:
-                table[row, column] = found
+            number = value(item)
+            if number is not None:
+                table[row, column] = number
         return table
 
 
-def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> ImportanceWeights:
+def _weights(arm: Arm, known: Sequence[dict[str, Any]]) -> ImportanceWeights:
     """The weights of images that were drawn in several batches, as of one run."""
-    records = [ToldRecord.model_validate(record) for record in told]
+    records = [StoredDiagnostics.model_validate(record) for record in known]
     names = [name for name in records[0].log_ratios if all(name in record.log_ratios for record in records)]
     paths = [record.path_kl for record in records]
     return ImportanceWeights(
@@ -251,8 +251,8 @@ def _weights(arm: Arm, told: Sequence[dict[str, Any]]) -> ImportanceWeights:
         },
         path_kl=None if None in paths else torch.tensor(paths, dtype=torch.float64),
         memoryless=all(record.memoryless for record in records),
-        lams=torch.tensor([[lam] * len(told) for _, lam in sorted(arm.anchors)], dtype=torch.float64).reshape(
-            len(arm.anchors), len(told)
+        lams=torch.tensor([[lam] * len(known) for _, lam in sorted(arm.anchors)], dtype=torch.float64).reshape(
+            len(arm.anchors), len(known)
         ),
         obstacles=frozenset(obstacle for record in records for obstacle in record.obstacles),
         predictions=records[0].predictions,

@@ -7,18 +7,19 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deradiff.experiments.drawings import Cell, Drawing, cells
+from deradiff.experiments.drawings import PlannedImage, group_of, kind_of, planned_images
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
 from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.sampling.truncation import Cut, PromptCut
+from deradiff.sweep.description import Drawing, metadata
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.workers import Executor, Todo, work
 
@@ -50,17 +51,18 @@ class Outcome:
         return 1 - self.busy / self.seconds if self.seconds else 0.0
 
 
-def identity(drawing: Drawing, plan: Plan, prints: dict[str, Any]) -> str:
+def identity(drawing: Drawing, schedule: str, plan: Plan, prints: dict[str, Any]) -> str:
     """The name of an image: a hash of everything that decides it, the models' weights rather than their names.
 
+    `schedule` is the drawing's as the plan words it; empty for none.
     The device and the batch are left out: they decide the last bits, and would make every image another.
     """
     about = {
-        "kind": drawing.kind,
+        "kind": kind_of(drawing),
         "reference": prints[""]["sha256"],
         "dtype": plan.dtype,
         "anchors": sorted((prints[name]["sha256"], lam) for name, lam in drawing.anchors),
-        "schedule": drawing.schedule,
+        "schedule": schedule,
         "particles": drawing.particles,
         "noise": drawing.noise and drawing.noise.model_dump(),
         "pipeline": drawing.noise and drawing.noise.pipeline and prints[drawing.noise.pipeline]["sha256"],
@@ -77,7 +79,7 @@ class Contents:
 
     plan: Plan
     texts: dict[str, tuple[str, ...]]
-    cells: dict[Cell, str]
+    cells: dict[PlannedImage, str]
     """Every cell of the experiment, and the identity of its image, which several cells may share."""
 
     @property
@@ -106,8 +108,12 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
             f"{store.file} does not know the weights of {sorted(unknown)[0] or 'the reference'} yet: begin with "
             "`deradiff experiment run`"
         )
-    there = [cell._replace(drawing=by_weights(cell.drawing, plan, prints)) for cell in cells(plan, texts)]
-    return Contents(plan, texts, {cell: identity(cell.drawing, plan, prints) for cell in there})
+    named: dict[PlannedImage, str] = {}
+    for planned in planned_images(plan, texts):
+        cell = planned._replace(drawing=by_weights(planned.drawing, plan, prints))
+        schedule = cell.arm.schedule if cell.drawing.schedule is not None else ""
+        named[cell] = identity(cell.drawing, schedule, plan, prints)
+    return Contents(plan, texts, named)
 
 
 def by_weights(drawing: Drawing, plan: Plan, prints: Mapping[str, Any]) -> Drawing:
@@ -118,10 +124,11 @@ def by_weights(drawing: Drawing, plan: Plan, prints: Mapping[str, Any]) -> Drawi
     names: dict[str, list[str]] = {}
     for name in plan.models:
         names.setdefault(prints[name]["sha256"], []).append(name)
-    anchors = [
+    anchors = sorted(
         (names[weights].pop(0), lam) for weights, lam in sorted((prints[n]["sha256"], x) for n, x in drawing.anchors)
-    ]
-    return replace(drawing, anchors=tuple(sorted(anchors)))
+    )
+    sources = tuple(plan.models[name].source for name, _ in anchors)
+    return replace(drawing, anchors=tuple(anchors), sources=sources)
 
 
 def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: Store, fresh: bool) -> tuple[str, ...]:
@@ -134,23 +141,17 @@ def _texts(wanted: dict[str, Any], find: Callable[[], tuple[str, ...]], store: S
     return tuple(known)
 
 
-def in_batches(plan: Plan, cells: Sequence[tuple[Cell, str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def in_batches(plan: Plan, cells: Sequence[tuple[PlannedImage, str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Batches of the images: those of one group together, all λ of a prompt beside each other."""
     arms = {arm: number for number, arm in enumerate(plan.arms())}
     sets = {name: number for number, name in enumerate(plan.prompts)}
     groups: dict[Any, dict[str, Drawing]] = {}
     for cell, item in sorted(cells, key=lambda it: (sets[it[0].prompts], it[0].row, it[0].column, arms[it[0].arm])):
-        groups.setdefault(cell.drawing.group, {})[item] = cell.drawing
+        groups.setdefault(group_of(cell.drawing), {})[item] = cell.drawing
     for group in groups.values():
         size = max(1, plan.batch_size // max(1, next(iter(group.values())).particles))
-        rows = [(item, record(drawing)) for item, drawing in group.items()]
+        rows = [(item, metadata(drawing)) for item, drawing in group.items()]
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def record(drawing: Drawing) -> dict[str, Any]:
-    """A drawing as plain data."""
-    noise = drawing.noise and drawing.noise.model_dump()
-    return asdict(drawing) | {"sampling": drawing.sampling.model_dump(), "noise": noise}
 
 
 def run(
@@ -216,14 +217,14 @@ def run(
 
 def blacked_out(whole: Contents, store: Store) -> set[str]:
     """The images in place of which a safety checker put black ones."""
-    return {item for item, told in store.unmade().items() if told.get("blacked_out")} & whole.drawings.keys()
+    return {item for item, why in store.unmade().items() if why.get("blacked_out")} & whole.drawings.keys()
 
 
 def cut_prompts(whole: Contents, store: Store) -> list[Cut]:
     """What the prompts of the images that are there lost to tokenizers, each once."""
     planned = whole.drawings.keys()
-    about = [told for item, (told, _, _) in store.told().items() if item in planned]
-    kept = [cut for told in about for cut in told.get("cut_prompts", ())]
+    known = [diagnostics for item, (diagnostics, _, _) in store.diagnostics().items() if item in planned]
+    kept = [cut for diagnostics in known for cut in diagnostics.get("cut_prompts", ())]
     return list(dict.fromkeys(Cut(**cut | {"tokenizers": tuple(cut["tokenizers"])}) for cut in kept))
 
 
@@ -267,7 +268,7 @@ def _draw(
         assert isinstance(task, Draw)
         _warn(result)
         names = [batches[task.number][place][0] for place in task.wanted]
-        store.put([(name, *found) for name, found in zip(names, result.results, strict=True)], result.seconds)
+        store.put([(name, *drawn) for name, drawn in zip(names, result.results, strict=True)], result.seconds)
         outcome.busy += result.seconds
         outcome.drawn += sum(png is not None for png, _ in result.results)
         done += len(names)
@@ -313,7 +314,7 @@ def _score(
         assert isinstance(task, Score)
         _warn(result)
         pairs: Iterable[tuple[Image, tuple[Any, str | None]]] = zip(task.token, result.results, strict=True)
-        store.put_scores(task.table, task.name, [(image, *found) for image, found in pairs])
+        store.put_scores(task.table, task.name, [(image, *score) for image, score in pairs])
         outcome.busy += result.seconds
         outcome.scored += len(task.token)
         done += len(task.token)
@@ -324,18 +325,18 @@ def _score(
 
 def _loaded(table: str, name: str, images: Sequence[Image], drawings: dict[str, Drawing], lost: set[str]) -> Score:
     """The task of scoring these images, without those that are not what was drawn: they go to `lost`."""
-    found: list[tuple[Image, bytes]] = []
+    whole: list[tuple[Image, bytes]] = []
     for image in images:
         try:
-            found.append((image, image.read()))
+            whole.append((image, image.read()))
         except Missing:
             lost.add(image.id)
     return Score(
         table,
         name,
-        tuple(png for _, png in found),
-        tuple(drawings[image.id].prompt for image, _ in found),
-        tuple(image for image, _ in found),
+        tuple(png for _, png in whole),
+        tuple(drawings[image.id].prompt for image, _ in whole),
+        tuple(image for image, _ in whole),
     )
 
 

@@ -55,8 +55,8 @@ CREATE TABLE features (
 DAMAGED = "restore the store from a copy, or begin a new experiment"
 
 
-class ToldRecord(Record):
-    """What is told about an image; how much of it depends on how it was drawn."""
+class StoredDiagnostics(Record):
+    """What is known of an image; how much of it depends on how it was drawn."""
 
     log_weight: float = 0.0
     log_ratios: dict[str, float] = Field(default_factory=dict)
@@ -88,9 +88,9 @@ class Image:
     def read(self) -> bytes:
         """The file's bytes. Raises `Missing` if they are not what was written."""
         with suppress(OSError):
-            found = self.path.read_bytes()
-            if hashlib.sha256(found).hexdigest() == self.sha256:
-                return found
+            content = self.path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == self.sha256:
+                return content
         raise Missing(f"{self.path} is gone or was altered")
 
 
@@ -170,8 +170,8 @@ class Store:
 
     def fact(self, name: str, kind: Any = Any) -> Any:
         """What was remembered under `name`, plain data that must be of this `kind`; None if nothing was."""
-        found = next(self._rows("SELECT value FROM facts WHERE name = ?", name), None)
-        return None if found is None else self._parsed(kind, found[0], f"the fact {name[:40]!r}")
+        row = next(self._rows("SELECT value FROM facts WHERE name = ?", name), None)
+        return None if row is None else self._parsed(kind, row[0], f"the fact {name[:40]!r}")
 
     def remember(self, name: str, value: Any) -> None:
         """Keep `value`, plain data, under `name`."""
@@ -183,8 +183,8 @@ class Store:
     def begin(self, record: Mapping[str, Any]) -> None:
         """A run begins: what it makes from here on was made with the versions and devices of `record`."""
         with self._transaction():
-            found = self._db.execute("SELECT number FROM runs WHERE record = ?", (_json(record),)).fetchone()
-            self.run = found[0] if found else None
+            row = self._db.execute("SELECT number FROM runs WHERE record = ?", (_json(record),)).fetchone()
+            self.run = row[0] if row else None
             if self.run is None:
                 self.run = self._db.execute("INSERT INTO runs (record) VALUES (?)", (_json(record),)).lastrowid
 
@@ -210,10 +210,10 @@ class Store:
 
     def batches(self) -> dict[int, list[tuple[str, bool]]]:
         """The members of every batch in order, each with whether its image is there."""
-        found: dict[int, list[tuple[str, bool]]] = {}
+        batches: dict[int, list[tuple[str, bool]]] = {}
         for item, batch, drawn in self._rows("SELECT id, batch, sha256 IS NOT NULL FROM items ORDER BY batch, place"):
-            found.setdefault(batch, []).append((str(item), bool(drawn)))
-        return found
+            batches.setdefault(batch, []).append((str(item), bool(drawn)))
+        return batches
 
     def unbatch(self, items: Iterable[str]) -> None:
         """Forget that these images, which are not there, belong to a batch."""
@@ -231,15 +231,15 @@ class Store:
             raise StoreError(f"image {item!r} in {self.file} has no identity of an image: {DAMAGED}")
         return self.images / item[:2] / f"{item}.png"
 
-    def put(self, found: Sequence[tuple[str, bytes | None, Mapping[str, Any]]], seconds: float) -> None:
-        """Keep images of one batch, (identity, PNG file, what was told about it), that took so long together.
+    def put(self, drawn: Sequence[tuple[str, bytes | None, Mapping[str, Any]]], seconds: float) -> None:
+        """Keep images of one batch, (identity, PNG file, what is known of it), that took so long together.
 
         Without a file it was drawn and came to nothing (see `unmade`).
         """
         rows: list[tuple[Any, ...]] = []
-        for item, png, told in found:
+        for item, png, diagnostics in drawn:
             if png is None:
-                rows.append((None, None, None, _json(told), seconds / len(found), self.run, item))
+                rows.append((None, None, None, _json(diagnostics), seconds / len(drawn), self.run, item))
                 continue
             path = self.path(item)
             with databases.explained(self.file, StoreError, needed=len(png)):
@@ -248,21 +248,22 @@ class Store:
                     temporary.write_bytes(png)
                 state = path.stat()
             digest = hashlib.sha256(png).hexdigest()
-            rows.append((digest, state.st_size, state.st_mtime_ns, _json(told), seconds / len(found), self.run, item))
+            made = digest, state.st_size, state.st_mtime_ns
+            rows.append((*made, _json(diagnostics), seconds / len(drawn), self.run, item))
         with self._transaction():
             self._db.executemany(
                 "UPDATE items SET sha256 = ?, size = ?, mtime = ?, told = ?, seconds = ?, run = ? WHERE id = ?", rows
             )
 
-    def told(self) -> dict[str, tuple[dict[str, Any], float, int | None]]:
-        """Of every image that is there: what was told about it, its seconds, and the number of its run."""
+    def diagnostics(self) -> dict[str, tuple[dict[str, Any], float, int | None]]:
+        """Of every image that is there: what is known of it, its seconds, and the number of its run."""
         rows = self._rows("SELECT id, told, seconds, run FROM items WHERE sha256 IS NOT NULL")
-        found = {}
-        for item, told, seconds, run in rows:
+        known = {}
+        for item, diagnostics, seconds, run in rows:
             if not isinstance(seconds, float) or not isinstance(run, int | None):
                 raise StoreError(f"image {item!r} in {self.file} took {seconds!r} seconds in run {run!r}: {DAMAGED}")
-            found[item] = (self._parsed(ToldRecord, told, f"image {item!r}"), seconds, run)
-        return found
+            known[item] = (self._parsed(StoredDiagnostics, diagnostics, f"image {item!r}"), seconds, run)
+        return known
 
     def _parsed(self, kind: Any, text: object, row: str) -> Any:
         """A cell with JSON, which must be of this kind, as plain data. Raises `StoreError` that names the row."""
@@ -275,10 +276,10 @@ class Store:
         return content
 
     def unmade(self) -> dict[str, dict[str, Any]]:
-        """What was told about every image that was drawn and is none: `blacked_out`, or why it `failed`."""
+        """What is known of every image that was drawn and is none: `blacked_out`, or why it `failed`."""
         rows = self._rows("SELECT id, told FROM items WHERE sha256 IS NULL AND told IS NOT NULL")
-        known = {item: json.loads(told) for item, told in rows}
-        return {item: told for item, told in known.items() if told.get("blacked_out") or told.get("failed")}
+        known = {item: json.loads(diagnostics) for item, diagnostics in rows}
+        return {item: why for item, why in known.items() if why.get("blacked_out") or why.get("failed")}
 
     def altered(self, thoroughly: bool = False) -> list[str]:
         """The images that are gone or are not what was drawn.
@@ -323,11 +324,11 @@ class Store:
         done = {row[0] for row in self._rows(query, name)}
         return [item for item in items if item not in done]
 
-    def put_scores(self, table: str, name: str, found: Sequence[tuple[Image, Any, str | None]]) -> None:
+    def put_scores(self, table: str, name: str, scored: Sequence[tuple[Image, Any, str | None]]) -> None:
         """Keep the values, or errors in words, of one scorer: numbers in `scores`, vectors in `features`."""
         _require_table(table)
         rows = []
-        for image, value, error in found:
+        for image, value, error in scored:
             if table == "features" and value is not None:
                 value = np.asarray(value, dtype="<f4").tobytes()
             rows.append((image.id, name, image.sha256, value, error, self.run))
@@ -364,7 +365,7 @@ class Store:
             "WHERE s.error IS NOT NULL"
             for table in ("scores", "features")
         ]
-        undrawn = [(IMAGE, item, str(told["failed"])) for item, told in self.unmade().items() if "failed" in told]
+        undrawn = [(IMAGE, item, str(why["failed"])) for item, why in self.unmade().items() if "failed" in why]
         rows = self._rows(" UNION ALL ".join(parts))
         return [*undrawn, *((str(name), str(item), str(error)) for name, item, error in rows)]
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from deradiff.experiments.drawings import Drawing
+from deradiff.experiments.drawings import group_of, kind_of
 from deradiff.experiments.plan import Plan
 from deradiff.files.images import read_rgb
 from deradiff.files.records import CHUNK
-from deradiff.sampling import pictures
 from deradiff.sampling.pictures import NotFinite
 from deradiff.sampling.truncation import cuts
-from deradiff.sweep.drawing import Shot, attempts, attempts_by_particles, require_heeded, require_size
+from deradiff.sweep.batches import attempts
+from deradiff.sweep.description import Drawing, call_of, metadata
 from deradiff.sweep.jobs import reproducible
 from deradiff.sweep.library_messages import relay
 from deradiff.sweep.prompt_embeddings import Remembering
@@ -39,7 +39,7 @@ class Draw:
     @property
     def group(self) -> Any:
         """Tasks of one group need the same models."""
-        return self.drawings[0].group
+        return group_of(self.drawings[0])
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Score:
 Task = Draw | Score
 
 Attempt = tuple[Image.Image | FloatingPointError, dict[str, Any]]
-"""An image, or why it is none, and what was told about it."""
+"""An image, or why it is none, and what is known about it."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a task: of `Draw` (PNG file, what was told) for each wanted image, of `Score` (value, error).
+    """What became of a task: of `Draw` (PNG file, diagnostics) for each wanted image, of `Score` (value, error).
 
-    Where an image is none, there is no file, and what was told has the reason: `blacked_out`, or `failed` in words.
+    Where an image is none, there is no file, and the diagnostics have the reason: `blacked_out`, or `failed` in words.
     """
 
     results: list[Any]
@@ -136,47 +136,17 @@ class Worker:
     def _attempts(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         """Images, or why they are none. Where a batch fails as a whole, each is drawn alone, to find out which."""
         try:
-            return self._by_noise(drawings) if drawings[0].kind == "noise" else self._realigned(drawings)
+            return self._by_noise(drawings) if drawings[0].noise is not None else self._realigned(drawings)
         except FloatingPointError as error:
             if len(drawings) == 1:
                 return [(_named(error, drawings[0]), {})]
         return [attempt for drawing in drawings for attempt in self._attempts([drawing])]
 
     def _realigned(self, drawings: Sequence[Drawing]) -> list[Attempt]:
-        first = drawings[0]
-        pipe = self._pipe(first)
-        shots = [Shot(drawing.prompt, drawing.seed, number) for number, drawing in enumerate(drawings)]
-        names = self._dial.anchors if self._dial is not None else ()
-        lams = [drawing.dial(names) if names else 0.0 for drawing in drawings]
-        given = {name: getattr(first.sampling, name) for name in ("negative_prompt", "height", "width")}
-        given["guidance_scale"] = self._guidance(first)
-        call = {name: value for name, value in given.items() if value is not None}
-        if self._dial is None:
-            return _plainly(pipe, drawings, call)
-        if first.kind == "particles":
-            drawn = attempts_by_particles(
-                pipe,
-                self._dial,
-                shots,
-                lams,
-                steps=first.sampling.steps,
-                batch_size=self.plan.batch_size,
-                particles=first.particles,
-                **call,
-            )
-        else:
-            drawn = attempts(
-                pipe, self._dial, shots, lams, steps=first.sampling.steps, batch_size=len(drawings), **call
-            )
-        by_place: dict[int, Attempt] = {shot.column: (image, _told(told)) for shot, image, told in drawn}
-        return [by_place[number] for number in range(len(drawings))]
-
-    def _guidance(self, drawing: Drawing) -> float | None:
-        """The guidance scale, None for the pipeline's own."""
-        from deradiff.sweep.pipelines import usual_guidance
-
-        chosen = drawing.sampling.guidance_scale
-        return usual_guidance(self.plan.reference) if chosen is None else chosen
+        pipe = self._pipe(drawings[0])
+        size = self.plan.batch_size if drawings[0].particles else len(drawings)
+        tried = {attempt.place: attempt for attempt in attempts(pipe, self._dial, drawings, batch_size=size)}
+        return [(tried[place].image, tried[place].diagnostics.stored()) for place in range(len(drawings))]
 
     def _by_noise(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         from deradiff.alignment.base import Base
@@ -187,11 +157,12 @@ class Worker:
         assert noise is not None
         base = Base(self._pipe(first))
         chosen = first.sampling
+        guidance = call_of(chosen, self.plan.reference).get("guidance_scale")
         sampling = SamplerSettings(
-            chosen.scheduler or "ddim", noise.steps or chosen.steps, self._guidance(first) or 1.0, chosen.height
+            chosen.scheduler or "ddim", noise.steps or chosen.steps, guidance or 1.0, chosen.height
         )
         started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])
-        found = optimize_noise(
+        optimized = optimize_noise(
             base,
             [drawing.prompt for drawing in drawings],
             self._scorer("scores", noise.reward),
@@ -203,16 +174,16 @@ class Worker:
             noise=started,
             per_pass=len(drawings),
         )
-        told = {"forward": found.cost.forward, "backward": found.cost.backward, "plain": 0.0}
+        evaluations = {"forward": optimized.cost.forward, "backward": optimized.cost.backward, "plain": 0.0}
         cut = [_cut(base.pipe, [drawing.prompt]) for drawing in drawings]
         return [
-            (image, told | cut[row] | {"plain": float(found.scores[0, row])})
-            for row, image in enumerate(_pictures(found.images))
+            (image, evaluations | cut[row] | {"plain": float(optimized.scores[0, row])})
+            for row, image in enumerate(_pictures(optimized.images))
         ]
 
     def _pipe(self, drawing: Drawing) -> Any:
         """The pipeline with its scheduler, the anchors of this group on the dial; those of the last are let go."""
-        key = drawing.group
+        key = group_of(drawing)
         if self._now != key:
             self._held.close()
             self._held, self._now, self._dial = ExitStack(), key, None
@@ -221,7 +192,7 @@ class Worker:
             pipe = self._loaded(source)
             self._pipes[source] = pipe, pipe.scheduler
         pipe, own = self._pipes[source]
-        if self._dial is None and drawing.kind != "noise":
+        if self._dial is None and drawing.noise is None:
             self._take(pipe, own, drawing)
         return pipe
 
@@ -245,19 +216,20 @@ class Worker:
 
         name = drawing.sampling.scheduler
         pipe.scheduler = type(own).from_config(own.config) if name is None else scheduler_like(own, name)
-        anchors = {name: anchor_source(self.plan.models[name].source) for name, _ in drawing.anchors}
-        if not anchors:
+        if not drawing.anchors:
             return
+        sources = zip(drawing.anchors, drawing.sources, strict=True)
+        anchors = {name: anchor_source(source) for (name, _), source in sources}
         self._dial = self._held.enter_context(
             realign(
                 pipe,
                 anchors,
                 dict.fromkeys(anchors, 1.0),
-                method="interpolate" if drawing.kind == "weights" else "mixture",
+                method=drawing.method,
                 allow_pickle=self.plan.allow_pickle,
             )
         )
-        self._dial.watching = self.plan.path_kl and drawing.kind == "mixture"
+        self._dial.watching = self.plan.path_kl and kind_of(drawing) == "mixture"
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
@@ -303,28 +275,6 @@ class Worker:
         return self._scorers[table, name]
 
 
-def _plainly(pipe: Any, drawings: Sequence[Drawing], call: dict[str, Any]) -> list[Attempt]:
-    """The reference alone, without a dial."""
-    require_heeded(pipe, call)
-    negative = call.get("negative_prompt")
-    if negative is not None:
-        call = call | {"negative_prompt": [negative] * len(drawings)}
-    drawn = pictures.draw(
-        pipe,
-        prompt=[drawing.prompt for drawing in drawings],
-        generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in drawings],
-        num_inference_steps=drawings[0].sampling.steps,
-        **call,
-    )
-    require_size(pipe, drawn.images[0], call)
-    attempts: list[Attempt] = []
-    for image, flaw, hidden, drawing in zip(drawn.images, drawn.flaws, drawn.blacked_out, drawings, strict=True):
-        about = _cut(pipe, [drawing.prompt, negative]) | ({"blacked_out": True} if hidden else {})
-        name = f"the image of {drawing.prompt!r} with seed {drawing.seed} by the reference"
-        attempts.append((image if flaw is None else flaw.of(name), about))
-    return attempts
-
-
 def _cut(pipe: Any, prompts: Sequence[str | None]) -> dict[str, Any]:
     """What these prompts lost to the pipeline's tokenizers, if anything."""
     lost = [cut.record() for cut in cuts(pipe, prompts)]
@@ -340,47 +290,19 @@ def _named(error: FloatingPointError, drawing: Drawing) -> FloatingPointError:
 
 
 def _result(
-    image: Image.Image | FloatingPointError, told: dict[str, Any], drawing: Drawing
+    image: Image.Image | FloatingPointError, diagnostics: dict[str, Any], drawing: Drawing
 ) -> tuple[bytes | None, dict[str, Any]]:
     if isinstance(image, FloatingPointError):
-        return None, told | {"failed": " ".join(str(image).split())}
-    if told.get("blacked_out"):  # nobody is to take it for a picture
-        return None, told
-    return _png(image, drawing), told
-
-
-def _told(told: Any) -> dict[str, Any]:
-    """What a run told about one image, as plain data."""
-    noted: dict[str, Any] = {"cut_prompts": [cut.record() for cut in told.cuts]} if told.cuts else {}
-    if told.blacked_out:
-        noted["blacked_out"] = True
-    if told.particles is not None:
-        return noted | {
-            "effective": float(told.particles.effective),
-            "families": int(told.particles.families),
-            "collapsed": bool(told.particles.collapsed.any()),
-        }
-    run = told.run
-    if run is None:
-        return noted
-    return noted | {
-        "log_weight": float(run.log_weights),
-        "log_ratios": {name: float(ratio) for name, ratio in run.log_ratios.items()},
-        "path_kl": None if run.path_kl is None else float(run.path_kl),
-        "memoryless": run.memoryless,
-        "obstacles": sorted(run.obstacles),
-        "predictions": run.predictions,
-    }
+        return None, diagnostics | {"failed": " ".join(str(image).split())}
+    if diagnostics.get("blacked_out"):  # nobody is to take it for a picture
+        return None, diagnostics
+    return _png(image, drawing), diagnostics
 
 
 def _png(image: Image.Image, drawing: Drawing) -> bytes:
     """A PNG file that carries what decided it. Nothing in it depends on when or where it was drawn."""
-    from dataclasses import asdict
-
-    about = asdict(drawing) | {"sampling": drawing.sampling.model_dump()}
-    about["noise"] = drawing.noise.model_dump() if drawing.noise else None
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(CHUNK, json.dumps(about, ensure_ascii=False, sort_keys=True))
+    info.add_itxt(CHUNK, json.dumps(metadata(drawing), ensure_ascii=False, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
     return buffer.getvalue()

@@ -147,23 +147,23 @@ class _Arm:
 
     def _log_weights(self) -> Table:
         """log W of every image; zero where one model acts alone."""
-        metadata = self._results.told(self._arm, self._prompts)
-        obstacles = sorted({obstacle for image in metadata for obstacle in image.get("obstacles", ())})
+        diagnostics = self._results.diagnostics(self._arm, self._prompts)
+        obstacles = sorted({obstacle for image in diagnostics for obstacle in image.get("obstacles", ())})
         if obstacles:
             reasons = "; ".join(OBSTACLES[obstacle] for obstacle in obstacles)
             raise ValueError(f"there is no retrained model whose score could be estimated: {reasons}")
-        return self._by_place(lambda metadata: metadata.get("log_weight", 0.0))
+        return self._by_place(lambda diagnostics: diagnostics.get("log_weight", 0.0))
 
     @property
     def ratios(self) -> Table:
         """The log ratio of every image's path; zero where it is not known."""
-        return self._by_place(lambda metadata: sum(metadata.get("log_ratios", {}).values()))
+        return self._by_place(lambda diagnostics: sum(diagnostics.get("log_ratios", {}).values()))
 
     def _by_place(self, number: Callable[[dict[str, Any]], float]) -> Table:
-        """A number from what was told about every image; zero where the image is not there, which is never kept."""
+        """A number from what is known of every image; zero where the image is not there, which is never kept."""
         table = np.zeros(self._shape)
-        for place, metadata in self._results.told_by_place(self._arm, self._prompts).items():
-            table[place] = number(metadata)
+        for place, diagnostics in self._results.diagnostics_by_place(self._arm, self._prompts).items():
+            table[place] = number(diagnostics)
         return table
 
     def moved(self, name: str, kept: Kept, move: float) -> Float[Tensor, " unit"]:

@@ -22,7 +22,8 @@ from deradiff.sampling.reuse import Reuse
 from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import PageJob
 from deradiff.sweep import drawing
-from deradiff.sweep.settings import Column, Settings, Shot, call_of, file_name
+from deradiff.sweep.batches import Diagnostics, sample
+from deradiff.sweep.settings import Column, Settings, file_name
 
 GLIMPSES = 0.15
 """The share of the time that glimpses may take."""
@@ -130,35 +131,10 @@ def draw(
             glimpsed += time.perf_counter() - now
         report(StepReport(done, total, glimpse))
 
-    prompt, seed = settings.prompts[0], settings.seeds[0]
-    shots = [Shot(prompt, seed, column) for column in range(len(settings.columns))]
-    lams = [column.dial() for column in settings.columns]
-    sampled = _sampled(settings, pipe, dial, shots, lams, on_step)
+    sampled = list(sample(pipe, dial, settings.drawings, batch_size=settings.batch_size, on_step=on_step))
     seconds = time.perf_counter() - begun
     made = drawing.made_of(settings, pipe, dial)
-    return [_drawn(settings, made, shot, image, metadata, seconds, preview) for shot, image, metadata in sampled]
-
-
-def _sampled(
-    settings: Settings,
-    pipe: DiffusionPipeline,
-    dial: Dial,
-    shots: Sequence[Shot],
-    lams: Sequence[Any],
-    on_step: Callable[[int, int], None],
-) -> list[tuple[Shot, Image.Image, drawing.Told]]:
-    return list(
-        drawing.sample(
-            pipe,
-            dial,
-            shots,
-            lams,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            on_step=on_step,
-            **call_of(settings),
-        )
-    )
+    return [_drawn(settings, made, place, image, known, seconds, preview) for place, image, known in sampled]
 
 
 def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
@@ -192,29 +168,29 @@ def _scores(
 def _drawn(
     settings: Settings,
     made: dict[str, Any],
-    shot: Shot,
+    place: int,
     image: Image.Image,
-    metadata: drawing.Told,
+    diagnostics: Diagnostics,
     seconds: float,
     preview: bool,
 ) -> DrawnImage:
-    own = settings.model_copy(update={"columns": (settings.columns[shot.column],)})
-    assert metadata.run is not None
-    judged = verdict(joined([metadata.run]))
-    kl = None if metadata.run.path_kl is None else float(metadata.run.path_kl)
+    column = settings.columns[place]
+    own = settings.model_copy(update={"columns": (column,)})
+    assert diagnostics.run is not None
+    judged = verdict(joined([diagnostics.run]))
+    kl = None if diagnostics.run.path_kl is None else float(diagnostics.run.path_kl)
     reason, kind = judged.words, judged.kind
-    if metadata.reused is not None and metadata.reused.error:
-        reason, kind = metadata.reused.words, "approximate"  # type: ignore[assignment]
-    own_shot = Shot(shot.prompt, shot.seed, 0)
-    record = drawing.about(own, own_shot, metadata) | made | {"settings": own.model_dump()}
-    warned = tuple(cut.words for cut in metadata.cuts)
-    if metadata.blacked_out:
+    if diagnostics.reused is not None and diagnostics.reused.error:
+        reason, kind = diagnostics.reused.words, "approximate"  # type: ignore[assignment]
+    record = drawing.metadata(own.drawings[0], column.beta(own.anchor_beta), diagnostics, made)
+    warned = tuple(cut.words for cut in diagnostics.cuts)
+    if diagnostics.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
     return DrawnImage(
         image,
         own,
         record,
-        file_name(own, own_shot),
+        file_name(own, 0),
         {},
         kl,
         reason,
@@ -222,7 +198,7 @@ def _drawn(
         seconds,
         preview,
         warned,
-        metadata.blacked_out,
+        diagnostics.blacked_out,
     )
 
 
@@ -245,11 +221,10 @@ def judged(
         job.check()
         report(StepReport(done, total))
 
-    shots = [Shot(prompt, seed + i, 0) for i in range(JUDGED)]
-    lams = [settings.columns[0].dial()]
-    sampled = _sampled(settings, pipe, dial, shots, lams, on_step)
-    run = joined([metadata.run for _, _, metadata in sampled if metadata.run is not None])
-    hidden = sum(metadata.blacked_out for _, _, metadata in sampled)
+    asked = settings.model_copy(update={"seeds": tuple(range(seed, seed + JUDGED))})
+    sampled = list(sample(pipe, dial, asked.drawings, batch_size=settings.batch_size, on_step=on_step))
+    run = joined([diagnostics.run for _, _, diagnostics in sampled if diagnostics.run is not None])
+    hidden = sum(diagnostics.blacked_out for _, _, diagnostics in sampled)
     if hidden:
         return [f"{verdict(run).words}; no score, as the safety checker blacked out {hidden} of {len(sampled)} images"]
     scores = _scores([image for _, image, _ in sampled], [prompt] * len(sampled), rewards)

@@ -206,6 +206,8 @@ def of_record(record: Mapping[str, Any]) -> Settings:
         shape = record.get("schedule", settings.columns[0].schedule)
     except (ValueError, TypeError, AttributeError):
         raise ValueError("this record holds no settings of one image") from None
+    if record.get("noise"):
+        raise ValueError("this image was drawn from noise that was optimised, which the studio does not do")
     if settings.method != "mixture" or settings.particles is not None:
         raise ValueError("this image was drawn with interpolated weights or particles, which the studio does not do")
     if settings.reuse is not None or settings.tolerance is not None or settings.path != "auto":

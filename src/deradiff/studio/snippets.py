@@ -7,9 +7,10 @@ from pathlib import Path
 
 from deradiff.studio import scenes
 from deradiff.sweep import notation
+from deradiff.sweep.description import call_of
 from deradiff.sweep.notation import plain
 from deradiff.sweep.pipelines import SCHEDULERS, anchor_source
-from deradiff.sweep.settings import Settings, call_of
+from deradiff.sweep.settings import Settings
 from deradiff.worlds import find, find_anchor
 
 
@@ -76,7 +77,7 @@ def program(settings: Settings, device: str, dtype: str) -> str:
         lines.append(")")
     lines += [f"pipe.to({device!r})", "", "image = pipe("]
     lines.append(f"    {settings.prompts[0]!r},")
-    for name, value in call_of(settings).items():
+    for name, value in call_of(settings, settings.reference).items():
         lines.append(f"    {name}={value!r},")
     lines.append(f"    num_inference_steps={settings.steps},")
     lines.append(f'    generator=torch.Generator("cpu").manual_seed({settings.seeds[0]}),')

@@ -35,12 +35,12 @@ def relay(say: Callable[[str, type[Warning] | None], None]) -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    said: set[str] = set()
+    messages: set[str] = set()
 
     def tell(text: str, category: type[Warning] | None) -> None:
         line = " ".join(text.split())
-        if line not in said and not any(re.search(pattern, line) for pattern in MUTED):
-            said.add(line)
+        if line not in messages and not any(re.search(pattern, line) for pattern in MUTED):
+            messages.add(line)
             say(line if len(line) <= LONGEST else f"{line[:LONGEST]} …", category)
 
     for library in (diffusers.utils.logging, transformers.utils.logging):

@@ -70,10 +70,10 @@ def seeds(texts: Sequence[str], what: str = "--seed") -> tuple[int, ...]:
 def listed_seeds(given: object) -> tuple[int, ...]:
     """The seeds of a plan: what `seeds` reads, whole numbers, or a list of both. Raises `ValueError` for others."""
     several = given if isinstance(given, list | tuple) else [given]
-    for one in several:
-        if isinstance(one, bool) or not isinstance(one, int | str):
-            raise ValueError(f'seeds are whole numbers, or ranges as text, "0:7"; got {one!r:.80}')
-    return seeds([str(one) for one in several], "seeds")
+    for item in several:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise ValueError(f'seeds are whole numbers, or ranges as text, "0:7"; got {item!r:.80}')
+    return seeds([str(item) for item in several], "seeds")
 
 
 def plain(number: float, digits: int = 6) -> str:

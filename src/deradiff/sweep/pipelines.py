@@ -147,7 +147,7 @@ def scheduler_like(present: Any, name: str) -> Any:
     class_name, options = SCHEDULERS[name]
     kind = _kind(type(present).__name__)
     if _kind(class_name) != kind:
-        fitting = [other for other, (its_class, _) in SCHEDULERS.items() if _kind(its_class) == kind]
+        fitting = [other for other, (other_class, _) in SCHEDULERS.items() if _kind(other_class) == kind]
         raise ValueError(
             f"{class_name} does not fit this model, whose own scheduler is {type(present).__name__}; "
             f"choose one of {', '.join(fitting)}."

@@ -30,26 +30,26 @@ class Remembering:
         if prompt is None:
             return self._encode(prompt, *arguments, **options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        found = []
+        embeddings = []
         for row, text in enumerate(prompts):
             others = [_of_row(value, row, len(prompts)) for value in arguments]
-            mine = {name: _of_row(value, row, len(prompts)) for name, value in options.items()}
-            key = json.dumps([text, others, mine], default=str, sort_keys=True)
+            named = {name: _of_row(value, row, len(prompts)) for name, value in options.items()}
+            key = json.dumps([text, others, named], default=str, sort_keys=True)
             if key not in self._known:
-                self._known[key] = self._encode(text, *others, **mine)
+                self._known[key] = self._encode(text, *others, **named)
                 if len(self._known) > REMEMBERED:
                     self._known.popitem(last=False)
             self._known.move_to_end(key)
-            found.append(self._known[key])
+            embeddings.append(self._known[key])
         try:
-            return tuple(_joined(parts) for parts in zip(*found, strict=True))
+            return tuple(_joined(parts) for parts in zip(*embeddings, strict=True))
         except RuntimeError:  # an encoder that pads to the longest prompt of its batch: there they belong together
             return self._encode(prompts, *arguments, **options)
 
 
 def _of_row(value: Any, row: int, rows: int) -> Any:
     """A prompt's own part of an argument that is a list with one for each: negative prompts, second prompts."""
-    is_list = isinstance(value, list) and len(value) == rows and all(isinstance(one, str) for one in value)
+    is_list = isinstance(value, list) and len(value) == rows and all(isinstance(item, str) for item in value)
     return value[row] if is_list else value
 
 

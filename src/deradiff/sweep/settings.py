@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -10,8 +10,8 @@ from deradiff.algorithm.schedules import Schedule
 from deradiff.files import records
 from deradiff.files.plans import PlanPart, Several
 from deradiff.sampling.reuse import current_word
+from deradiff.sweep.description import Drawing, SamplingSettings
 from deradiff.sweep.notation import plain
-from deradiff.sweep.pipelines import require_both_sides, usual_guidance
 
 LONGEST_NAME = 180
 """Bytes of a file's name, less its ending: file systems take 255, some less."""
@@ -67,20 +67,14 @@ class Column(PlanPart):
         return name if self.schedule is None else f"{name}-{records.slug(self.schedule['schedule'])}"
 
 
-class Settings(PlanPart):
-    """Everything that decides a sweep's images; its JSON form stands in the record and in every image."""
+class Settings(SamplingSettings):
+    """Everything that decides a sweep's images; its JSON form stands in the record, and its own part in every image."""
 
     reference: str
     anchors: dict[str, str]
     prompts: Several[str] = Field(min_length=1)
     columns: Several[Column] = Field(min_length=1)
     seeds: Several[int] = Field(min_length=1)
-    scheduler: str | None = None
-    steps: int = Field(default=25, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0)
-    negative_prompt: str | None = None
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
     method: Annotated[Literal["mixture", "interpolate"], BeforeValidator(current_word)] = "mixture"
     reuse: int | None = None
     """Every how many steps all models are evaluated; None for all."""
@@ -100,7 +94,6 @@ class Settings(PlanPart):
 
     @model_validator(mode="after")
     def _fits(self) -> Settings:
-        require_both_sides(self.width, self.height)
         if self.method == "interpolate":
             asked = {"path": self.path != "auto", "reuse": self.reuse, "tolerance": self.tolerance}
             if unheeded := [name for name, given in (asked | {"particles": self.particles}).items() if given]:
@@ -114,27 +107,46 @@ class Settings(PlanPart):
         """A prompt and a seed for every row of the sheet."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Every image: row by row, the columns of a row beside each other."""
+        sampling = SamplingSettings(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
+        return [
+            Drawing(
+                prompt=prompt,
+                seed=seed,
+                sampling=sampling,
+                reference=self.reference,
+                anchors=anchors,
+                sources=tuple(self.anchors[name] for name, _ in anchors),
+                schedule=None if column.schedule is None else Schedule.from_dict(column.schedule),
+                method=self.method,
+                path=self.path,
+                particles=self.particles or 0,
+                reuse=self.reuse,
+                tolerance=self.tolerance,
+            )
+            for prompt, seed in self.rows
+            for column in self.columns
+            for anchors in [self._strengths(column)]
+        ]
 
-class Shot(NamedTuple):
-    """One image of a sweep: which prompt, which seed, which column (an index)."""
-
-    prompt: str
-    seed: int
-    column: int
-
-
-def call_of(settings: Settings) -> dict[str, Any]:
-    """What `settings` ask of the pipeline's call, but for prompts, seeds and steps."""
-    chosen = {name: getattr(settings, name) for name in ("guidance_scale", "height", "width", "negative_prompt")}
-    if settings.guidance_scale is None:
-        chosen["guidance_scale"] = usual_guidance(settings.reference)
-    return {name: value for name, value in chosen.items() if value is not None}
+    def _strengths(self, column: Column) -> tuple[tuple[str, float], ...]:
+        """The λ of every anchor by name. Raises `ValueError` for one that is not there, or has none."""
+        lams = column.lam
+        if not isinstance(lams, dict) and len(self.anchors) == 1:
+            lams = dict.fromkeys(self.anchors, lams)
+        if not isinstance(lams, dict) or lams.keys() != self.anchors.keys():
+            raise ValueError(f"λ of {', '.join(self.anchors)} is needed, got {lams}")
+        return tuple(lams.items())
 
 
-def file_name(settings: Settings, shot: Shot) -> str:
-    """What one image's file is called, which tells its prompt, seed and λ."""
-    prompt = f"{settings.prompts.index(shot.prompt):03d}-{records.slug(shot.prompt)}"
-    name = f"{prompt}-seed{shot.seed}-{shot.column:02d}-{settings.columns[shot.column].slug()}"
+def file_name(settings: Settings, place: int) -> str:
+    """What the file of the drawing in this place is called, which tells its prompt, seed and λ."""
+    row, column = divmod(place, len(settings.columns))
+    number, repeat = divmod(row, len(settings.seeds))
+    prompt = f"{number:03d}-{records.slug(settings.prompts[number])}"
+    name = f"{prompt}-seed{settings.seeds[repeat]}-{column:02d}-{settings.columns[column].slug()}"
     return f"{name.encode()[:LONGEST_NAME].decode(errors='ignore')}.png"
 
 

@@ -106,9 +106,9 @@ def particles(results: Results, studies: Sequence[Study], plain: Sequence[Study]
     for study in studies:
         other = by_score.get(study.score)
         for pair in study.pairs:
-            metadata = results.told(pair.models.approximated, study.prompts)
-            effective = [item["effective"] for item in metadata if item.get("effective") is not None]
-            collapsed = [item["collapsed"] for item in metadata if item.get("collapsed") is not None]
+            diagnostics = results.diagnostics(pair.models.approximated, study.prompts)
+            effective = [item["effective"] for item in diagnostics if item.get("effective") is not None]
+            collapsed = [item["collapsed"] for item in diagnostics if item.get("collapsed") is not None]
             drawn = f"{pair.models.approximated.particles} particles", pair, (_mean(effective), _mean(collapsed))
             same = other.at(pair.models.anchor, pair.models.target) if other is not None else None
             for name, shown, extra in (("Algorithm 1", same, (None, None)), drawn):

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from deradiff.experiments.drawings import Drawing, drawing_of
+from deradiff.experiments.drawings import drawing_of
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.files.records import slug
 from deradiff.measures import paired_difference
+from deradiff.sweep.description import Drawing
 
 ByPrompt: TypeAlias = Float[np.ndarray, " prompt"]
 

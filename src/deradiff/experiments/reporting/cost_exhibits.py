@@ -52,11 +52,11 @@ def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationsPerImage
     experiment may evaluate more than that, for the path KL, or where images of different λ share a batch.
     """
     if arm.noise is not None:
-        metadata = results.told(arm, prompts)
-        if not metadata:
+        diagnostics = results.diagnostics(arm, prompts)
+        if not diagnostics:
             return None
         return EvaluationsPerImage(
-            *(float(np.mean([image[name] for image in metadata])) for name in ("forward", "backward"))
+            *(float(np.mean([image[name] for image in diagnostics])) for name in ("forward", "backward"))
         )
     sampling = results.plan.sampling[arm.sampling]
     calls = calls_of(sampling.scheduler, sampling.steps)

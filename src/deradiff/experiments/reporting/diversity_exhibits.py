@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.experiments.drawings import Drawing
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.arm_series import (
     arms_on,
@@ -40,6 +39,7 @@ from deradiff.measures import (
 )
 from deradiff.measures.frechet import Frechet
 from deradiff.measures.spectral import SpectralDistance, reference_mismatch
+from deradiff.sweep.description import Drawing
 
 T = TypeVar("T")
 

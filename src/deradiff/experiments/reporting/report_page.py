@@ -186,7 +186,7 @@ def _failures(results: Results) -> Iterator[Origin]:
 
 def _runs(results: Results, store: Store) -> Origin:
     planned = results.contents.drawings.keys()
-    drawn = Counter(run for item, (_, _, run) in store.told().items() if item in planned)
+    drawn = Counter(run for item, (_, _, run) in store.diagnostics().items() if item in planned)
     rows = [
         (number, drawn.get(number, 0), "; ".join(f"{name}: {_plain(value)}" for name, value in record.items()))
         for number, record in results.runs.items()
