@@ -25,7 +25,7 @@ from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs
 from deradiff.baking.distillation import (
     SHIPPED,
-    Samples,
+    RealignedSamples,
     Teacher,
     distil,
     lam_by_timestep,
@@ -156,7 +156,7 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
     student = student_of(Blend(pipe.unet, [(opened[0], 0.5)]), settings, 0)
     start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     latents, table = torch.randn(6, 4, 8, 8), torch.linspace(0, 1, 1000, dtype=torch.float64)[None]
-    samples = Samples(latents, torch.arange(6) % 3, None)
+    samples = RealignedSamples(latents, torch.arange(6) % 3, None)
     curve = distil(
         base,
         Teacher(base, Denoisers(pipe.unet, opened)),

@@ -202,45 +202,43 @@ def verdict(
     error = None
     if shift:
         error = Estimate(comparison.bias.value / abs(shift), comparison.bias.error / abs(shift))
-
-    def judged(kind: Kind, words: str) -> Verdict:
-        path_kl = None if run.path_kl is None else mean(run.path_kl)
-        return Verdict(kind, words, given, comparison, error, path_kl)
-
+    path_kl = None if run.path_kl is None else mean(run.path_kl)
+    kind: Kind
     if alone and "annealing" not in run.obstacles:
-        return judged("exact", "exact: one model alone, nothing is mixed")
-    if run.obstacles:
-        reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(run.obstacles))
-        drops = f". As a diagnostic, log W varies by {spread:.2g} within a prompt" if math.isfinite(spread) else ""
-        return judged("no target", f"no exact target: {reasons}{drops}")
-    per_prompt = comparison.effective / comparison.prompts
+        kind, words = "exact", "exact: one model alone, nothing is mixed"
+    elif run.obstacles:
+        kind, words = "no target", _without_target(run.obstacles, spread)
+    else:
+        kind, words = _judged(comparison, error, given, spread)
+    return Verdict(kind, words, given, comparison, error, path_kl)
+
+
+def _without_target(obstacles: frozenset[Obstacle], spread: float) -> str:
+    reasons = "; ".join(OBSTACLES[obstacle] for obstacle in sorted(obstacles))
+    drops = f". As a diagnostic, log W varies by {spread:.2g} within a prompt" if math.isfinite(spread) else ""
+    return f"no exact target: {reasons}{drops}"
+
+
+def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: float) -> tuple[Kind, str]:
+    """What the numbers of a run with a target say, of the score called `given`; `spread` is that of log W."""
     if comparison.images < ENOUGH * comparison.prompts:
         each = comparison.images / comparison.prompts
-        return judged(
-            "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
-        )
-    if comparison.evenness < EVEN or per_prompt < ENOUGH:
-        return judged(
-            "uneven",
-            f"cannot tell: weights too uneven ({comparison.effective:.3g} of {comparison.images} effective), use "
-            "particles",
-        )
+        return "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
+    if comparison.evenness < EVEN or comparison.effective / comparison.prompts < ENOUGH:
+        effective = f"{comparison.effective:.3g} of {comparison.images} effective"
+        return "uneven", f"cannot tell: weights too uneven ({effective}), use particles"
     if given == "log W":
         if spread <= TRUSTED:
-            return judged("trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation")
-        return judged(
-            "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
-        )
+            return "trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation"
+        return "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
     if error is None:
-        return judged("depends", f"{given} is off by {comparison.bias}; its shift from the reference is not known")
+        return "depends", f"{given} is off by {comparison.bias}; its shift from the reference is not known"
     if abs(error.value) + 2 * error.error <= TRUSTED:
-        return judged("trust", f"trust: {given} is off by {abs(error.value):.1%} of its shift or less")
+        return "trust", f"trust: {given} is off by {abs(error.value):.1%} of its shift or less"
     if abs(error.value) > 2 * error.error:
-        return judged("off", f"{given} is off by about {abs(error.value):.0%} of its shift, use the weighted mean")
-    return judged(
-        "unclear",
-        f"off by {abs(error.value):.0%} ± {error.error:.0%} of the shift of the {given}: more images would tell",
-    )
+        return "off", f"{given} is off by about {abs(error.value):.0%} of its shift, use the weighted mean"
+    share = f"{abs(error.value):.0%} ± {error.error:.0%}"
+    return "unclear", f"off by {share} of the shift of the {given}: more images would tell"
 
 
 # -- other λ from the same run ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from deradiff.baking.cards import card
 from deradiff.baking.distillation import Distillation
 from deradiff.baking.drawing import Sampler
 from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
-from deradiff.baking.methods import Job, distilled, hashes, interpolated
+from deradiff.baking.methods import BakingJob, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.files.folders import require_room
 from deradiff.files.inventory import inventory
@@ -111,60 +111,71 @@ def bake(
         DialError: `pipe` is realigned (a `RuntimeError`).
     """
     out = Path(out).resolve()
+    _require_askable(pipe, method, distillation)
+    where = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
+    job = _job(pipe, anchor, lam, where | {"allow_pickle": allow_pickle}, seed, report)
+    _require_bakeable(job.lams, method, distillation if method == "distill" else None, pipe, job.reference)
+    texts, held_out = split_prompts(prompts, images, method)
+    require_plain(job.reference, set())
+    require_room(out, outputs.size_of(pipe))
+    with outputs.baking_folder(out, method, force) as (folder, work):
+        job.made_of.update(_made_of(job, name, method))
+        if method == "interpolate":
+            form = interpolated(job, folder)
+        else:
+            job.made_of.update(_trained_with(pipe, distillation, sampler, texts))
+            form = distilled(job, folder, work, distillation, texts, sampler)
+        cases = _cases(job.lams, method, distillation)
+        judgements = _measured(job, folder, form, cases, held_out, images, sampler)
+        how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
+        (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
+        judged = [judgement.record() for judgement in judgements]
+        record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
+        write_json(folder / outputs.RECORD, record | {"card": "README.md", "files": inventory(folder)})
+    return Baked(out, form, judgements)
+
+
+def _job(pipe: Any, anchor: Any, lam: Any, where: dict[str, Any], seed: int, report: Report) -> BakingJob:
+    sources: dict[str, Source] = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if not sources:
+        raise ValueError("bake() needs at least one anchor, got an empty dictionary")
+    _, denoiser = denoiser_of(pipe)
+    return BakingJob(pipe, unwrapped(denoiser), sources, where, parse_lam(lam, tuple(sources)), {}, seed, report)
+
+
+def _require_askable(pipe: Any, method: Method, distillation: Distillation) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
     if dial_of(pipe) is not None:
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
     if method == "interpolate" and distillation != Distillation():
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
-    component, denoiser = denoiser_of(pipe)
-    reference = unwrapped(denoiser)
-    sources: dict[str, Source] = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
-    if not sources:
-        raise ValueError("bake() needs at least one anchor, got an empty dictionary")
-    lams = parse_lam(lam, tuple(sources))
-    _require_bakeable(lams, method, distillation if method == "distill" else None, pipe, reference)
-    texts, held_out = split_prompts(prompts, images, method)
-    require_plain(reference, set())
-    require_room(out, outputs.size_of(pipe))
 
-    where: dict[str, Any] = {
-        "subfolder": subfolder,
-        "revision": revision,
-        "allow_pickle": allow_pickle,
-        "local_files_only": local_files_only,
-    }
-    job = Job(pipe, reference, sources, where, lams, {}, seed, report)
-    with outputs.baking_folder(out, method, force) as (folder, work):
-        with job.anchors(open_anchor) as opened:
-            anchors = {anchor.name: {"source": anchor.source, "sha256": hashes(anchor, reference)} for anchor in opened}
-        job.made_of.update(
-            _made_of(pipe, component, reference, name, lams, anchors, method, seed)
-            | ({} if method == "interpolate" else _trained_with(pipe, distillation, sampler, texts))
-        )
-        if method == "interpolate":
-            form = interpolated(job, folder)
-        else:
-            form = distilled(job, folder, work, distillation, texts, sampler)
-        judgements: list[Judgement] = []
-        how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
-        if images:
-            judgements, sheet = judge(
-                pipe,
-                partial(realign, pipe, sources, lams.raw, **where),
-                partial(wearing, pipe, folder, form),
-                _cases(lams, method, distillation),
-                [held_out[i % len(held_out)] for i in range(images)],
-                range(seed, seed + images),
-                sampler,
-                lambda done, planned: report("comparing", done, planned, ""),
-            )
-            write_png(folder / "sheet.png", sheet, job.made_of)
-        judged = [judgement.record() for judgement in judgements]
-        (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
-        record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
-        write_json(folder / outputs.RECORD, record | {"card": "README.md", "files": inventory(folder)})
-    return Baked(out, form, judgements)
+
+def _measured(
+    job: BakingJob,
+    folder: Path,
+    form: Form,
+    cases: Sequence[Case],
+    prompts: Sequence[str],
+    images: int,
+    sampler: Sampler,
+) -> list[Judgement]:
+    """How far `images` of the model in `folder` are from realigned ones, with a sheet beside it; nothing of none."""
+    if not images:
+        return []
+    judgements, sheet = judge(
+        job.pipe,
+        partial(realign, job.pipe, job.sources, job.lams.raw, **job.where),
+        partial(wearing, job.pipe, folder, form),
+        cases,
+        [prompts[i % len(prompts)] for i in range(images)],
+        range(job.seed, job.seed + images),
+        sampler,
+        lambda done, planned: job.report("comparing", done, planned, ""),
+    )
+    write_png(folder / "sheet.png", sheet, job.made_of)
+    return judgements
 
 
 def split_prompts(prompts: Sequence[str], images: int, method: Method) -> tuple[list[str], list[str]]:
@@ -227,16 +238,10 @@ def _require_bakeable(
         )
 
 
-def _made_of(
-    pipe: Any,
-    component: str,
-    reference: nn.Module,
-    name: str | None,
-    lams: Lams,
-    anchors: dict[str, Any],
-    method: Method,
-    seed: int,
-) -> dict[str, Any]:
+def _made_of(job: BakingJob, name: str | None, method: Method) -> dict[str, Any]:
+    pipe, reference, lams = job.pipe, job.reference, job.lams
+    with job.anchors(open_anchor) as opened:
+        anchors = {anchor.name: {"source": anchor.source, "sha256": hashes(anchor, reference)} for anchor in opened}
     called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
     lam = {anchor: _plain(lams.raw[anchor] if isinstance(lams.raw, Mapping) else lams.raw) for anchor in lams.anchors}
     return {
@@ -245,10 +250,10 @@ def _made_of(
         "lam": lam,
         "pipeline": type(pipe).__name__,
         "reference": {"name": called, "class": type(reference).__name__, "sha256": fingerprint(reference)},
-        "component": component,
+        "component": denoiser_of(pipe)[0],
         "anchors": anchors,
         "dtype": str(reference.dtype).removeprefix("torch."),
-        "seed": seed,
+        "seed": job.seed,
         "versions": versions(),
     }
 

@@ -245,7 +245,7 @@ def student_of(blend: Blend, settings: Distillation, seed: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Samples:
+class RealignedSamples:
     """Final latents of the realigned model, the number of each one's prompt, and λ of each where that varies."""
 
     latents: Float[Tensor, "sample *latent"]
@@ -263,7 +263,7 @@ def draw_samples(
     made_of: Mapping[str, Any],
     seed: int,
     report: Report,
-) -> Samples:
+) -> RealignedSamples:
     """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
 
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
@@ -286,11 +286,11 @@ def draw_samples(
                 save_file({"latents": drawn.contiguous()}, temporary)
         parts[path] = rows_of(path, {"latents": None}, len(numbers[rows]), WHAT, CURE)
         report(min(start + sampler.batch_size, count), count, "samples of the realigned model")
-    return Samples(joined(parts, WHAT, CURE)["latents"], numbers, lams)
+    return RealignedSamples(joined(parts, WHAT, CURE)["latents"], numbers, lams)
 
 
 @dataclass(frozen=True)
-class _Told:
+class _PromptConditions:
     """What the denoiser is told of every prompt, and without one."""
 
     prompts: Conditions
@@ -304,17 +304,17 @@ class _Told:
         }
 
 
-def _told(base: Base, prompts: Sequence[str], per_pass: int) -> _Told:
+def _conditions_of(base: Base, prompts: Sequence[str], per_pass: int) -> _PromptConditions:
     parts = [conditions(base, prompts[start : start + per_pass]) for start in range(0, len(prompts), per_pass)]
     together = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-    return _Told(together, {name: rows.cpu() for name, rows in unconditional(base, 1).items()})
+    return _PromptConditions(together, {name: rows.cpu() for name, rows in unconditional(base, 1).items()})
 
 
 def distil(
     base: Base,
     teacher: Teacher,
     student: Any,
-    samples: Samples,
+    samples: RealignedSamples,
     prompts: Sequence[str],
     lams: Float[Tensor, "anchor timestep"],
     settings: Distillation,
@@ -333,7 +333,7 @@ def distil(
     say so. An interrupted training goes on at `checkpoint`, and ends with the weights of an unbroken one. Raises what
     `loop.train` raises.
     """
-    told, trained_on = _told(base, prompts, settings.per_pass), settings.samples - settings.held_out
+    told, trained_on = _conditions_of(base, prompts, settings.per_pass), settings.samples - settings.held_out
     device, dtype = base.denoiser.device, student.dtype
 
     def errors(

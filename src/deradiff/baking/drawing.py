@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deradiff.algorithm.schedules import finite
 from deradiff.alignment.data_order import seeded
-from deradiff.sampling.pictures import Pictures, draw
+from deradiff.sampling.pictures import DrawnPictures, draw
 from deradiff.sweep.sheets import covered
 
 
@@ -78,7 +78,7 @@ class Sampler:
 
     def _call(
         self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guidance_scale: float | None, kind: str
-    ) -> Pictures:
+    ) -> DrawnPictures:
         pipe.set_progress_bar_config(disable=True)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         drawn = draw(

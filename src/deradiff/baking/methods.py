@@ -34,7 +34,7 @@ from deradiff.sweep.jobs import Report
 
 
 @dataclass(frozen=True)
-class Job:
+class BakingJob:
     """What is to be baked.
 
     Attributes:
@@ -92,7 +92,7 @@ def _of_file(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def interpolated(job: Job, folder: Path) -> Form:
+def interpolated(job: BakingJob, folder: Path) -> Form:
     """Write the pipeline with interpolated weights into `folder`, tensor by tensor."""
     lams = dict(zip(job.lams.anchors, job.lams.at(Progress(0.0, 0.0), 1)[:, 0].tolist(), strict=True))
     with job.anchors(open_anchor) as anchors:
@@ -104,7 +104,7 @@ def interpolated(job: Job, folder: Path) -> Form:
 
 
 def distilled(
-    job: Job, folder: Path, work: Path, settings: Distillation, prompts: Sequence[str], sampler: Sampler
+    job: BakingJob, folder: Path, work: Path, settings: Distillation, prompts: Sequence[str], sampler: Sampler
 ) -> Form:
     """Train a student and write it into `folder`: as a LoRA where all anchors are such, else as a pipeline.
 
@@ -159,7 +159,7 @@ def distilled(
 
 
 def _save_student(
-    job: Job, folder: Path, student: Any, settings: Distillation, start: Sequence[tuple[Anchor, float]]
+    job: BakingJob, folder: Path, student: Any, settings: Distillation, start: Sequence[tuple[Anchor, float]]
 ) -> Form:
     """As a LoRA of the anchors and the student's own, or fused into a pipeline."""
     adapters = [anchor.adapter for anchor, _ in start if anchor.adapter]

@@ -14,7 +14,7 @@ from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class StepEvaluation:
     """A step's predictions, from the call of the denoiser to the step of the scheduler."""
 
     at: int
@@ -50,17 +50,17 @@ class Evaluation:
         """How many predictions of each row the denoiser returns."""
         return len(self.evaluated) + (self.blend is not None)
 
-    def blended(self) -> Evaluation:
+    def blended(self) -> StepEvaluation:
         """The weight-interpolated model instead of the mixture."""
         return replace(self, blend=self._by_row(), instead=True)
 
-    def again(self, rows: int) -> Evaluation:
+    def again(self, rows: int) -> StepEvaluation:
         """A further call of the denoiser within the step, as for Flux's negative prompt, of so many rows."""
         further = replace(self, rows=rows)
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, blend=blend)
 
-    def with_reuse(self, estimator: PredictionEstimator) -> Evaluation:
+    def with_reuse(self, estimator: PredictionEstimator) -> StepEvaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
         weights = zip(self.models, self.mixture_weights, strict=True)
         weighty = [estimator.names[k] for k, weight in weights if weight.any()]

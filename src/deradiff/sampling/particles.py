@@ -206,7 +206,7 @@ class Population:
         path_weights.select(rows)
         return previous[rows]
 
-    def result(self, drawn: pictures.Pictures, run: ImportanceWeights) -> Particles:
+    def result(self, drawn: pictures.DrawnPictures, run: ImportanceWeights) -> Particles:
         """The particles at the end of the run."""
         self._count(run.log_weights)
         if not bool(torch.isfinite(self.log_weights).any(1).all()):

@@ -54,7 +54,7 @@ class NotFinite(FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class DrawnPictures:
     """What a pipeline returned.
 
     Attributes:
@@ -67,7 +67,7 @@ class Pictures:
     flaws: list[NotFinite | None]
     blacked_out: list[bool]
 
-    def require_finite(self, names: Sequence[str]) -> Pictures:
+    def require_finite(self, names: Sequence[str]) -> DrawnPictures:
         """The same again. Raises `NotFinite` that names the first image that is not finite."""
         for flaw, name in zip(self.flaws, names, strict=True):
             if flaw is not None:
@@ -75,7 +75,7 @@ class Pictures:
         return self
 
 
-def draw(pipe: Any, **call: Any) -> Pictures:
+def draw(pipe: Any, **call: Any) -> DrawnPictures:
     """Call `pipe` with `call`, and look at what its decoder is given and returns, and at what is made into pictures.
 
     Prompts that its tokenizers cut are warned of (see `truncation`). Raises whatever the pipeline raises.
@@ -86,7 +86,7 @@ def draw(pipe: Any, **call: Any) -> Pictures:
     if isinstance(images, Tensor | np.ndarray):
         seen.pixels.append(_finite(images))
     count = len(images)
-    return Pictures(images, _flaws(pipe, seen, count), _blacked_out(output, count))
+    return DrawnPictures(images, _flaws(pipe, seen, count), _blacked_out(output, count))
 
 
 def _blacked_out(output: Any, count: int) -> list[bool]:

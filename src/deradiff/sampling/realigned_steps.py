@@ -13,7 +13,7 @@ from deradiff.algorithm.noise_levels import impacts, index_of, log_snr_at, progr
 from deradiff.algorithm.step import StepRecord, mixed_step, space_of, with_reference_weight
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
-from deradiff.sampling.evaluation import Evaluation, wrong_count
+from deradiff.sampling.evaluation import StepEvaluation, wrong_count
 from deradiff.sampling.reuse import PredictionEstimator, Reuse, require_affine
 from deradiff.sampling.runs import Run
 
@@ -30,7 +30,7 @@ class RealignedSteps:
     @torch.compiler.disable
     def evaluation(
         self, run: Run, lams: Lams, timestep: Any, *, rows: int, distilled: bool, watching: bool
-    ) -> Evaluation:
+    ) -> StepEvaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
         at = index_of(run.scheduler, timestep)
         progress = progress_at(run.scheduler, at)
@@ -51,7 +51,7 @@ class RealignedSteps:
             run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
         weights = run.mixture_weights
         models = tuple(k for k in range(len(weights)) if watching or weights[k].any())
-        step = Evaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
+        step = StepEvaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
         if len(models) == 1:
             return step
         if self._method == "interpolate":
@@ -60,7 +60,7 @@ class RealignedSteps:
             return step
         return step.with_reuse(self._estimator_of(run, run.reuse, step))
 
-    def _estimator_of(self, run: Run, reuse: Reuse, step: Evaluation) -> PredictionEstimator:
+    def _estimator_of(self, run: Run, reuse: Reuse, step: StepEvaluation) -> PredictionEstimator:
         """What carries predictions over in a run, made at the first step that mixes."""
         if run.estimator is None:
             require_affine(run.scheduler, self._path)
@@ -71,7 +71,9 @@ class RealignedSteps:
             run.estimator = PredictionEstimator(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
         return run.estimator
 
-    def take(self, run: Run, evaluation: Evaluation, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def take(
+        self, run: Run, evaluation: StepEvaluation, own_step: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
         """Algorithm 1, lines 9 to 14, from what the denoiser returned for `evaluation`.
 
         `arguments` are the scheduler's. Raises `DialError` and `ValueError` for a batch that does not fit.

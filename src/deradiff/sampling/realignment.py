@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import SupportsFloat, get_args
+from typing import Any, SupportsFloat, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -89,42 +89,19 @@ def realign(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
     if method == "interpolate" and path != "auto":
         raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
-    _, denoiser = denoiser_of(pipe)
-    reference = unwrapped(denoiser)
-    if (dial := dial_of(pipe)) is not None:
-        raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
-    if owner_of(pipe.scheduler) is not None:
-        raise DialError(
-            "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
-            "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
-        )
+    reference = _free_reference(pipe)
     space_of(pipe.scheduler, path)
     elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
     if reused is not None:
         require_affine(pipe.scheduler, path)
-    sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
-    if reserved := {*sources} & {*RESERVED}:
-        raise ValueError(
-            f"an anchor cannot be called {reserved.pop()!r}, which means something else: name it otherwise"
-        )
-    if not sources:
-        raise ValueError("realign() needs at least one anchor, got an empty dictionary")
+    sources = _named(anchor)
     lams = parse_lam(lam, tuple(sources))
+    where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     anchors = []
     try:
         for name, source in sources.items():
-            anchors.append(
-                load_anchor(
-                    source,
-                    pipe,
-                    name=name,
-                    subfolder=subfolder,
-                    revision=revision,
-                    allow_pickle=allow_pickle,
-                    local_files_only=local_files_only,
-                )
-            )
+            anchors.append(load_anchor(source, pipe, name=name, allow_pickle=allow_pickle, **where))
         if elsewhere is not None:
             anchors = [_placed(anchor, elsewhere) for anchor in anchors]
         return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
@@ -132,6 +109,31 @@ def realign(
         while anchors:  # emptied, for whoever keeps the error keeps what is in reach of it
             anchors.pop().unload(reference)
         raise
+
+
+def _free_reference(pipe: DiffusionPipeline) -> nn.Module:
+    """The pipeline's denoiser. Raises `DialError` where it or the scheduler is realigned already."""
+    _, denoiser = denoiser_of(pipe)
+    if (dial := dial_of(pipe)) is not None:
+        raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
+    if owner_of(pipe.scheduler) is not None:
+        raise DialError(
+            "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
+            "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
+        )
+    return unwrapped(denoiser)
+
+
+def _named(anchor: Source | Mapping[str, Source]) -> dict[str, Source]:
+    """The anchors' sources by name. Raises `ValueError` for names that mean something else, and for no anchor."""
+    sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
+    if reserved := {*sources} & {*RESERVED}:
+        raise ValueError(
+            f"an anchor cannot be called {reserved.pop()!r}, which means something else: name it otherwise"
+        )
+    if not sources:
+        raise ValueError("realign() needs at least one anchor, got an empty dictionary")
+    return sources
 
 
 def _placed(anchor: Anchor, device: torch.device) -> Anchor:

@@ -21,7 +21,7 @@ from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.path_weights import PathWeights
 from deradiff.algorithm.step import StepRecord
 from deradiff.sampling.blocked_methods import DialError
-from deradiff.sampling.evaluation import Evaluation
+from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.reuse import PredictionEstimator, Reuse
 
 _OWN_PIPELINE = (
@@ -38,7 +38,7 @@ class Run:
     thread: int
     reuse: Reuse | None
     path_weights: PathWeights = field(default_factory=PathWeights)
-    pending: Evaluation | None = None
+    pending: StepEvaluation | None = None
     """What the denoiser was called for, until the scheduler takes the step."""
     estimator: PredictionEstimator | None = None
     fresh: bool = True

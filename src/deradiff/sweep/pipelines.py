@@ -66,14 +66,14 @@ def load_pipeline(
     return pipe
 
 
-class _Baked(Record):
+class _BakedRecord(Record):
     files: Inventory | None = None
 
 
 def _require_baked_whole(folder: Path) -> None:
     """Raise `ValueError` for a folder that `deradiff bake` filled, and that is not whole."""
     record, cure = folder / "baking.json", "bake it again"
-    if record.is_file() and (baked := read(_Baked, record, "record of a baked model", cure)).files is not None:
+    if record.is_file() and (baked := read(_BakedRecord, record, "record of a baked model", cure)).files is not None:
         require_whole(folder, baked.files, "baked model", cure)
 
 
