@@ -130,13 +130,13 @@ def test_weighted_samples_follow_the_retrained_model_with_every_scheduler(name):
     x, dial = realigned(world, family, {"anchor": {"slope": 2.0}}, 0.25)
     truth = sample(world, family, {"slope": 0.5})
     shift = world.aligned({"slope": 0.5}).expected(reward)
-    found = compare(reward(x), dial.importance_weights.log_weights)
-    noise = math.hypot(found.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
-    gap = found.weighted.value - float(reward(truth).mean())
+    comparison = compare(reward(x), dial.importance_weights.log_weights)
+    noise = math.hypot(comparison.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
+    gap = comparison.weighted.value - float(reward(truth).mean())
     # Four standard errors, and two percent of the shift for time discretisation.
     assert abs(gap) < 4 * noise + (0.02 + family.memory) * shift
     # Algorithm 1 itself is a third off here: the weights are what makes the difference.
-    assert float(reward(truth).mean()) - found.plain.value > 0.2 * shift
+    assert float(reward(truth).mean()) - comparison.plain.value > 0.2 * shift
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -154,14 +154,14 @@ def test_weighted_samples_follow_the_retrained_model_in_random_worlds(seed, name
     target = {n: tilts[n] * lam[n] for n in tilts}
     truth = sample(world, family, target, steps=60)
     for reward in world.rewards.values():
-        found = compare(reward(x), dial.importance_weights.log_weights)
-        noise = math.hypot(found.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
+        comparison = compare(reward(x), dial.importance_weights.log_weights)
+        noise = math.hypot(comparison.weighted.error, float(reward(truth).std()) / len(truth) ** 0.5)
         # The aligned model differs from the reference by at most this much for any of the rewards.
         scale = max(
             abs(world.aligned(target).expected(r) - world.reference.expected(r)) for r in world.rewards.values()
         )
-        assert found.evenness > EVEN
-        assert abs(found.weighted.value - float(reward(truth).mean())) < 4 * noise + (0.03 + family.memory) * scale
+        assert comparison.evenness > EVEN
+        assert abs(comparison.weighted.value - float(reward(truth).mean())) < 4 * noise + (0.03 + family.memory) * scale
 
 
 def test_one_model_alone_has_no_weight_and_weights_do_not_depend_on_the_batch():
@@ -189,9 +189,9 @@ def test_the_normaliser_of_the_mixture_comes_out():
     weights = dial.importance_weights.log_weights
     exact = world.reference.tilted(world.exponent({"slope": lam * tilt}))[1]
     exact -= lam * world.reference.tilted(world.exponent({"slope": tilt}))[1]
-    found = float(torch.logsumexp(weights, 0)) - math.log(len(weights))
-    error = float((weights - found).exp().std()) / len(weights) ** 0.5
-    assert abs(found - exact) < 4 * error + 0.02 * abs(exact)
+    estimate = float(torch.logsumexp(weights, 0)) - math.log(len(weights))
+    error = float((weights - estimate).exp().std()) / len(weights) ** 0.5
+    assert abs(estimate - exact) < 4 * error + 0.02 * abs(exact)
 
 
 def test_guidance_annealing_img2img_and_renoising_have_no_exact_target_and_say_so():
@@ -255,10 +255,10 @@ def test_the_divergence_of_memoryless_paths_is_that_of_their_images(name):
     """At λ → 1 the realigned model is the anchor, whose KL divergence to the reference is a formula."""
     world = crossing()
     _, dial = realigned(world, FAMILIES[name], {"a": {"slope": 1.0}}, 1 - 1e-6, steps=200)
-    found = dial.importance_weights.path_kl
-    assert found is not None
+    path_kl = dial.importance_weights.path_kl
+    assert path_kl is not None
     exact = world.divergence({"slope": 1.0})
-    assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / len(found) ** 0.5 + 0.05 * exact
+    assert abs(float(path_kl.mean()) - exact) < 4 * float(path_kl.std()) / len(path_kl) ** 0.5 + 0.05 * exact
 
 
 @pytest.mark.parametrize(("name", "clip"), [("DDIM η = ½", False), ("DDIM η = 1", False), ("DDIM η = ½", True)])
@@ -337,11 +337,11 @@ def test_prompts_are_weighted_among_themselves():
     scores = torch.tensor([1.0, 2.0, 10.0, 20.0])
     logs = torch.tensor([0.0, 0.0, 500.0, 500.0 + math.log(3)])
     groups = torch.tensor([4, 4, 7, 7])
-    found = compare(scores, logs, groups)
-    assert found.weighted.value == pytest.approx((1.5 + 17.5) / 2)
-    assert found.plain.value == pytest.approx(8.25)
-    assert found.effective == pytest.approx(2 + 16 / 10, rel=1e-5)
-    assert found.prompts == 2 and found.evenness == pytest.approx(3.6 / 4, rel=1e-5)
+    comparison = compare(scores, logs, groups)
+    assert comparison.weighted.value == pytest.approx((1.5 + 17.5) / 2)
+    assert comparison.plain.value == pytest.approx(8.25)
+    assert comparison.effective == pytest.approx(2 + 16 / 10, rel=1e-5)
+    assert comparison.prompts == 2 and comparison.evenness == pytest.approx(3.6 / 4, rel=1e-5)
     assert compare(scores, logs).weighted.value > 17  # all in one group: the first prompt has vanished
 
 
@@ -365,8 +365,8 @@ def test_second_order_is_nearer_where_the_score_is_skewed():
     world, reward = crossing(), crossing().rewards["slope"]
     x, dial = realigned(world, FAMILIES["DDIM η = 1"], {"a": {"slope": 2.0}}, 0.25, samples=20_000)
     exact = world.aligned({"slope": 0.5}).expected(reward)
-    found = compare(reward(x), dial.importance_weights.log_weights)
-    plain, first, second = (abs(v - exact) for v in (found.plain.value, found.covariance, found.skewed))
+    comparison = compare(reward(x), dial.importance_weights.log_weights)
+    plain, first, second = (abs(v - exact) for v in (comparison.plain.value, comparison.covariance, comparison.skewed))
     assert second < first < plain
 
 
@@ -455,10 +455,10 @@ def test_other_lam_from_one_run():
     x, dial = realigned(world, FAMILIES["DDPM"], {"a": {"slope": 1.0}}, 0.5, samples=20_000, steps=200)
     run = dial.importance_weights
     for lam in (0.4, 0.5, 0.65):
-        found = at_other_lam(run, reward(x), lam)
+        elsewhere = at_other_lam(run, reward(x), lam)
         exact = world.aligned({"slope": lam}).expected(reward)
-        assert abs(found.mean.value - exact) < 4 * found.mean.error + 0.02 * exact
-    assert found.effective < 20_000
+        assert abs(elsewhere.mean.value - exact) < 4 * elsewhere.mean.error + 0.02 * exact
+    assert elsewhere.effective < 20_000
     with pytest.raises(ValueError, match="too far from the run's own"):
         at_other_lam(run, reward(x), 4.0)
     derivative = slope(run, reward(x))["a"]
@@ -471,9 +471,9 @@ def test_other_lam_of_two_anchors_and_refusals():
     lams = {"s": 0.4, "l": 0.4}
     x, dial = realigned(world, FAMILIES["DDPM"], {"s": {"slope": 1.0}, "l": {"lift": 1.0}}, lams, samples=20_000)
     lift = world.rewards["lift"]
-    found = at_other_lam(dial.importance_weights, lift(x), {"s": 0.4, "l": 0.55})
+    elsewhere = at_other_lam(dial.importance_weights, lift(x), {"s": 0.4, "l": 0.55})
     exact = world.aligned({"slope": 0.4, "lift": 0.55}).expected(lift)
-    assert abs(found.mean.value - exact) < 4 * found.mean.error + 0.03 * exact
+    assert abs(elsewhere.mean.value - exact) < 4 * elsewhere.mean.error + 0.03 * exact
     with pytest.raises(ValueError, match="exactly the anchors"):
         at_other_lam(dial.importance_weights, lift(x), 0.5)
     with pytest.raises(ValueError, match="exactly the anchors"):

@@ -56,11 +56,11 @@ def as_anchor(pipe: DiffusionPipeline, anchor: Anchor) -> torch.Tensor:
     """What the denoiser predicts with the anchor's adapter switched on, and nothing else."""
     layers = [layer for layer in denoiser(pipe).modules() if isinstance(layer, BaseTunerLayer)]
     assert anchor.adapter is not None
-    found = [list(layer.active_adapters) for layer in layers]
+    before = [list(layer.active_adapters) for layer in layers]
     for layer in layers:
         layer._active_adapter = [anchor.adapter]
     prediction = predict(pipe)
-    for layer, active in zip(layers, found, strict=True):
+    for layer, active in zip(layers, before, strict=True):
         layer._active_adapter = active
     return prediction
 

@@ -63,12 +63,12 @@ def test_baked_weights_are_those_the_dial_computes_with(tmp_path: Path, kind: st
 def test_the_ends_are_the_models_themselves_and_lam_may_lie_outside(tmp_path: Path, lam: Any) -> None:
     pipe, aligned, _ = tiny.make("sd")
     bake(pipe, aligned, lam, tmp_path / "out", **FAST)
-    own, theirs = dict(base_tensors(tiny.denoiser(pipe))), dict(base_tensors(aligned))
+    own, anchors = dict(base_tensors(tiny.denoiser(pipe))), dict(base_tensors(aligned))
     value = 0.5 if isinstance(lam, Constant) else lam
     for name, tensor in load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors").items():
-        assert torch.allclose(tensor, (1 - value) * own[name] + value * theirs[name], atol=1e-6)
+        assert torch.allclose(tensor, (1 - value) * own[name] + value * anchors[name], atol=1e-6)
         if lam in (0.0, 1.0):
-            assert torch.equal(tensor, (theirs if lam else own)[name])
+            assert torch.equal(tensor, (anchors if lam else own)[name])
 
 
 def test_several_anchors_full_and_lora_together(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_a_file_of_tensors_reads_back_whatever_their_format(tmp_path: Path) -> N
     made = {f"t{i}": torch.arange(2 * i + 1).to(dtype) for i, dtype in enumerate(FORMATS)}
     made |= {"scalar": torch.tensor(3.5), "odd": torch.ones(3, 1, 5)[:, 0, ::2], "none": torch.zeros(0, 4)}
     digest = write_tensors(tmp_path / "t.safetensors", made, lambda name: [made[name]])
-    found = load_file(tmp_path / "t.safetensors")
-    assert found.keys() == made.keys()
-    assert all(t.dtype == made[n].dtype and torch.equal(t.float(), made[n].float()) for n, t in found.items())
+    read = load_file(tmp_path / "t.safetensors")
+    assert read.keys() == made.keys()
+    assert all(t.dtype == made[n].dtype and torch.equal(t.float(), made[n].float()) for n, t in read.items())
     assert digest == hashlib.sha256((tmp_path / "t.safetensors").read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="complex64"):
         write_tensors(tmp_path / "no", {"z": torch.zeros(1, dtype=torch.complex64)}, lambda name: [made[name]])

@@ -74,8 +74,8 @@ def test_the_teacher_says_what_a_dial_steps_with(tmp_path: Path, kind: str) -> N
     assert len(seen) == 4
     for last, expected in seen:
         t = torch.tensor([int(last.timestep)] * 2)
-        found = teacher(last.sample, t, conditions(base, call["prompt"]), table[:, t])
-        tiny.assert_close(found, expected)
+        predicted = teacher(last.sample, t, conditions(base, call["prompt"]), table[:, t])
+        tiny.assert_close(predicted, expected)
 
 
 @pytest.mark.parametrize("family", [DDIMScheduler, EulerDiscreteScheduler])
@@ -103,8 +103,8 @@ def test_a_student_starts_as_interpolated_weights(rank: int | None, span: tuple[
     student = student_of(blend, replace(SHORT, lora_rank=rank, span=span), seed=0)
     call = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, pipe.unet.config.cross_attention_dim))
     with torch.no_grad():
-        for own, theirs in zip(pipe.unet.parameters(), aligned.parameters(), strict=True):
-            own.lerp_(theirs, 0.5)
+        for own, other in zip(pipe.unet.parameters(), aligned.parameters(), strict=True):
+            own.lerp_(other, 0.5)
         told = {} if span is None else {"timestep_cond": lam_embedding(torch.tensor([0.2, 0.9]))}
         tiny.assert_close(student(*call, **told).sample, pipe.unet(*call).sample)
     trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
@@ -286,8 +286,8 @@ def test_half_precision_and_savings_of_memory(tmp_path: Path, rank: int | None) 
         distillation=settings,
         **FAST,
     )
-    found = weights_in(tmp_path / "out")
-    assert found["conv_in.weight"].dtype == torch.bfloat16 and found["time_embedding.cond_proj.weight"].any()
+    baked = weights_in(tmp_path / "out")
+    assert baked["conv_in.weight"].dtype == torch.bfloat16 and baked["time_embedding.cond_proj.weight"].any()
 
 
 def test_a_lora_anchor_is_distilled_into_one_lora(tmp_path: Path) -> None:
@@ -301,12 +301,12 @@ def test_a_lora_anchor_is_distilled_into_one_lora(tmp_path: Path) -> None:
     assert "load_lora_weights" in (tmp_path / "out/README.md").read_text()
     # Untrained, it is the anchor at the mean of λ over the noise schedule.
     pipe.save_pretrained(tmp_path / "base")
-    found = sampled_without_deradiff(tmp_path / "base", call, tmp_path, tmp_path / "out")
+    images = sampled_without_deradiff(tmp_path / "base", call, tmp_path, tmp_path / "out")
     mean = float(
         lam_by_timestep(parse_lam(Power(1), ("a",)), type(pipe.scheduler).from_config(pipe.scheduler.config), 3).mean()
     )
     with deradiff.realign(pipe, adapter, mean, method="interpolate"):
-        tiny.assert_close(found, tiny.sample(pipe, call), 1e-4)
+        tiny.assert_close(images, tiny.sample(pipe, call), 1e-4)
 
 
 def test_a_student_for_a_span_is_told_lam_by_a_plain_pipeline(tmp_path: Path) -> None:
@@ -322,11 +322,11 @@ def test_a_student_for_a_span_is_told_lam_by_a_plain_pipeline(tmp_path: Path) ->
 
     pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
     call = {"prompt": "a fox", "num_inference_steps": 2, "output_type": "latent"}
-    found = [tiny.sample(pipe, call, guidance_scale=1 + lam) for lam in (0.0, 0.3, 1.0)]
+    images = [tiny.sample(pipe, call, guidance_scale=1 + lam) for lam in (0.0, 0.3, 1.0)]
     assert [rows for rows, _ in told] == [1] * 6  # guided by nothing else
     for lam, (_, condition) in zip((0.0, 0.3, 1.0), told[::2], strict=True):
         tiny.assert_close(condition, lam_embedding(torch.tensor([lam])), 1e-4)
-    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(images[0], images[2])
 
 
 def test_folded_guidance_is_compared_without_guiding_again(tmp_path: Path) -> None:

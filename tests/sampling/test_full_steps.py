@@ -30,8 +30,8 @@ def test_full_steps_are_measured_kept_and_used_on_other_images(tmp_path: Path) -
             latents = [torch.Generator().manual_seed(100 + i) for i in range(8)]
             return pipe(["a purple five", "nine"] * 4, generator=latents, output_type="latent", **call).images
 
-        found = errors(drawn(0.5, full_steps.reuse), drawn(0.5, None), drawn(0.0, None))
-        assert found.median < 2 * 0.08
+        made = errors(drawn(0.5, full_steps.reuse), drawn(0.5, None), drawn(0.0, None))
+        assert made.median < 2 * 0.08
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="no list of full steps"):
         FullSteps.load(tmp_path / "other.json")
@@ -40,9 +40,9 @@ def test_full_steps_are_measured_kept_and_used_on_other_images(tmp_path: Path) -
 def test_errors_are_relative_to_what_the_weight_does() -> None:
     reference = torch.zeros(3, 4)
     exact = torch.tensor([1.0, 2.0, 3.0])[:, None].expand(3, 4)
-    found = errors(exact + torch.tensor([0.1, 0.2, 1.5])[:, None], exact, reference)
-    assert found.median == pytest.approx(0.1) and found.changed == pytest.approx(1 / 3)
-    assert found.whole == pytest.approx(((0.01 + 0.04 + 2.25) / 14) ** 0.5)
+    made = errors(exact + torch.tensor([0.1, 0.2, 1.5])[:, None], exact, reference)
+    assert made.median == pytest.approx(0.1) and made.changed == pytest.approx(1 / 3)
+    assert made.whole == pytest.approx(((0.01 + 0.04 + 2.25) / 14) ** 0.5)
     with pytest.raises(ValueError, match="no effect"):
         errors(exact, reference, reference)
 

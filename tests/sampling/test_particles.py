@@ -50,17 +50,17 @@ def run(
 def test_particles_are_exact_where_algorithm_1_is_off_by_a_third(beta, lam):
     """All 18 pairs: the reward within 2% of the exact shift and modes within 0.01, beyond Monte Carlo error."""
     world, reward, count = crossing(), crossing().rewards["slope"], 20_000
-    found = run(world, {"a": {"slope": 1 / beta}}, lam, count)
+    particles = run(world, {"a": {"slope": 1 / beta}}, lam, count)
     exact = world.aligned({"slope": lam / beta})
-    estimate, truth = found.mean(reward(found.images)), exact.expected(reward)
+    estimate, truth = particles.mean(reward(particles.images)), exact.expected(reward)
     assert abs(estimate.value - truth) <= 0.02 * truth + 2 * estimate.error
-    modes = (found.log_weights.exp()[0][:, None] * exact.modes_of(found.images)).sum(0)
+    modes = (particles.log_weights.exp()[0][:, None] * exact.modes_of(particles.images)).sum(0)
     distance = float((modes - exact.mode_weights).abs().sum()) / 2
     p = exact.mode_weights
-    allowance = float((2 / math.pi * p * (1 - p) / float(found.effective)).sqrt().sum()) / 2
+    allowance = float((2 / math.pi * p * (1 - p) / float(particles.effective)).sqrt().sum()) / 2
     assert distance <= 0.01 + 2 * allowance
     if (beta, lam) == (0.5, 0.25):
-        assert float(reward(found.images).mean()) < 0.75 * truth
+        assert float(reward(particles.images).mean()) < 0.75 * truth
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchSDEScheduler, "η = ½"])
@@ -70,10 +70,10 @@ def test_every_single_step_stochastic_scheduler_resamples(scheduler):
     settings = {} if scheduler is FlowMatchSDEScheduler else SCHEDULE
     extra = {"clip_sample": False} if scheduler is DDPMScheduler else {}
     made = ddim() if half else scheduler(**settings, **extra)
-    found = run(world, {"a": {"slope": 1.0}}, 2.0, count, scheduler=made, eta=0.5 if half else 1.0)
+    particles = run(world, {"a": {"slope": 1.0}}, 2.0, count, scheduler=made, eta=0.5 if half else 1.0)
     truth = world.aligned({"slope": 2.0}).expected(reward)
-    estimate = found.mean(reward(found.images))
-    assert found.lineage and "resampled" in found.resampled_by
+    estimate = particles.mean(reward(particles.images))
+    assert particles.lineage and "resampled" in particles.resampled_by
     # At η = ½ a little of the starting noise is remembered, in which the schedule left 0.5% of the signal.
     assert abs(estimate.value - truth) <= (0.05 if half else 0.02) * truth + 3 * estimate.error
 
@@ -86,7 +86,7 @@ def test_particles_in_random_worlds(seed):
     spread = {n: float(r(world.reference.sample(2000, chance)).std()) for n, r in world.rewards.items()}
     tilts = {n: 1 / s for n, s in spread.items()}
     lam = {n: float(2 * torch.rand(1, generator=chance)) / rewards for n in tilts}
-    found = run(world, {n: {n: tilt} for n, tilt in tilts.items()}, lam, 6000)
+    particles = run(world, {n: {n: tilt} for n, tilt in tilts.items()}, lam, 6000)
     target = {n: tilts[n] * lam[n] for n in tilts}
     # Judged against the aligned model through the same sampler: in 16 dimensions a hundred steps distort any model.
     pipe = world.pipeline(ddim(), target)
@@ -96,7 +96,7 @@ def test_particles_in_random_worlds(seed):
     exact = world.aligned(target)
     shifts = [abs(exact.expected(r) - world.reference.expected(r)) for r in world.rewards.values()]
     for reward in world.rewards.values():
-        estimate, scores = found.mean(reward(found.images)), reward(truth)
+        estimate, scores = particles.mean(reward(particles.images)), reward(truth)
         error = math.hypot(estimate.error, float(scores.std()) / len(scores) ** 0.5)
         assert abs(estimate.value - float(scores.mean())) <= 0.02 * max(shifts) + 4 * error
 
@@ -104,35 +104,35 @@ def test_particles_in_random_worlds(seed):
 def test_prompts_do_not_compete():
     """Under two prompts that favour opposite modes each gets its own aligned model."""
     world, reward = crossing(), crossing().rewards["slope"]
-    found = run(world, {"a": {"slope": 1.0}}, 2.0, 4000, prompt=["right", "left"])
-    scores, weights = reward(found.images).view(2, -1), found.log_weights.exp()
+    particles = run(world, {"a": {"slope": 1.0}}, 2.0, 4000, prompt=["right", "left"])
+    scores, weights = reward(particles.images).view(2, -1), particles.log_weights.exp()
     for p, prompt in enumerate(["right", "left"]):
         truth = world.aligned({"slope": 2.0}, prompt).expected(reward)
         mean = float((weights[p] * scores[p]).sum())
         assert abs(mean - truth) < 0.05 * truth
     assert weights.sum(1).tolist() == pytest.approx([1, 1])
-    for _, parents in found.lineage:
+    for _, parents in particles.lineage:
         assert parents.min() >= 0 and parents.max() < 4000
-    picked = found.picks(torch.Generator().manual_seed(0))
+    picked = particles.picks(torch.Generator().manual_seed(0))
     assert picked[0] < 4000 <= picked[1]
 
 
 def test_the_normaliser_is_estimated_through_resampling():
     world, tilt, lam = crossing(), 2.0, 2.0
-    found = run(world, {"a": {"slope": tilt}}, lam, 20_000, ess_threshold=0.9)
-    assert len(found.lineage) > 1
+    particles = run(world, {"a": {"slope": tilt}}, lam, 20_000, ess_threshold=0.9)
+    assert len(particles.lineage) > 1
     exact = world.reference.tilted(world.exponent({"slope": lam * tilt}))[1]
     exact -= lam * world.reference.tilted(world.exponent({"slope": tilt}))[1]
-    assert float(found.log_normalizer) == pytest.approx(exact, rel=0.05)
+    assert float(particles.log_normalizer) == pytest.approx(exact, rel=0.05)
 
 
 def test_standard_errors_of_particles_are_the_spread_of_repeated_runs():
     world, reward = crossing(), crossing().rewards["slope"]
     prompts = [""] * 150
-    found = run(world, {"a": {"slope": 1.0}}, 2.0, 64, prompt=prompts, ess_threshold=0.8, steps=50)
-    weights, scores = found.log_weights.exp(), reward(found.images).view(150, 64)
+    particles = run(world, {"a": {"slope": 1.0}}, 2.0, 64, prompt=prompts, ess_threshold=0.8, steps=50)
+    weights, scores = particles.log_weights.exp(), reward(particles.images).view(150, 64)
     spread = float((weights * scores).sum(1).std()) / 150**0.5
-    assert found.mean(reward(found.images)).error == pytest.approx(spread, rel=0.35)
+    assert particles.mean(reward(particles.images)).error == pytest.approx(spread, rel=0.35)
 
 
 def test_more_particles_less_error():
@@ -142,8 +142,8 @@ def test_more_particles_less_error():
     errors = []
     for count in (1, 4, 32):
         prompts = [""] * (6400 // count)
-        found = run(world, {"a": {"slope": 2.0}}, 0.25, count, prompt=prompts, steps=50)
-        weights, scores = found.log_weights.exp(), reward(found.images).view(len(prompts), count)
+        particles = run(world, {"a": {"slope": 2.0}}, 0.25, count, prompt=prompts, steps=50)
+        weights, scores = particles.log_weights.exp(), reward(particles.images).view(len(prompts), count)
         errors.append(abs(float((weights * scores).sum(1).mean()) - truth) / truth)
     assert errors[0] > 0.2 > errors[1] > errors[2] and errors[2] < 0.05
 
@@ -207,12 +207,12 @@ def test_without_resampling_particles_are_the_pipelines_own_images():
     pipe.set_progress_bar_config(disable=True)
     with realign(pipe, world.denoiser({"slope": 1.0}), 0.5) as dial:
         call: dict[str, Any] = {"num_inference_steps": 10, "eta": 1.0}
-        found = sample_particles(pipe, "", 6, ess_threshold=0, generator=torch.Generator().manual_seed(2), **call)
+        particles = sample_particles(pipe, "", 6, ess_threshold=0, generator=torch.Generator().manual_seed(2), **call)
         plain = pipe("", num_images_per_prompt=6, generator=torch.Generator().manual_seed(2), **call).images
-    assert torch.equal(found.images, plain)
-    torch.testing.assert_close(found.log_weights[0], torch.log_softmax(dial.importance_weights.log_weights, 0))
-    assert found.lineage == [] and found.ancestors.tolist() == [list(range(6))]
-    assert found.evenness.shape == (9, 1)
+    assert torch.equal(particles.images, plain)
+    torch.testing.assert_close(particles.log_weights[0], torch.log_softmax(dial.importance_weights.log_weights, 0))
+    assert particles.lineage == [] and particles.ancestors.tolist() == [list(range(6))]
+    assert particles.evenness.shape == (9, 1)
 
 
 # -- samplers that cannot resample ------------------------------------------------------------------------------------
@@ -223,9 +223,11 @@ def test_without_resampling_particles_are_the_pipelines_own_images():
     [(ddim(), "draws no noise as it is set"), (FlowMatchEulerDiscreteScheduler(), "draws no noise")],
 )
 def test_deterministic_samplers_weight_without_resampling_and_say_so(scheduler, reason):
-    found = run(crossing(), {"a": {"slope": 1.0}}, 0.5, 50, scheduler=scheduler, eta=0.0, steps=10, ess_threshold=1.0)
-    assert found.lineage == [] and reason in found.words
-    assert 1 < float(found.effective) < 50
+    particles = run(
+        crossing(), {"a": {"slope": 1.0}}, 0.5, 50, scheduler=scheduler, eta=0.0, steps=10, ess_threshold=1.0
+    )
+    assert particles.lineage == [] and reason in particles.words
+    assert 1 < float(particles.effective) < 50
 
 
 def test_multistep_samplers_weight_without_resampling():
@@ -233,8 +235,8 @@ def test_multistep_samplers_weight_without_resampling():
 
     for algorithm in ("dpmsolver++", "sde-dpmsolver++"):
         made = DPMSolverMultistepScheduler(**SCHEDULE, algorithm_type=algorithm)
-        found = run(crossing(), {"a": {"slope": 1.0}}, 0.5, 20, scheduler=made, steps=10, ess_threshold=1.0)
-        assert found.lineage == [] and "remembers earlier steps" in found.words
+        particles = run(crossing(), {"a": {"slope": 1.0}}, 0.5, 20, scheduler=made, steps=10, ess_threshold=1.0)
+        assert particles.lineage == [] and "remembers earlier steps" in particles.words
 
 
 def test_diffusers_own_stochastic_flow_matching_is_refused_with_the_way_out():
@@ -251,30 +253,30 @@ def test_diffusers_own_stochastic_flow_matching_is_refused_with_the_way_out():
 
 def test_collapsed_weights_are_confessed():
     world = random_world(3, 4, 16)
-    found = run(world, {"a": {"reward 1": 60.0}}, 5.0, 8, ess_threshold=0.0, prompt=["first", "first"])
-    assert bool(found.collapsed.all())
-    assert "weights collapsed for 2 of 2 prompts" in found.words and "Use more particles" in found.words
-    one = run(world, {"a": {"reward 1": 1.0}}, 0.5, 1)
-    assert bool(one.collapsed.all()) and float(one.log_weights) == 0.0
-    assert math.isnan(one.mean(torch.ones(1)).error)
+    particles = run(world, {"a": {"reward 1": 60.0}}, 5.0, 8, ess_threshold=0.0, prompt=["first", "first"])
+    assert bool(particles.collapsed.all())
+    assert "weights collapsed for 2 of 2 prompts" in particles.words and "Use more particles" in particles.words
+    alone = run(world, {"a": {"reward 1": 1.0}}, 0.5, 1)
+    assert bool(alone.collapsed.all()) and float(alone.log_weights) == 0.0
+    assert math.isnan(alone.mean(torch.ones(1)).error)
 
 
 def test_tempering_lies_between_algorithm_1_and_the_exact_target():
     world, reward = crossing(), crossing().rewards["slope"]
     means = {}
     for temper in (0.0, 0.5, 1.0):
-        found = run(world, {"a": {"slope": 2.0}}, 0.25, 8000, temper=temper)
-        means[temper] = found.mean(reward(found.images)).value
+        particles = run(world, {"a": {"slope": 2.0}}, 0.25, 8000, temper=temper)
+        means[temper] = particles.mean(reward(particles.images)).value
         if temper == 0:
-            assert float(found.effective) == pytest.approx(8000)
+            assert float(particles.effective) == pytest.approx(8000)
     assert means[0.0] < means[0.5] < means[1.0]
 
 
 def test_guided_particles_say_that_they_have_no_target():
-    found = run(crossing(), {"a": {"slope": 1.0}}, 0.5, 4, guidance_scale=2.0, prompt="right", steps=5)
-    assert "No exact target: guided predictions" in found.words
-    found = run(crossing(), {"a": {"slope": 1.0}}, Power(2), 4, steps=5)
-    assert "annealed λ" in found.words
+    particles = run(crossing(), {"a": {"slope": 1.0}}, 0.5, 4, guidance_scale=2.0, prompt="right", steps=5)
+    assert "No exact target: guided predictions" in particles.words
+    particles = run(crossing(), {"a": {"slope": 1.0}}, Power(2), 4, steps=5)
+    assert "annealed λ" in particles.words
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,9 @@ def test_particles_on_every_kind_of_pipeline(kind):
     prompt = call.pop("prompt", None)
     call = {name: value for name, value in call.items() if name != "num_images_per_prompt"}
     with realign(pipe, {"one": anchor, "other": anchor}, {"one": 0.4, "other": 0.3}):
-        found = sample_particles(pipe, prompt, 3, ess_threshold=1.0, generator=torch.Generator().manual_seed(0), **call)
+        particles = sample_particles(
+            pipe, prompt, 3, ess_threshold=1.0, generator=torch.Generator().manual_seed(0), **call
+        )
     prompts = 1 if isinstance(prompt, str) else len(call["prompt_embeds"] if prompt is None else prompt)
-    assert found.log_weights.shape == (prompts, 3) and len(found.images) == 3 * prompts
-    assert bool(torch.isfinite(found.log_weights).all()) and "resampled" in found.words
+    assert particles.log_weights.shape == (prompts, 3) and len(particles.images) == 3 * prompts
+    assert bool(torch.isfinite(particles.log_weights).all()) and "resampled" in particles.words

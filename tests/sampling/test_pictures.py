@@ -308,7 +308,7 @@ def test_an_experiment_keeps_the_failure_and_goes_on(tmp_path: Path, monkeypatch
 
 
 def _study(plan: Any) -> Any:
-    one = {
+    answer = {
         "name": "few",
         "experiment": "run",
         "sampling": "ancestral",
@@ -318,7 +318,7 @@ def _study(plan: Any) -> Any:
         "prompts": list(plan.prompts["few"].prompts),
     }
     return parse_study(
-        {"name": "s", "pairs_per_participant": 1, "attention_checks": 0, "configurations": [one]}, "the study"
+        {"name": "s", "pairs_per_participant": 1, "attention_checks": 0, "configurations": [answer]}, "the study"
     )
 
 

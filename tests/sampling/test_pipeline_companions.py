@@ -125,11 +125,11 @@ def test_a_style_lora_loaded_while_realigned_stays_on_the_reference_and_leaves_t
 
 def test_two_styles_with_weights():
     pipe, anchor, call, own = trio()
-    one, two = lora_weights(pipe, seed=50), lora_weights(pipe, seed=90)
+    first, second = lora_weights(pipe, seed=50), lora_weights(pipe, seed=90)
 
     def load(each: DiffusionPipeline) -> None:
-        each.load_lora_weights(dict(one), adapter_name="one")
-        each.load_lora_weights(dict(two), adapter_name="two")
+        each.load_lora_weights(dict(first), adapter_name="one")
+        each.load_lora_weights(dict(second), adapter_name="two")
         each.set_adapters(["one", "two"], [0.7, -0.4])
 
     dial = apply(load, "after", pipe, anchor, own, 0.37)

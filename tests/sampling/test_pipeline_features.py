@@ -192,13 +192,13 @@ def test_the_record_of_a_step_holds_what_it_was_taken_from():
 def test_a_sweep_in_one_call_is_the_separate_calls():
     pipe, anchor, call, own = trio()
     lams = [0.0, 0.25, 0.5, 1.0, 1.5]
-    one = call | {"prompt": "a red fox", "negative_prompt": "blurry"}
+    single = call | {"prompt": "a red fox", "negative_prompt": "blurry"}
     with realign(pipe, anchor, lams) as dial:
-        sweep = pipe(**one, num_images_per_prompt=5, generator=generators(*[7] * 5)).images
+        sweep = pipe(**single, num_images_per_prompt=5, generator=generators(*[7] * 5)).images
         for lam, latents in zip(lams, sweep, strict=True):
             dial.lam = lam
-            assert_close(latents[None], pipe(**one, generator=generators(7)).images)
-    assert_close(sweep[:1], own[0](**one, generator=generators(7)).images)
+            assert_close(latents[None], pipe(**single, generator=generators(7)).images)
+    assert_close(sweep[:1], own[0](**single, generator=generators(7)).images)
 
 
 def test_a_list_follows_diffusers_order_of_images():

@@ -202,8 +202,8 @@ def test_from_pipe(order):
     dial.lam = 1.0
     assert torch.equal(sample(image_pipe, image_call), sample(own_image[1], image_call))
     dial.remove()
-    for one, own_one, its_call in ((pipe, own[0], call), (image_pipe, own_image[0], image_call)):
-        assert torch.equal(sample(one, its_call), sample(own_one, its_call))
+    for served, own_pipe, arguments in ((pipe, own[0], call), (image_pipe, own_image[0], image_call)):
+        assert torch.equal(sample(served, arguments), sample(own_pipe, arguments))
 
 
 def test_a_second_pipeline_with_a_scheduler_of_its_own_is_noticed_and_can_be_attached():

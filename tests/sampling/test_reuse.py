@@ -29,14 +29,14 @@ def adapter(tmp_path: Path) -> Path:
 
 def records(pipe: Any, dial: Any, call: dict[str, Any], **changes: Any) -> list[Any]:
     """What every step of a run was taken from."""
-    found: list[Any] = []
+    steps: list[Any] = []
 
     def keep(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        found.append(dial.last)
+        steps.append(dial.last)
         return tensors
 
     sample(pipe, call, callback_on_step_end=keep, **{**STEPS, **changes})
-    return found
+    return steps
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_inpaint", "sd_adapter", "sd_controlnet", "sd3", "flux", "pixart"])
@@ -432,9 +432,9 @@ def test_images_of_one_noise_are_shared_also_where_attention_takes_the_batch_apa
     pipe.set_progress_bar_config(disable=True)
     call |= {"pag_scale": 2.0}
     with deradiff.realign(pipe, anchor, 0.4) as dial:
-        one = sample(pipe, call)
+        single = sample(pipe, call)
         dial.lam = [0.4, 0.4]
-        assert_close(sample(pipe, call), one)
+        assert_close(sample(pipe, call), single)
         dial.micro_batch = 1
         with pytest.raises(RuntimeError, match="takes the batch apart itself"):
             sample(pipe, call)
