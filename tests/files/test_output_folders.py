@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -375,6 +376,22 @@ def test_a_model_whose_files_have_all_moved_is_not_taken_for_an_older_one(
         patched.setattr(folders, "discard", discard)
         filled(tmp_path, "new")
     with taken(tmp_path, "a test") as private:
+        finish_moving(tmp_path, private, "made.json")
+    assert file_names(tmp_path) == ["a/new", "a/one", "a/two", "made.json", "three"]
+
+
+@KILLED
+def test_a_file_that_came_after_the_kill_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        killing(patched, "replace", 2)
+        filled(tmp_path, "new")
+    waiting = next(name for name in ("a/one", "a/two", "a/new", "three") if not (tmp_path / name).exists())
+    (tmp_path / waiting).write_text("a person's")
+    with taken(tmp_path, "a test") as private:
+        with pytest.raises(FileExistsError, match=re.escape(str(tmp_path / waiting))):
+            finish_moving(tmp_path, private, "made.json")
+        assert (tmp_path / waiting).read_text() == "a person's" and not (tmp_path / "made.json").exists()
+        (tmp_path / waiting).unlink()
         finish_moving(tmp_path, private, "made.json")
     assert file_names(tmp_path) == ["a/new", "a/one", "a/two", "made.json", "three"]
 

@@ -2,11 +2,13 @@
 
 import http.server
 import json
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from itertools import count, cycle
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import quote
 
@@ -14,6 +16,7 @@ import gradio as gr
 import psutil
 import pytest
 
+from deradiff.servers import gate
 from deradiff.studio import guard
 from real_servers import asked, news, raw, studio
 
@@ -425,6 +428,37 @@ def test_what_a_visitor_uploads_is_bounded_and_forgotten(tmp_path: Path, monkeyp
         assert asked(port, guard.UPLOAD, many, headers=headers)[0] == 400
         for kind in ("text/plain", "multipart/form-data", "multipart/form-data; boundary=other", ""):
             assert asked(port, guard.UPLOAD, body, headers={"Content-Type": kind})[0] == 400
+
+
+@BODIES
+def test_uploads_that_stall_are_in_the_way_of_uploads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them holds what it has sent until it is given up; pages go on asking meanwhile."""
+    monkeypatch.setattr(gate, "MOST_HELD_BY_ONE", 2**20)
+    with studio(tmp_path) as (port, _, blocks), ExitStack() as stalled:
+        [number] = [number for number, reaction in blocks.fns.items() if reaction.name == "use_paste"]
+        head = f"POST {guard.UPLOAD} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {2**18}\r\n\r\n"
+
+        def stall() -> bool:
+            connection = stalled.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            connection.sendall(head.encode() + b"x" * (2**18 - 10))
+            return False
+
+        def uploaded() -> int:
+            body, headers = form(b"\x89PNG" + b"x" * 60_000)
+            return asked(port, guard.UPLOAD, body, headers=headers)[0]
+
+        _until(lambda: stall() or uploaded() == 503)
+        body = {"fn_index": number, "data": _usual(blocks.fns[number]), "session_hash": "a"}
+        assert asked(port, "/gradio_api/queue/join", body)[0] == 200
+        stalled.close()
+        _until(lambda: uploaded() == 200)
+
+
+def _until(look: Callable[[], bool]) -> None:
+    end = monotonic() + 20
+    while not look():
+        assert monotonic() < end, "what was waited for did not come"
+        sleep(0.1)
 
 
 @BODIES

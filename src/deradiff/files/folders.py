@@ -103,8 +103,7 @@ def assembled(folder: Path, private: Path, record: str) -> Iterator[Path]:
     in `folder` names is removed before. A kill while files move leaves what is missing in `private`: `finish_moving`
     goes on with it.
 
-    Raises `FileExistsError` where a file of somebody else has taken a name meanwhile; the result then stays in
-    `private`.
+    Raises as `finish_moving` does.
     """
     built = private / _BUILT
     discard(built)
@@ -115,28 +114,32 @@ def assembled(folder: Path, private: Path, record: str) -> Iterator[Path]:
     except BaseException:
         discard(built)
         raise
-    older = set(named_files(folder, record))
-    for file in _files(built):
-        target = folder / file.relative_to(built)
-        if target.exists() and target not in older:
-            raise FileExistsError(
-                f"{target} was not written by deradiff and is not replaced: move it away, then run again. The result "
-                f"is in {built}"
-            )
     discard(private / _COMPLETE)
     built.rename(private / _COMPLETE)
     finish_moving(folder, private, record)
 
 
 def finish_moving(folder: Path, private: Path, record: str) -> None:
-    """Move a complete result into `folder`, or what a killed process had not moved yet; nothing where there is none."""
+    """Move a complete result into `folder`, or what a killed process had not moved yet; nothing where there is none.
+
+    Raises `FileExistsError` where a file of somebody else has taken a name meanwhile; the result then waits in
+    `private`.
+    """
     complete = private / _COMPLETE
     if not (complete / record).is_file():  # it moves last: the record in `folder` is that of the result itself
         discard(complete)
         return
+    older = set(named_files(folder, record))
+    files = sorted(_files(complete), key=lambda path: (path.name == record, -len(path.parts), path))
+    targets = [folder / file.relative_to(complete) for file in files]
+    for target in targets:
+        if target.exists() and target not in older:
+            raise FileExistsError(
+                f"{target} was not written by deradiff and is not replaced: move it away, then run again. The result "
+                f"is in {complete}"
+            )
     _remove_named(folder, record)
-    for file in sorted(_files(complete), key=lambda path: (path.name == record, -len(path.parts), path)):
-        target = folder / file.relative_to(complete)
+    for file, target in zip(files, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         file.replace(target)
     discard(complete)

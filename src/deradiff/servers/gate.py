@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlencode
@@ -24,7 +25,13 @@ LONGEST_HEAD = 65_536
 MOST_HEADERS = 100
 
 MOST_HELD = 256 * 2**20
-"""Bytes of the bodies of all requests that are answered at once."""
+"""Bytes of the large bodies of all requests that are answered at once."""
+
+SMALL = 16_384
+"""Bytes of a body that are read whatever else is held: pages ask in less than this, mostly."""
+
+MOST_HELD_BY_ONE = MOST_HELD // 4
+"""The same of one visitor: whoever sends much and never ends it is in nobody's way but their own."""
 
 DRAINED = 4
 """A body up to so many times too long is read to its end, and forgotten: its browser hears then what was wrong."""
@@ -66,7 +73,7 @@ class Gate:
     ) -> None:
         self.app, self.admission, self.longest, self.refused = app, admission, longest, refused
         self.headers, self.open_paths = headers, open_paths
-        self._held = 0
+        self._held: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -79,13 +86,15 @@ class Gate:
 
     async def _answered(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         scope = {**scope, **_place(scope, self.admission.root)}
-        body = bytearray()
+        body, counted = bytearray(), 0
         try:
             response = self._turned_away(scope)
             if response is None:
                 async for piece in self._body(scope, receive):
                     body += piece
-                    self._held += len(piece)
+                    if len(body) > SMALL:
+                        counted += len(piece)
+                        self._held[scope.get(VISITOR, "")] += len(piece)
                 await self.app({**scope, **_as_the_browser(scope)}, replayed(bytes(body), receive), answer)
                 return
         except TooLong:
@@ -98,7 +107,8 @@ class Gate:
             log.error("a page could not be answered: %s", without_values(error))
             response = self.refused(500, None)
         finally:
-            self._held -= len(body)
+            self._held[scope.get(VISITOR, "")] -= counted
+            self._held += Counter()  # without those who hold nothing any more
         if not answer.begun:
             await response(scope, receive, answer)
 
@@ -141,7 +151,8 @@ class Gate:
             length += len(piece)
             if length > DRAINED * longest:
                 raise TooLong
-            if self._held + len(piece) > MOST_HELD:
+            held, own = self._held.total() + len(piece), self._held[scope.get(VISITOR, "")] + len(piece)
+            if length > SMALL and (held > MOST_HELD or own > MOST_HELD_BY_ONE):
                 raise TooMuchHeld
             if length <= longest:
                 yield piece
