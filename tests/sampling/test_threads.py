@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 from anchor_files import lora
 from deradiff import realign, sample_particles
 from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.pictures import draw
 from tiny import make, sample
 
 attack = pytest.mark.attack("two threads, one dial")
@@ -347,3 +348,42 @@ def test_the_dial_may_be_read_and_set_while_another_thread_draws():
         assert torch.equal(sampled(pipe, call, 1, callback_on_step_end=at_a_step), alone)
         assert all(isinstance(answer, tuple) and answer[0] == "prediction" for answer in answers)
         assert [answer[-1].at for answer in answers] == list(range(len(answers)))
+
+
+@attack
+@pytest.mark.parametrize("ends_first", ["the one that began", "the one that came"])
+def test_pipelines_that_share_a_decoder_and_a_tokenizer_hear_their_own_alone(ends_first):
+    """One of them draws NaN: the other's images are sound, and the shared parts are afterwards what they were."""
+    pipe, _, call = make("sd")
+    call, other = call | {"output_type": "pt"}, another(pipe)
+    kinds = type(pipe.tokenizer), type(pipe.vae).decode
+    began, came, ended = threading.Event(), threading.Event(), threading.Event()
+    waits = ended if ends_first == "the one that came" else came
+
+    def sound() -> Any:
+        def at_a_step(_: Any, step: int, __: Any, kwargs: Any) -> Any:
+            began.set()
+            assert waits.wait(60)
+            return kwargs
+
+        drawn = draw(pipe, **call, callback_on_step_end=at_a_step)
+        ended.set()
+        return drawn.flaws
+
+    def spoiled() -> Any:
+        assert began.wait(60)
+
+        def at_a_step(_: Any, step: int, __: Any, kwargs: Any) -> Any:
+            came.set()
+            if ends_first != "the one that came":
+                assert ended.wait(60)
+            return kwargs | {"latents": kwargs["latents"] * torch.nan}
+
+        drawn = draw(other, **call, callback_on_step_end=at_a_step, callback_on_step_end_tensor_inputs=["latents"])
+        ended.set()
+        return drawn.flaws
+
+    flaws, others = together(sound, spoiled)
+    assert flaws == [None] * len(flaws) and all(flaw.origin == "latents" for flaw in others) and len(others) > 0
+    assert (type(pipe.tokenizer), type(pipe.vae).decode) == kinds
+    assert "decode" not in vars(pipe.vae) and "postprocess" not in vars(pipe.image_processor)

@@ -5,9 +5,11 @@ Nothing about the call is changed: decoder and conversions are observed while it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import Lock, get_ident
 from typing import Any, Literal
 
 import numpy as np
@@ -133,26 +135,50 @@ def _observed(pipe: Any) -> Iterator[_Seen]:
         yield seen
 
 
-@contextmanager
-def _told(owner: Any, name: str, tell: Callable[[Any, Any], None]) -> Iterator[None]:
-    """While this lasts, `tell` hears the first array among the arguments, and the result, of every call of a method."""
-    own = getattr(owner, name)
-    before = vars(owner).get(name, _ABSENT)
+class _Heard:
+    """Stands in for a method of an object, and has its calls heard by those who listen in the thread that calls."""
 
-    def observed(*arguments: Any, **options: Any) -> Any:
-        result = own(*arguments, **options)
-        given = (*arguments, *options.values())
-        tell(next((value for value in given if isinstance(value, Tensor | np.ndarray)), None), result)
+    def __init__(self, owner: Any, name: str) -> None:
+        self.before = vars(owner).get(name, _ABSENT)
+        self.method = getattr(owner, name)
+        self.listeners: list[tuple[int, Callable[[Any, Any], None]]] = []
+        functools.update_wrapper(self, self.method, updated=())
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        result = self.method(*arguments, **options)
+        given = next((v for v in (*arguments, *options.values()) if isinstance(v, Tensor | np.ndarray)), None)
+        for thread, tell in tuple(self.listeners):
+            if thread == get_ident():
+                tell(given, result)
         return result
 
-    setattr(owner, name, observed)
+
+_listening = Lock()
+
+
+@contextmanager
+def _told(owner: Any, name: str, tell: Callable[[Any, Any], None]) -> Iterator[None]:
+    """While this lasts, `tell` hears the first array among the arguments, and the result, of this thread's calls.
+
+    Pipelines of several threads may share the object: whoever ends last puts its method back.
+    """
+    listener = get_ident(), tell
+    with _listening:
+        heard = vars(owner).get(name)
+        if not isinstance(heard, _Heard):
+            heard = _Heard(owner, name)
+            setattr(owner, name, heard)
+        heard.listeners.append(listener)
     try:
         yield
     finally:
-        if before is _ABSENT:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
+        with _listening:
+            heard.listeners.remove(listener)
+            if not heard.listeners and vars(owner).get(name) is heard:
+                if heard.before is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, heard.before)
 
 
 def _decoder(pipe: Any) -> Any:

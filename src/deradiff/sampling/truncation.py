@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from threading import Lock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,27 +94,52 @@ def cuts(pipe: Any, prompts: Sequence[str | None] | None = None) -> list[Cut]:
     return [cut for cut in heard if _plain(cut.prompt) in wanted or _in_template(cut.prompt, wanted)]
 
 
+_LISTENERS = "_deradiff_listeners"
+"""The attribute of a class with those who are told of its calls, and in which thread each listens."""
+
+_listening = Lock()
+
+
 @contextmanager
 def _observed(tokenizer: Any, hear: Callable[[str, int, str], None]) -> Iterator[None]:
-    """While this lasts, `hear` is told of every text that the tokenizer cuts."""
-    kind = type(tokenizer)
+    """While this lasts, `hear` is told of every text that the tokenizer cuts in this thread.
+
+    Pipelines of several threads may share a tokenizer: whoever ends last gives it its own class back.
+    """
+    listener = get_ident(), hear
+    with _listening:
+        if _LISTENERS not in vars(type(tokenizer)):
+            # Python looks special methods up in the class; a subclass passes for its own wherever a pipeline asks.
+            tokenizer.__class__ = _that_tells(type(tokenizer))
+        kind = type(tokenizer)
+        listeners = getattr(kind, _LISTENERS)
+        listeners.append(listener)
+    try:
+        yield
+    finally:
+        with _listening:
+            listeners.remove(listener)
+            if not listeners and type(tokenizer) is kind:
+                tokenizer.__class__ = kind.__mro__[1]
+
+
+def _that_tells(kind: Any) -> Any:
+    """A subclass of a tokenizer's class whose calls tell the listeners of what they cut."""
+    listeners: list[tuple[int, Callable[[str, int, str], None]]] = []
 
     def call(self: Any, text: Any = None, *arguments: Any, **options: Any) -> Any:
+        hearing = [hear for thread, hear in tuple(listeners) if thread == get_ident()]
         limit = options.get("max_length") or self.model_max_length
-        if options.get("truncation") in (True, "longest_first", "only_first"):
+        if hearing and options.get("truncation") in (True, "longest_first", "only_first"):
             special = options.get("add_special_tokens", True)
             for prompt in [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else []:
                 lost = _lost(kind, self, prompt, limit, special) if isinstance(prompt, str) else None
                 if lost is not None:
-                    hear(prompt, limit, lost)
+                    for hear in hearing:
+                        hear(prompt, limit, lost)
         return kind.__call__(self, text, *arguments, **options)
 
-    # Python looks special methods up in the class; a subclass passes for its own wherever a pipeline asks.
-    tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
-    try:
-        yield
-    finally:
-        tokenizer.__class__ = kind
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, _LISTENERS: listeners})
 
 
 def _lost(kind: Any, tokenizer: Any, text: str, limit: int, special: bool) -> str | None:
