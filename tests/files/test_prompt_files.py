@@ -1,6 +1,7 @@
 """One reader of prompts for every command, and tables that drop nothing."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -204,3 +205,13 @@ def test_numbers_in_plans_mean_what_they_look_like(text: str) -> None:
     read = parse_yaml(f"a: {text}", "it")["a"]
     assert read == {"1e-4": 1e-4, ".5": 0.5}.get(text, text)
     assert parse_yaml(write({"a": text}), "it") == {"a": text}  # a text that looks like a number stays a text
+
+
+@pytest.mark.parametrize(("letter", "escape"), [("\x85", r"\N"), ("\u2028", r"\L"), ("\u2029", r"\P")])
+def test_what_ends_a_line_for_yaml_alone_cuts_no_prompt(letter: str, escape: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text(f"- a dog\n- a cat{letter}  - a hat\n", encoding="utf-8", newline="")
+    with pytest.raises(ValueError, match=rf"U\+{ord(letter):04X} in line 2.*{re.escape(escape)}"):
+        read_prompts(file)
+    file.write_text(f'- a dog\n- "a cat{escape}- a hat"\n', encoding="utf-8")
+    assert [entry[0] for entry in read_prompts(file)] == ["a dog", f"a cat{letter}- a hat"]

@@ -75,10 +75,20 @@ def parse(kind: Schema[Kind], text: object, where: str, what: str, cure: str) ->
     return fit(kind, content, where, what, cure)
 
 
+YAML_BREAKS = {"\x85": r"\N", "\u2028": r"\L", "\u2029": r"\P"}
+"""What ends a line for YAML 1.1 alone, and how that is written between double quotes: it would cut a prompt in two."""
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The plain data of a YAML text. Raises `ValueError`."""
     if len(text) > LARGEST_YAML:
         raise ValueError(f"{where} has {len(text):,} characters, more than the {LARGEST_YAML:,} that are read of YAML")
+    for number, line in enumerate(text.split("\n"), 1):
+        if strange := next((letter for letter in line if letter in YAML_BREAKS), None):
+            raise ValueError(
+                f"{where} has U+{ord(strange):04X} in line {number}, where YAML would end the line and no editor shows "
+                f'it: write a space, or "{YAML_BREAKS[strange]}" between double quotes'
+            )
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
         _require_bounded(content)
