@@ -58,6 +58,7 @@ NESTS: dict[str, Callable[[Any], Any]] = {
     "state_dict": lambda state: {"state_dict": state, "lr_schedulers": []},
     "twice": lambda state: {"model": {"state_dict": state}},
     "ema": lambda state: {"ema": state, "step": 3},
+    "loose scalars": lambda state: {"iteration": torch.tensor(5), "loss": torch.tensor(0.5), "model": state},
     "module": lambda state: {"module": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
 }
 
@@ -96,6 +97,39 @@ def test_what_else_stands_in_a_file_of_a_whole_pipeline(tmp_path):
     lacking = {name: tensor for name, tensor in state.items() if name != first}
     with pytest.raises(IncompatibleAnchor, match=f"missing tensors: {re.escape(first.removeprefix('unet.'))}"):
         load_anchor(written(lacking, tmp_path / "less.safetensors"), pipe)
+
+
+@forms
+@pytest.mark.parametrize("other", ["control_model.a.weight", "model_ema.decay.x", "something.else"])
+def test_what_an_original_checkpoint_holds_beside_the_known_parts_is_named(other, tmp_path):
+    pipe, aligned = made("sd")
+    known = {"first_stage_model.a.weight": torch.ones(2), "alphas_cumprod": torch.ones(2), "v_pred": torch.ones(1)}
+        "first_stage_model.a.weight": torch.ones(2),
+        "alphas_cumprod": torch.ones(2),
+        "v_pred_scale": torch.ones(1),
+    }
+    state = original_layout(aligned) | known
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_anchor(written(state, tmp_path / "whole.safetensors"), pipe)
+    with pytest.warns(UserWarning, match=f"1 tensors called {re.escape(other)} are left out"):
+        anchor = load_anchor(written(state | {other: torch.ones(2)}, tmp_path / "more.safetensors"), pipe)
+    assert torch.equal(predict(pipe, module_of(anchor)), predict(pipe, aligned))
+
+
+@forms
+@pytest.mark.parametrize("wrap", ["module.{}", "module.unet.{}", "unet._orig_mod.{}"])
+def test_loras_behind_what_training_puts_there(wrap, tmp_path):
+    pipe, _ = made("sd")
+    adapted = lora(pipe.unet)
+    names = lora_weights(adapted)
+    plain = load_anchor(written({f"unet.{name}": t for name, t in names.items()}, tmp_path / "a.safetensors"), pipe)
+    wrapped = load_anchor(
+        written({wrap.format(name): t for name, t in names.items()}, tmp_path / "b.safetensors"), pipe
+    )
+    state = pipe.unet.state_dict()
+    pairs = [(name, name.replace(plain.adapter, wrapped.adapter)) for name in state if f".{plain.adapter}." in name]
+    assert pairs and all(torch.equal(state[one], state[other]) for one, other in pairs)
 
 
 @forms

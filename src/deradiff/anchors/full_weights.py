@@ -33,6 +33,8 @@ _ORIGINAL_PREFIX = "model.diffusion_model."
 _WRAPPERS = {"module", "_orig_mod", "model", "diffusion_model", "unet", "transformer", "net"}
 # How the names of a pipeline's other parts begin.
 _OTHER_PARTS = ("text_encoder", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "image_encoder.")
+# What an original checkpoint keeps of its noise schedule; names without a dot are such too.
+_SCHEDULE = ("denoiser.sigmas", "edm_")
 
 
 DIAL = "_deradiff_dial"
@@ -155,7 +157,7 @@ def _from_original_layout(
         raise _unknown_form(tensors, label, reference)
     if "v_pred" in tensors:  # how SDXL checkpoints mark v-prediction
         require_same_prediction("v_prediction", label, pipe)
-    denoiser = _original_names(tensors)
+    denoiser = _original_names(tensors, label)
     first = denoiser.get(f"{_ORIGINAL_PREFIX}input_blocks.0.0.weight")
     if first is not None and first.ndim == 4:
         require_same_config({**reference.config, "in_channels": first.shape[1]}, label, reference)
@@ -180,10 +182,20 @@ def _from_original_layout(
     return _conform(module, reference)
 
 
-def _original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The denoiser's tensors of an original checkpoint, behind the prefix that they have in a whole one."""
+def _original_names(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """The denoiser's tensors of an original checkpoint, behind the prefix that they have in a whole one.
+
+    Warns about what is neither the denoiser's nor of another part that is known, such as a moving average.
+    """
     denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith(_ORIGINAL_PREFIX)}
     if denoiser:
+        known = (_ORIGINAL_PREFIX, *_OTHER_PARTS, *_SCHEDULE)
+        if unknown := [name for name in tensors if "." in name and not name.startswith(known)]:
+            warnings.warn(
+                f"{label} holds more than a denoiser, text encoders and a VAE: {len(unknown)} tensors called "
+                f"{some(unknown)} are left out, and the anchor is without what they do.",
+                stacklevel=5,
+            )
         return denoiser
     names = {name: name for name in tensors}
     while len(heads := {name.partition(".")[0] for name in names.values()}) == 1 and heads <= _WRAPPERS:

@@ -36,6 +36,8 @@ _PEFT_ENDS = (
     re.compile(r"\.lora_(?:A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)$"),
     re.compile(r"\.lokr_(?:w[12](?:_[ab])?|t2)$"),
 )
+# What training with several processes, or compiled, puts into names.
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
 # How trainers begin the names of a denoiser's layers, and of the parts that serve both models.
 _OWN = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|(?:diffusion_model|model|unet|transformer)\.)?")
 _SHARED = re.compile(
@@ -70,6 +72,8 @@ def read_lora(
     Its scales (alpha) are multiplied in: a layer's change is `lora_B @ lora_A`, and `lora_B.bias` of its bias. Parts
     for text encoders are left out with a warning. Raises `AnchorError` naming the tensors without a place.
     """
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
+    tensors = plain if len(plain) == len(tensors) else tensors
     _require_readable(tensors, label, denoiser)
     tensors = {name: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for name, t in tensors.items()}
     shared = {name: match[0] for name in tensors if (match := _SHARED.match(name))}
@@ -253,7 +257,7 @@ def require_places(weights: Mapping[str, Tensor], label: str, component: str, de
     modules = {path.replace(".base_layer", "") for path, _ in denoiser.named_modules()}
     strange = [key for key in weights if MARK.split(key)[0] not in modules]
     if strange or not weights:
-        names = [name for key in strange for name in sorted(_sources(weights[key], key))]
+        names = list(dict.fromkeys(name for key in strange for name in sorted(_sources(weights[key], key))))
         raise _no_place(names, len(strange) == len(weights), label, component, denoiser)
 
 

@@ -120,6 +120,8 @@ def _state_of(value: Any, path: Path) -> dict[str, Tensor]:
         raise CorruptAnchor(f"{path} holds a {type(value).__name__}, expected tensors by name.")
     tensors = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
     inside = {str(name): state for name, state in value.items() if isinstance(state, dict) and name in _NESTS}
+    if inside:  # a step or a loss beside the model is no weight
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
     if tensors or not inside:
         if not tensors:
             raise CorruptAnchor(
