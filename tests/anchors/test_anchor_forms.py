@@ -103,11 +103,7 @@ def test_what_else_stands_in_a_file_of_a_whole_pipeline(tmp_path):
 @pytest.mark.parametrize("other", ["control_model.a.weight", "model_ema.decay.x", "something.else"])
 def test_what_an_original_checkpoint_holds_beside_the_known_parts_is_named(other, tmp_path):
     pipe, aligned = made("sd")
-    known = {"first_stage_model.a.weight": torch.ones(2), "alphas_cumprod": torch.ones(2), "v_pred": torch.ones(1)}
-        "first_stage_model.a.weight": torch.ones(2),
-        "alphas_cumprod": torch.ones(2),
-        "v_pred_scale": torch.ones(1),
-    }
+    known = {"first_stage_model.a.weight": torch.ones(2), "alphas_cumprod": torch.ones(2), "ztsnr": torch.ones(1)}
     state = original_layout(aligned) | known
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -123,6 +124,31 @@ def test_what_may_not_be_written_is_refused_as_that(command: tuple[str, ...], sh
         status, said = run("experiment", *words)
     assert status == 2 and "denied" in said and str(shelf / "experiment") in said, said
     assert "damaged" not in said and "Traceback" not in said
+
+
+@read_only
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (("study", "export", "{shelf}/study"), "{shelf}/study may not be written to by you.*--out"),
+        (("experiment", "report", "{shelf}/experiment"), "{shelf}/experiment may not be written to by you.*--out"),
+        (("cost", "--json", "{shelf}/cost.json"), "--json {shelf}/cost.json cannot be written: {shelf} may not be"),
+    ],
+)
+def test_where_to_write_instead_is_said_before_the_work(command: tuple[str, ...], shown: str, shelf: Path) -> None:
+    with nobody(shelf):
+        status, said = run(*(word.format(shelf=shelf) for word in command))
+    assert status == 2 and re.search(shown.format(shelf=re.escape(str(shelf))), said), said
+    assert "Teraflops" not in said and ".partial" not in said and ".deradiff-" not in said
+
+
+@read_only
+def test_what_may_not_be_entered_is_said_in_words(shared: Path) -> None:
+    (shared / "prompts.txt").write_text("a red seven")
+    shared.chmod(0o700)
+    with nobody(shared):
+        status, said = run("generate", "digits", "-a", "digits:100", "--prompts", shared / "prompts.txt")
+    assert status == 2 and "may not be read or written by you" in said and "Errno" not in said, said
 
 
 @read_only

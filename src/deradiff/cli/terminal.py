@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from deradiff.files.disks import in_words, may_write
+
 PACKAGE = Path(__file__).parents[1]
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -86,7 +88,8 @@ def _sentence(error: Exception) -> str:
         first = error.errors()[0]
         place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
         return f"{place}: {message}; got {first['input']!r}." if place else message
-    return " ".join(str(error).split()) or type(error).__name__
+    words = in_words(error) if isinstance(error, OSError) else None
+    return " ".join((words or str(error)).split()) or type(error).__name__
 
 
 @contextmanager
@@ -171,9 +174,15 @@ def listed(kind: str, lines: Sequence[str]) -> None:
 
 
 def require_writable(option: str, path: Path | None) -> None:
-    """Raise `FileNotFoundError` if the file that an option names cannot be written: before hours of work, not after."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    """Raise `OSError` if the file that an option names cannot be written: before hours of work, not after."""
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path} cannot be written: name a file in a folder that exists.")
+    if not may_write(path.parent):
+        raise PermissionError(
+            f"{option} {path} cannot be written: {path.parent} may not be written to by you (permission denied)."
+        )
 
 
 def require_folder(option: str, path: Path) -> None:

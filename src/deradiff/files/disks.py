@@ -54,13 +54,18 @@ def explained(folder: Path, kind: type[Exception] = OSError, needed: int = 0) ->
     except DiskFull as error:
         raise kind(full(folder, needed) if needed else str(error)) from error
     except OSError as error:
-        path = Path(os.fsdecode(error.filename2 or error.filename or folder))
-        if (message := _message(path, folder, error.errno, needed)) is None:
+        if (message := in_words(error, folder, needed)) is None:
             raise
         raise kind(message) from error
 
 
-def _message(path: Path, folder: Path, number: int | None, needed: int) -> str | None:
+def in_words(error: OSError, folder: Path | None = None, needed: int = 0) -> str | None:
+    """What an error of the operating system, on a path in `folder`, means for who caused it; None for others."""
+    named = error.filename2 or error.filename or folder
+    return None if named is None else _message(Path(os.fsdecode(named)), folder, error.errno, needed)
+
+
+def _message(path: Path, folder: Path | None, number: int | None, needed: int) -> str | None:
     match number:
         case number if number in FULL:
             return full(path, needed)
@@ -68,7 +73,7 @@ def _message(path: Path, folder: Path, number: int | None, needed: int) -> str |
             return f"{path} may not be read or written by you (permission denied): ask its owner, or name another"
         case errno.EROFS:
             return f"{path} is on a read-only disk: name a folder on another one"
-        case errno.ENOENT if not folder.exists():
+        case errno.ENOENT if folder is not None and not folder.exists():
             return gone(folder)
     return None
 
@@ -91,3 +96,8 @@ def _size(count: int) -> str:
         if count >= size:
             return f"{count / size:,.4g} {name}"
     return f"{count} bytes"
+
+
+def may_write(folder: Path) -> bool:
+    """Whether files may be made in a folder that is there."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

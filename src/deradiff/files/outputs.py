@@ -48,6 +48,9 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
     record = folder / f".deradiff-{kind}.json"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not disks.may_write(place):
+        raise PermissionError(f"{place} may not be written to by you (permission denied): name another with --out")
     held = folder / f".deradiff-{kind}"  # not `folder`, which somebody else may hold, as the server of a study does
     try:
         with disks.explained(folder), taken(held, f"the {kind} of {folder}") as private:
