@@ -73,3 +73,18 @@ def test_a_class_name_occurs_once() -> None:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(file.relative_to(ROOT).as_posix())
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_files_and_functions_stay_short() -> None:
+    """400 lines a file, 80 a function; of a command, whose signature is its options, the body counts."""
+    long = []
+    for file in sorted((ROOT / "src" / "deradiff").rglob("*.py")):
+        text, place = file.read_text(), file.relative_to(ROOT).as_posix()
+        if text.count("\n") > 400:
+            long.append(place)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                start = node.body[0].lineno if file.parent.name == "cli" else node.lineno
+                if node.end_lineno is not None and node.end_lineno - start >= 80:
+                    long.append(f"{place}: {node.name}")
+    assert long == []

@@ -16,6 +16,7 @@ from deradiff.experiments.drawings import kind_of
 from deradiff.experiments.plan import Arm, Plan, parse_plan
 from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits, front_exhibits
 from deradiff.experiments.reporting.arm_series import change, distinct, keys, over_prompts, series_of
+from deradiff.experiments.reporting.cost_figures import GainAtCost, by_cost
 from deradiff.experiments.reporting.diversity_exhibits import (
     DISTANCE,
     FID,
@@ -28,7 +29,7 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     Measured,
     diversity,
 )
-from deradiff.experiments.reporting.front_figures import GainAtCost, by_cost, root_ticks
+from deradiff.experiments.reporting.front_figures import root_ticks
 from deradiff.experiments.results import Results
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store

@@ -12,7 +12,7 @@ import scipy.linalg
 from PIL import Image
 
 from deradiff.experiments.plan import Arm, Plan
-from deradiff.experiments.reporting import hacking_exhibits, picture_exhibits
+from deradiff.experiments.reporting import hacking_distances, hacking_exhibits, picture_exhibits
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.picture_sheets import ABSENT, best_set, label, shots, stored_picture
 from deradiff.experiments.results import Results
@@ -350,7 +350,7 @@ def test_errors_are_the_bootstraps_over_prompts_that_all_share(measured: Results
     prompts = np.repeat(np.arange(30), 4)[1:]
     flat = {name: x.astype(np.float32).reshape(-1, 5)[1:] for name, x in sets.items()}
     random, values = np.random.default_rng(0), []
-    for _ in range(hacking_exhibits.RESAMPLES):
+    for _ in range(hacking_distances.RESAMPLES):
         picks = random.choice(np.arange(30), 30)
         images = np.concatenate([np.flatnonzero(prompts == pick) for pick in picks])
         far, near = (naive(flat["high"][images], flat[name][images]) for name in ("low", "low → high"))
@@ -396,9 +396,9 @@ def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, eve
     caption = every["hacking-table-digits"].caption
     assert "Few samples (“few”)" in caption and all(f"“{name}”: " in caption for name in names)
     healthy = arm(results, "high")
-    same = hacking_exhibits.distances(results, hacking_exhibits.Undoing(healthy, healthy, healthy), "main", "digits")
+    same = hacking_distances.distances(results, hacking_distances.Undoing(healthy, healthy, healthy), "main", "digits")
     assert same is not None and same.hacked.value == pytest.approx(0, abs=1e-9)
-    assert math.isnan(hacking_exhibits.percent(0.0, 0.0))
+    assert math.isnan(hacking_distances.percent(0.0, 0.0))
 
 
 def test_one_prompt_has_no_error_and_one_image_no_distance(tmp_path: Path) -> None:

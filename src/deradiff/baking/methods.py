@@ -28,6 +28,7 @@ from deradiff.baking.distillation import (
 from deradiff.baking.drawing import Sampler
 from deradiff.baking.judging import Form
 from deradiff.baking.weights import Blend, Opened, StoredAnchor, content_of, fingerprint, open_anchor, write_blend
+from deradiff.files.reading import sha256_of
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.realignment import Source, realign
 from deradiff.sweep.jobs import Report
@@ -76,7 +77,7 @@ class BakingJob:
 def hashes(anchor: Opened, reference: nn.Module) -> dict[str, str]:
     """SHA-256 of what an anchor is made of: its files, or the tensors of one that was loaded."""
     if isinstance(anchor, StoredAnchor):
-        return {path.name: _of_file(path) for path in sorted(set(anchor.files.values()))}
+        return {path.name: sha256_of(path) for path in sorted(set(anchor.files.values()))}
     if anchor.module is not None:
         return {"tensors": fingerprint(anchor.module)}
     digest = hashlib.sha256()
@@ -85,11 +86,6 @@ def hashes(anchor: Opened, reference: nn.Module) -> dict[str, str]:
             digest.update(name.encode())
             digest.update(content_of(parameter))
     return {"tensors": digest.hexdigest()}
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def interpolated(job: BakingJob, folder: Path) -> Form:

@@ -127,16 +127,20 @@ def run(
         _remember(evaluator, identity, winners)
         results = evaluator.drawn(list(dict.fromkeys([*state.points, *winners])))
         reference = evaluator.reference(results)
-        checks = {
-            point: nothing_to_check()
-            if not any(point) and space.kind in ("lam", "lams")
-            else check(results, reference, space.arm(results.plan, point), evaluator.prompts, goal)
-            for point in winners
-        }
+        checks = {point: _checked(evaluator, space, goal, results, reference, point) for point in winners}
         verdict = _verdict(evaluator, goal, results, winners)
         outcome = SearchOutcome(answer, checks, state.refused, verdict, evaluator.left_out)
         outcome.files.extend(_written(folder, evaluator, goal, state, outcome, results, seed))
     return outcome
+
+
+def _checked(
+    evaluator: PointEvaluator, space: SearchSpace, goal: Goal, results: Results, reference: Arm, point: Point
+) -> Check:
+    """What held-out scores say of a winner; of the reference itself there is nothing to say."""
+    if not any(point) and space.kind in ("lam", "lams"):
+        return nothing_to_check()
+    return check(results, reference, space.arm(results.plan, point), evaluator.prompts, goal)
 
 
 def _verdict(

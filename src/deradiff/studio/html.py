@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from deradiff.files.pages import templates
 from deradiff.studio import scenes
 from deradiff.studio.drawing import DrawnImage
 from deradiff.sweep.settings import Settings
 
 PAGES = Path(__file__).parent / "pages"
 
-_environment = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined)
-_messages: Any = _environment.get_template("messages.html").module
+_messages: Any = templates(PAGES).get_template("messages.html").module
 
 
 def status(message: str, done: int = 0, total: int = 0) -> str:

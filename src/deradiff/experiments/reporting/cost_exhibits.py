@@ -12,8 +12,9 @@ import torch
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import unit
 from deradiff.experiments.reporting.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
+from deradiff.experiments.reporting.cost_figures import GainAtCost, equal_cost
 from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.reporting.front_figures import STYLES, GainAtCost, equal_cost, extrapolates
+from deradiff.experiments.reporting.front_figures import STYLES, extrapolates
 from deradiff.experiments.results import Results, Table
 from deradiff.measures import non_dominated
 from deradiff.sweep import notation

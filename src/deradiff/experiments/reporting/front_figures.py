@@ -89,7 +89,7 @@ def trade_offs(panels: Sequence[Sequence[TradeOffPanel]]) -> Figure:
         for ax in row[len(some) :]:
             ax.set_visible(False)
         row[0].set_ylabel(some[0].upwards)
-    _legend(figure)
+    legend(figure)
     return figure
 
 
@@ -109,7 +109,7 @@ def _trade_off(ax: Axes, panel: TradeOffPanel) -> None:
         for hollow in (False, True):
             some = [point for point in points if extrapolates(point.arm) == hollow]
             _marked(ax, some, style, None, fill="none" if hollow else fill)
-        _named(ax, style, series.label, fill)
+        named(ax, style, series.label, fill)
     _marked(ax, [panel.base], BASE, BASE.label, size=7.5)
     if panel.unregularised is not None:
         _marked(ax, [panel.unregularised], UNREGULARISED, UNREGULARISED.label, size=8.5)
@@ -125,7 +125,7 @@ def _trade_off(ax: Axes, panel: TradeOffPanel) -> None:
             zorder=3.5,
         )
     every = {point.arm: point for point in (panel.base, *(point for _, points in panel.series for point in points))}
-    _ringed(ax, [(point.x, point.y) for arm, point in every.items() if arm in panel.front])
+    ringed(ax, [(point.x, point.y) for arm, point in every.items() if arm in panel.front])
     ax.margins(0.09)
     if panel.squared:
         ax.set_xscale("function", functions=(_signed_root, _signed_square))
@@ -151,22 +151,22 @@ def _marked(
     order = 3 if size < 7 else 4
     if bars.any():
         ax.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=style.colour, elinewidth=0.8, zorder=order)
-    ax.plot(x, y, style.marker, markersize=size, zorder=order, label=label, **_paint(style, fill))
+    ax.plot(x, y, style.marker, markersize=size, zorder=order, label=label, **paint(style, fill))
 
 
-def _named(ax: Axes, style: Style, label: str, fill: Fill) -> None:
+def named(ax: Axes, style: Style, label: str, fill: Fill) -> None:
     """An entry for the legend, which is not hollow though the arms may be."""
-    ax.plot([], [], style.marker, markersize=5.5, linestyle="none", label=label, **_paint(style, fill))
+    ax.plot([], [], style.marker, markersize=5.5, linestyle="none", label=label, **paint(style, fill))
 
 
-def _paint(style: Style, fill: Fill) -> dict[str, Any]:
+def paint(style: Style, fill: Fill) -> dict[str, Any]:
     """How a marker is filled. White, not nothing, is what hollow and half-filled ones hide lines behind them with."""
     if fill == "none":
         return {"color": style.colour, "markerfacecolor": "white"}
     return {"color": style.colour, "fillstyle": fill, "markerfacecoloralt": "white"}
 
 
-def _ringed(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
+def ringed(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
     """Rings around what is non-dominated."""
     ax.plot(
         [x for x, _ in places],
@@ -216,7 +216,7 @@ def _signed_square(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]
     return square
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """One legend above all panels, no wider than they; what has the same label is there once."""
     entries: dict[str, Any] = {}
     for ax in figure.axes:
@@ -242,102 +242,6 @@ def plain(value: float, _: Any = None) -> str:
 def graded(number: int, count: int) -> Any:
     """One of `count` colours in order, but for the palest, which paper swallows."""
     return colormaps[GRADIENT](0.85 * number / max(1, count - 1))
-
-
-# -- equal cost -------------------------------------------------------------------------------------------------------
-
-
-class GainAtCost(NamedTuple):
-    """What an arm gains over the reference, with the ends of its interval, and what it costs relative to it."""
-
-    kind: str
-    label: str
-    look: int
-    hollow: bool
-    gain: float
-    low: float
-    high: float
-    evaluations: float
-    seconds: float
-    front: bool
-
-
-@dressed
-def equal_cost(bought: Sequence[GainAtCost], gain: str) -> Figure:
-    """Gain against cost: by network evaluations, arms of one cost side by side, and by measured seconds."""
-    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
-    axes: Any = figure.subplots(1, 2, sharey=True, width_ratios=(1.8, 1))
-    groups = by_cost(bought)
-    places = _side_by_side(axes[0], groups)
-    for ax, is_left in ((axes[0], True), (axes[1], False)):
-        for arm, place in places:
-            x = place if is_left else arm.seconds
-            style, fill = style_of(arm.kind, arm.look), fill_of(arm.kind, arm.look)
-            if math.isfinite(x):
-                ax.errorbar(
-                    x,
-                    arm.gain,
-                    yerr=[[arm.gain - arm.low], [arm.high - arm.gain]],
-                    fmt=style.marker,
-                    markersize=5.5,
-                    elinewidth=0.9,
-                    **_paint(style, "none" if arm.hollow else fill),
-                )
-                _named(ax, style, arm.label, fill)
-        ax.axhline(0, color=BASE.colour, linewidth=1.2, label=BASE.label)
-    _ringed(axes[0], [(place, arm.gain) for arm, place in places if arm.front])
-    axes[1].plot(1, 0, BASE.marker, color=BASE.colour, markersize=7, zorder=4)
-    axes[1].set_xscale("log", base=2)
-    axes[1].xaxis.set_major_formatter(plain)
-    axes[0].set_xlabel("network evaluations per image, in multiples of the reference's")
-    axes[1].set_xlabel("seconds per image, in multiples of the reference's")
-    axes[0].set_ylabel(gain)
-    _legend(figure)
-    return figure
-
-
-def by_cost(bought: Sequence[GainAtCost]) -> list[tuple[float, list[GainAtCost]]]:
-    """The arms of each cost, the cheapest first; in each, methods together, by gain."""
-    costs = sorted({round(arm.evaluations, 2) for arm in bought})
-    kinds = list(STYLES)
-    return [
-        (
-            cost,
-            sorted(
-                (arm for arm in bought if round(arm.evaluations, 2) == cost),
-                key=lambda arm: (kinds.index(arm.kind), arm.gain),
-            ),
-        )
-        for cost in costs
-    ]
-
-
-def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[GainAtCost]]]) -> list[tuple[GainAtCost, float]]:
-    """A place for every arm, on bands that are labelled with their cost; and the best gain so far as a line."""
-    places, ticks, best, start = [], [], -math.inf, 0.0
-    for number, (_, members) in enumerate(groups):
-        end = start + max(len(members), 2) + 0.6
-        middle = (start + end - len(members) + 1) / 2
-        places += [(arm, middle + row) for row, arm in enumerate(members)]
-        ticks.append((start + end) / 2)
-        best = max([best, *(arm.gain for arm in members)])
-        ax.plot(
-            [start, end],
-            [best, best],
-            color="#444444",
-            linewidth=1,
-            linestyle=(0, (4, 2)),
-            label="best at this cost or less",
-            zorder=1,
-        )
-        if number % 2:
-            ax.axvspan(start, end, color="#F1F1F1", zorder=0)
-        start = end
-    ax.set_xlim(0, start)
-    ax.set_xticks(ticks, [f"{cost:g}×" for cost, _ in groups])
-    ax.tick_params(axis="x", length=0)
-    ax.grid(False, axis="x")
-    return places
 
 
 # -- attributes against λ ---------------------------------------------------------------------------------------------
@@ -397,5 +301,5 @@ def attributes(panels: Mapping[str, Mapping[str, Sequence[Strip]]]) -> Figure:
         row[0].set_ylabel("difference to the reference,\npoints of the score")
     for ax in axes[-1]:
         ax.set_xlabel("λ")
-    _legend(figure)
+    legend(figure)
     return figure
