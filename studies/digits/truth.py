@@ -1,6 +1,6 @@
 """Realignment on the digits against models trained at the very target: what a learned model makes of the theory.
 
-`alignment.digits_truth` trains, for two rewards, an anchor and the models that λ is meant to reach, twice: on reference
+`truth_models` trains, for two rewards, an anchor and the models that λ is meant to reach, twice: on reference
 samples weighted by `exp(r/β)`, and by Diffusion-DPO. Here every way of sampling is drawn for the same prompts, all of
 which leave the ink's colour open, and set beside the retrained model through the same sampler.
 """
@@ -90,7 +90,7 @@ class Case:
 
 
 def folder_of(target: Mapping[str, float]) -> str:
-    """The folder of a target's model, as `alignment.digits_truth` names it."""
+    """The folder of a target's model, as `truth_models` names it."""
     return "+".join(f"{reward}-{lam:g}" for reward, lam in target.items())
 
 
