@@ -190,7 +190,7 @@ def _original_names(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tens
     denoiser = {name: tensor for name, tensor in tensors.items() if name.startswith(_ORIGINAL_PREFIX)}
     if denoiser:
         known = (_ORIGINAL_PREFIX, *_OTHER_PARTS, *_SCHEDULE)
-        others = [name for name, tensor in tensors.items() if tensor.ndim and "." in name]  # no counters
+        others = [name for name, tensor in tensors.items() if tensor.numel() > 1 and "." in name]  # no counters
         if unknown := [name for name in others if not name.startswith(known)]:
             warnings.warn(
                 f"{label} holds more than a denoiser, text encoders and a VAE: {len(unknown)} tensors called "

@@ -145,7 +145,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
 def pass_on_warnings() -> None:
     """Print what deradiff and the libraries below warn of, a line each and each once; their bars stay off.
 
-    What is not passed on stands in `library_messages.MUTED`. Of many prompts that were cut, the first `LISTED` are named.
+    What is not passed on stands in `library_messages.MUTED`. Of many prompts that were cut, `LISTED` are named.
     """
     from deradiff.sweep import library_messages
 
