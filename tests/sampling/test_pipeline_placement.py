@@ -211,7 +211,7 @@ def test_a_second_pipeline_with_a_scheduler_of_its_own_is_noticed_and_can_be_att
     with realign(pipe, anchor, 0.37) as dial:
         other = StableDiffusionPipeline.from_pipe(pipe)
         other.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-        with pytest.raises(RuntimeError, match=r"did not reach.*dial\.attach"):
+        with pytest.raises(RuntimeError, match=r"dial\.attach"):
             sample(other, call | {"prompt": call["prompt"][:1], "negative_prompt": call["negative_prompt"][:1]})
         dial.attach(other)
         for each in own:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 UNBATCHED = ("img_ids", "txt_ids")
 """Position tables of Flux: their first axis is the sequence, not the batch."""
@@ -35,11 +36,6 @@ def without_scale(kwargs: dict[str, Any]) -> tuple[dict[str, Any], float]:
         if "scale" in (extra := kwargs.get(key) or {}):
             return {**kwargs, key: {name: extra[name] for name in extra if name != "scale"}}, extra["scale"]
     return kwargs, 1.0
-
-
-def own_lists(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Pipelines hand over lists that a UNet empties as it reads them (T2I-Adapter's features): one copy per model."""
-    return {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()}
 
 
 def repeated(value: Any, rows: int, copies: int) -> Any:
@@ -86,3 +82,29 @@ def each_batch(value: Any, rows: int, change: Callable[[Tensor], Tensor]) -> Any
     if isinstance(value, dict):
         return {key: each_batch(entry, rows, change) for key, entry in value.items()}
     return value
+
+
+def output_rows(output: Any, rows: int, chosen: slice | Tensor) -> Any:
+    """What a model returned for a batch of `rows`, with only the chosen rows of every tensor in it."""
+
+    def of(tensor: Tensor) -> Tensor:
+        index = chosen.to(tensor.device) if isinstance(chosen, Tensor) else chosen
+        return tensor[index].contiguous() if tensor.ndim and len(tensor) == rows else tensor
+
+    return pytree.tree_map_only(Tensor, of, output)
+
+
+def joined_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What a model returned for parts of a batch of these sizes, as it would have for the whole."""
+
+    def joined(*parts: Any) -> Any:
+        if isinstance(parts[0], Tensor) and all(len(part) == size for part, size in zip(parts, sizes, strict=True)):
+            return torch.cat(parts)
+        return parts[0]
+
+    return pytree.tree_map(joined, *outputs)
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors in what a model returned."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,9 +1,4 @@
-"""The reference and its anchors, evaluated at one input.
-
-Every evaluation returns what the reference alone would return, with the predictions of M models *interleaved* along the
-batch: row r of the input becomes rows rM .. rM+M-1, one per model. A pipeline's own arithmetic (splitting the batch for
-classifier-free guidance, rescaling per sample, dropping learned variances) then acts on each model's rows separately.
-"""
+"""The reference and its anchors, evaluated at one input: what each returns, as its own pipeline would get it."""
 
 from __future__ import annotations
 
@@ -14,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from accelerate.utils.operations import send_to_device
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams
@@ -22,13 +16,17 @@ from deradiff.anchors import Anchor
 from deradiff.sampling.call_arguments import (
     UNBATCHED,
     distinct_images,
-    own_lists,
+    joined_outputs,
+    output_rows,
     repeated,
     rows_of,
+    tensors_of,
     timestep_argument,
 )
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
+from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
+from deradiff.sampling.per_model import of_model
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror, UnmirroredState
 
@@ -88,10 +86,10 @@ class Denoisers:
         blend: Mapping[int, Any] | None = None,
         *,
         share: int | None = None,
-    ) -> Any:
-        """Evaluate `models` (0 is the reference, k the k-th anchor) and interleave their predictions.
+    ) -> dict[int, Any]:
+        """What each of `models` (0 is the reference, k the k-th anchor) returns for one call, by its number.
 
-        `blend` adds one more as the last, or alone where there are no `models`: the weight-interpolated model,
+        `blend` adds one more as the last, `BLEND`, or alone where there are no `models`: the weight-interpolated model,
         `Σ blend[k] θ_k`, a LoRA at scale `blend[k]`; a number each, or of LoRAs one per row. It is the first-order
         approximation of mixing predictions (LoRA scaling in annealed importance guidance, §3.2.2).
 
@@ -107,9 +105,8 @@ class Denoisers:
         if share and rows % share == 0 and blend is None:
             chosen, back = distinct_images((args, batched), rows, share)
             if len(chosen) < rows:
-                output = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
-                predictions = _tensor(output).unflatten(0, (-1, len(models)))
-                return _replaced(output, predictions[back.to(predictions.device)].flatten(0, 1))
+                outputs = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
+                return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
@@ -122,7 +119,7 @@ class Denoisers:
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
-    ) -> Any:
+    ) -> dict[int, Any]:
         if self.micro_batch is None or rows <= self.micro_batch:
             return self._predict(models, args, kwargs, blend)
         if splits_batches(self.reference):
@@ -130,26 +127,21 @@ class Denoisers:
                 "perturbed-attention guidance takes the batch apart itself, which cannot be divided: set "
                 "dial.micro_batch = None and draw fewer images at a time"
             )
-        parts = []
+        parts, sizes = [], []
         for start in range(0, rows, self.micro_batch):
             chosen = slice(start, start + self.micro_batch)
             some = {key: value if key in UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
             parts.append(self._predict(models, rows_of(args, rows, chosen), some, rows_of(blend, rows, chosen)))
-        return _replaced(parts[0], torch.cat([_tensor(part) for part in parts]))
+            sizes.append(min(self.micro_batch, rows - start))
+        return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
 
     def _predict(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
-    ) -> Any:
-        if blend is None:
-            return self._predict_models(models, args, kwargs)
-        between = self._predict_blend(blend, args, kwargs)
-        if not models:
-            return between
-        output = self._predict_models(models, args, kwargs)
-        predictions = _tensor(output).unflatten(0, (-1, len(models)))
-        return _replaced(output, torch.cat([predictions, _tensor(between)[:, None]], 1).flatten(0, 1))
+    ) -> dict[int, Any]:
+        outputs = self._predict_models(models, args, kwargs) if models else {}
+        return outputs if blend is None else outputs | {BLEND: self._predict_blend(blend, args, kwargs)}
 
-    def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs):
             try:
@@ -161,18 +153,16 @@ class Denoisers:
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
         predicted = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
-        home = self.argument("input", args, kwargs).device
-        outputs = [predicted[model] for model in models]
-        if any(_tensor(output).device != home for output in outputs):
-            outputs = [_replaced(output, _tensor(output).to(home)) for output in outputs]
-        for model, output in zip(models, outputs, strict=True):
-            _require_finite(_tensor(output), self.names[model])
-        if len(models) == 1:
-            return outputs[0]
-        return _replaced(outputs[0], torch.stack([_tensor(output) for output in outputs], dim=1).flatten(0, 1))
+        home = self.argument("input", args, kwargs)[0].device
+        outputs = {}
+        for model in models:
+            elsewhere = model and self.anchors[model - 1].device is not None
+            outputs[model] = send_to_device(predicted[model], home) if elsewhere else predicted[model]
+            _require_finite(outputs[model], self.names[model])
+        return outputs
 
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        kwargs = own_lists(kwargs)
+        args, kwargs = of_model(args, BLEND), of_model(kwargs, BLEND)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
@@ -180,7 +170,7 @@ class Denoisers:
                 output = torch.func.functional_call(carrier, theta, args, kwargs)
             else:
                 output = self._reference_call(*args, **kwargs)
-        _require_finite(_tensor(output), "weight-interpolated model")
+        _require_finite(output, "weight-interpolated model")
         return output
 
     @property
@@ -233,7 +223,7 @@ class Denoisers:
         return modules[0][0], self._blended[1]
 
     def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        kwargs = own_lists(kwargs)
+        args, kwargs = of_model(args, model), of_model(kwargs, model)
         if model == 0:
             return self._reference_call(*args, **kwargs)
         anchor = self.anchors[model - 1]
@@ -255,18 +245,17 @@ class Denoisers:
         loras = all(not k or self.anchors[k - 1].adapter for k in models)
         return self.batched and loras and self._loras.can_batch(kwargs)
 
-    def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         rows, copies = len(self.argument("input", args, kwargs)), len(models)
         args = repeated(args, rows, copies)
         kwargs = {key: value if key in UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
         adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
         with self._loras.by_row(adapters, kwargs) as kwargs:
             output = self._reference_call(*args, **kwargs)
-        predictions = _tensor(output)
-        if not torch.isfinite(predictions).all():
-            for k, model in enumerate(models):
-                _require_finite(predictions[k::copies], self.names[model])
-        return output
+        outputs = {model: output_rows(output, rows * copies, slice(k, None, copies)) for k, model in enumerate(models)}
+        for model in models:
+            _require_finite(outputs[model], self.names[model])
+        return outputs
 
 
 class NonFinitePrediction(FloatingPointError):
@@ -278,14 +267,7 @@ class NonFinitePrediction(FloatingPointError):
 
 
 @torch.compiler.disable
-def _require_finite(prediction: Float[Tensor, "batch *latent"], model: str) -> None:
-    if not torch.isfinite(prediction).all():
-        raise NonFinitePrediction(model)
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0]  # a tuple, or a diffusers ModelOutput whose first field is the sample
-
-
-def _replaced(output: Any, prediction: Tensor) -> Any:
-    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+def _require_finite(output: Any, model: str) -> None:
+    for tensor in tensors_of(output):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFinitePrediction(model)

@@ -4,9 +4,8 @@ Where calls are intercepted, and why there:
 
 - The denoiser at `Module.__call__` (its instance's `_call_impl`), outside every forward hook and wrapper: offloading,
   `torch.compile` and group offload keep working in any order, and the module keeps its class, which `from_pipe` asks.
-- The scheduler by a subclass of its own class, given to that one instance (`scheduler_hook`); a scheduler that the
-  pipeline gets later is hooked at its first use. The pipeline likewise, for nothing but to know when a call begins and
-  ends.
+- The scheduler by attributes of its instance (`scheduler_hook`); a scheduler that the pipeline gets later is hooked at
+  its first use. The pipeline by a subclass, for nothing but to know when a call begins and ends.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoiser_hook import hook_denoiser
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.per_model import PerModel, is_divided, merged
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
 from deradiff.sampling.runs import Runs
-from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, unhook
+from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
 
@@ -76,7 +76,7 @@ class Dial:
         self._runs = Runs()
         self._own = threading.local()
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
-        self._schedulers: list[SchedulerMixin] = []
+        self._undo: list[Callable[[], None]] = []
         self._removed = False
         denoisers.require_blendable(lams, method, reuse)
         self._reuse = reuse
@@ -211,7 +211,7 @@ class Dial:
         self._require_reference(pipe)
         self._hook(pipe.scheduler, own=False)
         if owner_of(pipe) is None:
-            hook_pipeline(pipe, self)
+            self._undo.append(hook_pipeline(pipe, self))
             self._pipes.append(weakref.ref(pipe))
 
     def remove(self) -> None:
@@ -225,8 +225,8 @@ class Dial:
             self._runs.require_quiet()
             self._removed = True
             self._unhook()
-            for hooked in (*self._schedulers, *self._living_pipes()):
-                unhook(hooked)
+            while self._undo:
+                self._undo.pop()()
             self._denoisers.undo()
             self._runs.detach()
 
@@ -264,6 +264,12 @@ class Dial:
         timestep = self._denoisers.argument("timestep", args, kwargs)
         distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
         rows = len(self._denoisers.argument("input", args, kwargs))
+        if is_divided(self._denoisers.argument("input", args, kwargs)):
+            raise DialError(
+                "the models' predictions came back to the denoiser without having passed a scheduler's step that the "
+                "dial takes: a second pipeline uses this denoiser with a scheduler of its own (call "
+                "dial.attach(that_pipeline)), or this one takes steps by itself, which cannot be realigned"
+            )
         with self._runs.lock:
             self._hook_new()
             run = self._runs.present()
@@ -274,7 +280,8 @@ class Dial:
                 run.pending = evaluation
             share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
             try:
-                return self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+                outputs = self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+                return merged(outputs, evaluation) if len(outputs) > 1 else next(iter(outputs.values()))
             except NonFinitePrediction as error:
                 run.pending, problem = None, str(error)
         raise FloatingPointError(
@@ -315,9 +322,17 @@ class Dial:
     @contextmanager
     def _calling(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """A call of `pipe`, however it ends."""
+        copies = self._own.__dict__.setdefault("copies", [])
+        before = len(copies)
         with self._runs.call(pipe):
             self._hook(pipe.scheduler)
-            yield
+            try:
+                yield
+            finally:
+                while len(copies) > before:
+                    scheduler, undo = copies.pop()
+                    undo()
+                    self._runs.forget(scheduler)
 
     def _hook(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
         with self._runs.lock:
@@ -325,8 +340,7 @@ class Dial:
                 if owner is not self:
                     raise DialError("this scheduler belongs to another realigned pipeline: give each pipeline its own")
                 return
-            self._schedulers.append(scheduler)
-            hook_scheduler(scheduler, self)
+            self._undo.append(hook_scheduler(scheduler, self))
             self._start(scheduler, own=own)  # its first run has set its timesteps already
 
     @contextmanager
@@ -344,6 +358,13 @@ class Dial:
         self._runs.begin(scheduler, self._reuse, own=own)
         self._denoisers.begin()
 
+    def _copied(self, scheduler: SchedulerMixin) -> None:
+        """A pipeline copies its scheduler in the middle of a call: the copy's steps are the mixture's too."""
+        if self._runs.is_called():
+            with self._runs.lock:
+                self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
+                self._start(scheduler, own=False)
+
     def _require_present(self, scheduler: SchedulerMixin) -> None:
         self._runs.require_present(scheduler)
 
@@ -352,9 +373,14 @@ class Dial:
         with self._runs.lock:
             run = self._runs.of(scheduler)
             evaluation, run.pending, run.fresh = run.pending, None, False
-            if evaluation is None:  # another model's step through this scheduler, or interpolated weights
+            prediction = arguments["model_output"]
+            if isinstance(prediction, PerModel):
+                evaluation, prediction = prediction.origin, prediction.stacked()
+            elif evaluation is None:  # another model's step through this scheduler, or interpolated weights
                 return own_step(**arguments)
-            output = self._steps.take(run, evaluation, own_step, arguments)
+            else:
+                prediction = prediction[None]
+            output = self._steps.take(run, evaluation, prediction, own_step, arguments)
         run.path_weights.after_step(output[0])
         if self.population is not None:
             chosen = self.population(run.path_weights, scheduler, output[0])

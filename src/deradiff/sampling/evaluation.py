@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
 from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
+
+_SERIAL = itertools.count()
+
+BLEND = -1
+"""The number of the weight-interpolated model among those that are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class StepEvaluation:
     instead: bool = False
     estimator: PredictionEstimator | None = None
     """What estimates the predictions of models that are not evaluated."""
+    run: Any = None
+    """The run that the denoiser was called in."""
+    serial: int = field(default_factory=_SERIAL.__next__, compare=False)
+    """Later evaluations have higher numbers."""
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -44,11 +54,6 @@ class StepEvaluation:
         if self.instead:
             return ()
         return self.models if self.carrier is None else (self.carrier,)
-
-    @property
-    def copies(self) -> int:
-        """How many predictions of each row the denoiser returns."""
-        return len(self.evaluated) + (self.blend is not None)
 
     def blended(self) -> StepEvaluation:
         """The weight-interpolated model instead of the mixture."""
@@ -58,7 +63,7 @@ class StepEvaluation:
         """A further call of the denoiser within the step, as for Flux's negative prompt, of so many rows."""
         further = replace(self, rows=rows)
         blend = None if self.blend is None else further._by_row()
-        return replace(self, rows=self.rows + rows, blend=blend)
+        return replace(self, rows=self.rows + rows, blend=blend, serial=next(_SERIAL))
 
     def with_reuse(self, estimator: PredictionEstimator) -> StepEvaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""

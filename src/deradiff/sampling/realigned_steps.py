@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.noise_levels import impacts, index_of, log_snr_at, progress_at, strengths
@@ -34,14 +36,8 @@ class RealignedSteps:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
         at = index_of(run.scheduler, timestep)
         progress = progress_at(run.scheduler, at)
-        if (pending := run.pending) is not None:
-            if pending.progress == progress:  # a further call within the step, as for Flux's negative prompt
-                return pending.again(rows)
-            if len(pending.models) > 1:
-                raise DialError(
-                    "the predictions of the previous step did not reach a realigned scheduler: a second pipeline uses "
-                    "this denoiser with a scheduler of its own. Call dial.attach(that_pipeline)"
-                )
+        if run.pending is not None and run.pending.progress == progress:
+            return run.pending.again(rows)  # a further call within the step, as for Flux's negative prompt
         if run.lams is not lams:
             run.lams, run.mixture_weights = lams, None
             if run.estimator is not None:
@@ -51,7 +47,8 @@ class RealignedSteps:
             run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
         weights = run.mixture_weights
         models = tuple(k for k in range(len(weights)) if watching or weights[k].any())
-        step = StepEvaluation(at, progress, models, weights[list(models)], weights[1:], lams.images, rows, distilled)
+        mixture_weights = weights[list(models)]
+        step = StepEvaluation(at, progress, models, mixture_weights, weights[1:], lams.images, rows, distilled, run=run)
         if len(models) == 1:
             return step
         if self._method == "interpolate":
@@ -72,14 +69,18 @@ class RealignedSteps:
         return run.estimator
 
     def take(
-        self, run: Run, evaluation: StepEvaluation, own_step: Callable[..., Any], arguments: dict[str, Any]
+        self,
+        run: Run,
+        evaluation: StepEvaluation,
+        predictions: Float[Tensor, "evaluated batch predicted *latent"],
+        own_step: Callable[..., Any],
+        arguments: dict[str, Any],
     ) -> Any:
-        """Algorithm 1, lines 9 to 14, from what the denoiser returned for `evaluation`.
+        """Algorithm 1, lines 9 to 14, from the guided `predictions` of the models that were evaluated.
 
         `arguments` are the scheduler's. Raises `DialError` and `ValueError` for a batch that does not fit.
         """
-        output, sample, timestep = (arguments[key] for key in ("model_output", "sample", "timestep"))
-        predictions = output.unflatten(0, (-1, evaluation.copies)).movedim(1, 0)
+        sample, timestep = arguments["sample"], arguments["timestep"]
         if predictions.shape[1] != len(sample):
             raise DialError(
                 f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
@@ -87,6 +88,7 @@ class RealignedSteps:
             )
         if evaluation.images not in (None, len(sample)):
             raise wrong_count(evaluation.images, len(sample))
+        at = evaluation.at if run is evaluation.run else index_of(run.scheduler, timestep)
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.estimator is not None:
             predictions = evaluation.estimator.complete(
@@ -98,8 +100,8 @@ class RealignedSteps:
             mixture_weights=evaluation.mixture_weights,
             sample=sample,
             timestep=timestep,
-            at=evaluation.at,
-            log_snr=log_snr_at(run.scheduler, evaluation.at, timestep),
+            at=at,
+            log_snr=log_snr_at(run.scheduler, at, timestep),
             progress=evaluation.progress,
             settings={key: arguments[key] for key in ("eta", "use_clipped_model_output") if key in arguments},
         )

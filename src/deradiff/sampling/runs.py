@@ -104,6 +104,10 @@ class Runs:
         self._require_free(run)
         return run
 
+    def forget(self, scheduler: SchedulerMixin) -> None:
+        """Let go of the runs of `scheduler`, which is used no more."""
+        self._by_scheduler.pop(id(scheduler), None)
+
     def require_present(self, scheduler: SchedulerMixin) -> None:
         """Raise `DialError` where another thread has begun a run with `scheduler` since this one did."""
         run: Run | None = getattr(self._own, "run", None)

@@ -1,13 +1,20 @@
-"""Schedulers and pipelines that ask a dial: a subclass of an object's own class, given to that one instance.
+"""Schedulers and pipelines that ask a dial.
 
-It bears the name of the own class, which is saved in configurations, and makes no instances of itself: constructing,
-`from_config`, copies and pickles give objects of the own class, which know of no dial.
+A scheduler by attributes of its instance in front of its class's own methods, so that it keeps its class, which some
+pipelines ask. Copies and pickles are made without them: a scheduler of the own class that knows of no dial, unless the
+copy is made by a realigned pipeline in the middle of a call, for a second modality or for every frame.
+
+A pipeline by a subclass of its own class, for Python looks for `__call__` there. It bears the name of the own class,
+which is saved in configurations, and makes no instances of itself.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -17,41 +24,59 @@ from deradiff.anchors.full_weights import DIAL
 
 def owner_of(hooked: SchedulerMixin | DiffusionPipeline) -> Any:
     """The dial that a scheduler or a pipeline asks, None for one that nobody realigned."""
-    return getattr(type(hooked), DIAL, None)
+    return vars(hooked).get(DIAL) or getattr(type(hooked), DIAL, None)
 
 
-def hook_scheduler(scheduler: SchedulerMixin, dial: Any) -> None:
-    """From now on `scheduler` tells `dial` when a run begins, and has it take every step."""
-    own_class: Any = type(scheduler)
-    signature = inspect.signature(own_class.step)
+def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
+    """From now on `scheduler` tells `dial` when a run begins, and has it take every step; returns what undoes this."""
+    own_step, own_set_timesteps = scheduler.step, scheduler.set_timesteps
+    signature = inspect.signature(own_step)
 
-    @functools.wraps(own_class.step)
-    def step(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        arguments.pop("self")
+    @functools.wraps(own_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
         extra = arguments.pop("kwargs", {})  # of schedulers that take **kwargs
-        return dial._step(self, functools.partial(own_class.step, self, **extra), dict(arguments))
+        return dial._step(scheduler, functools.partial(own_step, **extra), dict(arguments))
 
-    @functools.wraps(own_class.set_timesteps)
-    def set_timesteps(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-        with dial._begin(self):
-            return own_class.set_timesteps(self, *args, **kwargs)
+    @functools.wraps(own_set_timesteps)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        with dial._begin(scheduler):
+            return own_set_timesteps(*args, **kwargs)
 
-    def guarded(name: str) -> Any:
-        @functools.wraps(getattr(own_class, name))
-        def method(self: SchedulerMixin, *args: Any, **kwargs: Any) -> Any:
-            dial._require_present(self)
-            return getattr(own_class, name)(self, *args, **kwargs)
+    def guarded(own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            dial._require_present(scheduler)
+            return own(*args, **kwargs)
 
         return method
 
+    def getstate() -> dict[str, Any]:
+        """What copies and pickles are made of: the scheduler without its hooks."""
+        return {name: value for name, value in vars(scheduler).items() if name not in hooks} | hidden
+
+    def deepcopy(memo: dict[int, Any]) -> Any:
+        twin = memo[id(scheduler)] = object.__new__(type(scheduler))
+        vars(twin).update(copy.deepcopy(getstate(), memo))
+        dial._copied(twin)
+        return twin
+
+    def unhook() -> None:
+        state = getstate()
+        vars(scheduler).clear()
+        vars(scheduler).update(state)
+
     # What else moves a scheduler's place in its timesteps.
-    others = {name: guarded(name) for name in ("scale_model_input", "set_begin_index") if hasattr(own_class, name)}
-    scheduler.__class__ = _subclass(own_class, dial, {"step": step, "set_timesteps": set_timesteps, **others})
+    moving = [name for name in ("scale_model_input", "set_begin_index") if hasattr(scheduler, name)]
+    hooks = {"step": step, "set_timesteps": set_timesteps, "__getstate__": getstate, "__deepcopy__": deepcopy}
+    hooks |= {DIAL: dial} | {name: guarded(getattr(scheduler, name)) for name in moving}
+    hidden = {name: value for name, value in vars(scheduler).items() if name in hooks}
+    vars(scheduler).update(hooks)
+    return unhook
 
 
-def hook_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
-    """From now on `pipe` tells `dial` when a call of it begins and ends."""
+def hook_pipeline(pipe: DiffusionPipeline, dial: Any) -> Callable[[], None]:
+    """From now on `pipe` tells `dial` when a call of it begins and ends; returns what undoes this."""
     own_class: Any = type(pipe)
 
     @functools.wraps(own_class.__call__)
@@ -59,20 +84,19 @@ def hook_pipeline(pipe: DiffusionPipeline, dial: Any) -> None:
         with dial._calling(self):
             return own_class.__call__(self, *args, **kwargs)
 
-    pipe.__class__ = _subclass(own_class, dial, {"__call__": call})
-
-
-def unhook(hooked: SchedulerMixin | DiffusionPipeline) -> None:
-    """Undo `hook_scheduler` or `hook_pipeline`."""
-    hooked.__class__ = type(hooked).__mro__[1]
-
-
-def _subclass(own_class: Any, dial: Any, members: dict[str, Any]) -> Any:
     def new(_: type, *args: Any, **kwargs: Any) -> Any:
         return own_class(*args, **kwargs)
 
     def reduce(self: Any, _: object) -> tuple[Any, ...]:
         return object.__new__, (own_class,), self.__dict__
 
-    members |= {"__new__": new, "__reduce_ex__": reduce, "__module__": own_class.__module__, DIAL: dial}
-    return type(own_class.__name__, (own_class,), members)
+    members = {"__call__": call, "__new__": new, "__reduce_ex__": reduce, "__module__": own_class.__module__}
+    pipe.__class__ = type(own_class.__name__, (own_class,), {**members, DIAL: dial})
+
+    hooked = weakref.ref(pipe)
+
+    def unhook() -> None:
+        if (pipe := hooked()) is not None:
+            pipe.__class__ = own_class
+
+    return unhook
