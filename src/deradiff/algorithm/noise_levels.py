@@ -20,6 +20,9 @@ from deradiff.algorithm.schedules import Progress
 
 Timestep = float | int | Tensor
 
+ROUNDING = 2**-8
+"""By how much of the longest time half precision may round a timestep."""
+
 
 class _Clock(NamedTuple):
     timesteps: tuple[float, ...]
@@ -76,6 +79,9 @@ def next_log_snr(scheduler: SchedulerMixin, i: int) -> float | None:
 
 def log_snr_at(scheduler: SchedulerMixin, i: int, timestep: Timestep) -> float:
     """`log_snr` at the i-th of the scheduler's timesteps, which is `timestep`."""
+    if _is_trigonometric(scheduler):
+        angle = float(scheduler.timesteps[i])
+        return 2 * (_log(math.cos(angle)) - _log(math.sin(angle)))
     if not hasattr(scheduler, "sigmas"):
         if not hasattr(scheduler, "alphas_cumprod"):
             return math.nan
@@ -104,6 +110,8 @@ def weight_clock(scheduler: SchedulerMixin, log_snr: float | int) -> float:
     name, prediction = type(scheduler).__name__, scheduler.config.get("prediction_type")
     if name.startswith("FlowMatch") or prediction == "flow_prediction":
         return _softplus(log_snr / 2) - _sigmoid(log_snr / 2)
+    if _is_trigonometric(scheduler):
+        return math.nan
     if "sigma_data" in scheduler.config:
         return _softplus(log_snr + 2 * math.log(scheduler.config.sigma_data)) / 2
     match prediction:
@@ -158,12 +166,25 @@ def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
-    """The position in `scheduler.timesteps`: the scheduler's own index, or the entry nearest to `timestep`."""
+def index_of(scheduler: SchedulerMixin, timestep: Timestep | None) -> int:
+    """The position in `scheduler.timesteps`: the scheduler's own index, or the entry that is `timestep`.
+
+    A scheduler that counts its steps knows its index from the second on; at the first, a timestep that is no entry of
+    the list means its beginning, for some denoisers are told a time that runs the other way (Lumina, Z-Image), or none.
+    Raises `ValueError` where neither knows.
+    """
     timesteps, _, places = _clock(_timesteps(scheduler))
     for known in (getattr(scheduler, "step_index", None), getattr(scheduler, "begin_index", None)):
         if known is not None:
             return min(int(known), len(timesteps) - 1)
+    counts = hasattr(scheduler, "step_index")
+    if timestep is None:
+        if not counts:
+            raise ValueError(
+                f"{type(scheduler).__name__} does not count its steps and the denoiser is not told the timestep: "
+                "nobody knows where in the run a step is. Use another scheduler"
+            )
+        return 0
     t = first(timestep)
     if (place := places.get(t)) is not None:
         return place
@@ -172,6 +193,8 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep) -> int:
         scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
         distances = min(distances, scaled, key=min)
     least = min(distances)
+    if counts and least > ROUNDING * max(timesteps):
+        return 0
     return places[timesteps[distances.index(least)]]
 
 
@@ -197,7 +220,9 @@ def _clock(timesteps: Tensor) -> _Clock:
 def _time(scheduler: SchedulerMixin, i: int, timestep: float) -> float:
     config = scheduler.config
     continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
-    if "sigma_data" in config or continuous:
+    if _is_trigonometric(scheduler):
+        time = 1 - timestep / (math.pi / 2)
+    elif "sigma_data" in config or continuous:
         least = config.get("sigma_min") or float(scheduler.sigmas[-2])
         most = config.get("sigma_max") or float(scheduler.sigmas[0])
         exponential = config.get("sigma_schedule") == "exponential" or config.get("use_exponential_sigmas")
@@ -213,6 +238,11 @@ def _time(scheduler: SchedulerMixin, i: int, timestep: float) -> float:
 def _duration(scheduler: SchedulerMixin) -> float:
     """T, the timestep of pure noise; schedulers that count no training steps (Würstchen's) let t run from 1 to 0."""
     return float(scheduler.config.get("num_train_timesteps", 1))
+
+
+def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
+    """Whether timesteps are angles, as in TrigFlow: `x_t = cos(t) x_0 + sin(t) z` (Lu and Song 2024, of SCM)."""
+    return not hasattr(scheduler, "sigmas") and "sigma_data" in scheduler.config
 
 
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:

@@ -13,16 +13,8 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
-from deradiff.sampling.call_arguments import (
-    UNBATCHED,
-    distinct_images,
-    joined_outputs,
-    output_rows,
-    repeated,
-    rows_of,
-    tensors_of,
-    timestep_argument,
-)
+from deradiff.sampling.batch_axes import Batch, UnknownBatch
+from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
@@ -38,8 +30,6 @@ class Denoisers:
     reference go through one forward pass of a repeated batch, each row with its own adapter (PEFT's mixed batches), or
     through one pass per model where `batched` is false or PEFT cannot (DoRA, LoKr, LoHa; a style LoRA active beside; a
     model that changes the batch inside, as AnimateDiff's does).
-
-    Raises `ValueError` for a reference that is not told the timestep by one of its usual names.
     """
 
     def __init__(self, reference: Any, anchors: Sequence[Anchor], batched: bool = True):
@@ -48,7 +38,7 @@ class Denoisers:
         # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
         self._reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
-        self._timestep = timestep_argument(type(reference), self._parameters)
+        self._timestep = timestep_argument(self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
         self._loras = LoraAnchors(reference, anchors)
@@ -74,9 +64,15 @@ class Denoisers:
         self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The argument of a call to the denoiser: "input", its first one, the noisy latents, or "timestep"."""
-        position = 0 if name == "input" else self._parameters.index(self._timestep)
-        return args[position] if position < len(args) else kwargs[self._parameters[position]]
+        """The argument of a call to the denoiser: "input", its first one, the noisy latents, or "timestep".
+
+        None where the call has no timestep.
+        """
+        parameter = self._parameters[0] if name == "input" else self._timestep
+        if parameter is None:
+            return None
+        position = self._parameters.index(parameter)
+        return args[position] if position < len(args) else kwargs.get(parameter)
 
     def predict(
         self,
@@ -101,38 +97,47 @@ class Denoisers:
         """
         self._make_ready()
         rows = len(self.argument("input", args, kwargs))
-        batched = {key: value for key, value in kwargs.items() if key not in UNBATCHED}
-        if share and rows % share == 0 and blend is None:
-            chosen, back = distinct_images((args, batched), rows, share)
+        if share and share > 1 and rows % share == 0 and blend is None and (batch := self._batch(args, kwargs)):
+            chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
-                outputs = self.predict(models, rows_of(args, rows, chosen), kwargs | rows_of(batched, rows, chosen))
+                outputs = self.predict(models, (), batch.chosen(chosen))
                 return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
             except RuntimeError as error:
                 part = min(rows, self.micro_batch or rows)
-                if part == 1 or not should_reduce_batch_size(error) or splits_batches(self.reference):
+                if part == 1 or not should_reduce_batch_size(error) or not self._batch(args, kwargs):
                     raise
                 self.micro_batch = (part + 1) // 2
             clear_device_cache(garbage_collection=True)
+
+    def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
+        """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
+        if splits_batches(self.reference):
+            return None
+        named = dict(zip(self._parameters, args, strict=False)) | kwargs
+        try:
+            return Batch(type(self.reference), named, len(self.argument("input", args, kwargs)))
+        except UnknownBatch:
+            return None
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
     ) -> dict[int, Any]:
         if self.micro_batch is None or rows <= self.micro_batch:
             return self._predict(models, args, kwargs, blend)
-        if splits_batches(self.reference):
+        if (batch := self._batch(args, kwargs)) is None:
             raise UnmirroredState(
-                "perturbed-attention guidance takes the batch apart itself, which cannot be divided: set "
-                "dial.micro_batch = None and draw fewer images at a time"
+                f"dial.micro_batch divides the batch, and of this call of {type(self.reference).__name__} it is not "
+                "known where that is in every argument (or its attention takes it apart itself, as perturbed-attention "
+                "guidance does): set dial.micro_batch = None and draw fewer images at a time"
             )
         parts, sizes = [], []
-        for start in range(0, rows, self.micro_batch):
-            chosen = slice(start, start + self.micro_batch)
-            some = {key: value if key in UNBATCHED else rows_of(value, rows, chosen) for key, value in kwargs.items()}
-            parts.append(self._predict(models, rows_of(args, rows, chosen), some, rows_of(blend, rows, chosen)))
-            sizes.append(min(self.micro_batch, rows - start))
+        for part in torch.arange(rows).split(self.micro_batch):
+            weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
+            parts.append(self._predict(models, (), batch.chosen(part), weights))
+            sizes.append(len(part))
         return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
 
     def _predict(
@@ -143,9 +148,9 @@ class Denoisers:
 
     def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
-        if len(models) > 1 and adapters and self._can_batch(models, kwargs):
+        if len(models) > 1 and adapters and self._can_batch(models, kwargs) and (batch := self._batch(args, kwargs)):
             try:
-                return self._predict_batched(models, args, kwargs)
+                return self._predict_batched(models, batch)
             except ValueError as error:
                 if "adapter_names" not in str(error):
                     raise
@@ -245,14 +250,13 @@ class Denoisers:
         loras = all(not k or self.anchors[k - 1].adapter for k in models)
         return self.batched and loras and self._loras.can_batch(kwargs)
 
-    def _predict_batched(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
-        rows, copies = len(self.argument("input", args, kwargs)), len(models)
-        args = repeated(args, rows, copies)
-        kwargs = {key: value if key in UNBATCHED else repeated(value, rows, copies) for key, value in kwargs.items()}
-        adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * rows
-        with self._loras.by_row(adapters, kwargs) as kwargs:
-            output = self._reference_call(*args, **kwargs)
-        outputs = {model: output_rows(output, rows * copies, slice(k, None, copies)) for k, model in enumerate(models)}
+    def _predict_batched(self, models: Sequence[int], batch: Batch) -> dict[int, Any]:
+        copies = len(models)
+        adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * batch.rows
+        with self._loras.by_row(adapters, batch.repeated(copies)) as kwargs:
+            output = self._reference_call(**kwargs)
+        rows = batch.rows * copies
+        outputs = {k: output_rows(output, rows, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
         for model in models:
             _require_finite(outputs[model], self.names[model])
         return outputs

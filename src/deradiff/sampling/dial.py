@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
-from deradiff.algorithm.noise_levels import first
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Schedule
 from deradiff.algorithm.step import Space, StepRecord, space_of
@@ -285,8 +284,9 @@ class Dial:
             except NonFinitePrediction as error:
                 run.pending, problem = None, str(error)
         raise FloatingPointError(
-            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep {first(timestep):g}): "
-            "sampling stopped. In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep "
+            f"{run.scheduler.timesteps[evaluation.at]:g}): sampling stopped."
+            " In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:

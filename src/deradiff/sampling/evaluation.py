@@ -43,6 +43,8 @@ class StepEvaluation:
     instead: bool = False
     estimator: PredictionEstimator | None = None
     """What estimates the predictions of models that are not evaluated."""
+    calls: int = 1
+    """How often the pipeline has called the denoiser within the step."""
     run: Any = None
     """The run that the denoiser was called in."""
     serial: int = field(default_factory=_SERIAL.__next__, compare=False)
@@ -63,7 +65,7 @@ class StepEvaluation:
         """A further call of the denoiser within the step, as for Flux's negative prompt, of so many rows."""
         further = replace(self, rows=rows)
         blend = None if self.blend is None else further._by_row()
-        return replace(self, rows=self.rows + rows, blend=blend, serial=next(_SERIAL))
+        return replace(self, rows=self.rows + rows, calls=self.calls + 1, blend=blend, serial=next(_SERIAL))
 
     def with_reuse(self, estimator: PredictionEstimator) -> StepEvaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""
@@ -77,6 +79,18 @@ class StepEvaluation:
             blend = None if wanted == "models" else self._by_row()
             return replace(self, blend=blend, instead=carried, estimator=estimator)
         return replace(self, carrier=estimator.names.index(estimator.carrier) if carried else None, estimator=estimator)
+
+    def for_batch(self, batch: int) -> StepEvaluation:
+        """The same with weights for each of the `batch` samples that are stepped; `ValueError` for another number of λ.
+
+        A pipeline may guide only afterwards, as Cosmos does, and step the samples of all its calls as one batch.
+        """
+        if self.images in (None, batch):
+            return self
+        if self.calls > 1 and batch == self.rows == self.images * self.calls:
+            weights, lams = (weights.repeat(1, self.calls) for weights in (self.mixture_weights, self.lams))
+            return replace(self, mixture_weights=weights, lams=lams)
+        raise wrong_count(self.images, batch)
 
     def _by_row(self) -> dict[int, Any]:
         """Each model's weight in the interpolated one: a number, or one for each row where images differ.

@@ -72,13 +72,21 @@ class PerModel(Tensor):
 
 
 class ModelsOwn:
-    """What is no tensor and of which every model has its own, as a cache of keys: to be handed back, not to be read."""
+    """What is no tensor and of which every model has its own, as a cache of keys. What it is asked, each is."""
 
-    def __init__(self, parts: Mapping[int, Any]):
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[int, Any], origin: Any):
+        self.parts, self.origin = dict(parts), origin
 
-    def __getattr__(self, name: str) -> NoReturn:
-        _refuse(f"the pipeline asks for {name!r} of the {type(next(iter(self.parts.values()))).__name__} that each has")
+    def __getattr__(self, name: str) -> Any:
+        own = {k: getattr(part, name) for k, part in self.parts.items()}
+        if not all(callable(value) for value in own.values()):
+            return merged(own, self.origin, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            results = {k: call(*of_model(args, k), **of_model(kwargs, k)) for k, call in own.items()}
+            return merged(results, self.origin, name)
+
+        return method
 
 
 @torch.compiler.disable
@@ -102,7 +110,7 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
     if len(leaves) == 1 and leaves[0] is first:
         if operation is not None:
             _refuse(f"{operation} makes a {type(first).__name__} of what is different for each")
-        return ModelsOwn(outputs)
+        return ModelsOwn(outputs, origin)
     rows = zip(*(own for own, _ in flat.values()), strict=True)
     return pytree.tree_unflatten([merged(dict(zip(flat, row, strict=True)), origin, operation) for row in rows], form)
 

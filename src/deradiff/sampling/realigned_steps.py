@@ -15,7 +15,7 @@ from deradiff.algorithm.noise_levels import impacts, index_of, log_snr_at, progr
 from deradiff.algorithm.step import StepRecord, mixed_step, space_of, with_reference_weight
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
-from deradiff.sampling.evaluation import StepEvaluation, wrong_count
+from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.reuse import PredictionEstimator, Reuse, require_affine
 from deradiff.sampling.runs import Run
 
@@ -86,8 +86,7 @@ class RealignedSteps:
                 f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
                 "pipeline rearranges its batch in a way that realignment cannot follow"
             )
-        if evaluation.images not in (None, len(sample)):
-            raise wrong_count(evaluation.images, len(sample))
+        evaluation = evaluation.for_batch(len(sample))
         at = evaluation.at if run is evaluation.run else index_of(run.scheduler, timestep)
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.estimator is not None:

@@ -80,7 +80,7 @@ def realign(
     Raises:
         ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
             with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
-            or reuse where posteriors are mixed; a denoiser that is not told the timestep;
+            or reuse where posteriors are mixed;
             `anchors.AnchorError` for an anchor that cannot be used, and a pipeline with two denoisers or none.
         DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
