@@ -5,16 +5,16 @@ A full-weight anchor is a second denoiser beside the reference; a LoRA anchor is
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from deradiff.anchors import adapters, checks, full_weights, reading, sources
-from deradiff.anchors.checks import denoiser_of
+from deradiff.anchors.checks import denoiser_of, denoisers_of
 from deradiff.anchors.errors import (
     AnchorError,
     AnchorNotFound,
@@ -34,6 +34,7 @@ __all__ = [
     "PickledAnchor",
     "PipelineWithoutDenoiser",
     "denoiser_of",
+    "denoisers_of",
     "load_anchor",
 ]
 
@@ -68,6 +69,8 @@ def load_anchor(
     pipe: DiffusionPipeline,
     *,
     name: str = "anchor",
+    component: str | None = None,
+    stages: Collection[str] = (),
     subfolder: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -86,6 +89,9 @@ def load_anchor(
             the hub id of any of these, `owner/name`, or of one file, `owner/name/file.safetensors`.
         pipe: the pipeline with the reference.
         name: what the anchor is called in messages.
+        component: which of several denoisers the anchor is a counterpart of, as "transformer_2" of Wan 2.2.
+        stages: the denoisers that `source` has to have parts for, each: as a pipeline's folders, or by the beginnings
+            of its keys.
         subfolder: the folder inside `source` to look in.
         revision: the branch, tag or commit of a hub id.
         allow_pickle: also read pickled weights (`.bin`, `.ckpt`, `.pt`), of tensors only.
@@ -98,9 +104,11 @@ def load_anchor(
 
     Warns about an anchor equal to the reference, text encoders that differ, and parts of a LoRA that are left out.
     """
-    component, denoiser = denoiser_of(pipe)
+    component, denoiser = denoiser_of(pipe) if component is None else (component, getattr(pipe, component))
     reference = checks.unwrapped(denoiser)
     if isinstance(source, nn.Module):
+        if stages:
+            raise _one_for_several(f"a loaded {type(source).__name__}", stages)
         if subfolder is not None or revision is not None:
             raise AnchorError(
                 f"subfolder={subfolder!r} and revision={revision!r} say where weights are read, and the anchor "
@@ -121,13 +129,35 @@ def load_anchor(
     if files.pipeline is not None:
         _check_pipeline(files.pipeline, files.label, pipe)
     tensors = reading.read_tensors(files.weights)
+    if stages and files.pipeline is None:
+        tensors = _of_stage(tensors, component, stages, files.label)
     if files.kind == "peft" or is_adapter(tensors):
-        adapter = adapters.load_adapter(tensors, files, pipe, component, reference, name)
+        adapter = adapters.load_adapter(tensors, files, pipe, _kind(component), reference, name)
         adapters.warn_if_zero(reference, adapter, files.label)
         return Anchor(name, files.label, adapter=adapter)
     module = full_weights.load_denoiser(tensors, files.config, files.label, pipe, reference)
     full_weights.warn_if_equal(module, files.label, reference)
     return Anchor(name, files.label, module=module)
+
+
+def _of_stage(tensors: Mapping[str, Tensor], component: str, stages: Collection[str], label: str) -> dict[str, Tensor]:
+    """The tensors of one denoiser, of a file whose keys begin with its name or that of another one."""
+    if not all(any(key.startswith(f"{stage}.") for key in tensors) for stage in stages):
+        raise _one_for_several(label, stages)
+    own = {key.removeprefix(f"{component}."): tensors[key] for key in tensors if key.startswith(f"{component}.")}
+    return {f"{_kind(component)}.{key}": tensor for key, tensor in own.items()}
+
+
+def _one_for_several(label: str, stages: Collection[str]) -> AnchorError:
+    return AnchorError(
+        f"this pipeline has several denoisers, {' and '.join(stages)}, and {label} does not say which it is for: give "
+        f"one for each, {{{', '.join(f'{stage!r}: ...' for stage in stages)}}}; what is left out stays the reference's."
+    )
+
+
+def _kind(component: str) -> str:
+    """What LoRA files call a denoiser: Wan's second transformer is a transformer there."""
+    return next((kind for kind in ("unet", "transformer") if kind in component), component)
 
 
 def _check_pipeline(folder: Path, label: str, pipe: DiffusionPipeline) -> None:

@@ -19,25 +19,50 @@ _NEUTRAL = {"upcast_attention", "dropout"}
 _SHOWN = 5
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
-    """The name and module of what `pipe` denoises with: its `unet` or its `transformer`.
+DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+"""What pipelines call what they denoise images with: one, or two that share the steps (Wan 2.2) or the guidance
+(Ideogram 4)."""
 
-    Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components, and `AnchorError` for a pipeline with
-    two denoisers, such as Wan 2.2's, of which an anchor is the counterpart of one only.
+STAGES = ("prior", "prior_prior", "decoder")
+"""What cascades call theirs, where they have none of `DENOISERS`: Stable Cascade, unCLIP, Kandinsky's prior."""
+
+_TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}
+
+
+def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The modules that `pipe` denoises with, by the names of its components.
+
+    Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components.
     """
-    for name in ("unet", "transformer"):
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            if getattr(pipe, f"{name}_2", None) is not None:
-                raise AnchorError(
-                    f"{type(pipe).__name__} has a second denoiser, {name}_2, that would run without an anchor: a "
-                    f"pipeline can be realigned whose {name} does all the steps."
-                )
-            return name, module
+    for names in (DENOISERS, STAGES):
+        modules = {name: module for name in names if isinstance(module := getattr(pipe, name, None), nn.Module)}
+        modules = {name: module for name, module in modules.items() if names is DENOISERS or _denoises(module)}
+        if modules:
+            return modules
     raise PipelineWithoutDenoiser(
-        f"{type(pipe).__name__} has no `unet` and no `transformer` to realign; its components are "
-        f"{', '.join(sorted(getattr(pipe, 'components', {}))) or 'none'}."
+        f"{type(pipe).__name__} has no {', '.join(f'`{name}`' for name in (*DENOISERS, *STAGES))} that denoises; its "
+        f"components are {', '.join(sorted(getattr(pipe, 'components', {}))) or 'none'}."
     )
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """The name and module of the one that `pipe` denoises with.
+
+    Raises `PipelineWithoutDenoiser`, and `AnchorError` for a pipeline with several, such as Wan 2.2's.
+    """
+    modules = denoisers_of(pipe)
+    if len(modules) > 1:
+        several = " and ".join(modules)
+        raise AnchorError(
+            f"{type(pipe).__name__} has several denoisers, {several}: say which is meant, as in "
+            f"{{{', '.join(f'{name!r}: ...' for name in modules)}}}."
+        )
+    return next(iter(modules.items()))
+
+
+def _denoises(module: nn.Module) -> bool:
+    """Whether a module is told the time, as no decoder of latents is."""
+    return not _TIMES.isdisjoint(inspect.signature(type(unwrapped(module)).forward).parameters)
 
 
 def unwrapped(module: nn.Module) -> Any:

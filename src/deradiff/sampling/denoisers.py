@@ -161,8 +161,8 @@ class Denoisers:
         home = self.argument("input", args, kwargs)[0].device
         outputs = {}
         for model in models:
-            elsewhere = model and self.anchors[model - 1].device is not None
-            outputs[model] = send_to_device(predicted[model], home) if elsewhere else predicted[model]
+            away = bool(model) and self.anchors[model - 1].device is not None
+            outputs[model] = send_to_device(predicted[model], home) if away else predicted[model]
             _require_finite(outputs[model], self.names[model])
         return outputs
 

@@ -14,30 +14,29 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from deradiff.algorithm.lams import Lams, parse_lam
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Schedule
 from deradiff.algorithm.step import Space, StepRecord, space_of
 from deradiff.algorithm.verdict import Verdict, verdict
-from deradiff.anchors import denoiser_of
+from deradiff.anchors import denoisers_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
-from deradiff.sampling.denoiser_hook import hook_denoiser
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.per_model import PerModel, is_divided, merged
+from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
 from deradiff.sampling.runs import Runs
-from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of
+from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, schedulers_of
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
 
@@ -61,33 +60,36 @@ class Dial:
     def __init__(
         self,
         pipe: DiffusionPipeline,
-        reference: nn.Module,
-        denoisers: Denoisers,
-        lams: Lams,
+        denoisers: Mapping[str, Denoisers],
+        lam: Any,
         method: Method,
         path: Where,
         reuse: Reuse | None = None,
     ):
         self.method: Method = method
         self.watching = False
-        self._lams, self._path = lams, path
-        self._reference, self._denoisers = reference, denoisers
+        self._path = path
         self._runs = Runs()
         self._own = threading.local()
         self._pipes: list[weakref.ref[DiffusionPipeline]] = []
         self._undo: list[Callable[[], None]] = []
         self._removed = False
-        denoisers.require_blendable(lams, method, reuse)
         self._reuse = reuse
-        self._steps = RealignedSteps(denoisers, method, path)
-        loras = any(anchor.adapter for anchor in denoisers.anchors)
-        self._unhook = hook_denoiser(reference, self, self._call, self._apply, self._load_style if loras else None)
+        self._components: dict[str, RealignedComponent] = {}
+        lams = lams_by_component(lam, {name: own.names[1:] for name, own in denoisers.items()})
+        for name, own in denoisers.items():
+            own.require_blendable(lams[name], method, reuse)
+            self._components[name] = RealignedComponent(name, own, lams[name], RealignedSteps(own, method, path))
+        for component in self._components.values():
+            self._undo.append(component.hook(self, partial(self._call, component)))
         self.attach(pipe)
 
     def __repr__(self) -> str:
-        anchors = {anchor.name: anchor.source for anchor in self._denoisers.anchors}
+        denoisers = [component.denoisers for component in self._components.values()]
+        models = " and ".join(type(own.reference).__name__ for own in denoisers)
+        anchors = {anchor.name: anchor.source for own in denoisers for anchor in own.anchors}
         how = f"method={self.method!r}" if self._reuse is None else f"approximate: {self._reuse}"
-        return f"Dial({type(self._reference).__name__}, anchors={anchors}, lam={self.lam!r}, {how})"
+        return f"Dial({models}, anchors={anchors}, lam={self.lam!r}, {how})"
 
     @property
     def lam(self) -> Any:
@@ -95,14 +97,17 @@ class Dial:
 
         What is read cannot be changed in place: lists and tensors come back as tuples. To change one λ, set them all.
         """
-        return self._lams.raw
+        return as_given({name: component.lams for name, component in self._components.items()})
 
     @lam.setter
     def lam(self, lam: Lam | Mapping[str, Lam]) -> None:
         self._require_in_force()
-        lams = parse_lam(lam, self.anchors)
-        self._denoisers.require_blendable(lams, self.method, self._reuse)
-        self._lams = lams  # all that a thread in mid-image will see of this one
+        components = self._components.values()
+        lams = lams_by_component(lam, {one.name: one.denoisers.names[1:] for one in components})
+        for component in components:
+            component.denoisers.require_blendable(lams[component.name], self.method, self._reuse)
+        for component in components:
+            component.lams = lams[component.name]  # all that a thread in mid-image will see of this one
 
     @property
     def reuse(self) -> Reuse | None:
@@ -116,7 +121,8 @@ class Dial:
     def reuse(self, reuse: Reuse | int | None) -> None:
         self._require_in_force()
         reuse = Reuse.parse(reuse, None)
-        self._denoisers.require_blendable(self._lams, self.method, reuse)
+        for component in self._components.values():
+            component.denoisers.require_blendable(component.lams, self.method, reuse)
         if reuse is not None:
             require_affine(self._scheduler, self._path)
         self._reuse = reuse
@@ -144,31 +150,40 @@ class Dial:
     @property
     def blends_rows(self) -> bool:
         """Whether interpolated weights can have a λ for each image: where all anchors are LoRAs."""
-        return self._denoisers.blends_rows
+        return all(component.denoisers.blends_rows for component in self._components.values())
 
     @property
     def one_lam(self) -> bool:
         """Whether every image of a batch has the same λ."""
-        return self._lams.images is None
+        return all(component.lams.images is None for component in self._components.values())
 
     @property
     def micro_batch(self) -> int | None:
         """How many rows of a batch the networks are given at a time; None for all. Results do not depend on it."""
-        return self._denoisers.micro_batch
+        return next(iter(self._components.values())).denoisers.micro_batch
 
     @micro_batch.setter
     def micro_batch(self, rows: int | None) -> None:
-        self._denoisers.micro_batch = rows
+        for component in self._components.values():
+            component.denoisers.micro_batch = rows
 
     @property
     def anchors(self) -> tuple[str, ...]:
         """The names of the anchors."""
-        return self._denoisers.names[1:]
+        names = [name for component in self._components.values() for name in component.denoisers.names[1:]]
+        return tuple(dict.fromkeys(names))
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The anchors that are denoisers of their own, by name; a LoRA is none. `realign` takes them as anchors too."""
-        return {anchor.name: anchor.module for anchor in self._denoisers.anchors if anchor.module is not None}
+    def modules(self) -> dict[str, Any]:
+        """The anchors that are denoisers of their own, by name; a LoRA is none. `realign` takes them as anchors too.
+
+        By component first, where the pipeline has several denoisers.
+        """
+        modules = {
+            component.name: {one.name: one.module for one in component.denoisers.anchors if one.module is not None}
+            for component in self._components.values()
+        }
+        return modules if len(modules) > 1 else next(iter(modules.values()))
 
     @property
     def importance_weights(self) -> ImportanceWeights:
@@ -207,8 +222,9 @@ class Dial:
         Raises `DialError` for a pipeline around another denoiser, and where the dial was removed.
         """
         self._require_in_force()
-        self._require_reference(pipe)
-        self._hook(pipe.scheduler, own=False)
+        self._require_references(pipe)
+        for scheduler in schedulers_of(pipe):
+            self._hook(scheduler, own=False)
         if owner_of(pipe) is None:
             self._undo.append(hook_pipeline(pipe, self))
             self._pipes.append(weakref.ref(pipe))
@@ -223,23 +239,26 @@ class Dial:
         with self._runs.lock:
             self._runs.require_quiet()
             self._removed = True
-            self._unhook()
             while self._undo:
                 self._undo.pop()()
-            self._denoisers.undo()
+            for component in self._components.values():
+                component.denoisers.undo()
             self._runs.detach()
 
     def _require_in_force(self) -> None:
         if self._removed:
             raise DialError("this dial was removed, and its pipeline is realigned no more: call realign() again")
 
-    def _require_reference(self, pipe: DiffusionPipeline) -> None:
-        name, denoiser = denoiser_of(pipe)
-        if unwrapped(denoiser) is not self._reference:
-            raise DialError(
-                f"pipe.{name} is not the {type(self._reference).__name__} that this dial realigned, so the pipeline "
-                f"would run without its anchors: put the realigned one back, or call dial.remove() and realign anew"
-            )
+    def _require_references(self, pipe: DiffusionPipeline) -> None:
+        """Raise `DialError` for a pipeline without the denoisers that were realigned."""
+        own = {name: unwrapped(denoiser) for name, denoiser in denoisers_of(pipe).items()}
+        for name, component in self._components.items():
+            if own.get(name, component.reference) is not component.reference or not own.keys() & {*self._components}:
+                raise DialError(
+                    f"pipe.{name} is not the {type(component.reference).__name__} that this dial realigned, so the "
+                    "pipeline would run without its anchors: put the realigned one back, or call dial.remove() and "
+                    "realign anew"
+                )
 
     def __enter__(self) -> Dial:
         return self
@@ -258,12 +277,13 @@ class Dial:
 
     # -- the denoiser: evaluate every model that has a weight ---------------------------------------------------------
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        """Answers for the reference whenever a pipeline calls its denoiser."""
-        timestep = self._denoisers.argument("timestep", args, kwargs)
+    def _call(self, component: RealignedComponent, *args: Any, **kwargs: Any) -> Any:
+        """Answers for a component's reference whenever a pipeline calls it."""
+        denoisers = component.denoisers
+        timestep = denoisers.argument("timestep", args, kwargs)
         distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
-        rows = len(self._denoisers.argument("input", args, kwargs))
-        if is_divided(self._denoisers.argument("input", args, kwargs)):
+        latents = denoisers.argument("input", args, kwargs)
+        if is_divided(latents):
             raise DialError(
                 "the models' predictions came back to the denoiser without having passed a scheduler's step that the "
                 "dial takes: a second pipeline uses this denoiser with a scheduler of its own (call "
@@ -272,35 +292,22 @@ class Dial:
         with self._runs.lock:
             self._hook_new()
             run = self._runs.present()
-            evaluation = self._steps.evaluation(
-                run, self._lams, timestep, rows=rows, distilled=distilled, watching=self.watching
+            evaluation = component.steps.evaluation(
+                run, component, timestep, rows=len(latents), distilled=distilled, watching=self.watching
             )
             if self.method == "mixture" or len(evaluation.models) == 1:
                 run.pending = evaluation
             share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
             try:
-                outputs = self._denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+                outputs = denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
                 return merged(outputs, evaluation) if len(outputs) > 1 else next(iter(outputs.values()))
             except NonFinitePrediction as error:
                 run.pending, problem = None, str(error)
         raise FloatingPointError(
             f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep "
-            f"{run.scheduler.timesteps[evaluation.at]:g}): sampling stopped."
-            " In half precision, try bfloat16 or float32; with λ outside [0, 1], one nearer to it"
+            f"{run.scheduler.timesteps[evaluation.at]:g}): sampling stopped. In half precision, try bfloat16 or "
+            "float32; with λ outside [0, 1], one nearer to it"
         )
-
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
-        module = type(self._reference)._apply(self._reference, *args, **kwargs)
-        for anchor in self._denoisers.anchors:
-            if anchor.module is not None:
-                anchor.module._apply(_staying(args[0], anchor.device), *args[1:], **kwargs)
-        self._denoisers.forget_blend()
-        return module
-
-    def _load_style(self, *args: Any, **kwargs: Any) -> Any:
-        """A style LoRA loaded beside a LoRA anchor becomes active, as it would on a denoiser without one."""
-        return self._denoisers.load_style(*args, **kwargs)
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
 
@@ -314,7 +321,8 @@ class Dial:
         """Hook a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
         for pipe in [] if self._removed else self._living_pipes():
             if not self._runs.is_called() or self._runs.is_called(pipe):
-                self._hook(pipe.scheduler)
+                for scheduler in schedulers_of(pipe):
+                    self._hook(scheduler)
 
     def _living_pipes(self) -> list[DiffusionPipeline]:
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]
@@ -325,7 +333,7 @@ class Dial:
         copies = self._own.__dict__.setdefault("copies", [])
         before = len(copies)
         with self._runs.call(pipe):
-            self._hook(pipe.scheduler)
+            self._hook_new()
             try:
                 yield
             finally:
@@ -347,8 +355,8 @@ class Dial:
     def _begin(self, scheduler: SchedulerMixin) -> Iterator[None]:
         """A run begins (`set_timesteps`)."""
         for pipe in self._living_pipes():
-            if pipe.scheduler is scheduler:
-                self._require_reference(pipe)
+            if any(own is scheduler for own in schedulers_of(pipe)):
+                self._require_references(pipe)
         with self._runs.lock:
             self._start(scheduler)
             yield
@@ -356,7 +364,8 @@ class Dial:
     def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
         """Whatever an earlier or interrupted run left behind is void."""
         self._runs.begin(scheduler, self._reuse, own=own)
-        self._denoisers.begin()
+        for component in self._components.values():
+            component.denoisers.begin()
 
     def _copied(self, scheduler: SchedulerMixin) -> None:
         """A pipeline copies its scheduler in the middle of a call: the copy's steps are the mixture's too."""
@@ -380,7 +389,7 @@ class Dial:
                 return own_step(**arguments)
             else:
                 prediction = prediction[None]
-            output = self._steps.take(run, evaluation, prediction, own_step, arguments)
+            output = evaluation.component.steps.take(run, evaluation, prediction, own_step, arguments)
         run.path_weights.after_step(output[0])
         if self.population is not None:
             chosen = self.population(run.path_weights, scheduler, output[0])
@@ -388,12 +397,7 @@ class Dial:
         return output
 
 
-def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:
-    """`change` of a tensor's device and dtype, but for its device where there is one to stay on."""
-    return change if device is None else lambda tensor: tensor.to(change(tensor.new_empty(0)).dtype)
-
-
 def dial_of(pipe: DiffusionPipeline) -> Dial | None:
     """The dial of a realigned pipeline, None for another."""
-    _, denoiser = denoiser_of(pipe)
-    return unwrapped(denoiser).__dict__.get(DIAL)
+    dials = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
+    return next((dial for dial in dials if dial is not None), None)

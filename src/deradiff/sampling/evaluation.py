@@ -47,6 +47,8 @@ class StepEvaluation:
     """How often the pipeline has called the denoiser within the step."""
     run: Any = None
     """The run that the denoiser was called in."""
+    component: Any = None
+    """The realigned component that was called, the first of them within the step."""
     serial: int = field(default_factory=_SERIAL.__next__, compare=False)
     """Later evaluations have higher numbers."""
 
@@ -73,7 +75,7 @@ class StepEvaluation:
         weighty = [estimator.names[k] for k, weight in weights if weight.any()]
         if len(weighty) < 2 or estimator.carrier not in (INTERPOLATE, *weighty):
             return self  # a schedule left a single model, or the carrier without weight
-        wanted = estimator.wants(self.at, (self.models, self.rows))
+        wanted = estimator.wants(self.at, (self.component, self.models, self.rows))
         carried = wanted == "carrier"
         if estimator.carrier == INTERPOLATE:
             blend = None if wanted == "models" else self._by_row()

@@ -181,16 +181,14 @@ def _same_noise(operation: Callable[..., Any], generator: Any) -> Iterator[Calla
         yield rewind
 
 
-def _divide(tensor: Tensor, models: Sequence[int], origin: Any) -> None:
+def _divide(tensor: Tensor, models: Sequence[int], origin: Any) -> PerModel:
     """Make one tensor, and what it is a view of, into one for each model: something different is written into it."""
     base = tensor._base
     if base is None:
-        _with_parts(tensor, {k: tensor.clone() for k in models}, origin)
-        return
+        return _with_parts(tensor, {k: tensor.clone() for k in models}, origin)
     where = tensor.size(), tensor.stride(), tensor.storage_offset()
-    if not isinstance(base, PerModel):
-        _divide(base, models, origin)
-    _with_parts(tensor, {k: base.parts[k].as_strided(*where) for k in models}, origin)
+    divided = base if isinstance(base, PerModel) else _divide(base, models, origin)
+    return _with_parts(tensor, {k: divided.parts[k].as_strided(*where) for k in models}, origin)
 
 
 def _with_parts(tensor: Tensor, parts: dict[int, Tensor], origin: Any) -> PerModel:

@@ -31,13 +31,20 @@ class RealignedSteps:
 
     @torch.compiler.disable
     def evaluation(
-        self, run: Run, lams: Lams, timestep: Any, *, rows: int, distilled: bool, watching: bool
+        self, run: Run, component: Any, timestep: Any, *, rows: int, distilled: bool, watching: bool
     ) -> StepEvaluation:
         """Which models this step needs, and their weights. Held until the step is taken, whatever the dial does."""
         at = index_of(run.scheduler, timestep)
         progress = progress_at(run.scheduler, at)
         if run.pending is not None and run.pending.progress == progress:
+            first = run.pending.component
+            if first is not component and first.lams.raw != component.lams.raw:
+                raise DialError(
+                    f"{first.name} and {component.name} make one prediction together, which has one λ: got "
+                    f"{first.lams.raw!r} and {component.lams.raw!r}"
+                )
             return run.pending.again(rows)  # a further call within the step, as for Flux's negative prompt
+        lams: Lams = component.lams
         if run.lams is not lams:
             run.lams, run.mixture_weights = lams, None
             if run.estimator is not None:
@@ -47,8 +54,18 @@ class RealignedSteps:
             run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
         weights = run.mixture_weights
         models = tuple(k for k in range(len(weights)) if watching or weights[k].any())
-        mixture_weights = weights[list(models)]
-        step = StepEvaluation(at, progress, models, mixture_weights, weights[1:], lams.images, rows, distilled, run=run)
+        step = StepEvaluation(
+            at=at,
+            progress=progress,
+            models=models,
+            mixture_weights=weights[list(models)],
+            lams=weights[1:],
+            images=lams.images,
+            rows=rows,
+            distilled=distilled,
+            run=run,
+            component=component,
+        )
         if len(models) == 1:
             return step
         if self._method == "interpolate":

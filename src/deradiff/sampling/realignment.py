@@ -1,13 +1,14 @@
 """Realigned sampling: two (or more) models behind one pipeline, and the dial that turns λ.
 
 DeRaDiff's Algorithm 1 needs, at every step, the guided prediction of each model at the same `x_t`. A pipeline computes
-one. So its denoiser is made to answer for all models at once, their predictions interleaved along the batch
-(`denoisers`), and the pipeline's own guidance acts on each model's rows separately. The scheduler's `step` then holds
-exactly lines 7 to 14: the guided predictions, `x_t` and the noise level. Everything else of the pipeline is untouched.
+one. So its denoiser is made to answer for all models at once, with a tensor that holds each model's prediction and on
+which the pipeline's own guidance acts model by model (`per_model`). The scheduler's `step` then holds exactly lines 7
+to 14: the guided predictions, `x_t` and the noise level. Everything else of the pipeline is untouched.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,26 +18,27 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from deradiff.algorithm.lams import parse_lam
 from deradiff.algorithm.schedules import finite
 from deradiff.algorithm.step import space_of
-from deradiff.anchors import Anchor, denoiser_of, load_anchor
+from deradiff.anchors import Anchor, denoisers_of, load_anchor
 from deradiff.anchors.checks import unwrapped
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
 from deradiff.sampling.dial import Dial, Lam, dial_of
+from deradiff.sampling.realigned_components import lams_by_component
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
-from deradiff.sampling.scheduler_hook import owner_of
+from deradiff.sampling.scheduler_hook import owner_of, schedulers_of
 
 Source = str | Path | nn.Module
+Sources = Source | Mapping[str, Source] | Mapping[str, Mapping[str, Source]]
 
 
 def realign(
     pipe: DiffusionPipeline,
-    anchor: Source | Mapping[str, Source],
-    lam: Lam | Mapping[str, Lam] = 1.0,
+    anchor: Sources,
+    lam: Lam | Mapping[str, Lam] | Mapping[str, Mapping[str, Lam]] = 1.0,
     *,
     method: Method = "mixture",
     path: Where = "auto",
@@ -54,12 +56,16 @@ def realign(
     The pipeline is changed in place and used as before; the handle turns λ and undoes everything.
 
     Args:
-        pipe: any diffusers pipeline with a `unet` or `transformer`, the reference.
+        pipe: a diffusers pipeline with a `unet` or `transformer`, the reference; or with several denoisers.
         anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
-            named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`).
+            named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`). For a pipeline with several denoisers,
+            as Wan 2.2's, either of these for each of them, `{"transformer": ..., "transformer_2": ...}`, of which what
+            is left out stays the reference's; or one source that has them all, a pipeline or a LoRA file whose keys
+            begin with their names.
         lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
             less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
-            per image of the batch, or, with several anchors, a dictionary of any of those (`lams.parse_lam`).
+            per image of the batch, or, with several anchors, a dictionary of any of those (`lams.parse_lam`). With
+            several denoisers it is the same for all, or a dictionary of any of these for each.
         method: "mixture" mixes predictions, one evaluation per model and step. "interpolate" runs one model with
             interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
         path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them
@@ -89,39 +95,58 @@ def realign(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
     if method == "interpolate" and path != "auto":
         raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
-    reference = _free_reference(pipe)
-    space_of(pipe.scheduler, path)
+    _require_free(pipe)
+    for scheduler in schedulers_of(pipe):
+        space_of(scheduler, path)
     elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
     if reused is not None:
-        require_affine(pipe.scheduler, path)
-    sources = _named(anchor)
-    lams = parse_lam(lam, tuple(sources))
+        for scheduler in schedulers_of(pipe):
+            require_affine(scheduler, path)
+    sources, shared = _by_component(anchor, pipe)
+    lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
-    anchors = []
+    where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else ()}
+    references = {component: unwrapped(getattr(pipe, component)) for component in sources}
+    anchors: dict[str, list[Anchor]] = {component: [] for component in sources}
     try:
-        for name, source in sources.items():
-            anchors.append(load_anchor(source, pipe, name=name, allow_pickle=allow_pickle, **where))
-        if elsewhere is not None:
-            anchors = [_placed(anchor, elsewhere) for anchor in anchors]
-        return Dial(pipe, reference, Denoisers(reference, anchors, batched), lams, method, path, reused)
+        for component, named in sources.items():
+            for name, source in named.items():
+                anchors[component].append(load_anchor(source, pipe, name=name, component=component, **where))
+            if elsewhere is not None:
+                anchors[component] = [_placed(anchor, elsewhere) for anchor in anchors[component]]
+        denoisers = {one: Denoisers(reference, anchors[one], batched) for one, reference in references.items()}
+        return Dial(pipe, denoisers, lam, method, path, reused)
     except BaseException:
-        while anchors:  # emptied, for whoever keeps the error keeps what is in reach of it
-            anchors.pop().unload(reference)
+        for component, loaded in anchors.items():
+            while loaded:  # emptied, for whoever keeps the error keeps what is in reach of it
+                loaded.pop().unload(references[component])
         raise
 
 
-def _free_reference(pipe: DiffusionPipeline) -> nn.Module:
-    """The pipeline's denoiser. Raises `DialError` where it or the scheduler is realigned already."""
-    _, denoiser = denoiser_of(pipe)
+def _require_free(pipe: DiffusionPipeline) -> None:
+    """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already."""
     if (dial := dial_of(pipe)) is not None:
         raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
-    if owner_of(pipe.scheduler) is not None:
+    if any(owner_of(scheduler) is not None for scheduler in schedulers_of(pipe)):
         raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
-    return unwrapped(denoiser)
+
+
+def _by_component(anchor: Any, pipe: DiffusionPipeline) -> tuple[dict[str, dict[str, Source]], bool]:
+    """The anchors' sources by component and name, and whether each of them is to serve all components."""
+    components = [*denoisers_of(pipe)]
+    if len(components) == 1:
+        return {components[0]: _named(anchor)}, False
+    if not isinstance(anchor, Mapping) or not {*anchor} & {*components}:
+        return {component: _named(anchor) for component in components}, True
+    if unknown := {*anchor} - {*components}:
+        raise ValueError(f"anchors by component are for some of {components}; got {unknown.pop()!r} as well")
+    if left := [component for component in components if component not in anchor]:
+        warnings.warn(f"{' and '.join(left)} of this pipeline has no anchor and stays the reference's", stacklevel=3)
+    return {component: _named(anchor[component]) for component in components if component in anchor}, False
 
 
 def _named(anchor: Source | Mapping[str, Source]) -> dict[str, Source]:

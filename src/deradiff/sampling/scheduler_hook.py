@@ -27,6 +27,12 @@ def owner_of(hooked: SchedulerMixin | DiffusionPipeline) -> Any:
     return vars(hooked).get(DIAL) or getattr(type(hooked), DIAL, None)
 
 
+def schedulers_of(pipe: DiffusionPipeline) -> list[SchedulerMixin]:
+    """All schedulers of a pipeline, the one called `scheduler` last."""
+    own = {name: part for name, part in vars(pipe).items() if isinstance(part, SchedulerMixin)}
+    return [own[name] for name in sorted(own, key=lambda name: name == "scheduler")]
+
+
 def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
     """From now on `scheduler` tells `dial` when a run begins, and has it take every step; returns what undoes this."""
     own_step, own_set_timesteps = scheduler.step, scheduler.set_timesteps

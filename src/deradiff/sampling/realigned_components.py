@@ -1,0 +1,73 @@
+"""The denoisers of a pipeline that are realigned, each with its anchors and λ; most pipelines have one.
+
+Wan 2.2 has one for high noise and one for low, Ideogram 4 one for what is guided away from, Stable Cascade one for each
+stage. They share the dial, its scheduler hooks and its runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deradiff.algorithm.lams import Lams, parse_lam
+from deradiff.sampling.denoiser_hook import hook_denoiser
+from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.realigned_steps import RealignedSteps
+
+
+@dataclass(eq=False)
+class RealignedComponent:
+    """One denoiser of a pipeline: `name` is its component's, `reference` the module itself."""
+
+    name: str
+    denoisers: Denoisers
+    lams: Lams
+    steps: RealignedSteps
+
+    @property
+    def reference(self) -> Any:
+        """The module that the pipeline calls."""
+        return self.denoisers.reference
+
+    def hook(self, dial: Any, call: Callable[..., Any]) -> Callable[[], None]:
+        """From now on `call` answers for the reference; returns what undoes this."""
+        loras = any(anchor.adapter for anchor in self.denoisers.anchors)
+        load_style = self.denoisers.load_style if loras else None
+        return hook_denoiser(self.reference, dial, call, self._apply, load_style)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
+        module = type(self.reference)._apply(self.reference, *args, **kwargs)
+        for anchor in self.denoisers.anchors:
+            if anchor.module is not None:
+                anchor.module._apply(_staying(args[0], anchor.device), *args[1:], **kwargs)
+        self.denoisers.forget_blend()
+        return module
+
+
+def lams_by_component(lam: Any, anchors: Mapping[str, Sequence[str]]) -> dict[str, Lams]:
+    """λ of every component, whose `anchors` are given: one for all of them, or a dictionary with theirs.
+
+    Raises `ValueError` where `parse_lam` does, and for a dictionary in which a component is missing.
+    """
+    if len(anchors) == 1 or not isinstance(lam, Mapping) or not {*lam} & {*anchors}:
+        return {name: parse_lam(lam, own) for name, own in anchors.items()}
+    if {*lam} != {*anchors}:
+        raise ValueError(f"λ by component is one for each of {list(anchors)}; got {list(lam)}")
+    return {name: parse_lam(lam[name], own) for name, own in anchors.items()}
+
+
+def as_given(lams: Mapping[str, Lams]) -> Any:
+    """λ as it can be read back: that of the components where they have the same, a dictionary of theirs otherwise."""
+    raws = [own.raw for own in lams.values()]
+    return raws[0] if all(raw == raws[0] for raw in raws) else MappingProxyType(dict(zip(lams, raws, strict=True)))
+
+
+def _staying(change: Callable[[Tensor], Tensor], device: torch.device | None) -> Callable[[Tensor], Tensor]:
+    """`change` of a tensor's device and dtype, but for its device where there is one to stay on."""
+    return change if device is None else lambda tensor: tensor.to(change(tensor.new_empty(0)).dtype)
