@@ -436,7 +436,7 @@ def test_images_of_one_noise_are_shared_also_where_attention_takes_the_batch_apa
         dial.lam = [0.4, 0.4]
         assert_close(sample(pipe, call), single)
         dial.micro_batch = 1
-        with pytest.raises(RuntimeError, match="takes the batch apart itself"):
+        with pytest.raises(RuntimeError, match="perturbed-attention"):
             sample(pipe, call)
 
 

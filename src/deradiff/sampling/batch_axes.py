@@ -3,7 +3,8 @@
 Most tensors have it first, but not all: HiDream's text states are [layer, batch, ...], Flux's position tables have
 none, Z-Image takes lists with a tensor per image. A table in `batch_axes.json` says it per class and argument, found
 by running diffusers' own pipelines for one and for two images and comparing shapes (`python tests/conformance
---axes`). What is not in the table is not guessed: such a batch is not repeated, divided or thinned out.
+--axes`). What is neither in the table nor in a class's own `batch_axes` is not guessed: such a batch is not repeated, divided or
+thinned out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROWS = "rows"
 """Stands for an axis: a list with an entry for each row."""
 
 Axes = Mapping[str, int | str | None]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments, and those by name."""
 
 
 class UnknownBatch(ValueError):
@@ -29,27 +32,30 @@ class UnknownBatch(ValueError):
 
 
 class Batch:
-    """The arguments of one call of a denoiser, by name, as a batch of `rows`.
+    """The arguments of one call of a denoiser, whose parameters these are, as a batch of `rows`.
 
     Raises `UnknownBatch` where it is not known of some argument whether and where the batch is in it.
     """
 
-    def __init__(self, model: type, arguments: Mapping[str, Any], rows: int):
-        self.arguments, self.rows = arguments, rows
-        self._model = model.__name__
-        self._axes = _table().get(self._model)
+    def __init__(
+        self, model: type, parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+    ):
+        self.rows, self._model = rows, model.__name__
+        self._positional = parameters[: len(args)]
+        self._arguments = dict(zip(self._positional, args, strict=True)) | dict(kwargs)
+        self._axes: Axes | None = getattr(model, "batch_axes", _table().get(self._model))
         if self._axes is None:
             raise UnknownBatch(f"it is not known where {self._model} has the batch in its arguments")
         self.changed(lambda tensor, axis: tensor, lambda entries: entries)
 
-    def repeated(self, copies: int) -> dict[str, Any]:
+    def repeated(self, copies: int) -> Call:
         """Every row `copies` times, one after the other."""
         return self.changed(
             lambda tensor, axis: tensor.repeat_interleave(copies, dim=axis),
             lambda entries: [entry for entry in entries for _ in range(copies)],
         )
 
-    def chosen(self, rows: Int[Tensor, " some"]) -> dict[str, Any]:
+    def chosen(self, rows: Int[Tensor, " some"]) -> Call:
         """These rows alone."""
         return self.changed(
             lambda tensor, axis: tensor.index_select(axis, rows.to(tensor.device)),
@@ -87,7 +93,7 @@ class Batch:
 
     def changed(
         self, tensor: Callable[[Tensor, int], Tensor], entries: Callable[[Sequence[Any]], Sequence[Any]]
-    ) -> dict[str, Any]:
+    ) -> Call:
         """The arguments, with what is the batch's changed: every tensor along its axis, every list of one per row."""
 
         def at(path: str, value: Any) -> Any:
@@ -108,7 +114,8 @@ class Batch:
                 raise UnknownBatch(f"{path} of {self._model} is {tuple(value.shape)} in a batch of {self.rows}")
             return tensor(value, axis) if value.shape[axis] == self.rows else value
 
-        return {name: at(name, value) for name, value in self.arguments.items()}
+        changed = {name: at(name, value) for name, value in self._arguments.items()}
+        return tuple(changed.pop(name) for name in self._positional), changed
 
     def _axis(self, path: str, **default: Any) -> int | str | None:
         assert self._axes is not None

@@ -100,7 +100,7 @@ class Denoisers:
         if share and share > 1 and rows % share == 0 and blend is None and (batch := self._batch(args, kwargs)):
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
-                outputs = self.predict(models, (), batch.chosen(chosen))
+                outputs = self.predict(models, *batch.chosen(chosen))
                 return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
@@ -116,9 +116,9 @@ class Denoisers:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
         if splits_batches(self.reference):
             return None
-        named = dict(zip(self._parameters, args, strict=False)) | kwargs
+        rows = len(self.argument("input", args, kwargs))
         try:
-            return Batch(type(self.reference), named, len(self.argument("input", args, kwargs)))
+            return Batch(type(self.reference), self._parameters, args, kwargs, rows)
         except UnknownBatch:
             return None
 
@@ -136,7 +136,7 @@ class Denoisers:
         parts, sizes = [], []
         for part in torch.arange(rows).split(self.micro_batch):
             weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
-            parts.append(self._predict(models, (), batch.chosen(part), weights))
+            parts.append(self._predict(models, *batch.chosen(part), weights))
             sizes.append(len(part))
         return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
 
@@ -253,8 +253,9 @@ class Denoisers:
     def _predict_batched(self, models: Sequence[int], batch: Batch) -> dict[int, Any]:
         copies = len(models)
         adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * batch.rows
-        with self._loras.by_row(adapters, batch.repeated(copies)) as kwargs:
-            output = self._reference_call(**kwargs)
+        args, kwargs = batch.repeated(copies)
+        with self._loras.by_row(adapters, kwargs) as kwargs:
+            output = self._reference_call(*args, **kwargs)
         rows = batch.rows * copies
         outputs = {k: output_rows(output, rows, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
         for model in models:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
@@ -136,6 +136,8 @@ class MixtureDenoiser(ModelMixin, ConfigMixin):
     EDM's `¼ log σ`; between two timesteps σ is interpolated linearly, as diffusers' Euler family does (with Karras
     sigmas it interpolates log σ, and the two differ a little).
     """
+
+    batch_axes: ClassVar = {"sample": 0, "timestep": 0, "encoder_hidden_states": 0}
 
     @register_to_config
     def __init__(self, components: int, dim: int, prediction: Prediction = "epsilon") -> None:
