@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from deradiff.experiments.drawings import kind_of
 from deradiff.experiments.plan import Arm, Plan, parse_plan
 from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits, front_exhibits
-from deradiff.experiments.reporting.arm_series import change, distinct, keys, over_prompts, series_of
+from deradiff.experiments.reporting.arm_series import change, distinct, keys, series_of
 from deradiff.experiments.reporting.cost_figures import GainAtCost, by_cost
 from deradiff.experiments.reporting.diversity_exhibits import (
     DISTANCE,
@@ -30,7 +30,7 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     diversity,
 )
 from deradiff.experiments.reporting.front_figures import root_ticks
-from deradiff.experiments.results import Results
+from deradiff.experiments.results import Results, over_prompts
 from deradiff.experiments.running import contents
 from deradiff.experiments.store import Store
 from deradiff.sweep.pipelines import SCHEDULERS, scheduler_like

@@ -72,6 +72,10 @@ def png(item: str, size: int = SIDE) -> bytes:
     return buffer.getvalue()
 
 
+def named_rows(exhibit: Exhibit) -> list[dict[str, Any]]:
+    return [dict(zip(exhibit.header, row, strict=True)) for row in exhibit.rows]
+
+
 def vector_of(item: str) -> np.ndarray:
     return np.random.default_rng(int(item[:12], 16)).normal(size=6).astype(np.float32)
 
@@ -332,9 +336,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory, sets: dict[str, np.ndarra
 
 
 def test_table_3_is_that_of_an_independent_computation(measured: Results, sets: dict[str, np.ndarray]) -> None:
-    table, figure = list(hacking_exhibits.table(measured, "digits"))
+    table, figure = list(hacking_exhibits.distance_exhibits(measured, "digits"))
     assert table.figure is None and figure.figure is not None and table.rows == figure.rows
-    (row,) = (dict(zip(table.header, cells, strict=True)) for cells in table.rows)
+    (row,) = named_rows(table)
     flat = {name: x.astype(np.float32).reshape(-1, 5)[1:] for name, x in sets.items()}
     far, near = naive(flat["high"], flat["low"]), naive(flat["high"], flat["low → high"])
     assert row["distance of hacked"] == pytest.approx(far, rel=1e-6)
@@ -356,8 +360,7 @@ def test_errors_are_the_bootstraps_over_prompts_that_all_share(measured: Results
         far, near = (naive(flat["high"][images], flat[name][images]) for name in ("low", "low → high"))
         values.append((far, near, far - near, 100 * (far - near) / far))
     expected = np.std(values, axis=0, ddof=1)
-    (cells,) = next(hacking_exhibits.table(measured, "digits")).rows
-    row = dict(zip(hacking_exhibits.HEADER, cells, strict=True))
+    (row,) = named_rows(next(hacking_exhibits.distance_exhibits(measured, "digits")))
     assert [row[f"s.e. ({name})"] for name in ("hacked", "realigned", "Δ", "Δ in %")] == pytest.approx(
         expected, rel=1e-5
     )
@@ -367,8 +370,7 @@ def test_sharing_noise_makes_distances_smaller_and_the_report_says_by_how_much(
     measured: Results, sets: dict[str, np.ndarray]
 ) -> None:
     halves = {name: (x.astype(np.float32)[:, :2], x.astype(np.float32)[:, 2:]) for name, x in sets.items()}
-    (cells,) = next(hacking_exhibits.table(measured, "digits")).rows
-    row = dict(zip(hacking_exhibits.HEADER, cells, strict=True))
+    (row,) = named_rows(next(hacking_exhibits.distance_exhibits(measured, "digits")))
 
     def dropped(x: np.ndarray, first: bool) -> np.ndarray:
         return x.reshape(-1, 5)[1 if first else 0 :]
@@ -381,7 +383,7 @@ def test_sharing_noise_makes_distances_smaller_and_the_report_says_by_how_much(
 
 def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, every: dict[str, Exhibit]) -> None:
     names = ["main", "wide"]
-    rows = [dict(zip(hacking_exhibits.HEADER, row, strict=True)) for row in every["hacking-table-digits"].rows]
+    rows = named_rows(every["hacking-table-digits"])
     assert [(row["prompts"], row["realigned"]) for row in rows] == [
         ("main", "low → high"),
         ("main", "low → high, 2 particles"),
@@ -403,7 +405,7 @@ def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, eve
 
 def test_one_prompt_has_no_error_and_one_image_no_distance(tmp_path: Path) -> None:
     plan = plan_of(prompts={"main": {"prompts": ["a cat"], "seeds": "0:3"}}, methods=METHODS[:3])
-    rows = next(hacking_exhibits.table(results_of(tmp_path / "a", plan), "digits")).rows
-    assert math.isnan(dict(zip(hacking_exhibits.HEADER, rows[0], strict=True))["s.e. (hacked)"])
+    row, *_ = named_rows(next(hacking_exhibits.distance_exhibits(results_of(tmp_path / "a", plan), "digits")))
+    assert math.isnan(row["s.e. (hacked)"])
     plan = plan_of(prompts={"main": {"prompts": ["a cat"], "seeds": 0}}, methods=METHODS[:3])
-    assert list(hacking_exhibits.table(results_of(tmp_path / "b", plan), "digits")) == []
+    assert list(hacking_exhibits.distance_exhibits(results_of(tmp_path / "b", plan), "digits")) == []

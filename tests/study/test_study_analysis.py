@@ -116,7 +116,7 @@ def test_votes_are_counted_by_configuration_and_together() -> None:
         ("diversity", (9, 2, 2)),
         ("agreement", (0, 1, 0)),
     ]
-    rows = [(*report.row(line)[2:5], line.preference.votes) for line in found.by_configuration]
+    rows = [(*list(report.row(line).values())[2:5], line.preference.votes) for line in found.by_configuration]
     assert rows == [
         ("few", "few", "diversity", (8, 2, 2)),
         ("few", "few", "agreement", (0, 1, 0)),

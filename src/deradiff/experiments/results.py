@@ -32,6 +32,23 @@ class Pair:
     retrained: Arm
 
 
+def by_prompt(table: Table) -> Float[np.ndarray, " prompt"]:
+    """The values of every prompt, averaged over the seeds that have one; NaN for a prompt without any."""
+    there = np.isfinite(table)
+    sums = np.where(there, table, 0.0).sum(1)
+    return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
+
+
+def over_prompts(table: Table) -> tuple[float, float]:
+    """Mean and standard error over prompts, each averaged over the seeds that have a value; NaN for none."""
+    values = by_prompt(table)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return float(values.mean()), float(error)
+
+
 class Results:
     """The numbers of a store for a plan, at one way of sampling. What is not there yet is NaN, or not among the rows.
 
@@ -111,19 +128,11 @@ class Results:
 
     def mean(self, arm: Arm, prompts: str, name: str) -> tuple[float, float]:
         """The mean score and its standard error over prompts, of those that have one; NaN for none."""
-        by_prompt = self.by_prompt(arm, prompts, name)
-        by_prompt = by_prompt[np.isfinite(by_prompt)]
-        if not len(by_prompt):
-            return float("nan"), float("nan")
-        error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else float("nan")
-        return float(by_prompt.mean()), float(error)
+        return over_prompts(self.scores(arm, prompts, name))
 
     def by_prompt(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, " prompt"]:
         """The score of every prompt, averaged over the seeds that have one; NaN for a prompt without any."""
-        table = self.scores(arm, prompts, name)
-        there = np.isfinite(table)
-        sums = np.where(there, table, 0.0).sum(1)
-        return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
+        return by_prompt(self.scores(arm, prompts, name))
 
     def features(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, "image feature"]:
         """The feature vectors of an arm's images, prompt after prompt; those that are there."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from deradiff.algorithm.estimates import Estimate
-from deradiff.experiments.results import Pair, Results
+from deradiff.experiments.results import Pair, Results, by_prompt
 from deradiff.measures.agreement import HELD, RESAMPLES
 
 COSINES = ("pickscore", "hps-v2.0", "hps-v2.1", "clip")
@@ -160,7 +160,7 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         tables = [results.scores(arm, prompts, score) for arm in (pair.approximated, pair.retrained)]
         both = np.isfinite(tables[0]) & np.isfinite(tables[1])
         if both.any():
-            columns.append((pair, both, *(_by_prompt(table, both) for table in tables)))
+            columns.append((pair, both, *(by_prompt(np.where(both, table, np.nan)) for table in tables)))
     if all(pair.anchor == pair.target for pair, *_ in columns):
         return None
     away = np.stack([first - second for _, _, first, second in columns], axis=1)
@@ -217,12 +217,6 @@ def resampled_means(
         with np.errstate(invalid="ignore"):  # 0/0 where none of a pair's few prompts was drawn
             rows[:] = (times @ known) / (times @ there)
     return means
-
-
-def _by_prompt(table: Float[np.ndarray, "prompt seed"], both: np.ndarray) -> Float[np.ndarray, " prompt"]:
-    """Averages over the images that both models have; NaN for a prompt without any."""
-    sums, counts = np.where(both, table, 0.0).sum(1), both.sum(1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _spread(means: Float[np.ndarray, " resample"]) -> tuple[float, tuple[float, float]]:

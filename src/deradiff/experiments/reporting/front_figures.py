@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import dressed
-from deradiff.experiments.reporting.arm_series import Series
+from deradiff.experiments.reporting.arm_series import Change, Series
 from deradiff.files.figure_styles import Style
 
 WIDTH = 11.0
@@ -252,9 +252,7 @@ class Strip(NamedTuple):
 
     anchor: str
     lams: list[float]
-    values: list[float]
-    lows: list[float]
-    highs: list[float]
+    changes: list[Change]
 
 
 @dressed
@@ -271,11 +269,11 @@ def attributes(panels: Mapping[str, Mapping[str, Sequence[Strip]]]) -> Figure:
             for strip in strips:
                 number = anchors.index(strip.anchor)
                 colour = graded(number, len(anchors))
-                bars = [np.subtract(strip.values, strip.lows), np.subtract(strip.highs, strip.values)]
+                values, lows, highs, _ = zip(*strip.changes, strict=True)
                 ax.errorbar(
                     strip.lams,
-                    strip.values,
-                    yerr=bars,
+                    values,
+                    yerr=[np.subtract(values, lows), np.subtract(highs, values)],
                     color=colour,
                     fmt=MODEL_MARKERS[number % len(MODEL_MARKERS)],
                     linestyle=LINES[number % len(LINES)],
