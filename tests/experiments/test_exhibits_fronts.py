@@ -149,6 +149,14 @@ def test_missing_seeds_do_not_weigh_on_a_prompt() -> None:
     assert np.isnan(over_prompts(table[2:])).all()
 
 
+def feature_groups(results: Results, arm: Arm, prompts: str, name: str) -> list[np.ndarray]:
+    """The features of each prompt's images."""
+    places = results.features_by_place(arm, prompts, name).items()
+    return [
+        np.stack([vector for _, vector in group]) for _, group in itertools.groupby(places, lambda place: place[0][0])
+    ]
+
+
 # -- diversity --------------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +189,8 @@ def effective(x: np.ndarray) -> float:
 
 def test_measures_are_those_of_other_formulas(results: Results, found: dict[Arm, Measured]) -> None:
     arm = named(results, "strong, λ = 0.5")
-    mine, groups = found[arm], results.feature_groups(arm, "cover", "digits")
-    base = results.feature_groups(named(results, "reference"), "cover", "digits")
+    mine, groups = found[arm], feature_groups(results, arm, "cover", "digits")
+    base = feature_groups(results, named(results, "reference"), "cover", "digits")
     expected = numbers_of(np.concatenate(base), np.concatenate(groups), 3)
     measured = [mine.values[measure] for measure in (FID, PRECISION, RECALL, SCD, LSCD)]
     assert measured == pytest.approx(list(expected.values()), rel=1e-5)
@@ -197,7 +205,7 @@ def test_measures_are_those_of_other_formulas(results: Results, found: dict[Arm,
 
 def test_standard_errors_leave_each_prompt_out_on_both_sides(results: Results, found: dict[Arm, Measured]) -> None:
     arm = named(results, "strong, λ = 0.5")
-    sides = [results.feature_groups(one, "cover", "digits") for one in (named(results, "reference"), arm)]
+    sides = [feature_groups(results, one, "cover", "digits") for one in (named(results, "reference"), arm)]
     kept = [[np.concatenate(side[:row] + side[row + 1 :]) for side in sides] for row in range(4)]
     without = [numbers_of(reference, other, 3)["fid"] for reference, other in kept]
     expected = math.sqrt(3 / 4 * np.square(np.array(without) - np.mean(without)).sum())

@@ -144,7 +144,7 @@ def _mean(estimate: Estimate) -> dict[str, Any]:
 
 def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
     """Tables 6 to 17: all statistics of Table 5, at λ ≤ 1 and at λ > 1."""
-    columns = {part: dict(_statistics(study, part, numbers_of_part)) for part, numbers_of_part in known().items()}
+    columns = {part: _statistics(study, part, numbers_of_part) for part, numbers_of_part in known().items()}
     lines = dict.fromkeys(line for column in columns.values() for line in column)
     if not lines:
         return None
@@ -168,36 +168,40 @@ def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
     return exhibit(results, "statistics", study, "Statistics of agreement", caption, rows)
 
 
-def _statistics(study: Study, part: bool, statistics_of_part: Numbers) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The lines of one part: name, value, per cent of the mean of retrained models."""
-    agreement, noise, fit = statistics_of_part.agreement, study.noise(part), statistics_of_part.scatter
+def _statistics(study: Study, part: bool, known: Numbers) -> dict[str, tuple[Any, Any]]:
+    """The lines of one part: by name a value, and per cent of the mean of retrained models."""
+    agreement, noise, fit = known.agreement, study.noise(part), known.scatter
     if agreement is None:
-        return
-
-    def line(name: str, value: float) -> tuple[str, tuple[float, float]]:
-        return name, (value, study.relative(value))
-
-    yield "pairs", (agreement.pairs, None)
-    yield line("mean absolute error (MAE)", agreement.mae)
-    yield line("MAE, bootstrap mean over pairs", agreement.mae_bootstrap)
-    yield line("MAE, 95% interval over pairs, lower", agreement.mae_interval[0])
-    yield line("MAE, 95% interval over pairs, upper", agreement.mae_interval[1])
-    yield line("MAE, standard error over prompts", noise.error)
-    yield line("MAE of the noise of prompts alone", noise.floor)
-    yield line("root mean squared error", agreement.rmse)
-    yield line("median absolute error", agreement.median_absolute_error)
-    yield line("Bland-Altman bias, mean of y − x", agreement.bias)
-    yield line("Bland-Altman SD of differences", agreement.sd)
-    yield line("limit of agreement, lower", agreement.limits[0])
-    yield line("limit of agreement, upper", agreement.limits[1])
-    if fit is not None:
-        yield "linear fit, slope", (fit.slope.value, None)
-        yield "linear fit, slope, ±", (fit.slope.error, None)
-        yield "linear fit, intercept", (fit.intercept.value, None)
-        yield "linear fit, intercept, ±", (fit.intercept.error, None)
-        yield "Pearson's correlation", (fit.correlation, None)
-        yield "Lin's concordance", (fit.concordance, None)
-        yield "R² of the identity", (fit.identity_r2, None)
+        return {}
+    scores = {
+        "mean absolute error (MAE)": agreement.mae,
+        "MAE, bootstrap mean over pairs": agreement.mae_bootstrap,
+        "MAE, 95% interval over pairs, lower": agreement.mae_interval[0],
+        "MAE, 95% interval over pairs, upper": agreement.mae_interval[1],
+        "MAE, standard error over prompts": noise.error,
+        "MAE of the noise of prompts alone": noise.floor,
+        "root mean squared error": agreement.rmse,
+        "median absolute error": agreement.median_absolute_error,
+        "Bland-Altman bias, mean of y − x": agreement.bias,
+        "Bland-Altman SD of differences": agreement.sd,
+        "limit of agreement, lower": agreement.limits[0],
+        "limit of agreement, upper": agreement.limits[1],
+    }
+    others = (
+        {}
+        if fit is None
+        else {
+            "linear fit, slope": fit.slope.value,
+            "linear fit, slope, ±": fit.slope.error,
+            "linear fit, intercept": fit.intercept.value,
+            "linear fit, intercept, ±": fit.intercept.error,
+            "Pearson's correlation": fit.correlation,
+            "Lin's concordance": fit.concordance,
+            "R² of the identity": fit.identity_r2,
+        }
+    )
+    relative = {name: (value, study.relative(value)) for name, value in scores.items()}
+    return {"pairs": (agreement.pairs, None), **relative, **{name: (value, None) for name, value in others.items()}}
 
 
 def distribution(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -262,7 +266,7 @@ def _points(study: Study) -> list[dict[str, Any]]:
         names(pair)
         | {"part": PARTS[part].label, "log2_beta_ratio": agreement_statistics.doublings(study, pair)}
         | numbers(pair)
-        | {"average": (pair.approximated + pair.retrained) / 2}
+        | {"average": pair.average}
         for part in PARTS
         for pair in study.part(part)
     ]

@@ -38,6 +38,11 @@ class ComparedPair:
         return self.models.anchor == self.models.target
 
     @property
+    def average(self) -> float:
+        """The mean of both, across in a Bland-Altman plot."""
+        return (self.approximated + self.retrained) / 2
+
+    @property
     def percent(self) -> float:
         """The difference's size in per cent of the retrained mean, as in DeRaDiff's Table 2; NaN if that is 0."""
         return 100 * abs(self.difference.value / self.retrained) if self.retrained else float("nan")
@@ -131,10 +136,7 @@ class Study:
 
     def at(self, anchor: str, target: str) -> ComparedPair | None:
         """The pair of these two; None where there is none."""
-        return next(
-            (pair for pair in self.pairs if (pair.models.anchor, pair.models.target) == (anchor, target)),
-            None,
-        )
+        return next((p for p in self.pairs if (p.models.anchor, p.models.target) == (anchor, target)), None)
 
     def shift(self, model: str) -> float | None:
         """How far retraining moved the mean score from the reference's; None where that was not drawn."""

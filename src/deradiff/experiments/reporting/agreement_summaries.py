@@ -134,10 +134,7 @@ def verdict_errors(results: Results, studies: Sequence[Study], claims: Callable[
     ]
     if not rows:
         return None
-    known: dict[str, list[Judged]] = {}
-    for claim in claims():
-        if claim.estimated is not None and claim.true is not None:
-            known.setdefault(claim.score, []).append(claim)
+    known = [claim for claim in claims() if claim.estimated is not None and claim.true is not None]
     caption = (
         "Errors of Algorithm 1's mean in per cent of the shift from the reference to the retrained model: as the "
         "verdict estimated it from the weights, and as it is. In the table ± is one standard error, of the true error "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from deradiff.experiments.reporting.agreement_figures import legend_entries
 from deradiff.experiments.reporting.exhibits import Exhibit, table
 from deradiff.experiments.reporting.hacking_distances import RESAMPLES, Distances, Undoing, distances
 from deradiff.experiments.reporting.picture_sheets import (
@@ -23,10 +26,6 @@ from deradiff.experiments.reporting.picture_sheets import (
     uncurated,
 )
 from deradiff.experiments.results import Results
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SECTION = "Reward hacking"
 
@@ -179,8 +178,6 @@ LEGEND = (
 
 def draw(rows: Sequence[Distances], name: str) -> Figure:
     """A panel for every prompt set; in it, a line for every realignment from the hacked model's distance to its own."""
-    from matplotlib.figure import Figure
-
     sets = _first(rows)
     most = max(sum(row.prompts == each.prompts for row in rows) for each in sets)
     figure = Figure(figsize=(4.2 * len(sets) + 1.4, 0.8 * most + 1.9), layout="constrained")
@@ -189,13 +186,10 @@ def draw(rows: Sequence[Distances], name: str) -> Figure:
         _panel(axes, [row for row in rows if row.prompts == each.prompts])
         axes.set_title(f"{each.prompts}, {each.hacked.samples[0]} images", fontsize=10)
     figure.supxlabel(f"{name} from {rows[0].undoing.healthy.name}", fontsize=10)
-    named: dict[str, Any] = {}
-    for axes in grid[0]:
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    order = sorted(named, key=LEGEND.index)
+    entries = legend_entries(grid[0])
+    order = sorted(entries, key=LEGEND.index)
     figure.legend(
-        [named[labels] for labels in order],
+        [entries[label] for label in order],
         order,
         loc="outside upper center",
         ncols=3 if len(sets) > 1 else 2,
@@ -242,6 +236,3 @@ def _panel(axes: Axes, rows: Sequence[Distances]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-
-
-__all__ = ["exhibits"]
