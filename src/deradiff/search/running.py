@@ -256,7 +256,7 @@ def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) 
         columns[f"{space.text(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
             plan, point
         )
-    for point, name in zip(_alone(space), space.anchors, strict=False):
+    for point, name in zip(space.alone(), space.anchors, strict=False):
         if point in [evaluation.point for evaluation in outcome.answer.evaluations] and point not in outcome.checks:
             columns[f"{name}\nλ = 1"] = space.arm(plan, point)
     texts = results.contents.texts[evaluator.prompts][:SHOWN]
@@ -266,14 +266,6 @@ def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) 
     return contact_sheet(
         filled(rows), list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise"
     )
-
-
-def _alone(space: SearchSpace) -> list[Point]:
-    """Where each anchor acts alone."""
-    if space.kind not in ("lam", "lams"):
-        return []
-    count = len(space.coordinates)
-    return [tuple(1.0 if k == i else 0.0 for k in range(count)) for i in range(count)]
 
 
 def _opened(results: Results, arm: Arm, prompts: str, row: int) -> Image.Image | None:
