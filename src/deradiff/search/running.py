@@ -236,16 +236,15 @@ def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: 
         "nearby": evaluator.nearby,
         "seed": seed,
         "answer": asdict(outcome.answer),
-        "checks": [_check_record(point, checked) for point, checked in outcome.checks.items()],
+        "checks": [
+            {"point": point, "compared": [asdict(number) for number in checked.compared], "words": checked.sentence}
+            for point, checked in outcome.checks.items()
+        ],
         "refused": [{"point": point, "why": why} for point, why in outcome.refused.items()],
         "verdict": outcome.verdict,
         "left_out": outcome.left_out,
         "versions": versions(),
     }
-
-
-def _check_record(point: Point, checked: Check) -> dict[str, Any]:
-    return {"point": point, "compared": [asdict(number) for number in checked.compared], "words": checked.sentence}
 
 
 def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) -> Image.Image:

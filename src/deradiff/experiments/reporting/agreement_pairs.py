@@ -109,12 +109,18 @@ class Study:
 
     def noise(self, interpolated: bool) -> PromptNoise:
         """How much of these pairs' MAE is noise of the prompts; NaN without pairs, or where one has a single prompt."""
-        places = self.places(interpolated)
-        if not places or any(self.pairs[place].prompts < 2 for place in places):
+        chance = self.chance(interpolated)
+        if chance is None:
             return PromptNoise(float("nan"), float("nan"))
-        resampled = self.resampled[:, places]
-        centred = resampled - [self.pairs[place].difference.value for place in places]
-        return PromptNoise(float(np.nanstd(np.abs(resampled).mean(1), ddof=1)), float(np.nanmean(np.abs(centred))))
+        resampled = self.resampled[:, self.places(interpolated)]
+        return PromptNoise(float(np.nanstd(np.abs(resampled).mean(1), ddof=1)), float(np.nanmean(np.abs(chance))))
+
+    def chance(self, interpolated: bool) -> Float[np.ndarray, "resample part"] | None:
+        """How far resampling prompts alone moves these pairs' differences; None where `noise` is NaN."""
+        pairs = self.part(interpolated)
+        if not pairs or any(pair.prompts < 2 for pair in pairs):
+            return None
+        return self.resampled[:, self.places(interpolated)] - [pair.difference.value for pair in pairs]
 
     def label(self, model: str) -> str:
         """A model's name and strength, on two lines."""

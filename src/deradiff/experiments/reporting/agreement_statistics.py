@@ -136,10 +136,9 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
 
 def noise_distribution(study: Study, errors: np.ndarray) -> np.ndarray | None:
     """The ECDF at `errors` that resampling prompts alone would make of pairs at λ ≤ 1 that agree perfectly."""
-    places = study.places(True)
-    if not places or any(study.pairs[place].prompts < 2 for place in places):
+    away = study.chance(True)
+    if away is None:
         return None
-    away = study.resampled[:, places] - [study.pairs[place].difference.value for place in places]
     known = np.sort(np.abs(away[np.isfinite(away)]))
     return np.searchsorted(known, errors, side="right") / len(known)
 
