@@ -74,10 +74,11 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, which becomes that file when the block ends well.
 
-    Raises `FileExistsError` where there is one by that name, before the block and after it: nothing is replaced.
+    Raises `FileExistsError` where there is one by that name, before the block and after it: nothing is replaced;
+    `OSError` that names `path` where its disk is full.
     """
     require_new(path)
-    with disks.explained(path.parent):
+    with disks.explained(path.parent), disks.naming_a_full_disk(path):
         temporary = path.with_name(f".{path.name[:100]}.{token_hex(8)}.partial")
         try:
             yield temporary

@@ -48,4 +48,9 @@ def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 def write_json(path: Path, record: Mapping[str, Any], within: Path | None = None) -> None:
     """Write `record` to `path` as indented JSON, whole or not at all."""
     with atomic_file(path, within) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(record), encoding="utf-8")
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """`record` as indented JSON."""
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
