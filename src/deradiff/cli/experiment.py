@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import machine_option
 
 if TYPE_CHECKING:
     from deradiff.experiments.plan import Plan
@@ -66,17 +67,17 @@ def run(
     ],
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
+        machine_option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
     ] = None,
-    device: Annotated[str, typer.Option(help=options.DEVICES)] = "auto",
+    device: options.Device = "auto",
     threads: Annotated[
-        int, typer.Option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
+        int, machine_option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
     ] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="Work with Ray's actors instead of processes.")] = False,
+    ray: Annotated[bool, machine_option("--ray", help="Work with Ray's actors instead of processes.")] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster's address, or auto; by default one is started here.")
+        str | None, machine_option(help="A Ray cluster's address, or auto; by default one is started here.")
     ] = None,
-    gpus: Annotated[float, typer.Option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
+    gpus: Annotated[float, machine_option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
     verify: Annotated[bool, typer.Option("--verify", help="Read all images and check their hashes first.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what could not be drawn or scored.")] = False,
 ) -> None:
