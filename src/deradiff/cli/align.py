@@ -1,8 +1,7 @@
 """`deradiff align`: one anchor per strength, from a base and what it is to prefer."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,45 +15,6 @@ model_option, data_option = panel("Model"), panel("Data")
 reward_option, training_option = panel("Reward and sampling"), panel("Training")
 
 
-class AlignmentMethod(StrEnum):
-    """How to align."""
-
-    dpo = "dpo"
-    draft = "draft"
-    refl = "refl"
-    rwr = "rwr"
-    ddpo = "ddpo"
-
-
-class LearningRateSchedule(StrEnum):
-    """The learning rate after its warm-up."""
-
-    constant = "constant"
-    cosine = "cosine"
-
-
-class Optimizer(StrEnum):
-    """AdamW, with states of 32 bits or 8."""
-
-    adamw = "adamw"
-    adamw8bit = "adamw8bit"
-
-
-class Precision(StrEnum):
-    """Accelerate's mixed precision."""
-
-    no = "no"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class Tracker(StrEnum):
-    """Where the curves can be followed."""
-
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-
-
 def align(
     context: arguments.Context,
     base: Annotated[
@@ -65,7 +25,10 @@ def align(
         Path, typer.Option("--out", "-o", help="Folder of the anchors. An interrupted alignment goes on where it was.")
     ] = Path("aligned"),
     beta: Annotated[str | None, training_option("--beta", help="Strengths, one anchor each: 500,1000,2000.")] = None,
-    method: Annotated[AlignmentMethod | None, training_option(help="How to align; the preset's, or dpo.")] = None,
+    method: Annotated[
+        Literal["dpo", "draft", "refl", "rwr", "ddpo"] | None,
+        training_option(help="How to align; the preset's, or dpo."),
+    ] = None,
     preset: Annotated[
         str | None, training_option(help="Published hyperparameters to start from; every option overrides one.")
     ] = None,
@@ -116,8 +79,12 @@ def align(
     accumulate: Annotated[int | None, training_option(min=1, help="Micro-batches per step and process.")] = None,
     learning_rate: Annotated[float | None, training_option(help="Peak rate.")] = None,
     warmup: Annotated[int | None, training_option(min=0, help="Steps of warm-up.")] = None,
-    schedule: Annotated[LearningRateSchedule | None, training_option(help="The rate after the warm-up.")] = None,
-    optimizer: Annotated[Optimizer | None, training_option(help="adamw8bit needs bitsandbytes.")] = None,
+    schedule: Annotated[
+        Literal["constant", "cosine"] | None, training_option(help="The rate after the warm-up.")
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit"] | None, training_option(help="adamw8bit needs bitsandbytes.")
+    ] = None,
     ema: Annotated[
         float | None,
         training_option(
@@ -125,11 +92,11 @@ def align(
         ),
     ] = None,
     seed: options.TrainingSeed = 0,
-    precision: Annotated[Precision | None, machine_option(help="Mixed precision.")] = None,
+    precision: Annotated[Literal["no", "fp16", "bf16"] | None, machine_option(help="Mixed precision.")] = None,
     gradient_checkpointing: Annotated[
         bool, machine_option("--gradient-checkpointing", help=options.GRADIENT_CHECKPOINTING)
     ] = False,
-    track: Annotated[Tracker | None, machine_option(help="Follow the curves.")] = None,
+    track: Annotated[Literal["tensorboard", "wandb"] | None, machine_option(help="Follow the curves.")] = None,
     cpu: Annotated[bool, machine_option("--cpu", help="Train on the processor.")] = False,
 ) -> None:
     """Align a model, once per strength: anchors that λ then turns.
@@ -184,9 +151,7 @@ def _plain(content: Any) -> Any:
     return [_plain(value) for value in content] if isinstance(content, list | tuple) else content
 
 
-def _settings(
-    context: arguments.Context, name: str | None, base: str | None, schedule: LearningRateSchedule | None
-) -> "Preset":
+def _settings(context: arguments.Context, name: str | None, base: str | None, schedule: str | None) -> "Preset":
     """The preset with every option that was given in its place."""
     from dataclasses import replace
 
@@ -227,7 +192,7 @@ def _settings(
     if changed.cosine:
         changed = replace(changed, cosine=changed.steps)
     if schedule:
-        changed = replace(changed, cosine=changed.steps if schedule is LearningRateSchedule.cosine else None)
+        changed = replace(changed, cosine=changed.steps if schedule == "cosine" else None)
     return replace(start, **wanted, plan=changed, base=base or start.base)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +27,8 @@ def refuse(context: Context, names: Sequence[str], why: str) -> None:
 
 
 def values(context: Context, names: Iterable[str]) -> dict[str, Any]:
-    """The values of the command's parameters among these names, choices as plain strings."""
-    shared = [name for name in context.params if name in names]
-    return {name: value.value if isinstance(value := context.params[name], StrEnum) else value for name in shared}
+    """The values of the command's parameters among these names."""
+    return {name: value for name, value in context.params.items() if name in names}
 
 
 def given(context: Context, *names: str) -> dict[str, Any]:

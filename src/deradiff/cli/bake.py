@@ -1,9 +1,9 @@
 """`deradiff bake`: a chosen λ as one ordinary checkpoint."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from deradiff.algorithm.schedules import Over
 from deradiff.cli import arguments, options, terminal
 from deradiff.cli.options import dial_option, machine_option, output_option, sampling_option
 from deradiff.sweep import notation
@@ -19,13 +19,6 @@ TRAINING = (
 """The parameters that are of a distillation alone."""
 
 
-class BakingMethod(StrEnum):
-    """How to bake."""
-
-    interpolate = "interpolate"
-    distill = "distill"
-
-
 def bake(
     context: arguments.Context,
     reference: options.Reference,
@@ -36,16 +29,16 @@ def bake(
     ],
     out: Annotated[Path, output_option("--out", "-o", help="A new or empty folder.")],
     method: Annotated[
-        BakingMethod,
+        Literal["interpolate", "distill"],
         dial_option(
             help="Interpolate weights: seconds, right to first order. Or train a student from there: hours on a GPU, "
             "minutes for the digits, nearer."
         ),
-    ] = BakingMethod.interpolate,
+    ] = "interpolate",
     schedule: Annotated[
         str, dial_option(help=f"How λ grows from noise to image (distill): {options.SCHEDULES}")
     ] = "constant",
-    over: options.Over = options.ScheduleClock.steps,
+    over: options.Over = "steps",
     prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
@@ -85,7 +78,7 @@ def bake(
     device: options.Device = "auto",
     dtype: Annotated[
         options.NumberFormat, machine_option(help="Of the result; auto is float32 on a CPU and float16 elsewhere.")
-    ] = options.NumberFormat.auto,
+    ] = "auto",
     revision: options.Revision = None,
     anchor_revision: options.AnchorRevision = None,
     allow_pickle: options.AllowPickle = False,
@@ -101,10 +94,10 @@ def bake(
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
-        if method is BakingMethod.interpolate:
+        if method == "interpolate":
             why = "only for --method distill; interpolated weights are not trained"
             arguments.refuse(context, TRAINING, why)
-        if method is BakingMethod.interpolate and not images:
+        if method == "interpolate" and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
@@ -118,7 +111,7 @@ def bake(
             automatic = "float32" if place == "cpu" else "float16"
             pipe = load_pipeline(
                 reference,
-                dtype=DTYPES[automatic if dtype is options.NumberFormat.auto else dtype.value],
+                dtype=DTYPES[automatic if dtype == "auto" else dtype],
                 scheduler=scheduler,
                 revision=revision,
                 allow_pickle=allow_pickle,
@@ -130,9 +123,9 @@ def bake(
                 {name: anchor_source(source) for name, source in anchors.items()},
                 chosen,
                 out,
-                method=method.value,
+                method=method,
                 images=images,
-                prompts=texts or (_own_prompts(reference) if images or method is BakingMethod.distill else []),
+                prompts=texts or (_own_prompts(reference) if images or method == "distill" else []),
                 sampler=baking.Sampler(steps, scale, batch_size),
                 distillation=_distillation(context, method, reference),
                 seed=seed,
@@ -147,13 +140,13 @@ def bake(
     terminal.files([baked.folder])
 
 
-def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: options.ScheduleClock) -> Any:
+def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: Over) -> Any:
     """λ as a dial takes it, by name."""
     lams = arguments.lams([text], anchors)
     if len(lams) != 1:
         raise ValueError(f"--lam {text}: a checkpoint has one λ, so name one")
     by_name = lams[0] if isinstance(lams[0], dict) else {anchors[0]: lams[0]}
-    shape = notation.schedule(schedule, over.value)
+    shape = notation.schedule(schedule, over)
     return by_name if shape is None else {name: shape.scaled(lam) for name, lam in by_name.items()}
 
 
@@ -164,13 +157,13 @@ def _span(text: str) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
-def _distillation(context: arguments.Context, method: BakingMethod, reference: str) -> "Distillation":
+def _distillation(context: arguments.Context, method: str, reference: str) -> "Distillation":
     """The usual settings with the options that were given in their place."""
     from dataclasses import replace
 
     from deradiff.baking.distillation import Distillation, usual
 
-    if method is BakingMethod.interpolate:
+    if method == "interpolate":
         return Distillation()
     given = arguments.given(context, *TRAINING)
     if "span" in given:

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,13 +21,6 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the experiment.")]
-
-
-class Form(StrEnum):
-    """What tables can be exported as."""
-
-    csv = "csv"
-    parquet = "parquet"
 
 
 @app.command()
@@ -173,13 +165,15 @@ def status(folder: Folder) -> None:
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the tables, which replace its last ones.")],
-    form: Annotated[Form, typer.Option("--format", help="csv, or parquet (needs pyarrow).")] = Form.csv,
+    form: Annotated[
+        Literal["csv", "parquet"], typer.Option("--format", help="csv, or parquet (needs pyarrow).")
+    ] = "csv",
 ) -> None:
     """Write a table of all images, with what decided each, what it was made with and its scores."""
     with terminal.refusing_wrong_input(), _opened(folder) as (planned, store):
         from deradiff.experiments.export import write
 
-        files = write(planned, store, out, form.value)
+        files = write(planned, store, out, form)
     terminal.files(files)
 
 

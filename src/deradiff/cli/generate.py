@@ -1,27 +1,11 @@
 """`deradiff generate`: prompts and seeds at many λ, from the same noise, as single images and one labelled sheet."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from deradiff.cli import arguments, options, terminal
 from deradiff.cli.options import dial_option, output_option, sampling_option
 from deradiff.sweep import notation
-
-
-class SamplingMethod(StrEnum):
-    """How λ is applied."""
-
-    mixture = "mixture"
-    interpolate = "interpolate"
-
-
-class MixtureSpace(StrEnum):
-    """Where the mixture is taken."""
-
-    auto = "auto"
-    prediction = "prediction"
-    posterior = "posterior"
 
 
 def generate(
@@ -46,20 +30,20 @@ def generate(
         ),
     ] = ["0:1.5:0.25"],  # noqa: B006 (Typer never changes it)
     schedule: Annotated[str, dial_option(help=f"How λ grows from noise to image: {options.SCHEDULES}")] = "constant",
-    over: options.Over = options.ScheduleClock.steps,
+    over: options.Over = "steps",
     anchor_beta: Annotated[
         float | None, dial_option(help="The β the anchor was aligned at, to print β/λ (known for the digits).")
     ] = None,
     method: Annotated[
-        SamplingMethod,
+        Literal["mixture", "interpolate"],
         dial_option(
             help="Mix the models' predictions, or run one model with interpolated weights (half the cost, inexact)."
         ),
-    ] = SamplingMethod.mixture,
+    ] = "mixture",
     path: Annotated[
-        MixtureSpace,
+        Literal["auto", "prediction", "posterior"],
         dial_option(help="Mix predictions or explicit posteriors; auto takes predictions where both agree."),
-    ] = MixtureSpace.auto,
+    ] = "auto",
     tolerance: Annotated[
         float | None,
         dial_option(
@@ -86,7 +70,7 @@ def generate(
     width: options.Side = None,
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
-    dtype: options.Dtype = options.NumberFormat.auto,
+    dtype: options.Dtype = "auto",
     offload: options.Offload = False,
     revision: options.Revision = None,
     anchor_revision: options.AnchorRevision = None,
@@ -99,7 +83,7 @@ def generate(
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
     with terminal.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
-        shape = notation.schedule(schedule, over.value)
+        shape = notation.schedule(schedule, over)
         if shape is None:
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
         else:

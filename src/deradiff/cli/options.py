@@ -1,11 +1,15 @@
 """The options that several commands have, each with its help written once, and the panels of `--help`."""
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from deradiff.algorithm import schedules
+
+NumberFormat = Literal["auto", "float32", "float16", "bfloat16"]
+"""What models are computed in."""
 
 
 def panel(name: str) -> Callable[..., Any]:
@@ -18,22 +22,6 @@ machine_option, output_option, page_option = panel("Machine"), panel("Output"), 
 
 LARGEST_SEED = 2**31 - 1
 """Of a training: a step's own seed holds this one and the number of the step."""
-
-
-class NumberFormat(StrEnum):
-    """What models are computed in."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class ScheduleClock(StrEnum):
-    """What an annealed λ follows."""
-
-    steps = "steps"
-    time = "time"
 
 
 # -- help that options in different panels share ----------------------------------------------------------------------
@@ -64,7 +52,7 @@ AllowPickle = Annotated[
 
 # -- the dial and the sampling ----------------------------------------------------------------------------------------
 
-Over = Annotated[ScheduleClock, dial_option(help="What the schedule runs over.")]
+Over = Annotated[schedules.Over, dial_option(help="What the schedule runs over.")]
 Prompt = Annotated[list[str] | None, sampling_option("--prompt", "-p", help="A prompt; may be repeated.")]
 Seeds = Annotated[
     list[str], sampling_option("--seed", "-s", help="Seeds of every prompt: 7, a list (1,2,3) or a range (0:7).")

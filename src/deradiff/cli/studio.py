@@ -50,7 +50,7 @@ def studio(
     ] = None,
     root_path: options.RootPath = "",
     device: options.Device = "auto",
-    dtype: options.Dtype = options.NumberFormat.auto,
+    dtype: options.Dtype = "auto",
     offload: options.Offload = False,
 ) -> None:
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
@@ -79,7 +79,7 @@ def studio(
                 allowed = [reference, *sources_of.values()]
                 named = [source for source in allowed if not find(source) and not find_anchor(source)]
                 sources = Sources(models or (), named, hub)
-                machine = MachineSettings(device, dtype.value, offload, allow_pickle)
+                machine = MachineSettings(device, dtype, offload, allow_pickle)
                 prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)

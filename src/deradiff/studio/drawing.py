@@ -21,8 +21,9 @@ from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
 from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import PageJob
-from deradiff.sweep import drawing
 from deradiff.sweep.batches import Diagnostics, sample
+from deradiff.sweep.description import metadata
+from deradiff.sweep.drawing import made_of
 from deradiff.sweep.settings import Column, Settings, file_name
 
 GLIMPSES = 0.15
@@ -133,7 +134,7 @@ def draw(
 
     sampled = list(sample(pipe, dial, settings.drawings, batch_size=settings.batch_size, on_step=on_step))
     seconds = time.perf_counter() - begun
-    made = drawing.made_of(settings, pipe, dial)
+    made = made_of(settings, pipe, dial)
     return [_drawn(settings, made, place, image, known, seconds, preview) for place, image, known in sampled]
 
 
@@ -182,7 +183,8 @@ def _drawn(
     reason, kind = judged.words, judged.kind
     if diagnostics.reused is not None and diagnostics.reused.error:
         reason, kind = diagnostics.reused.words, "approximate"  # type: ignore[assignment]
-    record = drawing.metadata(own.drawings[0], column.beta(own.anchor_beta), diagnostics, made)
+    record = made | metadata(own.drawings[0], made["settings"])
+    record |= {"beta": column.beta(own.anchor_beta)} | diagnostics.record()
     warned = tuple(cut.words for cut in diagnostics.cuts)
     if diagnostics.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
