@@ -72,7 +72,6 @@ class DrawnImage:
     verdict: str
     kind: str
     seconds: float
-    preview: bool = False
     warned: tuple[str, ...] = ()
     """What loading its models, and drawing it, warned about."""
     blacked_out: bool = False
@@ -135,7 +134,7 @@ def draw(
     sampled = list(sample(pipe, dial, settings.drawings, batch_size=settings.batch_size, on_step=on_step))
     seconds = time.perf_counter() - begun
     made = made_of(settings, pipe, dial)
-    return [_drawn(settings, made, place, image, known, seconds, preview) for place, image, known in sampled]
+    return [_drawn(settings, made, place, image, known, seconds) for place, image, known in sampled]
 
 
 def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
@@ -173,7 +172,6 @@ def _drawn(
     image: Image.Image,
     diagnostics: Diagnostics,
     seconds: float,
-    preview: bool,
 ) -> DrawnImage:
     column = settings.columns[place]
     own = settings.model_copy(update={"columns": (column,)})
@@ -188,20 +186,8 @@ def _drawn(
     warned = tuple(cut.words for cut in diagnostics.cuts)
     if diagnostics.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
-    return DrawnImage(
-        image,
-        own,
-        record,
-        file_name(own, 0),
-        {},
-        kl,
-        reason,
-        kind,
-        seconds,
-        preview,
-        warned,
-        diagnostics.blacked_out,
-    )
+    name = file_name(own, 0)
+    return DrawnImage(image, own, record, name, {}, kl, reason, kind, seconds, warned, diagnostics.blacked_out)
 
 
 def judged(
