@@ -97,11 +97,7 @@ def run(
             size = workers or (cores() if place == "cpu" else 1)
             if ray or ray_address:
                 return executors.RayActors(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
-            return (
-                executors.InProcess(planned, place, threads)
-                if size == 1
-                else executors.processes(planned, place, threads, size)
-            )
+            return executors.local(planned, place, threads, size)
 
         about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
         outcome = running.run(planned, out, executor, report, about=about, thoroughly=verify, again=retry)

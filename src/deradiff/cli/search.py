@@ -128,8 +128,7 @@ def search(
         )
 
         def executor() -> "Executor":
-            size = workers or (cores() if place == "cpu" else 1)
-            return executors.InProcess(plan, place, 1) if size == 1 else executors.processes(plan, place, 1, size)
+            return executors.local(plan, place, 1, workers or (cores() if place == "cpu" else 1))
 
         def print_evaluation(state: SearchState) -> None:
             console.print(summary.evaluated(space, state))

@@ -68,7 +68,8 @@ def studio(
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
                 from deradiff.studio import scenes, server
-                from deradiff.studio.models import MachineSettings
+                from deradiff.studio.image_requests import Desk
+                from deradiff.studio.models import LoadedModels, MachineSettings
                 from deradiff.studio.sources import Sources
 
                 terminal.pass_on_warnings()
@@ -83,7 +84,7 @@ def studio(
                 prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
-                desk = server.desk_of(sources, machine, tuple(reward or ()))
+                desk = Desk(LoadedModels(sources, machine), tuple(reward or ()))
                 closing.callback(desk.close)
                 application = server.app(desk, start, library.resolve(), token, root)
             desk.warm_up(start)
