@@ -23,10 +23,7 @@ def bake(
     context: arguments.Context,
     reference: options.Reference,
     anchor: options.Anchor,
-    lam: Annotated[
-        str,
-        dial_option("--lam", "-l", help="λ; with several anchors style=0.5,text=0.2."),
-    ],
+    lam: Annotated[str, dial_option("--lam", "-l", help="λ; with several anchors style=0.5,text=0.2.")],
     out: Annotated[Path, output_option("--out", "-o", help="A new or empty folder.")],
     method: Annotated[
         Literal["interpolate", "distill"],

@@ -132,7 +132,7 @@ def _print(console: Any, source: str, counted: Any, strengths: int, images: int)
     console.print(f"Realignment {more} {abs(100 * counted.saved):.1f}% of the sweep.")
     console.print(
         "Counted: matrix products, convolutions and attention of the denoiser. Not counted: elementwise work, the "
-        "optimizer, VAE and text encoders.",
+        "optimizer, VAE and text encoders."
     )
 
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from deradiff.sweep.workers import Executor
 
 app = typer.Typer(
-    help="Every table and figure of both papers for models of your own, from one plan.",
-    no_args_is_help=True,
+    help="Every table and figure of both papers for models of your own, from one plan.", no_args_is_help=True
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the experiment.")]
@@ -105,7 +104,7 @@ def run(
         console.print(f"{outcome.lost} images were gone or altered, and were drawn again.")
     console.print(
         f"{outcome.drawn} images drawn, {outcome.scored} scores and features computed in {outcome.seconds:.0f} s, "
-        f"{outcome.overhead:.1%} of it outside models and scorers.",
+        f"{outcome.overhead:.1%} of it outside models and scorers."
     )
     if outcome.blacked_out:
         console.print(
@@ -119,7 +118,7 @@ def run(
         terminal.listed("error", [f"{name} of {item}: {error}" for name, item, error in outcome.failures])
         console.print(
             f"{undrawn} images could not be drawn, {len(outcome.failures) - undrawn} scores could not be computed. The "
-            "rest is done; --retry tries them again.",
+            "rest is done; --retry tries them again."
         )
         raise typer.Exit(1)
 

@@ -10,8 +10,7 @@ from deradiff.cli import options, terminal
 from deradiff.cli.options import page_option
 
 app = typer.Typer(
-    help="A preference study between methods of an experiment, in people's browsers.",
-    no_args_is_help=True,
+    help="A preference study between methods of an experiment, in people's browsers.", no_args_is_help=True
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the study.")]

@@ -166,12 +166,7 @@ def _scores(
 
 
 def _drawn(
-    settings: Settings,
-    made: dict[str, Any],
-    place: int,
-    image: Image.Image,
-    diagnostics: Diagnostics,
-    seconds: float,
+    settings: Settings, made: dict[str, Any], place: int, image: Image.Image, diagnostics: Diagnostics, seconds: float
 ) -> DrawnImage:
     column = settings.columns[place]
     own = settings.model_copy(update={"columns": (column,)})
