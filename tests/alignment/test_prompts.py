@@ -69,6 +69,12 @@ def test_a_count_takes_the_first_and_a_seed_draws(tmp_path: Path) -> None:
         load_prompts(path, 0)
 
 
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_path_that_was_not_given_is_no_folder(source: str) -> None:
+    with pytest.raises(ValueError, match=r"no path was given.*partiprompts"):
+        load_prompts(source)
+
+
 @pytest.mark.parametrize(
     "name, content, complaint",
     [

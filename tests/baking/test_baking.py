@@ -3,11 +3,8 @@
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from deradiff.baking import bake, outputs, split_prompts
 from deradiff.baking.weights import FORMATS, Blend, StoredAnchor, fingerprint, open_anchor, write_tensors
 from deradiff.files.records import read_png
 from deradiff.sampling.blocked_methods import DialError
+from holding import files_of_at_most
 
 FAST: dict[str, Any] = {"images": 0}
 
@@ -353,17 +351,6 @@ def test_what_stands_there_is_replaced_only_if_it_was_baked_and_one_asks(tmp_pat
         bake(pipe, aligned, 0.6, tmp_path / "letters", force=True, **FAST)
     with pytest.raises(FileExistsError, match="is a file"):
         bake(pipe, aligned, 0.6, tmp_path / "letters/mother.txt", force=True, **FAST)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk on which a file can grow to `size` bytes: writing more fails as on a full one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_disk_that_fills_leaves_what_was_there(tmp_path: Path) -> None:

@@ -135,6 +135,13 @@ def test_features_come_back_as_they_were(tmp_path: Path) -> None:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
+def test_the_columns_are_those_of_version_0_1(tmp_path: Path) -> None:
+    run(tmp_path / "x", Fake())
+    with sqlite3.connect(tmp_path / "x" / "store.sqlite") as db:
+        (diagnostics,) = db.execute("SELECT told FROM items WHERE sha256 IS NOT NULL LIMIT 1").fetchone()
+    assert isinstance(json.loads(diagnostics), dict)
+
+
 def test_a_store_of_a_later_version(tmp_path: Path) -> None:
     run(tmp_path / "x", Fake())
     with sqlite3.connect(tmp_path / "x" / "store.sqlite") as db:

@@ -58,7 +58,7 @@ def test_the_exact_image_is_the_librarys(desk: Desk, lam: float, schedule: Power
     [found] = last(desk.drawn("page", settings))
     expected = by_hand(settings, lam if schedule is None else schedule.scaled(lam))
     assert np.array_equal(np.asarray(found.image), np.asarray(expected))
-    assert not found.preview and found.path_kl is None
+    assert found.path_kl is None
     assert found.kind == ("exact" if lam in (0, 1) else "no target")
 
 
@@ -187,7 +187,7 @@ def test_previews_are_near_and_say_so(desk: Desk) -> None:
     exact = np.asarray(last(desk.drawn("page", settings))[0].image, float)
     for how in ("steps", "carry"):
         [found] = last(desk.drawn("page", drawing.preview_of(settings, how), preview=True))
-        assert found.preview and found.scores == {}
+        assert found.scores == {}
         assert np.abs(np.asarray(found.image, float) - exact).mean() < 20
     assert found.kind == "approximate" and found.record["settings"]["tolerance"] == drawing.PREVIEW_TOLERANCE
     assert np.array_equal(np.asarray(last(desk.drawn("page", settings))[0].image, float), exact)

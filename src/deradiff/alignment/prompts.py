@@ -59,8 +59,8 @@ def load_prompts(
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: the source is empty, unreadable, holds something else than text, or fewer prompts than `count`; a
-            `split` of what has none.
+        ValueError: no source is named; it is empty, unreadable, holds something else than text, or fewer prompts than
+            `count`; a `split` of what has none.
         ImportError: Pick-a-Pic is asked for without the `datasets` library, or Parquet without pyarrow.
         OSError: the hub cannot be reached, or the file cannot be read.
     """
@@ -93,6 +93,8 @@ def load_prompts(
 
 
 def _entries(source: str | Path, split: str | None) -> Iterable[Entry]:
+    if not str(source).strip():
+        raise ValueError(f"no path was given: name a file of prompts, or one of the lists {', '.join(NAMES)}")
     if source in ("pickapic-v1", "pickapic-v2") and not Path(source).is_file():
         return _of_captions(f"yuvalkirstain/pickapic_{str(source)[-2:]}_no_images", split or "train")
     if split is not None:
