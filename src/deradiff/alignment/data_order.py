@@ -225,6 +225,11 @@ def order(length: int, seed: int, positions: range) -> list[int]:
     return [int(_epoch(length, seed, position // length)[position % length]) for position in positions]
 
 
+def passes(count: int, size: int) -> list[range]:
+    """0 to `count` in ranges of `size`, the last one shorter: what is evaluated together where nothing is trained."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 @lru_cache(maxsize=2)
 def _epoch(length: int, seed: int, epoch: int) -> Int[Tensor, " row"]:
     return torch.randperm(length, generator=seeded(seed, f"epoch {epoch}"))

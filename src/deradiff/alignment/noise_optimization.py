@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
-from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, decode, sample, told
 from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
 from deradiff.sampling.pictures import upcast
@@ -228,8 +228,7 @@ def optimize_noise(
 def _renderer(
     base: Base, prompts: Sequence[str], sampling: SamplerSettings, seed: int, rows: range, checkpointing: bool
 ) -> Render:
-    prompted = conditions(base, prompts, sampling.resolution)
-    unprompted = unconditional(base, len(prompts), sampling.resolution) if sampling.guidance_scale > 1 else None
+    prompted, unprompted = told(base, prompts, sampling)
     # A scheduler of second order takes more steps than it is asked for.
     steps = len(sampling.prepared(base).timesteps)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.rwr import ReferenceSamples
-from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, decode, sample, told
 from deradiff.alignment.scoring import scored
 from deradiff.alignment.training import Report
 from deradiff.files.folders import begin_or_resume
@@ -100,9 +100,7 @@ def _drawn(
     base: Base, texts: list[str], reward: Reward, sampling: SamplerSettings, seed: int, rows: range
 ) -> dict[str, Tensor]:
     generators = row_generators(seed, rows, "own sample")
-    prompted = conditions(base, texts, sampling.resolution)
-    guided = sampling.guidance_scale > 1
-    unprompted = unconditional(base, len(texts), sampling.resolution) if guided else None
+    prompted, unprompted = told(base, texts, sampling)
     noise = sampling.noise(base, generators)
     latents = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=generators).latents
     rewards = scored(reward, decode(base, latents), texts)

@@ -44,6 +44,11 @@ class Preset:
     vae: str | None = None
     notes: str = ""
 
+    @property
+    def model(self) -> str:
+        """What the data of a base are made by: its name, and that of another VAE."""
+        return " with ".join(filter(None, (self.base, self.vae)))
+
     def plan_at(self, beta: float) -> TrainingPlan:
         """How to train at `beta`."""
         if self.rate_times_beta is None:
