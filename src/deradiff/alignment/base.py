@@ -199,20 +199,15 @@ class Policy:
             if not self.is_lora:
                 yield self._reference
                 return
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
             # Not those of `self.model`, which has no weights while they are divided between processes.
-            layers = _lora_layers(prepared)
+            layers: list[Any] = [module for module in prepared.modules() if isinstance(module, BaseTunerLayer)]
             for layer in layers:
-                layer._disable_adapters = (
-                    True  # `disable_adapters()` also freezes them, and walks the model twice a step
-                )
+                # `disable_adapters()` also freezes them, and walks the model twice a step.
+                layer._disable_adapters = True
             try:
                 yield prepared
             finally:
                 for layer in layers:
                     layer._disable_adapters = False
-
-
-def _lora_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -34,23 +34,6 @@ from deradiff.worlds.closed_form import (
     peaked_reward,
 )
 
-__all__ = [
-    "SCHEDULE",
-    "GaussianMixture",
-    "MixtureDenoiser",
-    "MixturePipeline",
-    "Noise",
-    "QuadraticReward",
-    "World",
-    "crossing",
-    "linear_reward",
-    "mixture",
-    "peaked_reward",
-    "prediction_of",
-    "random_world",
-    "variance_preserving",
-]
-
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 """What a denoiser predicts: ε, v or x_0 on Stable Diffusion's schedule, the velocity ε - x_0 of flow matching, or the
 output of an EDM-preconditioned network (Karras et al. 2022, equation 7)."""
