@@ -13,14 +13,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt
 
-from deradiff.alignment.data_order import (
-    Cursor,
-    OrderedRow,
-    permuted,
-    read_cursor,
-    readable,
-    split_held_out,
-)
+from deradiff.alignment.data_order import Cursor, OrderedRow, permuted, read_cursor, readable, split_held_out
 from deradiff.alignment.pair_rows import PreferencePair, UndecodedPair, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
 from deradiff.files import reading, tables

@@ -299,18 +299,14 @@ def distil(
     lams: Float[Tensor, "anchor timestep"],
     settings: Distillation,
     guidance: float | int,
-    *,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    identity: str = "",
+    run: TrainingRun,
 ) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
 
     The teacher's prediction is the mixture of noise predictions with the λ that belongs to t, guided where the settings
-    say so. An interrupted training goes on at `checkpoint`, and ends with the weights of an unbroken one. Raises what
+    say so. An interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises what
     `loop.train` raises.
     """
     told = EncodedPrompts.of(partial(conditions, base), prompts, partial(unconditional, base, 1), settings.per_pass)
@@ -337,21 +333,20 @@ def distil(
         return squared_error(base.predict(shown, noisy.to(dtype), t, given).float(), target)
 
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        generators = row_generators(seed, part.positions(settings.batch))
+        generators = row_generators(run.seed, part.positions(settings.batch))
         rows = [int(torch.randint(trained_on, (1,), generator=g)) for g in generators]
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
         held_out = range(trained_on, settings.samples)
         chunks = (held_out[rows.start : rows.stop] for rows in passes(len(held_out), settings.per_pass))
-        parts = [errors(model, rows, 0, row_generators(seed, rows, "held out")) for rows in chunks]
+        parts = [errors(model, rows, 0, row_generators(run.seed, rows, "held out")) for rows in chunks]
         return float(torch.cat(parts).double().cpu().mean())
 
-    run = TrainingRun(seed, checkpoint, report, _accelerator(base), identity)
     return train(student, loss, held_out_loss, settings.plan(), run=run)
 
 
-def _accelerator(base: Base) -> Accelerator | None:
+def accelerator_of(base: Base) -> Accelerator | None:
     """Where the pipeline is, in the precision it has; None on a processor, the training loop's own default."""
     if base.denoiser.device.type == "cpu":
         return None
