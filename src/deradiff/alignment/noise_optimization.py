@@ -281,97 +281,6 @@ def _better(known: Scored | None, *candidate: Tensor) -> Scored:
 def _check(
     iterations: int, per_pass: int, learning_rate: float, norm_weight: float, max_norm: float, momentum: float
 ) -> None:
-    _check(iterations, per_pass, learning_rate, norm_weight, max_norm, momentum)
-    _require_noise_first(base, sampling)
-    start = initial_noise(base, sampling, len(prompts), seed) if noise is None else noise
-    if len(start) != len(prompts):
-        raise ValueError(f"{len(start)} rows of noise for {len(prompts)} prompts: each prompt takes one")
-
-    def ascend(rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        texts = [prompts[row] for row in rows]
-        render = _renderer(base, texts, sampling, seed, rows, checkpointing)
-        # In half precision small steps would be rounded away.
-        at = start[rows.start : rows.stop].to(base.denoiser.device, torch.promote_types(start.dtype, torch.float32))
-        velocity, best, trajectory = torch.zeros_like(at), None, []
-        for iteration in range(iterations):
-            images, scores, gradient = scored_with_gradient(render, reward, texts, at, norm_weight)
-            best = _better(best, images, at, scores)
-            trajectory.append(scores)
-            gradient = clipped(gradient, max_norm)
-            velocity = momentum * velocity + gradient
-            at = at + learning_rate * (gradient + momentum * velocity)
-            which = f"prompts {rows.start + 1} to {rows.stop} of {len(prompts)}"
-            report(iteration + 1, iterations, f"{which}: mean score {scores.mean():.4g}, best {best[2].mean():.4g}")
-        with torch.no_grad():
-            images = render(at)
-            scores = scored(reward, images, texts)
-        images, at, _ = _better(best, images, at, scores)
-        return images, at, torch.stack([*trajectory, scores])
-
-    count, began = len(prompts), time.perf_counter()
-    with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
-        optimized = [ascend(rows) for rows in passes(count, per_pass)]
-    images, noises, scores = zip(*optimized, strict=True)
-    cost = Cost(evaluations.forward / count, evaluations.backward / count, (time.perf_counter() - began) / count)
-    return Optimized(torch.cat(images), torch.cat(noises), torch.cat(scores, 1), cost)
-
-
-def _renderer(
-    base: Base, prompts: Sequence[str], sampling: SamplerSettings, seed: int, rows: range, checkpointing: bool
-) -> Render:
-    prompted, unprompted = told(base, prompts, sampling)
-    # A scheduler of second order takes more steps than it is asked for.
-    steps = len(sampling.prepared(base).timesteps)
-
-    def render(noise: Tensor) -> Tensor:
-        drawn = sample(
-            base,
-            base.denoiser,
-            prompted,
-            unprompted,
-            noise.to(base.denoiser.dtype),
-            sampling,
-            keep=steps if torch.is_grad_enabled() else 0,
-            checkpointing=checkpointing,
-            generators=row_generators(seed, rows, "sampling noise"),
-        )
-        return decode(base, drawn.latents, checkpointing)
-
-    return render
-
-
-@contextmanager
-def _frozen(*modules: nn.Module) -> Iterator[None]:
-    """No gradients for the weights: what they would need is a good part of the memory."""
-    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-Scored = tuple[Tensor, Tensor, Tensor]
-"""Images, noise and scores."""
-
-
-def _better(known: Scored | None, *candidate: Tensor) -> Scored:
-    """Row by row, what has the higher score: `known` where they are equal."""
-    images, noise, scores = candidate
-    if known is None:
-        return images, noise, scores
-    wins = (scores > known[2]).view(-1, 1, 1, 1)
-    return torch.where(wins, images, known[0]), torch.where(wins, noise, known[1]), torch.maximum(scores, known[2])
-
-
-# -- what cannot be optimised -----------------------------------------------------------------------------------------
-
-
-def _check(
-    iterations: int, per_pass: int, learning_rate: float, norm_weight: float, max_norm: float, momentum: float
-) -> None:
     for name, value, fits, need in (
         ("iterations", iterations, iterations >= 1, "at least 1"),
         ("per_pass", per_pass, per_pass >= 1, "at least 1"),
@@ -382,11 +291,6 @@ def _check(
     ):
         if not fits:
             raise ValueError(f"{name} = {value}: it must be {need}")
-
-
-def _check(
-    iterations: int, per_pass: int, learning_rate: float, norm_weight: float, max_norm: float, momentum: float
-) -> None:
 
 
 def _require_noise_first(base: Base, sampling: SamplerSettings) -> None:
