@@ -24,6 +24,7 @@ from deradiff.alignment.draft import train_draft
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from test_align_command import command, sampled
 from test_alignment import InMemory, Interrupted, base_of
@@ -181,24 +182,8 @@ def drafted(folder: Path, accelerator: Accelerator | None = None) -> Weights:
     policy = Policy(base, 2, seed=4)
     policy.model.enable_gradient_checkpointing()
     prompts = ["a red fox", "two blue owls"]
-    train_draft(
-        base,
-        policy,
-        prompts,
-        prompts[:1],
-        Brightness(),
-        0.1,
-        SHORT,
-        batch=2,
-        sampling=SamplerSettings("ddim", 2, 1.0),
-        keep=2,
-        run=TrainingRun(
-            seed=7,
-            checkpoint=folder / "draft",
-            report=lambda *_: None,
-            accelerator=accelerator,
-        ),
-    )
+    run, sampling = TrainingRun(7, folder / "draft", lambda *_: None, accelerator), SamplerSettings("ddim", 2, 1.0)
+    train_draft(RewardTask(base, policy, prompts, prompts[:1], Brightness(), 0.1, SHORT, run, 2, sampling), keep=2)
     return {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 
 

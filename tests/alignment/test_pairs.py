@@ -186,15 +186,11 @@ def test_a_missing_image_is_named_with_its_row(tmp_path: Path) -> None:
     [
         ("pairs.jsonl", b"", "lists no pair"),
         ("pairs.jsonl", b"{}\nnope", "line 2 .*not JSON"),
-        ("pairs.jsonl", b'{"prompt": 3, "winner": "a", "loser": "b"}', "line 1 must give prompt, winner and loser"),
+        ("pairs.jsonl", b'{"prompt": 3, "winner": "a", "loser": "b"}', "line 1 is no pair of texts: .*prompt: "),
         ("pairs.jsonl", b'{"prompt": " ", "winner": "a", "loser": "b"}', "line 1 has an empty prompt"),
         ("pairs.jsonl", b"\xff\xfe", "not text in UTF-8"),
         ("pairs.json", b'{"prompt": "a"}', "must hold a list"),
-        (
-            "pairs.csv",
-            b"prompt,winner\na,b\n",
-            "line 2 must give prompt, winner and loser: it has no loser",
-        ),
+        ("pairs.csv", b"prompt,winner\na,b\n", "line 2 is no pair of texts: .*loser: Field required"),
         ("images.txt", b"", "has no list of pairs"),
     ],
 )

@@ -28,6 +28,7 @@ from deradiff.alignment.policy_gradient import (
     train_ddpo,
 )
 from deradiff.alignment.sampling import SamplerSettings, decode
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from tiny import make
 from two_processes import run_by_two
@@ -236,11 +237,11 @@ def aligned(
         "kl": 0.01,
         "batch": 4,
         "sampling": SamplerSettings("ddim", 2, 1.0),
-        "per_prompt": 2,
         "per_pass": 2,
     } | changed
     run = TrainingRun(7, folder / "checkpoint", report, accelerator, "kl")
-    curve = train_ddpo(base, policy, plan=plan, run=run, **settings)
+    per_prompt = settings.pop("per_prompt", 2)
+    curve = train_ddpo(RewardTask(base, policy, plan=plan, run=run, **settings), per_prompt)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -311,23 +312,9 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
             return Redness()(decode(base, last.after), PROMPTS[:1] * 24)
 
         before = rewards()
-        train_ddpo(
-            base,
-            policy,
-            PROMPTS[:2],
-            PROMPTS[:2],
-            Redness(),
-            kl,
-            plan,
-            batch=32,
-            sampling=sampling,
-            per_prompt=16,
-            run=TrainingRun(
-                seed=1,
-                checkpoint=tmp_path / f"{kl}",
-                report=lambda *_: None,
-            ),
-        )
+        run = TrainingRun(1, tmp_path / f"{kl}", lambda *_: None)
+        task = RewardTask(base, policy, PROMPTS[:2], PROMPTS[:2], Redness(), kl, plan, run, 32, sampling)
+        train_ddpo(task, per_prompt=16)
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 
     gains, distances = zip(*map(trained, (0.0, 0.003, 0.3)), strict=True)

@@ -149,7 +149,7 @@ def test_the_papers_lists_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.
 def test_pick_a_pics_captions_are_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read, asked = [], []
 
-    def load_dataset(repo: str, *, split: str, streaming: bool) -> Any:
+    def load_dataset(repo: str, *, split: str, revision: str | None, streaming: bool) -> Any:
         asked.append((repo, split, streaming))
         captions = ["a", "a", "", None, "b", "c", "d"]
         return ({"caption": read.append(caption) or caption} for caption in captions)  # type: ignore[func-returns-value]

@@ -21,6 +21,7 @@ from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import conditions, unconditional
+from deradiff.alignment.training import TrainingRun
 from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs
 from deradiff.baking.distillation import (
@@ -166,9 +167,7 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
         table,
         settings,
         2.5,
-        seed=7,
-        checkpoint=tmp_path / "checkpoint",
-        report=lambda *_: None,
+        TrainingRun(7, tmp_path / "checkpoint", lambda *_: None),
     )
     moved = student.state_dict()
     assert any(not torch.equal(moved[name], tensor) for name, tensor in start.items())

@@ -284,7 +284,9 @@ def test_files_that_are_missing(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither ImageReward.pt, the published checkpoint, nor the config.json and"):
         load(empty)
     (checkpoint.parent / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match=r"neither tokenizer.json nor vocab.txt. Copy them there from google-bert/"):
+    with pytest.raises(
+        ValueError, match=r"neither tokenizer.json nor vocab.txt. Copy these files there from google-bert/"
+    ):
         load(checkpoint)
     (checkpoint.parent / "vocab.txt").write_text("\n".join(golden()[1]["vocabulary"][:-1]))
     with pytest.raises(ValueError, match="the tokenizer has 68 tokens and the model 69"):

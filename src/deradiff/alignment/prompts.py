@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,16 +134,26 @@ def _of_style(style: str) -> list[Entry]:
     return [entry._replace(category=style) for entry in read_prompts(path)]
 
 
-def _of_captions(repo: str, split: str) -> Iterator[Entry]:
+def hub_dataset(repo: str, split: str, revision: str | None = None) -> Any:
+    """A dataset of the hub, whose rows are downloaded as they are read.
+
+    Raises `ImportError` without the `datasets` library, `OSError` where the dataset cannot be reached.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(f"{repo} is read with the datasets library, which is missing: {INSTALL}") from error
     try:
-        rows = load_dataset(repo, split=split, streaming=True)
+        return load_dataset(repo, split=split, revision=revision, streaming=True)
     except OSError as error:
-        raise OSError(f"the dataset {repo} cannot be reached ({error}): check the connection") from error
-    for number, row in enumerate(rows):
+        raise OSError(
+            f"the dataset {repo} cannot be reached ({error}): check its name and the connection, log in if access to "
+            "it is granted by its owner, or download its Parquet files and name their folder"
+        ) from error
+
+
+def _of_captions(repo: str, split: str) -> Iterator[Entry]:
+    for number, row in enumerate(hub_dataset(repo, split)):
         caption = row["caption"]
         # People also voted with nothing written.
         if isinstance(caption, str) and caption.strip():
