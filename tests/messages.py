@@ -12,6 +12,6 @@ def naming(*values: object) -> str:
 
 
 def _whole(value: str) -> str:
-    begins = r"(?<![\w.])" if re.match(r"\w", value) else ""
-    ends = r"(?!\w|\.\d)" if re.search(r"\w$", value) else ""
+    begins = (r"(?<!\w)" if re.match(r"\w", value) else "") + (r"(?<!\d\.)" if re.match(r"\d", value) else "")
+    ends = (r"(?!\w)" if re.search(r"\w$", value) else "") + (r"(?!\.\d)" if re.search(r"\d$", value) else "")
     return begins + re.escape(value) + ends
