@@ -20,6 +20,7 @@ from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
+from messages import naming
 from test_sampling_gradients import PROMPTS, base_of
 
 PLAN = TrainingPlan(
@@ -229,10 +230,10 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
     [
         ({"kl": -1.0}, "λ_KL = -1"),
         ({"kl": float("nan")}, "λ_KL = nan"),
-        ({"keep": 0}, "gradients through 0 steps teach nothing"),
-        ({"keep": 4}, "gradients through 4 of 3 steps"),
-        ({"prompts": []}, "0 prompts to train on and 1 held out"),
-        ({"held_out": []}, "2 prompts to train on and 0 held out"),
+        ({"keep": 0}, naming("keep", 0)),
+        ({"keep": 4}, "4 of 3"),
+        ({"prompts": []}, naming("0 prompts", 1)),
+        ({"held_out": []}, naming("2 prompts", 0)),
     ],
 )
 def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -262,11 +263,11 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
     base = base_of()
     policy = Policy(base)
     for reward, words in (
-        (Broken(), "'broken' is nan for 'two blue owls'"),
-        (Flat(), "flat has no gradient"),
+        (Broken(), naming("'broken'", "nan", "'two blue owls'")),
+        (Flat(), naming("flat", "--method ddpo")),
     ):
         with pytest.raises(ValueError, match=words):
             objective(base, policy, policy.model, PROMPTS, row_generators(0, range(2)), reward, 0, SAMPLING, 1)
     run = TrainingRun(0, tmp_path / "c", lambda *_: None)
-    with pytest.raises(ValueError, match="stopping after 2 to 9 of 3 steps"):
+    with pytest.raises(ValueError, match=naming(2, 9, 3)):
         train_refl(RewardTask(base, policy, PROMPTS, PROMPTS, Brightness(), 0, PLAN, run, 2, SAMPLING), (2, 9))

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from deradiff import realign
 from deradiff.algorithm.step import per_element
+from messages import naming
 from oracle import ddpm, lock_step
 from tiny import assert_close, denoiser, make, sample, trio
 
@@ -116,7 +117,7 @@ def test_sequential_offload_is_refused(order):
     """Its weights live on no device between calls; accelerate cannot do it on a CPU, so only its hook is put there."""
     pipe, anchor, call, _ = trio()
     realigned(pipe, anchor, 0.37, order, lambda pipe: add_hook_to_module(pipe.unet, AlignDevicesHook("cpu")))
-    with pytest.raises(RuntimeError, match=r"sequential offload.*enable_model_cpu_offload"):
+    with pytest.raises(RuntimeError, match=naming("AlignDevicesHook", "enable_model_cpu_offload")):
         sample(pipe, call)
 
 
@@ -211,7 +212,7 @@ def test_a_second_pipeline_with_a_scheduler_of_its_own_is_noticed_and_can_be_att
     with realign(pipe, anchor, 0.37) as dial:
         other = StableDiffusionPipeline.from_pipe(pipe)
         other.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-        with pytest.raises(RuntimeError, match=r"did not reach.*dial\.attach"):
+        with pytest.raises(RuntimeError, match=r"dial\.attach"):
             sample(other, call | {"prompt": call["prompt"][:1], "negative_prompt": call["negative_prompt"][:1]})
         dial.attach(other)
         for each in own:
