@@ -2,8 +2,8 @@
 
     python benchmarks/attack_files.py [COUNT]
 
-A traceback is an error that a command would let through (`written_files.is_sentence`). The files and their damage are
-those of the tests: `tests/written_files.py`.
+A traceback is an error that a command would let through (`damaging.is_sentence`). The files and their damage are
+those of the tests: `tests/written_files.py` and `tests/damaging.py`.
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ def fuzz(count: int = 10_000, seed: int = 0, report: Callable[[str], None] = pri
 
 
 def _tried(file: object, choices: random.Random, tally: Tally) -> None:
-    import written_files
+    import damaging
+    from restorable import Written
 
-    assert isinstance(file, written_files.Written)
-    written_files.damage(file, choices)
+    assert isinstance(file, Written)
+    damaging.damage(file, choices)
     tally.files += 1
     try:
         file.read()
     except Exception as error:
-        if written_files.is_sentence(error):
+        if damaging.is_sentence(error):
             tally.refused += 1
         else:
             tally.tracebacks.append("".join(traceback.format_exception(error)))

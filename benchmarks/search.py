@@ -221,7 +221,7 @@ def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
     goal = Goal.read([GOAL_OF_DIGITS])
 
     def executor() -> Any:
-        return executors.InProcess(plan, "cpu", 1) if workers == 1 else executors.processes(plan, "cpu", 1, workers)
+        return executors.local(plan, "cpu", 1, workers)
 
     with terminal.stages(Console(stderr=True)) as report:
         # It goes on in the same folder: first until it stops by itself, then until the budget is used.

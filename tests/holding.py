@@ -1,5 +1,6 @@
-"""Another process that holds an output folder."""
+"""What holds work on an output folder up: another process, and a disk that is full."""
 
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,3 +30,14 @@ def another_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.stdin.close()
         process.wait(timeout=30)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk on which a file can grow to `size` bytes: writing more fails as on a full one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from deradiff.servers import access, connections
 from deradiff.studio import scenes, server
 from deradiff.studio.image_requests import Desk
@@ -83,3 +85,8 @@ def news(port: int, session: str, events: int, seconds: float = 60) -> bytes:
         events -= b'"process_completed"' in line
     connection.close()
     return told
+
+
+def usual_values(reaction: Any) -> list[Any]:
+    """What a page of the studio sends that was just opened."""
+    return [None if isinstance(each, gr.State) else each.value for each in reaction.inputs]

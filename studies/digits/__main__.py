@@ -111,7 +111,7 @@ def quality(
 
     from deradiff.algorithm.schedules import finite
     from deradiff.files.outputs import new_file, require_new
-    from deradiff.files.writing import write_json
+    from deradiff.files.writing import json_text
 
     console = terminal.LiteralConsole()
     with terminal.refusing_wrong_input():
@@ -133,7 +133,7 @@ def quality(
         _print(console, found)
         if json_path is not None:
             with new_file(json_path) as temporary:
-                write_json(temporary, {**asdict(found), "goals": found.goals()})
+                temporary.write_text(json_text({**asdict(found), "goals": found.goals()}), encoding="utf-8")
 
 
 def _print(console: Any, found: "Quality") -> None:

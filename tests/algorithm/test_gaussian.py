@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deradiff.algorithm.gaussian import Gaussian, IllConditionedMixture, geometric_mixture, kl, log_normalizer
+from messages import naming
 
 GRID = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
 
@@ -211,7 +212,7 @@ def test_the_normalizer_has_the_sign_of_a_bhattacharyya_coefficient():
 
 def test_a_certain_model_has_no_normalizer():
     means, variances = models("one zero")
-    with pytest.raises(ValueError, match="variance is zero"):
+    with pytest.raises(ValueError, match="normaliser"):
         log_normalizer(means, variances, torch.tensor([0.2, 0.5, 0.3]))
     assert torch.isfinite(log_normalizer(means, variances, torch.tensor([0.0, 0.5, 0.5]))).all()
 
@@ -270,17 +271,15 @@ def test_the_bound_on_lambda_is_sharp_and_named(variances, bound, side):
     inside, outside = 0.999 * bound, 1.001 * bound
     assert torch.isfinite(geometric_mixture(means, s2, torch.tensor([1 - inside, inside])).variance).all()
     for lam in (bound, outside):
-        with pytest.raises(IllConditionedMixture) as error:
+        values = (f"λ = {lam:g}", side, *(f"= {value:g}" for value in (bound, *variances)))
+        with pytest.raises(IllConditionedMixture, match=naming(*values)):
             geometric_mixture(means, s2, torch.tensor([1 - lam, lam]))
-        message = str(error.value)
-        assert f"λ = {lam:g} " in message and f"strictly {side}" in message and f"= {bound:g}." in message
-        assert all(f"= {variance:g}" in message for variance in variances)
 
 
 def test_only_the_image_beyond_its_bound_is_named():
     means, s2 = torch.zeros(2, 3, 2), torch.tensor([1.0, 2.0]).reshape(2, 1, 1)
     lam = torch.tensor([0.5, 2.5, 1.0])
-    with pytest.raises(IllConditionedMixture, match=r"λ = 2\.5 "):
+    with pytest.raises(IllConditionedMixture, match=naming("λ = 2.5")):
         geometric_mixture(means, s2, torch.stack([1 - lam, lam]).unsqueeze(-1))
 
 
@@ -288,7 +287,7 @@ def test_several_anchors_are_told_by_what_factor_their_lambdas_are_too_large():
     means, s2 = torch.zeros(3, 1, 2), torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
     lam = torch.tensor([1.0, 1.0])
     factor = 1 / (1 * (1 - 1 / 2) + 1 * (1 - 1 / 3))
-    with pytest.raises(IllConditionedMixture, match=f"{factor:g} times their present values"):
+    with pytest.raises(IllConditionedMixture, match=naming([1.0, 1.0], f"{factor:g}")):
         geometric_mixture(means, s2, torch.cat([1 - lam.sum(0, keepdim=True), lam]))
     lam = lam * factor * 0.999
     geometric_mixture(means, s2, torch.cat([1 - lam.sum(0, keepdim=True), lam]))
@@ -297,18 +296,18 @@ def test_several_anchors_are_told_by_what_factor_their_lambdas_are_too_large():
 def test_a_certain_reference_allows_lambda_below_one_only():
     means, s2 = torch.zeros(2, 1, 2), torch.tensor([0.0, 1.0]).reshape(2, 1, 1)
     geometric_mixture(means, s2, torch.tensor([0.01, 0.99]))
-    with pytest.raises(IllConditionedMixture, match=r"strictly under .* = 1\."):
+    with pytest.raises(IllConditionedMixture, match=naming("λ = 1.01", "under", "= 1")):
         geometric_mixture(means, s2, torch.tensor([-0.01, 1.01]))
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.6], [math.nan, 1.0], [0.0, 0.0]])
 def test_weights_must_sum_to_one(weights):
-    with pytest.raises(ValueError, match="sum to one"):
+    with pytest.raises(ValueError, match=naming("weights", torch.tensor(weights).sum().item())):
         geometric_mixture(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor(weights))
 
 
 @pytest.mark.parametrize("variances", [[1.0, -1.0], [math.nan, 1.0], [1.0, math.inf]])
 def test_variances_must_be_variances(variances):
-    with pytest.raises(ValueError, match="finite and not negative") as error:
+    with pytest.raises(ValueError, match=naming("variances", variances)) as error:
         geometric_mixture(torch.zeros(2, 1), torch.tensor(variances).reshape(2, 1), torch.tensor([0.5, 0.5]))
     assert not isinstance(error.value, IllConditionedMixture)

@@ -1,7 +1,6 @@
-"""Posteriors and clocks against the schedulers of diffusers themselves: their `step` is the oracle throughout."""
+"""Posteriors against the schedulers of diffusers themselves: their `step` is the oracle throughout."""
 
 import copy
-import math
 
 import diffusers
 import pytest
@@ -9,74 +8,11 @@ import torch
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.gaussian import geometric_mixture
-from deradiff.algorithm.noise_levels import index_of, log_snr, progress
 from deradiff.algorithm.posterior_families import UnsupportedScheduler, ddim
+from messages import naming
+from scheduler_cases import CASES, SHAPE, make, model_input, prediction, start, started
 
-SHAPE = (2, 3, 4, 4)
-STEPS = 7
-
-DDPM_TYPES = ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"]
-CASES: dict[str, tuple[str, dict, dict]] = {
-    **{
-        f"ddpm-{kind}-{prediction}": ("DDPMScheduler", {"variance_type": kind, "prediction_type": prediction}, {})
-        for kind in DDPM_TYPES
-        for prediction in ("epsilon", "v_prediction", "sample")
-    },
-    "ddpm-clip": ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 0.5}, {}),
-    "ddpm-threshold": ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5}, {}),
-    "ddpm-last-step-clamped": ("DDPMScheduler", {"steps_offset": 1}, {}),
-    "ddpm-parallel": ("DDPMParallelScheduler", {}, {}),
-    **{
-        f"ddim-{eta}-{prediction}": ("DDIMScheduler", {"prediction_type": prediction}, {"eta": eta})
-        for eta in (0.0, 0.3, 1.0)
-        for prediction in ("epsilon", "v_prediction", "sample")
-    },
-    "ddim-clip": ("DDIMScheduler", {"clip_sample": True}, {"eta": 0.5}),
-    "ddim-clipped-output": ("DDIMScheduler", {"clip_sample": True}, {"eta": 0.5, "use_clipped_model_output": True}),
-    "ddim-threshold": ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}, {"eta": 1.0}),
-    "ddim-final-alpha": ("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}, {"eta": 1.0}),
-    "ddim-zero-snr": (
-        "DDIMScheduler",
-        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
-        {"eta": 1.0},
-    ),
-    "ddim-parallel": ("DDIMParallelScheduler", {}, {"eta": 1.0}),
-    "euler-ancestral-epsilon": ("EulerAncestralDiscreteScheduler", {}, {}),
-    "euler-ancestral-v": ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}, {}),
-    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
-    "flow-stochastic": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}, {}),
-}
 DTYPES = {"float32": (torch.float32, 3e-6), "float64": (torch.float64, 3e-6), "bfloat16": (torch.bfloat16, 3e-2)}
-
-
-def make(name: str, **config: object) -> diffusers.SchedulerMixin:
-    defaults = {"clip_sample": False} if name.startswith("DD") else {}
-    return getattr(diffusers, name)(**{**defaults, **config})
-
-
-def started(name: str, config: dict, steps: int = STEPS) -> diffusers.SchedulerMixin:
-    scheduler = make(name, **config)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def prediction(scheduler, x: torch.Tensor, i: int) -> torch.Tensor:
-    """A deterministic stand-in for a model, nonlinear in x, different at every step, and not one to amplify errors."""
-    output = torch.sin((1 + i / STEPS) * x / x.std() + torch.linspace(0, 3, x[0].numel()).reshape(x[0].shape).to(x))
-    if scheduler.config.get("variance_type") == "learned":
-        return torch.cat([output, 0.01 + output.abs()], 1)
-    if scheduler.config.get("variance_type") == "learned_range":
-        return torch.cat([output, output.flip(-1)], 1)
-    return output
-
-
-def model_input(scheduler, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-
-
-def start(scheduler, dtype: torch.dtype) -> torch.Tensor:
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(dtype)
-    return x * float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 def state(scheduler) -> dict:
@@ -168,7 +104,7 @@ def test_given_noise_is_used_and_excludes_a_generator():
     gaussian = ddim(scheduler, output, t, x, eta=1.0)
     expected = scheduler.step(output, t, x, eta=1.0, variance_noise=z)[0]
     torch.testing.assert_close(posteriors.sample(scheduler, gaussian, t, variance_noise=z), expected)
-    with pytest.raises(ValueError, match="both generator and variance_noise"):
+    with pytest.raises(ValueError, match=naming("generator", "variance_noise")):
         posteriors.sample(scheduler, gaussian, t, torch.Generator(), z)
 
 
@@ -305,180 +241,13 @@ def test_variances_that_cannot_be_are_refused_with_the_reason():
     x = torch.zeros(SHAPE)
     scheduler = started("DDPMScheduler", {"variance_type": "fixed_large_log"})
     assert not posteriors.has_posterior(scheduler)
-    with pytest.raises(UnsupportedScheduler, match=r"fixed_large_log.*NaN"):
+    with pytest.raises(UnsupportedScheduler, match=naming("variance_type='fixed_large_log'", "NaN")):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
     scheduler = started("DDPMScheduler", {"variance_type": "learned_range"})
-    with pytest.raises(UnsupportedScheduler, match="no channels for one"):
+    with pytest.raises(UnsupportedScheduler, match="variance_type='learned_range'"):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
     scheduler = started("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"})
-    with pytest.raises(UnsupportedScheduler, match="'sample'"):
+    with pytest.raises(
+        UnsupportedScheduler, match=naming("EulerAncestralDiscreteScheduler", "prediction_type='sample'")
+    ):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
-
-
-# -- where am I --------------------------------------------------------------------------------------------------------
-
-CLOCKS: dict[str, tuple[str, dict]] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddim-offset": ("DDIMScheduler", {"steps_offset": 1}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {}),
-    "dpmsolver-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "edm": ("EDMEulerScheduler", {}),
-    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-}
-
-
-@pytest.mark.parametrize("form", ["as given", "batch", "half", "over T"])
-@pytest.mark.parametrize("case", CLOCKS)
-def test_progress_over_a_run_is_the_fraction_of_steps_done(case, form):
-    name, config = CLOCKS[case]
-    scheduler = started(name, config, steps=10)
-    x = start(scheduler, torch.float32)
-    seen = []
-    for i, t in enumerate(scheduler.timesteps):
-        output = prediction(scheduler, model_input(scheduler, x, t), i)
-        argument = {
-            "as given": t,
-            "batch": t.expand(4),
-            "half": t.to(torch.bfloat16),
-            "over T": t / 1000 if name.startswith("Flow") else t.item(),
-        }[form]
-        seen.append(progress(scheduler, argument))
-        x = scheduler.step(output, t, x)[0]
-    steps = [p.steps for p in seen]
-    assert sorted(set(steps)) == pytest.approx([i / 10 for i in range(10)])
-    assert steps == sorted(steps)
-    if len(seen) > 10:  # Heun and PNDM evaluate twice at a timestep, at the same progress
-        assert case in ("heun", "pndm")
-    times = [p.time for p in seen]
-    assert times == sorted(times) and 0 <= times[0] < times[-1] <= 1
-    if case == "ddim":
-        assert times == pytest.approx([1 - t / 1000 for t in range(900, -1, -100)])
-    if case == "flow":
-        sigmas = [3 * s / (1 + 2 * s) for s in torch.linspace(1, 1 / 1000, 10).tolist()]
-        assert times == pytest.approx([1 - s for s in sigmas], abs=2e-2)
-    if case == "edm":
-        # Karras' ρ-parametrisation is the one in which the default schedule is uniform.
-        assert times == pytest.approx([i / 9 for i in range(10)], abs=1e-6)
-
-
-def test_kdpm2_counts_its_intermediate_evaluations():
-    scheduler = started("KDPM2DiscreteScheduler", {}, steps=5)
-    x, steps = start(scheduler, torch.float32), []
-    for i, t in enumerate(scheduler.timesteps):
-        steps.append(progress(scheduler, t).steps)
-        x = scheduler.step(prediction(scheduler, x, i), t, x)[0]
-    assert steps == pytest.approx([i / 9 for i in range(9)])
-
-
-@pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
-)
-def test_image_to_image_starts_inside_the_schedule(name):
-    scheduler = started(name, {"skip_prk_steps": True} if name == "PNDMScheduler" else {}, steps=10)
-    middle = sorted(set(scheduler.timesteps.tolist()), reverse=True)[5]
-    assert progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.5)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(7)
-        assert progress(scheduler, torch.tensor(middle)).steps == pytest.approx(0.7)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 28])
-def test_a_flow_timestep_divided_by_a_thousand_is_found(steps):
-    scheduler = started("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, steps=steps)
-    for i, t in enumerate(scheduler.timesteps):
-        assert index_of(scheduler, t / 1000) == i
-        assert index_of(scheduler, t) == i
-
-
-def test_a_new_schedule_is_noticed_and_a_missing_one_is_named():
-    scheduler = make("DDIMScheduler")
-    for steps in (10, 20, 10):
-        scheduler.set_timesteps(steps)
-        assert progress(scheduler, scheduler.timesteps[5]).steps == pytest.approx(5 / steps)
-    with pytest.raises(ValueError, match="set_timesteps first"):
-        progress(make("PNDMScheduler"), 10)
-
-
-def test_a_finished_run_stays_at_its_last_step():
-    scheduler = started("EulerDiscreteScheduler", {}, steps=4)
-    scheduler._step_index = 4
-    assert progress(scheduler, scheduler.timesteps[-1]).steps == pytest.approx(3 / 4)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "PNDMScheduler",
-        "LCMScheduler",
-        "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-        "DEISMultistepScheduler",
-    ],
-)
-def test_log_snr_is_that_of_the_training_schedule(name):
-    """All of these hold x_t = α x_0 + σ ε with SNR = ᾱ/(1 - ᾱ), whether they scale it to unit variance or not."""
-    scheduler = make(name, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.set_timesteps(8)
-    alphas_cumprod = scheduler.alphas_cumprod.double()
-    for t in scheduler.timesteps[::3]:
-        alpha_bar = float(alphas_cumprod[round(float(t))])
-        expected = math.log(alpha_bar / (1 - alpha_bar))
-        # Where timesteps are fractional (linspace), the neighbours bound the value; a tolerance of half a step does.
-        assert log_snr(scheduler, t) == pytest.approx(expected, abs=0.02)
-
-
-def test_log_snr_of_the_first_timestep_of_stable_diffusion():
-    """Stable Diffusion's schedule ends at ᾱ = 0.0047."""
-    scheduler = make("DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert log_snr(scheduler, 999) == pytest.approx(math.log(0.00466 / (1 - 0.00466)), abs=2e-3)
-
-
-def test_log_snr_of_flow_matching_edm_and_kdpm2():
-    flow = started("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, steps=4)
-    assert log_snr(flow, flow.timesteps[0]) == -math.inf
-    sigma = float(flow.sigmas[2])
-    assert log_snr(flow, flow.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
-
-    unipc = started("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, steps=4)
-    sigma = float(unipc.sigmas[2])
-    assert log_snr(unipc, unipc.timesteps[2]) == pytest.approx(2 * math.log((1 - sigma) / sigma))
-
-    edm = started("EDMEulerScheduler", {}, steps=4)
-    assert log_snr(edm, edm.timesteps[0]) == pytest.approx(-2 * math.log(80))
-    assert log_snr(edm, edm.timesteps[-1]) == pytest.approx(-2 * math.log(0.002), rel=1e-4)
-
-    zero = started("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
-    assert log_snr(zero, zero.timesteps[0]) == -math.inf
-
-
-@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler"])
-def test_the_noise_level_is_the_one_the_scheduler_scales_its_input_by(name):
-    """A second stage holds its sample at another level; `scale_model_input` divides by √(σ² + 1) of the true one."""
-    scheduler = started(name, {}, steps=5)
-    x = start(scheduler, torch.float32)
-    for i, t in enumerate(scheduler.timesteps):
-        snr = log_snr(scheduler, t)
-        factor = float(scheduler.scale_model_input(torch.ones(()), t))
-        assert snr == pytest.approx(-math.log(1 / factor**2 - 1), rel=1e-4)
-        x = scheduler.step(prediction(scheduler, x, i), t, x)[0]
-
-
-def test_a_scheduler_with_no_noise_levels_has_no_snr():
-    scheduler = diffusers.IPNDMScheduler()
-    scheduler.set_timesteps(4)
-    assert math.isnan(log_snr(scheduler, scheduler.timesteps[0]))

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from deradiff.alignment import methods, runs
 from deradiff.alignment.presets import PRESETS, usual
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
+from messages import naming
 from test_align_command import command, sampled
 
 SMALL = [
@@ -69,7 +71,7 @@ def test_prompts_that_measure_are_not_trained_on(tmp_path: Path) -> None:
     assert method.prompts(data, settings, 2) == ["a seven", "a eight"] and isinstance(data.reward, DigitsReward)
     other = methods.prepare_prompts(pipe, settings, tmp_path, 5, 1, lambda *_: None)
     assert other.fingerprint != data.fingerprint and len(other.training) == 2
-    with pytest.raises(ValueError, match="10 of 10 prompts are to be held out"):
+    with pytest.raises(ValueError, match=naming("10 of 10", "--held-out")):
         methods.prepare_prompts(pipe, replace(settings, held_out=10), tmp_path, None, 0, lambda *_: None)
 
 
@@ -82,26 +84,27 @@ def test_a_method_without_preset_starts_from_its_own_and_not_from_another_models
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "values"),
     [
-        (["digits", "--method", "rwr", "--beta", "0"], "0 is no strength; β must be positive"),
-        (["digits", "--method", "draft", "--beta", "-1"], "λ_KL must be 0 or more"),
-        (["digits", "--method", "draft", "--window", "3,4"], "--window: not for draft, which has --keep"),
-        (["digits", "--method", "refl", "--window", "late"], "name two numbers of steps, such as 30,39"),
-        (["digits", "--method", "refl", "--window", "20,40"], "stopping after 20 to 40 of 25 steps"),
-        (["digits", "--method", "draft", "--resolution", "64"], "the digits have 32 pixels a side"),
-        (["digits", "--method", "draft", "--no-cache"], "draft has no pairs to cache"),
-        (["digits", "--method", "draft", "--keep", "99"], "gradients through 99 of 25 steps"),
-        (["digits", "--method", "draft", "--reward", "beauty"], "there is no reward 'beauty': choose among pickscore"),
-        (["digits", "--method", "ddpo", "--batch", "6"], "per_prompt = 4"),
-        (["digits", "--data", "pairs", "--reward", "bold"], "--reward compares own pairs alone"),
-        (["some/model", "--method", "ddpo"], "--learning-rate, --reward as well"),
-        (["digits", "--method", "draft", "--count", "50"], "100 of 50 prompts are to be held out"),
+        (["digits", "--method", "rwr", "--beta", "0"], ["--beta 0", "β"]),
+        (["digits", "--method", "draft", "--beta", "-1"], ["--beta -1", "λ_KL", 0]),
+        (["digits", "--method", "draft", "--window", "3,4"], ["--window:", "draft", "--keep"]),
+        (["digits", "--method", "refl", "--window", "late"], ["--window late"]),
+        (["digits", "--method", "refl", "--window", "20,40"], ["20,40", 25]),
+        (["digits", "--method", "draft", "--resolution", "64"], ["digits", 32, "--resolution"]),
+        (["digits", "--method", "draft", "--no-cache"], ["--no-cache:", "draft"]),
+        (["digits", "--method", "draft", "--keep", "99"], ["99 of 25"]),
+        (["digits", "--method", "draft", "--reward", "beauty"], ["'beauty'", "pickscore"]),
+        (["digits", "--method", "ddpo", "--batch", "6"], ["per_prompt = 4"]),
+        (["digits", "--data", "pairs", "--reward", "bold"], ["pairs", "--reward"]),
+        (["some/model", "--method", "ddpo"], ["some/model", "--learning-rate, --reward"]),
+        (["digits", "--method", "draft", "--count", "50"], ["100 of 50"]),
     ],
 )
-def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], values: list[Any]) -> None:
     refused = command(*arguments, "--out", tmp_path / "out", "--cpu")
-    assert refused.exit_code == 2 and words in " ".join(refused.output.split()), refused.output
+    assert refused.exit_code == 2, refused.output
+    assert re.search(naming(*values), " ".join(refused.output.split())), refused.output
 
 
 @pytest.mark.parametrize("method", ["dpo", "rwr", "ddpo", "draft"])
@@ -114,16 +117,16 @@ def test_half_precision_draws_and_trains(method: str, tmp_path: Path) -> None:
 def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = command("digits", "--method", "draft", "--out", tmp_path / "file" / "below", *SMALL)
-    assert refused.exit_code == 2 and "cannot be written" in refused.output and "━" not in refused.output
+    assert refused.exit_code == 2 and str(tmp_path / "file" / "below") in refused.output and "━" not in refused.output
     (tmp_path / "taken" / "beta-1").mkdir(parents=True)
     refused = command("digits", "--method", "draft", "--out", tmp_path / "taken", "--beta", 1, *SMALL)
-    assert refused.exit_code == 2 and "holds no alignment" in " ".join(refused.output.split())
+    assert refused.exit_code == 2 and str(tmp_path / "taken" / "beta-1") in " ".join(refused.output.split())
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     strong = ["--steps", 1, "--learning-rate", 1e38, "--ema", 0]
     stopped = command("digits", "--method", "dpo", "--out", tmp_path, *SMALL, *strong)
-    assert stopped.exit_code == 2 and "lower the learning rate" in " ".join(stopped.output.split()), stopped.output
+    assert stopped.exit_code == 2 and "learning rate (1e+38)" in " ".join(stopped.output.split()), stopped.output
     assert not list(tmp_path.glob("beta-*/alignment.json"))
 
 
@@ -137,7 +140,7 @@ def test_a_ceiling_belongs_to_its_reward(tmp_path: Path) -> None:
 
 def test_few_prompts_that_outweigh_the_others_are_told_of(tmp_path: Path) -> None:
     told = command("digits", "--method", "rwr", "--out", tmp_path, *SMALL, "--per-prompt", 2, "--beta", 0.1).output
-    assert re.search(r"the weights count \d+ of 12 prompts", " ".join(told.split()))
+    assert re.search(r"\b\d+ of 12\b", " ".join(told.split()))
 
 
 def test_a_reward_that_is_no_number_stops_before_anything_is_learned(

@@ -24,6 +24,7 @@ from deradiff.alignment.draft import train_draft
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from test_align_command import command, sampled
 from test_alignment import InMemory, Interrupted, base_of
@@ -181,24 +182,8 @@ def drafted(folder: Path, accelerator: Accelerator | None = None) -> Weights:
     policy = Policy(base, 2, seed=4)
     policy.model.enable_gradient_checkpointing()
     prompts = ["a red fox", "two blue owls"]
-    train_draft(
-        base,
-        policy,
-        prompts,
-        prompts[:1],
-        Brightness(),
-        0.1,
-        SHORT,
-        batch=2,
-        sampling=SamplerSettings("ddim", 2, 1.0),
-        keep=2,
-        run=TrainingRun(
-            seed=7,
-            checkpoint=folder / "draft",
-            report=lambda *_: None,
-            accelerator=accelerator,
-        ),
-    )
+    run, sampling = TrainingRun(7, folder / "draft", lambda *_: None, accelerator), SamplerSettings("ddim", 2, 1.0)
+    train_draft(RewardTask(base, policy, prompts, prompts[:1], Brightness(), 0.1, SHORT, run, 2, sampling), keep=2)
     return {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
@@ -280,7 +265,6 @@ with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading"):
     failed(folder, sharded("true"))
 result["first loss"] = first_loss(folder, sharded(mixed_precision="bf16"))
 """
-
 COMMAND = """
 from deradiff.alignment import runs
 from test_align_command import command
@@ -377,38 +361,3 @@ def test_the_command_leaves_what_it_leaves_with_one_process(tmp_path: Path) -> N
             assert theirs["made_of"] == ours["made_of"]
             assert theirs["path_kl"]["value"] == pytest.approx(ours["path_kl"]["value"], rel=1e-2)
             torch.testing.assert_close(sampled(found), sampled(expected), rtol=0.01, atol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("kind", "plugin", "optimizer", "words"),
-    [
-        ("FSDP", {"fsdp_version": 1}, "adamw", "FSDP of version 1 .* choose FSDP, version 2"),
-        ("DEEPSPEED", {"fsdp_version": 1}, "adamw", "DeepSpeed brings its own optimizer .* choose FSDP, version 2"),
-        ("FSDP", {"fsdp_version": 2, "activation_checkpointing": True}, "adamw", "take --gradient-checkpointing"),
-        ("FSDP", {"fsdp_version": 2}, "adamw8bit", "take --optimizer adamw,"),
-    ],
-)
-def test_what_is_not_divided_here_is_refused(
-    kind: str, plugin: dict[str, Any], optimizer: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accelerator = Accelerator(cpu=True)
-    for state, held in pretend(DistributedType[kind], **plugin):
-        for name, value in held.items():
-            monkeypatch.setitem(state, name, value)
-
-    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> torch.Tensor:
-        return model(torch.ones(1, 2)).sum()
-
-    with pytest.raises(ValueError, match=words):
-        train(
-            nn.Linear(2, 1),
-            loss,
-            lambda _: 0.0,
-            replace(SHORT, optimizer=optimizer),
-            run=TrainingRun(
-                seed=0,
-                checkpoint=tmp_path / "state",
-                report=lambda *_: None,
-                accelerator=accelerator,
-            ),
-        )

@@ -13,11 +13,13 @@ from torch import nn
 
 from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.checkpoints import CURE
 from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
+from messages import naming
 from tiny import make
 from two_processes import run_by_two
 
@@ -168,13 +170,13 @@ def test_what_cannot_be_aligned_is_refused() -> None:
         "run": TrainingRun(seed=0, checkpoint=Path("none"), report=lambda *_: None),
     }
     for beta in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match=naming("β", beta)):
             train_dpo(base, policy, pairs, beta, PLAN, **arguments)
-    with pytest.raises(ValueError, match="do not fill one batch of 8"):
+    with pytest.raises(ValueError, match=naming("batch", 8)):
         train_dpo(base, policy, pairs, 1.0, PLAN, **arguments | {"batch": 8})
-    with pytest.raises(ValueError, match="no pairs are held out"):
+    with pytest.raises(ValueError, match="held out"):
         train_dpo(base, policy, InMemory(base, 4, held_out=0), 1.0, PLAN, **arguments)
-    with pytest.raises(ValueError, match="does not split into 4"):
+    with pytest.raises(ValueError, match=naming("batch", 6, 4)):
         BatchPart(0, 0, 4).positions(6)
     with pytest.raises(ValueError, match="rank 0"):
         Policy(base, 0)
@@ -269,11 +271,11 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path:
         aligned(tmp_path, 2, stop_at=4)
     progress = tmp_path / "checkpoint" / "progress.json"
     progress.write_text(progress.read_text().replace("500", "600"))
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", 500, 600)):
         aligned(tmp_path, 2)
     for content in ("{", "[]", "{}", progress.read_text().replace('"step": 3', '"step": 300')):
         progress.write_text(content)
-        with pytest.raises(ValueError, match=r"checkpoint of an alignment.*delete the folder"):
+        with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", CURE)):
             aligned(tmp_path, 2)
 
 
@@ -297,7 +299,7 @@ def test_the_last_good_checkpoint_survives_a_kill_and_a_full_disk(tmp_path: Path
         raise OSError(28, "No space left on device")
 
     folders.write(folder, good)
-    with pytest.warns(UserWarning, match="make room; the last good one stays"):
+    with pytest.warns(UserWarning, match=naming(folder)):
         folders.write(folder, full)
     assert folders.read(folder, "").step == 3 and not folder.with_name("state.tmp").exists()
     # Killed between the two renames: the former one comes back.
@@ -313,7 +315,7 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
     def objective(trained: nn.Module, generator: torch.Generator, part: BatchPart) -> torch.Tensor:
         return trained(torch.ones(1, 2)).sum() * (math.nan if part.step == 3 else 1.0)
 
-    with pytest.raises(TrainingFailed, match=r"nan before step 4.*the checkpoint"):
+    with pytest.raises(TrainingFailed, match=naming("nan", "step 4")):
         train(
             model,
             objective,

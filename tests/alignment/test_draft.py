@@ -15,10 +15,12 @@ from deradiff.alignment.draft import objective, train_draft
 from deradiff.alignment.loop import trainable
 from deradiff.alignment.refl import stopping_step, train_refl
 from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import BoldReward
+from messages import naming
 from test_sampling_gradients import PROMPTS, base_of
 
 PLAN = TrainingPlan(
@@ -172,24 +174,9 @@ def trained(
 
     more: dict[str, Any] = {"keep": 2} if method == "draft" else {"window": (2, 3)}
     train: Callable[..., LossCurve] = train_draft if method == "draft" else train_refl
-    curve = train(
-        base,
-        policy,
-        [*PROMPTS, "a house"],
-        ["a tree", "a boat"],
-        Brightness(),
-        0.1,
-        plan,
-        batch=4,
-        sampling=SAMPLING,
-        run=TrainingRun(
-            seed=7,
-            checkpoint=folder / "checkpoint",
-            report=report,
-            identity="test",
-        ),
-        **more,
-    )
+    run = TrainingRun(7, folder / "checkpoint", report, identity="test")
+    prompts, held_out = [*PROMPTS, "a house"], ["a tree", "a boat"]
+    curve = train(RewardTask(base, policy, prompts, held_out, Brightness(), 0.1, plan, run, 4, SAMPLING), **more)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -231,22 +218,8 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
         base = Base(digits.load_pipeline())
         before = rewards(base, base.denoiser)
         policy = Policy(base, 8, WIDER_TARGETS)
-        train_draft(
-            base,
-            policy,
-            prompts[20:],
-            prompts[:4],
-            reward,
-            kl,
-            plan,
-            batch=8,
-            sampling=sampling,
-            run=TrainingRun(
-                seed=1,
-                checkpoint=tmp_path / f"{kl}",
-                report=lambda *_: None,
-            ),
-        )
+        run = TrainingRun(1, tmp_path / f"{kl}", lambda *_: None)
+        train_draft(RewardTask(base, policy, prompts[20:], prompts[:4], reward, kl, plan, run, 8, sampling))
         gained[kl] = mean(rewards(base, policy.model) - before)
     assert gained[0].value > 3 * gained[0].error
     assert 0 < gained[4.0].value < gained[0].value / 2
@@ -257,33 +230,21 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
     [
         ({"kl": -1.0}, "λ_KL = -1"),
         ({"kl": float("nan")}, "λ_KL = nan"),
-        ({"keep": 0}, "gradients through 0 steps teach nothing"),
-        ({"keep": 4}, "gradients through 4 of 3 steps"),
-        ({"prompts": []}, "0 prompts to train on and 1 held out"),
-        ({"held_out": []}, "2 prompts to train on and 0 held out"),
+        ({"keep": 0}, naming("keep", 0)),
+        ({"keep": 4}, "4 of 3"),
+        ({"prompts": []}, naming("0 prompts", 1)),
+        ({"held_out": []}, naming("2 prompts", 0)),
     ],
 )
 def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
     base = base_of()
     given: dict[str, Any] = {"prompts": PROMPTS, "held_out": ["a tree"], "kl": 0, "keep": 1} | changed
+    keep, run = given.pop("keep"), TrainingRun(0, tmp_path / "c", lambda *_: None)
     with pytest.raises(ValueError, match=words):
-        train_draft(
-            base,
-            Policy(base),
-            given["prompts"],
-            given["held_out"],
-            Brightness(),
-            given["kl"],
-            PLAN,
-            batch=2,
-            sampling=SAMPLING,
-            keep=given["keep"],
-            run=TrainingRun(
-                seed=0,
-                checkpoint=tmp_path / "c",
-                report=lambda *_: None,
-            ),
+        task = RewardTask(
+            base, Policy(base), reward=Brightness(), plan=PLAN, run=run, batch=2, sampling=SAMPLING, **given
         )
+        train_draft(task, keep)
 
 
 def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> None:
@@ -302,26 +263,11 @@ def test_rewards_without_a_number_or_a_gradient_are_refused(tmp_path: Path) -> N
     base = base_of()
     policy = Policy(base)
     for reward, words in (
-        (Broken(), "'broken' is nan for 'two blue owls'"),
-        (Flat(), "flat has no gradient"),
+        (Broken(), naming("'broken'", "nan", "'two blue owls'")),
+        (Flat(), naming("flat", "--method ddpo")),
     ):
         with pytest.raises(ValueError, match=words):
             objective(base, policy, policy.model, PROMPTS, row_generators(0, range(2)), reward, 0, SAMPLING, 1)
-    with pytest.raises(ValueError, match="stopping after 2 to 9 of 3 steps"):
-        train_refl(
-            base,
-            policy,
-            PROMPTS,
-            PROMPTS,
-            Brightness(),
-            0,
-            PLAN,
-            batch=2,
-            sampling=SAMPLING,
-            window=(2, 9),
-            run=TrainingRun(
-                seed=0,
-                checkpoint=tmp_path / "c",
-                report=lambda *_: None,
-            ),
-        )
+    run = TrainingRun(0, tmp_path / "c", lambda *_: None)
+    with pytest.raises(ValueError, match=naming(2, 9, 3)):
+        train_refl(RewardTask(base, policy, PROMPTS, PROMPTS, Brightness(), 0, PLAN, run, 2, SAMPLING), (2, 9))

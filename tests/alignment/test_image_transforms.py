@@ -7,6 +7,7 @@ from PIL import Image
 
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.pair_rows import PreferencePair
+from messages import naming
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -66,8 +67,8 @@ def test_a_flip_mirrors_the_pair_together_half_of_the_time() -> None:
 def test_unseeded_choices_and_odd_sizes() -> None:
     pair = PreferencePair("a", Image.new("RGB", (1, 3000)), Image.new("RGB", (333, 500)))
     for choice in ({"crop": "random"}, {"flip": True}):
-        with pytest.raises(ValueError, match="needs a generator"):
+        with pytest.raises(ValueError, match="generator"):
             pair_pixels(pair, 8, **choice)
-    with pytest.raises(ValueError, match="resolution must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=naming("resolution", 0)):
         pair_pixels(pair, 0)
     assert pair_pixels(pair, 256).pixels.shape == (2, 3, 256, 256)

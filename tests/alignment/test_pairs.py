@@ -14,6 +14,7 @@ from deradiff.alignment.data_order import DataOrder, Unreadable
 from deradiff.alignment.pair_rows import LeftOut, UndecodedPair, decode_pair, read_row
 from deradiff.alignment.pair_streams import PairStream, ParquetShards
 from deradiff.alignment.pairs import PairFolder, open_pairs
+from messages import naming
 from pair_rows import BAD, GOOD, LOSER, WINNER, colour, encoded, folder_of, pick, prompts
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -44,9 +45,9 @@ def test_rows_without_a_preference_are_left_out(row: dict[str, Any], reason: str
 
 
 def test_rows_of_other_columns_are_refused_with_their_names() -> None:
-    with pytest.raises(ValueError, match=r"shard 3, row 1 .*\['image', 'text'\]"):
+    with pytest.raises(ValueError, match=naming("shard 3, row 1", ["image", "text"])):
         read_row({"text": "a", "image": b""}, "shard 3, row 1")
-    with pytest.raises(ValueError, match=r"row 0: an image must be bytes.*got str"):
+    with pytest.raises(ValueError, match=naming("row 0", "str")):
         read_row({"prompt": "a", "winner": "w.png", "loser": b""}, "row 0")
 
 
@@ -64,8 +65,8 @@ def test_no_damage_to_an_image_ends_a_run(form: str) -> None:
         try:
             decode_pair(UndecodedPair("a", data, LOSER, "row 5"))
         except Unreadable as error:
-            assert error.reason == "corrupt image" and "row 5: the winner" in str(error)
-    with pytest.raises(Unreadable, match="row 5: the loser has no image"):
+            assert error.reason == "corrupt image" and "row 5" in str(error) and "winner" in str(error)
+    with pytest.raises(Unreadable, match=naming("row 5", "loser")):
         decode_pair(UndecodedPair("a", WINNER, None, "row 5"))
 
 
@@ -120,18 +121,18 @@ def test_pick_a_pic_streams_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"yuvalkirstain/pickapic_v1 .*deradiff\[align\]"):
+    with pytest.raises(ImportError, match=naming("yuvalkirstain/pickapic_v1", "deradiff[align]")):
         open_pairs("pickapic-v1")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"pyarrow.*deradiff\[align\]"):
+    with pytest.raises(ImportError, match=naming("pyarrow", "deradiff[align]")):
         open_pairs(tmp_path)
 
     def unreachable() -> Any:
         raise ConnectionError("no route")
 
     install(monkeypatch, unreachable)
-    with pytest.raises(OSError, match=r"pickapic_v1 cannot be reached \(no route\)"):
+    with pytest.raises(OSError, match=naming("yuvalkirstain/pickapic_v1", "no route")):
         open_pairs("pickapic-v1")
 
 
@@ -167,7 +168,7 @@ def test_paths_that_leave_the_folder_are_refused(path: str, tmp_path: Path) -> N
     (folder / "link.png").symlink_to(outside)
     row = {"prompt": "a", "winner": "images/0w.png", "loser": str(outside) if path == "ABSOLUTE" else path}
     (folder / "pairs.jsonl").write_text(json.dumps(row))
-    with pytest.raises((ValueError, FileNotFoundError), match="line 1: the loser"):
+    with pytest.raises((ValueError, FileNotFoundError), match=naming("line 1", "loser")):
         PairFolder(folder)
 
 
@@ -175,45 +176,43 @@ def test_a_missing_image_is_named_with_its_row(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     source = PairFolder(folder)
     (folder / "images/3l.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pairs.jsonl, line 4: the loser 'images/3l.jpg' is missing.*3l.jpg"):
+    with pytest.raises(
+        FileNotFoundError, match=naming("pairs.jsonl", "line 4", "'images/3l.jpg'", folder / "images/3l.jpg")
+    ):
         PairFolder(folder)
-    with pytest.raises(FileNotFoundError, match=r"line 4: the loser cannot be read from .*3l.jpg"):
+    with pytest.raises(FileNotFoundError, match=naming("line 4", "loser", folder / "images/3l.jpg")):
         DataOrder(source).take(7)
 
 
 @pytest.mark.parametrize(
-    "name, content, complaint",
+    "name, content, values",
     [
-        ("pairs.jsonl", b"", "lists no pair"),
-        ("pairs.jsonl", b"{}\nnope", "line 2 .*not JSON"),
-        ("pairs.jsonl", b'{"prompt": 3, "winner": "a", "loser": "b"}', "line 1 must give prompt, winner and loser"),
-        ("pairs.jsonl", b'{"prompt": " ", "winner": "a", "loser": "b"}', "line 1 has an empty prompt"),
-        ("pairs.jsonl", b"\xff\xfe", "not text in UTF-8"),
-        ("pairs.json", b'{"prompt": "a"}', "must hold a list"),
-        (
-            "pairs.csv",
-            b"prompt,winner\na,b\n",
-            "line 2 must give prompt, winner and loser: it has no loser",
-        ),
-        ("images.txt", b"", "has no list of pairs"),
+        ("pairs.jsonl", b"", ["pairs.jsonl", "pair"]),
+        ("pairs.jsonl", b"{}\nnope", ["line 2", "JSON"]),
+        ("pairs.jsonl", b'{"prompt": 3, "winner": "a", "loser": "b"}', ["line 1", "prompt"]),
+        ("pairs.jsonl", b'{"prompt": " ", "winner": "a", "loser": "b"}', ["line 1", "empty"]),
+        ("pairs.jsonl", b"\xff\xfe", ["UTF-8"]),
+        ("pairs.json", b'{"prompt": "a"}', ["pairs.json", "list"]),
+        ("pairs.csv", b"prompt,winner\na,b\n", ["line 2", "loser"]),
+        ("images.txt", b"", ["pairs.jsonl", "pairs.csv"]),
     ],
 )
-def test_unreadable_lists_are_refused(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
+def test_unreadable_lists_are_refused(name: str, content: bytes, values: list[object], tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+    with pytest.raises((ValueError, FileNotFoundError), match=naming(*values)):
         open_pairs(tmp_path)
 
 
 def test_sources_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     for source in (tmp_path / "none", "pickapic-v3", str(tmp_path / "none")):
-        with pytest.raises(FileNotFoundError, match="pickapic-v1"):
+        with pytest.raises(FileNotFoundError, match=naming(source, "pickapic-v1")):
             open_pairs(source)
     folder = folder_of(tmp_path, 2)
     (folder / "pairs.csv").write_text("")
-    with pytest.raises(ValueError, match=r"pairs.jsonl and pairs.csv: keep one"):
+    with pytest.raises(ValueError, match=naming("pairs.jsonl", "pairs.csv")):
         open_pairs(folder)
     (folder / "pairs.csv").unlink()
-    with pytest.raises(ValueError, match="2 of 2 pairs cannot be held out"):
+    with pytest.raises(ValueError, match=naming("2 of 2")):
         open_pairs(folder, held_out=2)
 
 
@@ -243,7 +242,7 @@ def test_parquet_files_stream_by_row_group(tmp_path: Path) -> None:
     assert [source.open(step.row).prompt for step in source.in_order(None)] == expected
     assert sorted(prompts(DataOrder(source), [len(expected)])) == sorted(expected)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match=r"train-0.parquet cannot be read as Parquet"):
+    with pytest.raises(ValueError, match=naming("train-0.parquet", "Parquet")):
         open_pairs(tmp_path)
 
 

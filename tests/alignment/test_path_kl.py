@@ -16,6 +16,7 @@ from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.path_kl import Chain, divergence, path_kl
 from deradiff.alignment.policy_gradient import log_density
 from deradiff.alignment.sampling import SamplerSettings
+from messages import naming
 from tiny import make
 
 PROMPTS = ["a red fox", "two blue owls", "a fox"]
@@ -156,7 +157,7 @@ def test_a_realigned_run_counts_the_same_steps_by_their_logarithm() -> None:
 
 def test_what_has_no_divergence_is_refused() -> None:
     base, policy = moved()
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="prompts"):
         path_kl(base, policy, [], SamplerSettings("ddim", 3, 1.0))
-    with pytest.raises(ValueError, match=r"'dpmpp' draw no noise.*take ddim"):
+    with pytest.raises(ValueError, match=naming("'dpmpp'", "ddim")):
         path_kl(base, policy, PROMPTS, SamplerSettings("dpmpp", 3, 1.0))

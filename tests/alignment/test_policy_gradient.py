@@ -28,7 +28,9 @@ from deradiff.alignment.policy_gradient import (
     train_ddpo,
 )
 from deradiff.alignment.sampling import SamplerSettings, decode
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
+from messages import naming
 from tiny import make
 from two_processes import run_by_two
 
@@ -72,7 +74,7 @@ def test_advantages_compare_the_samples_of_a_prompt() -> None:
     assert normalized[3:].tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(advantages(7 * rewards + 3, 3, normalized=True), normalized)
     for group, count in ((1, 4), (3, 4)):
-        with pytest.raises(ValueError, match=f"4 samples do not make groups of {group}"):
+        with pytest.raises(ValueError, match=naming(4, group)):
             advantages(torch.zeros(count), group, normalized=True)
 
 
@@ -236,11 +238,11 @@ def aligned(
         "kl": 0.01,
         "batch": 4,
         "sampling": SamplerSettings("ddim", 2, 1.0),
-        "per_prompt": 2,
         "per_pass": 2,
     } | changed
     run = TrainingRun(7, folder / "checkpoint", report, accelerator, "kl")
-    curve = train_ddpo(base, policy, plan=plan, run=run, **settings)
+    per_prompt = settings.pop("per_prompt", 2)
+    curve = train_ddpo(RewardTask(base, policy, plan=plan, run=run, **settings), per_prompt)
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}, curve
 
 
@@ -311,23 +313,9 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
             return Redness()(decode(base, last.after), PROMPTS[:1] * 24)
 
         before = rewards()
-        train_ddpo(
-            base,
-            policy,
-            PROMPTS[:2],
-            PROMPTS[:2],
-            Redness(),
-            kl,
-            plan,
-            batch=32,
-            sampling=sampling,
-            per_prompt=16,
-            run=TrainingRun(
-                seed=1,
-                checkpoint=tmp_path / f"{kl}",
-                report=lambda *_: None,
-            ),
-        )
+        run = TrainingRun(1, tmp_path / f"{kl}", lambda *_: None)
+        task = RewardTask(base, policy, PROMPTS[:2], PROMPTS[:2], Redness(), kl, plan, run, 32, sampling)
+        train_ddpo(task, per_prompt=16)
         return rewards() - before, path_kl(base, policy, PROMPTS, sampling).value
 
     gains, distances = zip(*map(trained, (0.0, 0.003, 0.3)), strict=True)
@@ -345,16 +333,16 @@ def test_reward_rises_and_rises_less_with_a_larger_kl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"kl": -0.1}, "λ_KL = -0.1: the strength"),
+        ({"kl": -0.1}, naming("λ_KL = -0.1")),
         ({"kl": math.nan}, "λ_KL = nan"),
-        ({"prompts": []}, "0 prompts to train on"),
+        ({"prompts": []}, "0 prompts"),
         ({"held_out": []}, "0 held out"),
-        ({"per_prompt": 1}, "per_prompt = 1: .* compared"),
-        ({"per_prompt": 3}, "a batch of 4 has 1 parts of 4"),
-        ({"plan": replace(PLAN, accumulate=4)}, "a batch of 4 has 4 parts of 1"),
-        ({"sampling": SamplerSettings("dpmpp", 2, 1.0)}, "'dpmpp' draw no noise"),
-        ({"sampling": SamplerSettings("ddpm", 1, 1.0)}, "take 2 steps or more"),
-        ({"reward": Broken()}, "'broken' is nan for 'two blue owls'.*the picture is sound"),
+        ({"per_prompt": 1}, naming("per_prompt = 1")),
+        ({"per_prompt": 3}, naming("per_prompt = 3", "batch of 4", "1 parts", 4)),
+        ({"plan": replace(PLAN, accumulate=4)}, naming("batch of 4", "4 parts", 1)),
+        ({"sampling": SamplerSettings("dpmpp", 2, 1.0)}, "'dpmpp'"),
+        ({"sampling": SamplerSettings("ddpm", 1, 1.0)}, naming("'ddpm'", "steps=1")),
+        ({"reward": Broken()}, naming("'broken'", "nan", "'two blue owls'", "sound")),
     ],
 )
 def test_what_cannot_be_aligned_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -367,5 +355,5 @@ def test_a_policy_that_broke_is_told_from_a_reward_that_did(tmp_path: Path) -> N
     policy = Policy(base)
     with torch.no_grad():
         next(policy.model.parameters()).fill_(math.nan)
-    with pytest.raises(ValueError, match=r"'redness' is nan.*the picture itself holds NaN: lower the learning rate"):
+    with pytest.raises(ValueError, match=naming("'redness'", "nan", "NaN", "learning rate")):
         gradients(base, policy, 0.0, SamplerSettings("ddim", 2, 1.0), [PROMPTS[0]] * 2, 0)

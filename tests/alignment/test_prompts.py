@@ -10,6 +10,7 @@ import pytest
 
 from deradiff.alignment import prompts
 from deradiff.alignment.prompts import load_prompts
+from messages import naming
 
 FILES = {
     "list.txt": "\ufeff# a comment\n a cat \n\na dog\r\na cat\n",
@@ -63,50 +64,56 @@ def test_a_count_takes_the_first_and_a_seed_draws(tmp_path: Path) -> None:
         prompt.startswith(str(category)) for prompt, category in zip(drawn.prompts, drawn.categories, strict=True)
     )
     assert sorted(load_prompts(path, seed=0).prompts) == sorted(everything.prompts)
-    with pytest.raises(ValueError, match=r"60 different prompts \(0 of its 60 entries are duplicates\), 61 were asked"):
+    with pytest.raises(ValueError, match=naming(path, 60, 0, 61)):
         load_prompts(path, 61)
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=naming("count", 0)):
         load_prompts(path, 0)
 
 
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_path_that_was_not_given_is_no_folder(source: str) -> None:
+    with pytest.raises(ValueError, match=r"no path was given.*partiprompts"):
+        load_prompts(source)
+
+
 @pytest.mark.parametrize(
-    "name, content, complaint",
+    "name, content, values",
     [
-        ("a.txt", "# nothing\n\n", "holds no prompt"),
-        ("a.yaml", "", "holds no prompt"),
-        ("a.json", "[]", "holds no prompt"),
-        ("a.csv", "prompt,category\n", "holds no prompt"),
-        ("a.yaml", "- a\n- 3\n", "entry 2 is 3, not text"),
-        ("a.yaml", "- no\n", "entry 1 is False, not text; quote"),
-        ("a.json", '["a", " "]', "entry 2 is an empty prompt"),
-        ("a.json", '["a"', "not JSON"),
-        ("a.yaml", "a: [b\n", "is not YAML"),
-        ("a.yaml", "!!python/object/apply:os.getcwd []", "is not YAML"),
-        ("a.yaml", "animals: a cat", "must hold a list of prompts.*'animals'"),
-        ("a.jsonl", '{"prompt": "a"}\nb', "line 2 .*not JSON"),
+        ("a.txt", "# nothing\n\n", ["no prompt"]),
+        ("a.yaml", "", ["no prompt"]),
+        ("a.json", "[]", ["no prompt"]),
+        ("a.csv", "prompt,category\n", ["no prompt"]),
+        ("a.yaml", "- a\n- 3\n", ["entry 2", 3]),
+        ("a.yaml", "- no\n", ["entry 1", False]),
+        ("a.json", '["a", " "]', ["entry 2", "empty"]),
+        ("a.json", '["a"', ["JSON"]),
+        ("a.yaml", "a: [b\n", ["YAML"]),
+        ("a.yaml", "!!python/object/apply:os.getcwd []", ["YAML"]),
+        ("a.yaml", "animals: a cat", ["'animals'"]),
+        ("a.jsonl", '{"prompt": "a"}\nb', ["line 2", "JSON"]),
         (
             "a.jsonl",
             '{"words": "a"}',
-            "line 1 has no prompt: .*'words', .* prompt, caption, text",
+            ["line 1", "'words'", "prompt, caption, text"],
         ),
-        ("a.jsonl", '"a"', "line 1 has no prompt"),
-        ("a.csv", "category,prompt\nanimals\n", "line 2 has 1 cells, 'animals', and the header has 2"),
-        ("a.md", "a", "are read from .txt"),
+        ("a.jsonl", '"a"', ["line 1", "no prompt"]),
+        ("a.csv", "category,prompt\nanimals\n", ["line 2", 1, "'animals'", 2]),
+        ("a.md", "a", [".txt"]),
     ],
 )
-def test_what_is_no_list_of_prompts_is_refused(name: str, content: str, complaint: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_what_is_no_list_of_prompts_is_refused(name: str, content: str, values: list[object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=naming(name, *values)):
         load_prompts(written(tmp_path, name, content))
 
 
 def test_other_encodings_folders_and_unknown_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("ein Bär".encode("latin-1"))
-    with pytest.raises(ValueError, match="not text in UTF-8"):
+    with pytest.raises(ValueError, match=naming("a.txt", "UTF-8", "0xe4")):
         load_prompts(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "folder")):
         load_prompts(tmp_path)
     for source in ("hpdv2/sketches", tmp_path / "b.txt"):
-        with pytest.raises(FileNotFoundError, match=r"known by name are partiprompts, hpdv2"):
+        with pytest.raises(FileNotFoundError, match=naming(source, "partiprompts, hpdv2")):
             load_prompts(source)
 
 
@@ -136,14 +143,14 @@ def test_the_papers_lists_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(OSError, match=r"benchmark/photo.json of zhwang/HPDv2 cannot be fetched .*no route"):
+    with pytest.raises(OSError, match=naming("benchmark/photo.json", "zhwang/HPDv2", "no route")):
         load_prompts("hpdv2/photo")
 
 
 def test_pick_a_pics_captions_are_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read, asked = [], []
 
-    def load_dataset(repo: str, *, split: str, streaming: bool) -> Any:
+    def load_dataset(repo: str, *, split: str, revision: str | None, streaming: bool) -> Any:
         asked.append((repo, split, streaming))
         captions = ["a", "a", "", None, "b", "c", "d"]
         return ({"caption": read.append(caption) or caption} for caption in captions)  # type: ignore[func-returns-value]
@@ -156,5 +163,5 @@ def test_pick_a_pics_captions_are_read_no_further_than_needed(monkeypatch: pytes
     assert asked == [("yuvalkirstain/pickapic_v2_no_images", "test_unique", True)]
     assert set(load_prompts("pickapic-v1", 4, seed=1).prompts) == set("abcd")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pickapic_v1_no_images .*deradiff\[align\]"):
+    with pytest.raises(ImportError, match=naming("yuvalkirstain/pickapic_v1_no_images", "deradiff[align]")):
         load_prompts("pickapic-v1")

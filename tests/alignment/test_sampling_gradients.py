@@ -10,6 +10,7 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
 from deradiff.sweep.pipelines import scheduler_like
+from messages import naming
 from tiny import make
 
 PROMPTS = ["a red fox", "two blue owls"]
@@ -127,14 +128,14 @@ def last_steps(
 
 def test_wrong_input_is_said() -> None:
     base = base_of()
-    with pytest.raises(ValueError, match="0 sampling steps"):
+    with pytest.raises(ValueError, match=naming(0, "steps")):
         SamplerSettings("ddim", 0, 1.0)
-    with pytest.raises(ValueError, match=r"guidance scale of 0\.5"):
+    with pytest.raises(ValueError, match=naming("guidance scale", 0.5)):
         SamplerSettings("ddim", 1, 0.5)
     noise = torch.randn(1, 4, 8, 8)
-    with pytest.raises(ValueError, match="gradients through 3 of 2 steps"):
+    with pytest.raises(ValueError, match=naming("3 of 2")):
         drawn(base, noise, SamplerSettings("ddim", 2, 1.0), keep=3)
-    with pytest.raises(ValueError, match="guidance 2 needs"):
+    with pytest.raises(ValueError, match=naming("guidance", 2)):
         sample(base, base.denoiser, conditions(base, PROMPTS[:1]), None, noise, SamplerSettings("ddim", 2, 2.0), keep=0)
-    with pytest.raises(ValueError, match="there is no scheduler 'best'"):
+    with pytest.raises(ValueError, match=naming("'best'")):
         drawn(base, noise, SamplerSettings("best", 2, 1.0))

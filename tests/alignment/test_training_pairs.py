@@ -18,6 +18,7 @@ from deradiff.alignment.pairs import PairFolder
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.worlds import digits
+from messages import naming
 
 PLAN = TrainingPlan(steps=4, learning_rate=1e-3, warmup=0, average=0.0, evaluate_every=2, checkpoint_seconds=0)
 
@@ -80,7 +81,7 @@ def test_processes_get_the_parts_of_one_batch(base: Base) -> None:
         # Two micro-batches of two processes each.
         parts = [shared[index % 2].batch(BatchPart(step, index, 4), 8).texts for index in range(4)]
         assert [text for part in parts for text in part] == whole
-    with pytest.raises(ValueError, match="does not split into 3 equal parts"):
+    with pytest.raises(ValueError, match=naming("batch", 8, 3)):
         alone.batch(BatchPart(0, 0, 3), 8)
 
 

@@ -1,6 +1,7 @@
 """Every way in which a source can be no anchor: the error says which, and the pipeline is as it was."""
 
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from deradiff.anchors import (
     PipelineWithoutDenoiser,
     load_anchor,
 )
+from messages import naming
 from tiny import denoiser
 
 BARE = "diffusion_pytorch_model.safetensors"
@@ -31,19 +33,19 @@ BARE = "diffusion_pytorch_model.safetensors"
 def test_another_class_is_refused(tmp_path):
     pipe, _ = made("sd")
     _, transformer = made("sd3")
-    with pytest.raises(IncompatibleAnchor, match="SD3Transformer2DModel, the reference a UNet2DConditionModel"):
+    with pytest.raises(IncompatibleAnchor, match=naming("SD3Transformer2DModel", "UNet2DConditionModel")):
         load_anchor(transformer, pipe)
-    with pytest.raises(IncompatibleAnchor, match="SD3Transformer2DModel, the reference a UNet2DConditionModel"):
+    with pytest.raises(IncompatibleAnchor, match=naming("SD3Transformer2DModel", "UNet2DConditionModel")):
         load_anchor(saved(transformer, tmp_path / "denoiser"), pipe)
     made("sd3")[0].save_pretrained(tmp_path / "pipeline")
-    with pytest.raises(IncompatibleAnchor, match=r"a pipeline without a 'unet'.*it has .*transformer"):
+    with pytest.raises(IncompatibleAnchor, match=naming("'unet'", "transformer")):
         load_anchor(tmp_path / "pipeline", pipe)
 
 
 def test_an_inpainting_anchor_is_named_as_such(tmp_path):
     pipe, _ = made("sd")
     _, inpainting = made("sd_inpaint_9_channels")
-    expected = r"in_channels is 9, the reference's 4 \(9 channels are an inpainting model: the anchor is one\)"
+    expected = naming("in_channels", 9, 4, "inpainting")
     save_file(original_layout(inpainting), tmp_path / "original.safetensors")
     for source in (inpainting, saved(inpainting, tmp_path / "folder"), tmp_path / "original.safetensors"):
         with pytest.raises(IncompatibleAnchor, match=expected):
@@ -54,9 +56,7 @@ def test_a_guidance_distilled_anchor_is_named_as_such(tmp_path):
     pipe, aligned = made("flux")
     saved(aligned, tmp_path)
     edited(tmp_path / "config.json", guidance_embeds=False)
-    with pytest.raises(
-        IncompatibleAnchor, match=r"guidance_embeds is False, .* \(guidance-distilled: the reference is\)"
-    ):
+    with pytest.raises(IncompatibleAnchor, match=naming("guidance_embeds", False, "guidance-distilled")):
         load_anchor(tmp_path, pipe)
 
 
@@ -74,8 +74,9 @@ def test_the_first_five_differing_settings_are_named(tmp_path):
     edited(tmp_path / "config.json", **changes)
     with pytest.raises(IncompatibleAnchor) as refused:
         load_anchor(tmp_path, pipe)
-    named = [key for key in changes if f"{key} is {changes[key]!r}, the reference's" in str(refused.value)]
-    assert len(named) == 5 and "and 1 more settings" in str(refused.value)
+    said = str(refused.value)
+    named = [key for key, value in changes.items() if re.search(rf"\b{key}\b[^;]*{re.escape(repr(value))}", said)]
+    assert len(named) == 5 and "1 more" in said
 
 
 def test_weights_that_do_not_fit_their_own_config(tmp_path):
@@ -85,10 +86,9 @@ def test_weights_that_do_not_fit_their_own_config(tmp_path):
     state["conv_in.weight"] = state["conv_in.weight"][:, :3].contiguous()
     state["surplus"] = state.pop("conv_out.bias")
     save_file(state, tmp_path / BARE)
-    with pytest.raises(IncompatibleAnchor) as refused:
+    values = ("conv_in.weight", [8, 3, 3, 3], "missing tensors: conv_out.bias", "unknown tensors: surplus")
+    with pytest.raises(IncompatibleAnchor, match=naming(*values)):
         load_anchor(tmp_path, pipe)
-    for part in ("conv_in.weight is [8, 3, 3, 3]", "missing tensors: conv_out.bias", "unknown tensors: surplus"):
-        assert part in str(refused.value)
 
 
 def test_a_single_file_of_another_architecture(tmp_path):
@@ -103,7 +103,7 @@ def test_a_single_file_of_another_architecture(tmp_path):
         with pytest.raises(IncompatibleAnchor, match=f"{file}.safetensors"):
             load_anchor(tmp_path / f"{file}.safetensors", pipe)
     transformer, _ = made("pixart")
-    with pytest.raises(IncompatibleAnchor, match=r"no PixArtTransformer2DModel .*entirely, something\.else"):
+    with pytest.raises(IncompatibleAnchor, match=naming("PixArtTransformer2DModel", "entirely, something.else")):
         load_anchor(tmp_path / "strange.safetensors", transformer)
 
 
@@ -115,9 +115,7 @@ def test_another_prediction_type_is_refused(tmp_path):
     state = original_layout(aligned) | {"v_pred": torch.zeros(0)}
     save_file(state, tmp_path / "v.safetensors")
     for source in ("pipeline", "v.safetensors"):
-        with pytest.raises(
-            IncompatibleAnchor, match=r"predicts 'v_prediction', the reference's scheduler .* expects 'epsilon'"
-        ):
+        with pytest.raises(IncompatibleAnchor, match=naming("'v_prediction'", "'epsilon'")):
             load_anchor(tmp_path / source, pipe)
 
 
@@ -127,17 +125,17 @@ def test_a_pipeline_without_a_denoiser():
             super().__init__()
             self.register_modules(scheduler=scheduler)
 
-    with pytest.raises(PipelineWithoutDenoiser, match=r"Upscaler has no `unet` and no `transformer`.*scheduler"):
+    with pytest.raises(PipelineWithoutDenoiser, match=naming("Upscaler", "`unet`", "`transformer`", "scheduler")):
         load_anchor("anything", Upscaler(DDIMScheduler()))
 
 
 def test_a_module_that_is_no_diffusers_model():
     pipe, _ = made("sd")
-    with pytest.raises(IncompatibleAnchor, match="the given Linear is not a diffusers model"):
+    with pytest.raises(IncompatibleAnchor, match="Linear"):
         load_anchor(nn.Linear(2, 2), pipe)
     aligned = copy.deepcopy(pipe.unet)
     aligned.conv_in = nn.Conv2d(9, aligned.conv_in.out_channels, 3, padding=1)
-    with pytest.raises(IncompatibleAnchor, match=r"conv_in\.weight is \[8, 9, 3, 3\], the reference's \[8, 4, 3, 3\]"):
+    with pytest.raises(IncompatibleAnchor, match=naming("conv_in.weight", [8, 9, 3, 3], [8, 4, 3, 3])):
         load_anchor(aligned, pipe)
 
 
@@ -148,36 +146,37 @@ def test_a_module_that_is_no_diffusers_model():
     "source", ["./nowhere", "/no/where", "~/nowhere", "nowhere", "dir/model.safetensors", Path("a/b")]
 )
 def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(source):
-    with pytest.raises(AnchorNotFound, match="no such file or folder: /"):
+    path = Path(source).expanduser().absolute()
+    with pytest.raises(AnchorNotFound, match=naming(path, "'owner/name/file.safetensors'")):
         load_anchor(source, made("sd")[0])
 
 
 def test_names_that_cannot_be_looked_up():
     pipe, _ = made("sd")
     for empty in ("", "  "):
-        with pytest.raises(AnchorNotFound, match="name is empty"):
+        with pytest.raises(AnchorNotFound, match="empty"):
             load_anchor(empty, pipe)
     for name in ("a/" + "b" * 5000, "~nobody-of-that-name/model"):
-        with pytest.raises(AnchorNotFound, match="no path that can be looked up"):
+        with pytest.raises(AnchorNotFound, match=naming(f"'{name[:80]}'")):
             load_anchor(name, pipe)
-    with pytest.raises(AnchorError, match="/dev/null is neither a file nor a folder"):
+    with pytest.raises(AnchorError, match=naming("/dev/null")):
         load_anchor("/dev/null", pipe)
 
 
 def test_what_is_not_quite_a_hub_id():
     pipe, _ = made("sd")
-    with pytest.raises(AnchorNotFound, match="web address: pass the hub id"):
+    with pytest.raises(AnchorNotFound, match=naming("'https://huggingface.co/owner/name'")):
         load_anchor("https://huggingface.co/owner/name", pipe)
-    with pytest.raises(AnchorNotFound, match=r"pass subfolder='unet'"):
+    with pytest.raises(AnchorNotFound, match="subfolder='unet'"):
         load_anchor("owner/name/unet", pipe)
 
 
 def test_revision_and_subfolder_belong_to_hub_ids_and_folders(tmp_path):
     pipe, aligned = made("sd")
     saved(aligned, tmp_path)
-    with pytest.raises(AnchorError, match="revision='v1' is for models on the hub"):
+    with pytest.raises(AnchorError, match="revision='v1'"):
         load_anchor(tmp_path, pipe, revision="v1")
-    with pytest.raises(AnchorError, match=r"subfolder='unet' was given, but .* is a single file"):
+    with pytest.raises(AnchorError, match=naming("subfolder='unet'", tmp_path / BARE)):
         load_anchor(tmp_path / BARE, pipe, subfolder="unet")
 
 
@@ -196,7 +195,7 @@ def test_damaged_files_are_named(damage, tmp_path):
             "pointer": b"version https://git-lfs.github.com/spec/v1\n",
         }[damage]
     )
-    with pytest.raises(CorruptAnchor, match=rf"{BARE} is no sound \.safetensors file .*download it again"):
+    with pytest.raises(CorruptAnchor, match=naming(tmp_path / BARE)):
         load_anchor(tmp_path, pipe)
     assert torch.equal(predict(pipe), before)
 
@@ -205,21 +204,21 @@ def test_a_damaged_config_is_named(tmp_path):
     pipe, aligned = made("sd")
     saved(aligned, tmp_path)
     (tmp_path / "config.json").write_text('{"in_channels": 4,')
-    with pytest.raises(CorruptAnchor, match=r"config\.json is no configuration"):
+    with pytest.raises(CorruptAnchor, match=naming(tmp_path / "config.json")):
         load_anchor(tmp_path, pipe)
 
 
 def test_an_empty_folder_and_a_choice_of_files(tmp_path):
     pipe, aligned = made("sd")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AnchorNotFound, match=r"no weights \(\.safetensors\).*no files"):
+    with pytest.raises(AnchorNotFound, match=naming(tmp_path / "empty", ".safetensors")):
         load_anchor(tmp_path / "empty", pipe)
     for name in ("dpo-v1.0", "dpo-v1.5"):
         save_file(aligned.state_dict(), tmp_path / f"{name}.safetensors")
-    with pytest.raises(AnchorError, match=r"several weights in .*dpo-v1\.0\.safetensors, dpo-v1\.5\.safetensors"):
+    with pytest.raises(AnchorError, match=naming("dpo-v1.0.safetensors, dpo-v1.5.safetensors")):
         load_anchor(tmp_path, pipe)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(AnchorError, match=r"notes\.txt is not a weights file"):
+    with pytest.raises(AnchorError, match=naming(tmp_path / "notes.txt")):
         load_anchor(tmp_path / "notes.txt", pipe)
 
 
@@ -229,7 +228,7 @@ def test_pickles_are_opened_only_on_request(suffix, tmp_path):
     file = tmp_path / f"model.{suffix}"
     torch.save({"state_dict": original_layout(aligned), "epoch": 3} if suffix == "ckpt" else aligned.state_dict(), file)
     for source in (file, tmp_path):
-        with pytest.raises(PickledAnchor, match=rf"model\.{suffix}.*pass allow_pickle=True if you trust its author"):
+        with pytest.raises(PickledAnchor, match=naming(f"model.{suffix}", "allow_pickle=True")):
             load_anchor(source, pipe)
         anchor = load_anchor(source, pipe, allow_pickle=True)
         assert torch.equal(predict(pipe, module_of(anchor)), predict(pipe, aligned))
@@ -251,11 +250,11 @@ def test_a_pickle_with_more_than_tensors_is_never_opened(tmp_path):
             return (Path.touch, (ran,))
 
     torch.save({"weight": torch.ones(2), "payload": Payload()}, tmp_path / "model.bin")
-    with pytest.raises(PickledAnchor, match="holds more than weights"):
+    with pytest.raises(PickledAnchor, match=naming(tmp_path / "model.bin")):
         load_anchor(tmp_path / "model.bin", pipe, allow_pickle=True)
     assert not ran.exists()
     (tmp_path / "model.bin").write_bytes(b"not a pickle at all")
-    with pytest.raises(AnchorError, match=r"model\.bin"):
+    with pytest.raises(AnchorError, match=naming(tmp_path / "model.bin")):
         load_anchor(tmp_path / "model.bin", pipe, allow_pickle=True)
 
 

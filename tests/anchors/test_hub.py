@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from anchor_files import lora, made, module_of, predict, saved
 from deradiff.anchors import AnchorError, AnchorNotFound, IncompatibleAnchor, PickledAnchor, load_anchor
 from hub_server import Hub, standing_in
+from messages import naming
 
 BARE = "diffusion_pytorch_model.safetensors"
 REPO = "owner/aligned"
@@ -78,9 +79,9 @@ def test_revision_and_subfolder(hub, folder):
         anchor = load_anchor(REPO, pipe, subfolder="checkpoints/best", revision=revision)
         assert is_anchor(anchor, pipe, model)
         assert revision is None or repr(revision) in anchor.source
-    with pytest.raises(AnchorNotFound, match=f"{REPO} has no revision 'v2'"):
+    with pytest.raises(AnchorNotFound, match=naming(REPO, "'v2'")):
         load_anchor(REPO, pipe, revision="v2")
-    with pytest.raises(AnchorNotFound, match=rf"{REPO} has no 'worst'; it holds checkpoints/best/config\.json"):
+    with pytest.raises(AnchorNotFound, match=naming(REPO, "'worst'", "checkpoints/best/config.json")):
         load_anchor(REPO, pipe, subfolder="worst")
 
 
@@ -129,10 +130,10 @@ def test_without_a_hub_and_without_a_cache(how, hub, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     hub.broken = how == "broken"
     expected = {
-        "local_files_only": "is not in the cache .* the hub may not be asked .local_files_only=True",
-        "offline": "is not in the cache .* the hub may not be asked .HF_HUB_OFFLINE is set",
-        "unreachable": f"{REPO} could not be downloaded: ConnectError",
-        "broken": f"the hub refused {REPO}: .*500",
+        "local_files_only": naming(REPO, "local_files_only=True"),
+        "offline": naming(REPO, "HF_HUB_OFFLINE"),
+        "unreachable": naming(REPO, "ConnectError"),
+        "broken": naming(REPO, 500),
     }[how]
     with pytest.raises(AnchorNotFound, match=expected):
         load_anchor(REPO, made("sd")[0], local_files_only=how == "local_files_only")
@@ -144,19 +145,17 @@ def test_a_partial_cache_is_no_anchor(hub, folder):
     hub.add(REPO, folder)
     load_anchor(REPO, pipe)
     next(Path(constants.HF_HUB_CACHE).rglob("*-00002-of-*")).unlink()
-    with pytest.raises(AnchorNotFound, match=r"incomplete: of \d+ shards, \[2\] are missing"):
+    with pytest.raises(AnchorNotFound, match=naming("shards", [2])):
         load_anchor(REPO, pipe, local_files_only=True)
 
 
 def test_ids_that_do_not_exist_or_are_closed(hub, folder):
     pipe, aligned = made("sd")
-    with pytest.raises(
-        AnchorNotFound, match=r"'owner/absent' is neither a file or folder here \(/.*\) nor a model on the hub"
-    ):
+    with pytest.raises(AnchorNotFound, match=naming("'owner/absent'", Path("owner/absent").absolute())):
         load_anchor("owner/absent", pipe)
     hub.add(REPO, saved(aligned, folder))
     hub.gated.add(REPO)
-    with pytest.raises(AnchorNotFound, match=f"{REPO} is gated: accept its conditions at {hub.url}/{REPO}"):
+    with pytest.raises(AnchorNotFound, match=naming(REPO, f"{hub.url}/{REPO}")):
         load_anchor(REPO, pipe)
 
 
@@ -173,7 +172,7 @@ def test_pickles_are_refused_before_they_are_downloaded(hub, folder):
 def test_another_architecture_is_refused_by_its_config(hub, folder):
     pipe, _ = made("sd")
     hub.add(REPO, saved(made("sd_inpaint_9_channels")[1], folder))
-    with pytest.raises(IncompatibleAnchor, match="in_channels is 9"):
+    with pytest.raises(IncompatibleAnchor, match=naming("in_channels", 9)):
         load_anchor(REPO, pipe)
 
 
@@ -191,15 +190,13 @@ def test_a_lora_and_a_choice_of_files(hub, folder):
     anchor.unload(pipe.unet)
     assert torch.equal(predict(pipe), before)
 
-    with pytest.raises(
-        AnchorError, match=rf"several weights in {REPO}: one\.safetensors, two\.safetensors.*'owner/name/file"
-    ):
+    with pytest.raises(AnchorError, match=naming(REPO, "one.safetensors, two.safetensors", "'owner/name/file")):
         load_anchor(REPO, pipe)
     hub.reset()
     assert is_anchor(load_anchor(f"{REPO}/one.safetensors", pipe), pipe, aligned)
     assert hub.downloads() == ["one.safetensors"]
     assert load_anchor(f"{REPO}/peft/adapter_model.safetensors", pipe).adapter is not None
-    with pytest.raises(AnchorNotFound, match=rf"{REPO} has no 'three\.safetensors'; it holds"):
+    with pytest.raises(AnchorNotFound, match=naming(REPO, "'three.safetensors'")):
         load_anchor(f"{REPO}/three.safetensors", pipe)
 
 
@@ -224,9 +221,7 @@ def test_a_download_that_keeps_breaking_off_is_an_error_and_never_an_anchor(hub,
     before = predict(pipe)
     hub.add(REPO, saved(aligned, folder))
     hub.cuts[BARE] = [1000] * 20
-    with pytest.raises(
-        AnchorNotFound, match=f"{REPO} could not be downloaded: .*continues where the download broke off"
-    ):
+    with pytest.raises(AnchorNotFound, match=naming(REPO, "download")):
         load_anchor(REPO, pipe)
     with pytest.raises(AnchorNotFound):
         load_anchor(REPO, pipe, local_files_only=True)

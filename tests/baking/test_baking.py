@@ -1,19 +1,15 @@
-"""Interpolated weights as files: they are the dial's, diffusers loads them alone, and nothing is left half done."""
+"""Interpolated weights as files: they are the dial's, and diffusers loads them alone."""
 
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,31 +17,12 @@ from safetensors.torch import load_file, save_file
 import deradiff
 import tiny
 from anchor_files import lora, lora_weights, original_layout, saved
-from deradiff.algorithm.schedules import Constant, Power
-from deradiff.anchors import AnchorError, IncompatibleAnchor
+from baked import FAST, loaded, played
+from deradiff.algorithm.schedules import Constant
 from deradiff.anchors.checks import base_tensors
-from deradiff.baking import bake, outputs, split_prompts
+from deradiff.baking import bake, split_prompts
 from deradiff.baking.weights import FORMATS, Blend, StoredAnchor, fingerprint, open_anchor, write_tensors
 from deradiff.files.records import read_png
-from deradiff.sampling.blocked_methods import DialError
-
-FAST: dict[str, Any] = {"images": 0}
-
-
-def played(kind: str, anchor: Any, lam: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What a dial with interpolated weights samples."""
-    pipe, _, call = tiny.make(kind)
-    pipe.to(dtype)
-    with deradiff.realign(pipe, anchor, lam, method="interpolate"):
-        return tiny.sample(pipe, call)
-
-
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    index = json.loads((folder / "model_index.json").read_text())
-    absent = {name: None for name, value in index.items() if value == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
@@ -274,117 +251,6 @@ def test_where_lam_does_nothing_there_is_no_error_to_state(tmp_path: Path) -> No
         "value": None,
         "error": None,
     }
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("lam", "options", "words"),
-    [
-        (float("nan"), {}, "λ must be finite"),
-        (float("inf"), {}, "λ must be finite"),
-        ([0.1, 0.2], {}, "one checkpoint has one λ"),
-        (Power(2), {}, "same λ at every noise level"),
-        ({"other": 1.0}, {}, "unknown: \\['other'\\]"),
-        (0.5, {"images": 2}, "--images 0"),
-        (0.5, {"images": -1}, "-1 images"),
-        (0.5, {"images": 2, "prompts": "a fox"}, "got one string"),
-        (0.5, {"method": "distill"}, "0 different prompts are too few"),
-    ],
-)
-def test_wrong_input_is_said_and_nothing_written(tmp_path: Path, lam: Any, options: dict[str, Any], words: str) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    with pytest.raises(ValueError, match=words):
-        bake(pipe, aligned, lam, tmp_path / "out", **(FAST | options))
-    assert not list(tmp_path.iterdir())
-
-
-def test_anchors_that_do_not_fit(tmp_path: Path) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    wider, _, _ = tiny.make("sd_inpaint_9_channels")
-    saved(wider.unet, tmp_path / "wider")
-    with pytest.raises(IncompatibleAnchor, match="in_channels is 9"):
-        bake(pipe, tmp_path / "wider", 0.5, tmp_path / "out", **FAST)
-    state = {k: v for k, v in aligned.state_dict().items() if k != "conv_out.bias"}
-    save_file({**state, "conv_in.bias": torch.zeros(3)}, tmp_path / "odd.safetensors")
-    with pytest.raises(IncompatibleAnchor, match=r"conv_in.bias is \[3\].*missing tensors: conv_out.bias"):
-        bake(pipe, tmp_path / "odd.safetensors", 0.5, tmp_path / "out", **FAST)
-    with pytest.raises(AnchorError, match="no such file"):
-        bake(pipe, tmp_path / "nowhere", 0.5, tmp_path / "out", **FAST)
-    with pytest.warns(UserWarning, match="same weights as the reference"):
-        bake(pipe, saved(pipe.unet, tmp_path / "same"), 0.5, tmp_path / "out", **FAST)
-
-
-def test_an_anchor_that_is_no_number(tmp_path: Path) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    aligned.get_parameter("conv_in.bias").data[0] = torch.nan
-    with pytest.raises(AnchorError, match=r"conv_in.bias is no number any more"):
-        bake(pipe, saved(aligned, tmp_path / "anchor"), 0.5, tmp_path / "out", **FAST)
-    assert [path.name for path in tmp_path.iterdir()] == ["anchor"]
-
-
-def test_references_that_cannot_be_baked(tmp_path: Path) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    dial = deradiff.realign(pipe, aligned, 0.5)
-    with pytest.raises(DialError, match=r"dial.remove\(\)"):
-        bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
-    dial.remove()
-    pipe.unet.load_lora_adapter(lora_weights(lora(pipe.unet)), prefix=None, adapter_name="style")
-    with pytest.raises(AnchorError, match="carries the LoRA style"):
-        bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_stands_there_is_replaced_only_if_it_was_baked_and_one_asks(tmp_path: Path) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    out, weights = tmp_path / "out", tmp_path / "out/unet/diffusion_pytorch_model.safetensors"
-    out.mkdir()
-    bake(pipe, aligned, 0.5, out, **FAST)  # empty folders are no obstacle
-    first = weights.read_bytes()
-    with pytest.raises(FileExistsError, match="--force"):
-        bake(pipe, aligned, 0.6, out, **FAST)
-    assert weights.read_bytes() == first
-    bake(pipe, aligned, 0.6, out, force=True, **FAST)
-    assert weights.read_bytes() != first and [path.name for path in tmp_path.iterdir()] == ["out"]
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/mother.txt").write_text("dear")
-    with pytest.raises(FileExistsError, match="holds no baked model"):
-        bake(pipe, aligned, 0.6, tmp_path / "letters", force=True, **FAST)
-    with pytest.raises(FileExistsError, match="is a file"):
-        bake(pipe, aligned, 0.6, tmp_path / "letters/mother.txt", force=True, **FAST)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk on which a file can grow to `size` bytes: writing more fails as on a full one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_fills_leaves_what_was_there(tmp_path: Path) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    with files_of_at_most(100_000), pytest.raises(OSError, match=r"out could not be written.* is full"):
-        bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
-    assert not list(tmp_path.iterdir())
-    bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
-    first = fingerprint(loaded(tmp_path / "out").unet)
-    with files_of_at_most(100_000), pytest.raises(OSError, match=r"out could not be written.* is full"):
-        bake(pipe, aligned, 0.6, tmp_path / "out", force=True, **FAST)
-    assert fingerprint(loaded(tmp_path / "out").unet) == first and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_disk_that_is_too_small_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, aligned, _ = tiny.make("sd")
-    assert 0 < outputs.size_of(pipe) < 1e8
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="GB free: make room"):
-        bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
-    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_held_out_are_not_trained_with() -> None:

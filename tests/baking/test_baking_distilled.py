@@ -21,6 +21,7 @@ from deradiff.algorithm.step import mixed
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import conditions, unconditional
+from deradiff.alignment.training import TrainingRun
 from deradiff.anchors import load_anchor
 from deradiff.baking import Distillation, Sampler, bake, outputs
 from deradiff.baking.distillation import (
@@ -36,6 +37,7 @@ from deradiff.baking.weights import Blend
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.worlds import digits
 from deradiff.worlds.digits.captions import sample_prompts
+from messages import naming
 from test_baking import FAST, sampled_without_deradiff
 
 SHORT = Distillation(lora_rank=4, samples=6, held_out=2, steps=4, batch=4, learning_rate=1e-2, per_pass=3)
@@ -166,9 +168,7 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
         table,
         settings,
         2.5,
-        seed=7,
-        checkpoint=tmp_path / "checkpoint",
-        report=lambda *_: None,
+        TrainingRun(7, tmp_path / "checkpoint", lambda *_: None),
     )
     moved = student.state_dict()
     assert any(not torch.equal(moved[name], tensor) for name, tensor in start.items())
@@ -261,7 +261,7 @@ def test_an_interrupted_distillation_ends_with_the_same_bits(
     with pytest.raises(Interrupted):
         baked(tmp_path, "broken", stop, lora_rank=rank)
     assert [path.name for path in (tmp_path / "broken").iterdir()] == [".deradiff"]
-    with pytest.raises(ValueError, match=r"broken.*other settings: distillation.steps 4, now 5"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "broken", "distillation.steps 4", 5)):
         baked(tmp_path, "broken", lora_rank=rank, steps=5)
     baked(tmp_path, "broken", lambda stage, done, *_: told.append((stage, done)), lora_rank=rank)
     if stage == "training":
@@ -342,10 +342,10 @@ def test_folded_guidance_is_compared_without_guiding_again(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"span": (0.0, 1.0), "lam": 1.2}, "outside the student's span 0 to 1"),
-        ({"span": (0.0, 1.0), "lam": Power(2)}, "told one number"),
-        ({"prompts": ["one"]}, "1 different prompts are too few"),
-        ({"lam": [0.5, 0.6]}, "one checkpoint has one λ"),
+        ({"span": (0.0, 1.0), "lam": 1.2}, naming("λ = 1.2", "span", 0, 1)),
+        ({"span": (0.0, 1.0), "lam": Power(2)}, naming("span", "schedule")),
+        ({"prompts": ["one"]}, "1 different"),
+        ({"lam": [0.5, 0.6]}, naming("λ", 2)),
     ],
 )
 def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
@@ -359,28 +359,28 @@ def test_wrong_input_is_said(tmp_path: Path, changed: dict[str, Any], words: str
     [
         ({"steps": 0}, "steps = 0"),
         ({"lora_rank": 0}, "lora_rank = 0"),
-        ({"held_out": 1024}, "leave some to train on"),
-        ({"batch": 10, "accumulate": 3}, "3 equal micro-batches"),
-        ({"learning_rate": float("nan")}, "must be finite"),
-        ({"learning_rate": 0.0}, "moves nothing"),
-        ({"dropout": 1.0}, "0 to below 1"),
-        ({"span": (1.0, 0.0)}, "the lower end first"),
-        ({"span": (0.0, float("inf"))}, "must be finite"),
+        ({"held_out": 1024}, naming("1024 of 1024")),
+        ({"batch": 10, "accumulate": 3}, naming(10, 3)),
+        ({"learning_rate": float("nan")}, naming("learning rate", "nan")),
+        ({"learning_rate": 0.0}, naming("learning rate", 0)),
+        ({"dropout": 1.0}, naming("dropout", 1)),
+        ({"span": (1.0, 0.0)}, naming("λ", 1, 0)),
+        ({"span": (0.0, float("inf"))}, naming("span", "inf")),
     ],
 )
 def test_settings_out_of_range(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Distillation(**fields)
-    with pytest.raises(ValueError, match="both must be 1 or more"):
+    with pytest.raises(ValueError, match=naming(0, "steps", 1)):
         Sampler(steps=0)
 
 
 def test_models_that_cannot_be_distilled(tmp_path: Path) -> None:
     pipe, aligned, _ = tiny.make("sd3")
-    with pytest.raises(ValueError, match="denoises with a transformer"):
+    with pytest.raises(ValueError, match=naming("StableDiffusion3Pipeline", "transformer")):
         bake(pipe, aligned, 0.5, tmp_path / "out", method="distill", prompts=PROMPTS, sampler=QUICK)
     pipe, aligned, _ = tiny.make("sd")
     pipe.unet.register_to_config(time_cond_proj_dim=8)
-    with pytest.raises(ValueError, match="is told its guidance scale"):
+    with pytest.raises(ValueError, match="time_cond_proj_dim"):
         bake(pipe, aligned, 0.5, tmp_path / "out", method="distill", prompts=PROMPTS)
     assert not list(tmp_path.iterdir())

@@ -125,16 +125,16 @@ def test_plans_are_written_once(tmp_path: Path) -> None:
     assert read_plan(out).models["ReFL"].source == "mine/refl"
     assert f"{out} exists" in deradiff("plan", "--preset", "digits", "--out", out, status=2)
     assert yaml.safe_load(deradiff("plan", "--preset", "digits"))["reference"] == "digits"
-    assert "there is no plan 'mine'" in deradiff("plan", "--preset", "mine", status=2)
+    assert "'mine'" in deradiff("plan", "--preset", "mine", status=2)
 
 
 def test_what_cannot_be_run(tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    assert "there is no plan" in deradiff("run", plan, "--out", tmp_path / "x", status=2)
+    assert str(plan) in deradiff("run", plan, "--out", tmp_path / "x", status=2)
     plan.write_text(yaml.safe_dump(SMALL | {"colour": "red"}))
-    assert "colour: Extra inputs are not permitted" in deradiff("run", plan, "--out", tmp_path / "x", status=2)
-    assert "holds no experiment" in deradiff("status", tmp_path / "nothing", status=2)
+    assert "colour: " in deradiff("run", plan, "--out", tmp_path / "x", status=2)
+    assert str(tmp_path / "nothing") in deradiff("status", tmp_path / "nothing", status=2)
     assert not (tmp_path / "x").exists() and not (tmp_path / "nothing").exists()
     gone = SMALL["models"] | {"gone": {"source": str(tmp_path / "nowhere")}}
     plan.write_text(yaml.safe_dump(SMALL | {"models": gone}))
-    assert "neither a file nor a folder" in deradiff("run", plan, "--out", tmp_path / "x", status=2)
+    assert str(tmp_path / "nowhere") in deradiff("run", plan, "--out", tmp_path / "x", status=2)

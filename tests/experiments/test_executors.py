@@ -24,6 +24,7 @@ from deradiff.sweep.pipelines import scheduler_like
 from deradiff.sweep.prompt_embeddings import Remembering
 from deradiff.sweep.workers import Todo, WorkerLost, work
 from deradiff.worlds import digits
+from messages import naming
 from small_experiment import Fake, fake_png, files, silent, small
 
 ALL_METHODS = [
@@ -236,7 +237,7 @@ class Dying(Fake):
 def test_a_task_that_kills_every_worker_ends_the_run() -> None:
     plan = small()
     drawing = drawing_of(plan, plan.arms()[0], "deadly", 0)
-    with pytest.raises(WorkerLost, match="the same work has now ended 3 workers"):
+    with pytest.raises(WorkerLost, match=naming("worker 0", 3)):
         list(work([Todo("a", lambda: Draw(0, (drawing,), (0,)))], Dying()))
 
 

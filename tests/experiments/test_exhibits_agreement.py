@@ -1,86 +1,21 @@
 """Agreement exhibits hold the numbers that an independent computation gives, of the pairs they are said to be of."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from agreement_results import BETAS, PROMPTS, Scored, column, differences, name_of, plan_of, results_of
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.verdict import Comparison, Verdict
-from deradiff.experiments.plan import Arm, Plan, parse_plan
 from deradiff.experiments.reporting import agreement_exhibits, agreement_figures, agreement_statistics
-from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study, resampled_means, studies
+from deradiff.experiments.reporting.agreement_pairs import Study, resampled_means, studies
 from deradiff.experiments.reporting.agreement_summaries import middle
-from deradiff.experiments.reporting.agreement_verdicts import Judged, counts, judged
 from deradiff.experiments.reporting.exhibits import Exhibit
-from deradiff.experiments.results import Pair, Results, Table
 from deradiff.measures.agreement import paired_difference
-from studies.digits import truth_report
-
-BETAS = (500, 1000, 2000, 5000, 8000, 10_000)
-PROMPTS = 40
-
-
-class Scored(Results):
-    """Results whose scores are given by arm, prompt set and score, without a store."""
-
-    def __init__(self, plan: Plan, known: dict[tuple[str, str, str], Table]) -> None:
-        self.plan, self.sampling, self.known = plan, next(iter(plan.sampling)), known
-        self.verdicts: dict[str, Verdict] = {}
-
-    def scores(self, arm: Arm, prompts: str, name: str) -> Table:
-        wanted = self.plan.prompts[prompts]
-        absent = np.full((wanted.count or 0, len(wanted.seeds)), np.nan)
-        return self.known.get((arm.name, prompts, name), absent)
-
-    def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
-        return self.verdicts.get(arm.name)
-
-    def diagnostics(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
-        return [{"effective": 1.5, "collapsed": True}, {"effective": 2.5, "collapsed": False}]
-
-
-def name_of(beta: float) -> str:
-    return f"b{beta:g}"
-
-
-def plan_of(betas: Sequence[float] = BETAS, scores: Sequence[str] = ("pickscore",), **changes: Any) -> Plan:
-    names = [name_of(beta) for beta in betas]
-    content = {
-        "name": "t",
-        "reference": "base",
-        "models": {name_of(beta): {"source": f"m/{beta:g}", "beta": beta, "family": "DPO"} for beta in betas},
-        "prompts": {"main": {"source": "pickapic-v1", "count": PROMPTS, "seeds": "0:1", "substitute_for": "the <500>"}},
-        "sampling": {"s": {"steps": 2}},
-        "methods": [
-            {"method": "reference"},
-            {"method": "model"},
-            {"method": "realign", "targets": names},
-            {"method": "realign", "anchors": names[:1], "targets": names[1:2], "particles": 4},
-        ],
-        "scores": list(scores),
-    }
-    return parse_plan(content | changes, "the plan")
-
-
-def results_of(plan: Plan, spread: float = 0.003, seed: int = 0) -> Scored:
-    """Scores that share their prompts' difficulty; an anchor at λ = 1 is the model itself."""
-    rng = np.random.default_rng(seed)
-    known: dict[tuple[str, str, str], Table] = {}
-    for score in plan.scores:
-        hard = rng.normal(0.23, 0.02, (PROMPTS, 1))
-        for arm in plan.arms():
-            drawn = hard + rng.normal(0, 0.001) + rng.normal(0, spread, (PROMPTS, 2))
-            if arm.target and arm.anchors == ((arm.target, 1.0),):
-                drawn = known[arm.target, "main", score]
-            known[arm.name, "main", score] = drawn
-    return Scored(plan, known)
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +26,6 @@ def results() -> Scored:
 @pytest.fixture(scope="module")
 def made(results: Scored) -> dict[str, Exhibit]:
     return {exhibit.key: exhibit for exhibit in agreement_exhibits.exhibits(results)}
-
-
-def column(exhibit: Exhibit, name: str) -> list[Any]:
-    return [row[exhibit.header.index(name)] for row in exhibit.rows]
-
-
-def differences(results: Scored, score: str = "pickscore") -> dict[tuple[float, float], np.ndarray]:
-    """Approximated minus retrained by prompt, of every anchor and target."""
-    plan = results.plan
-    betas = [float(model.beta or 0) for model in plan.models.values()]
-    return {
-        (anchor, target): (
-            results.known[f"{name_of(anchor)} → {name_of(target)}", "main", score]
-            - results.known[name_of(target), "main", score]
-        ).mean(1)
-        for anchor, target in product(betas, betas)
-    }
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -378,9 +296,6 @@ def test_small_differences_are_told_with_their_sign() -> None:
     assert agreement_figures.signed(-0.00004, most=3) == "0.000"
 
 
-# -- particles and verdicts -------------------------------------------------------------------------------------------
-
-
 def test_particles_stand_beside_algorithm_1(results: Scored, made: dict[str, Exhibit]) -> None:
     exhibit = made["agreement-particles-dpo-main"]
     assert column(exhibit, "method") == ["Algorithm 1", "4 particles"]
@@ -389,86 +304,6 @@ def test_particles_stand_beside_algorithm_1(results: Scored, made: dict[str, Exh
         named = dict(zip(exhibit.header, row, strict=True))
         assert named["difference"] == pytest.approx(results.known[name, "main", "pickscore"].mean() - retrained)
     assert column(exhibit, "effective_particles") == [None, 2.0] and column(exhibit, "collapsed") == [None, 0.5]
-
-
-def verdict_of(kind: Any, weighted: float, error: Estimate | None) -> Verdict:
-    nothing = Estimate(0.0, 0.0)
-    compared = Comparison(nothing, Estimate(weighted, 0.0), nothing, 0.0, 0.0, 30.0, 60, 6)
-    return Verdict(kind, f"{kind} it is", "pickscore", compared, error, None)
-
-
-def test_judgements_are_those_of_the_digits() -> None:
-    kinds, shift, seen = ("exact", "trust", "off", "unclear", "uneven", "few", "no target"), -0.7, set()
-    for kind, error, deviation, weighted in product(
-        kinds, (0.0, 0.03, -0.03, 0.2), (0.001, 0.02, 0.2), (0.0, -0.15, 0.5)
-    ):
-        errors = {"algorithm 1": Estimate(error * 0.7, deviation * 0.7), "weighted": Estimate(weighted * 0.7, 0.0)}
-        truth = truth_report.Row("f", "t", 1.0, "r", Estimate(shift, 0.0), errors, kind, "")
-        claim = Judged(some_pair(), "r", kind, "", 0.5, None, Estimate(error, deviation), weighted)
-        assert claim.judgement == truth.judgement, (kind, error, deviation, weighted)
-        seen.add(claim.judgement)
-    assert seen == {"right", "miss", "false alarm", "open"}
-
-
-def some_pair() -> ComparedPair:
-    arm = Arm("a", "realign")
-    return ComparedPair(Pair("a", "b", 0.5, arm, arm), 0, 0, Estimate(0, 0), (0, 0), 2, 2, 2)
-
-
-def test_verdicts_stand_beside_the_true_error(results: Scored) -> None:
-    said = Scored(results.plan, results.known)
-    retrained = float(results.known["b1000", "main", "pickscore"].mean())
-    shift = retrained - float(results.known["reference", "main", "pickscore"].mean())
-    away = float(differences(results)[500, 1000].mean())
-    said.verdicts = {
-        "b500 → b1000": verdict_of("off", retrained + away / 4, Estimate(-0.25, 0.1)),
-        "b500 → b500": verdict_of("exact", 0.0, Estimate(0, 0)),
-        "b500 → b1000, 4 particles": verdict_of("trust", 0.0, None),
-    }
-    (study,) = studies(said)
-    (claim,) = judged(said, study)  # neither the anchor itself nor particles are judged
-    assert claim.estimated == Estimate(0.25, 0.1) and claim.true is not None and claim.weighted is not None
-    assert claim.true.value == pytest.approx(away / abs(shift)) and claim.weighted == pytest.approx(
-        claim.true.value / 4
-    )
-    assert claim.evenness == 0.5
-    made = {exhibit.key: exhibit for exhibit in agreement_exhibits.exhibits(said)}
-    errors = made["agreement-verdict-errors-dpo-main"]
-    assert column(errors, "true error, %") == pytest.approx([100 * away / abs(shift)])
-    assert column(errors, "estimated error, %") == [25.0] and errors.figure is not None
-    expected = "right" if abs(claim.true.value) > 2 * claim.true.error else "false alarm"
-    assert column(errors, "which is") == [expected]
-    tally = (1, 1, 0, 0, 0) if expected == "right" else (1, 0, 1, 0, 0)
-    assert made["agreement-verdicts-dpo-main"].rows == (("pickscore", "off", *tally), ("all", "", *tally))
-
-
-def test_without_a_reference_verdicts_are_open(results: Scored) -> None:
-    known = {key: table for key, table in results.known.items() if key[0] != "reference"}
-    said = Scored(results.plan, known)
-    said.verdicts = {"b500 → b1000": verdict_of("trust", 0.2, Estimate(0.0, 0.0))}
-    exhibits = {exhibit.key: exhibit for exhibit in agreement_exhibits.exhibits(said)}
-    assert column(exhibits["agreement-verdict-errors-dpo-main"], "which is") == ["open"]
-    assert exhibits["agreement-verdict-errors-dpo-main"].figure is None
-
-
-def test_counts_are_by_score_and_kind() -> None:
-    def judged_as(score: str, kind: str, true: float) -> Judged:
-        return Judged(some_pair(), score, kind, "", 0.5, None, Estimate(true, 0.001), 0.0)
-
-    rows = counts(
-        [
-            judged_as("a", "trust", 0.0),
-            judged_as("a", "trust", 0.5),
-            judged_as("b", "off", 0.5),
-            judged_as("a", "few", 0.5),
-        ]
-    )
-    assert rows == [
-        ("a", "trust", 2, 1, 0, 1, 0),
-        ("b", "off", 1, 1, 0, 0, 0),
-        ("a", "few", 1, 0, 0, 0, 1),
-        ("all", "", 4, 2, 0, 1, 1),
-    ]
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

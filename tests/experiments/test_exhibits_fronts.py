@@ -5,17 +5,15 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from deradiff.experiments.drawings import kind_of
-from deradiff.experiments.plan import Arm, Plan, parse_plan
+from deradiff.experiments.plan import Arm, parse_plan
 from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits, front_exhibits
-from deradiff.experiments.reporting.arm_series import change, distinct, keys, over_prompts, series_of
+from deradiff.experiments.reporting.arm_series import change, distinct, keys, series_of
 from deradiff.experiments.reporting.cost_figures import GainAtCost, by_cost
 from deradiff.experiments.reporting.diversity_exhibits import (
     DISTANCE,
@@ -30,69 +28,9 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     diversity,
 )
 from deradiff.experiments.reporting.front_figures import root_ticks
-from deradiff.experiments.results import Results
-from deradiff.experiments.running import contents
-from deradiff.experiments.store import Store
+from deradiff.experiments.results import Results, over_prompts
 from deradiff.sweep.pipelines import SCHEDULERS, scheduler_like
-
-STEPS = 8
-PLAN: dict[str, Any] = {
-    "name": "made-up",
-    "reference": "nowhere",
-    "models": {
-        "strong": {"source": "s", "beta": 100, "family": "dpo"},
-        "weak": {"source": "w", "beta": 400, "family": "dpo"},
-        "other": {"source": "o", "family": "free"},
-    },
-    "prompts": {
-        "main": {"prompts": [f"a {number}" for number in range(6)], "seeds": "0:2"},
-        "cover": {"prompts": [f"b {number}" for number in range(4)], "seeds": "0:4", "substitute_for": "lost ones"},
-    },
-    "sampling": {"plain": {"scheduler": "euler-a", "steps": STEPS, "guidance_scale": 1.0}},
-    "methods": [
-        {"method": "realign", "anchors": ["strong"], "lam": [1.5, 0, 0.5, 0.25, 1]},
-        {"method": "reference"},
-        {"method": "model"},
-        {"method": "realign", "anchors": ["strong", "weak"], "targets": ["strong", "weak"]},
-        {"method": "realign", "anchors": ["strong"], "targets": ["weak"], "particles": 4},
-        {"method": "combine", "lams": [{"strong": 0.3, "other": 0.3}, {"strong": 0.7, "weak": 0.2, "other": 0.1}]},
-        {"method": "anneal", "anchors": ["strong"], "schedules": ["power:4", "power:2", "step:0.5"]},
-        {"method": "interpolate", "anchors": ["strong"], "lam": [0.5]},
-        {"method": "optimize-noise", "reward": "digits", "iterations": 2, "prompts": ["main"]},
-    ],
-    "scores": ["digits", "bold"],
-    "features": ["digits"],
-    "report": {"diversity_on": "cover", "neighbours": 3, "unregularised": "strong"},
-}
-
-
-def filled(folder: Path, plan: Plan, lost: str = "") -> Results:
-    """An experiment whose every image has made-up scores and features, decided by its identity; `lost` has one less."""
-    with Store(folder, create=True) as store:
-        store.remember("fingerprints", {"": {"sha256": "0"}} | {name: {"sha256": name} for name in plan.models})
-        store.begin({})
-        whole = contents(plan, store, fresh=False)
-        drawings = whole.drawings
-        gone = {item for cell, item in whole.cells.items() if cell.arm.name == lost and cell[1:4] == ("cover", 1, 2)}
-        store.add_batches([[(item, {}) for item in drawings]])
-        for item, drawing in drawings.items():
-            told: dict[str, Any] = {"forward": 20 + drawing.seed, "backward": 10} if drawing.noise else {}
-            reach = sum(lam for _, lam in drawing.anchors)
-            random = np.random.default_rng(int(item[:12], 16))
-            if drawing.anchors and kind_of(drawing) == "mixture":
-                told = {"path_kl": float(random.uniform(1, 9)) * reach}
-            if item not in gone:
-                store.put([(item, item.encode(), told)], float(random.uniform(1, 2)))
-        images = list(store.drawn().values())
-        reaches = {image.id: sum(lam for _, lam in drawings[image.id].anchors) for image in images}
-        randoms = {image.id: np.random.default_rng(int(image.id[12:24], 16)) for image in images}
-        for name in plan.scores:
-            scores = [(image, float(randoms[image.id].normal() + reaches[image.id]), None) for image in images]
-            store.put_scores("scores", name, scores)
-        for name in plan.features:
-            vectors = [randoms[i.id].normal(size=3) * (1 + reaches[i.id]) + reaches[i.id] for i in images]
-            store.put_scores("features", name, [(i, v, None) for i, v in zip(images, vectors, strict=True)])
-        return Results(plan, store)
+from front_results import PLAN, STEPS, filled, named
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +41,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def found(results: Results) -> dict[Arm, Measured]:
     return diversity(results, "digits")
-
-
-def named(results: Results, name: str) -> Arm:
-    arm = results.named(name)
-    assert arm is not None
-    return arm
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
@@ -149,6 +81,14 @@ def test_missing_seeds_do_not_weigh_on_a_prompt() -> None:
     assert np.isnan(over_prompts(table[2:])).all()
 
 
+def feature_groups(results: Results, arm: Arm, prompts: str, name: str) -> list[np.ndarray]:
+    """The features of each prompt's images."""
+    places = results.features_by_place(arm, prompts, name).items()
+    return [
+        np.stack([vector for _, vector in group]) for _, group in itertools.groupby(places, lambda place: place[0][0])
+    ]
+
+
 # -- diversity --------------------------------------------------------------------------------------------------------
 
 
@@ -181,8 +121,8 @@ def effective(x: np.ndarray) -> float:
 
 def test_measures_are_those_of_other_formulas(results: Results, found: dict[Arm, Measured]) -> None:
     arm = named(results, "strong, λ = 0.5")
-    mine, groups = found[arm], results.feature_groups(arm, "cover", "digits")
-    base = results.feature_groups(named(results, "reference"), "cover", "digits")
+    mine, groups = found[arm], feature_groups(results, arm, "cover", "digits")
+    base = feature_groups(results, named(results, "reference"), "cover", "digits")
     expected = numbers_of(np.concatenate(base), np.concatenate(groups), 3)
     measured = [mine.values[measure] for measure in (FID, PRECISION, RECALL, SCD, LSCD)]
     assert measured == pytest.approx(list(expected.values()), rel=1e-5)
@@ -197,7 +137,7 @@ def test_measures_are_those_of_other_formulas(results: Results, found: dict[Arm,
 
 def test_standard_errors_leave_each_prompt_out_on_both_sides(results: Results, found: dict[Arm, Measured]) -> None:
     arm = named(results, "strong, λ = 0.5")
-    sides = [results.feature_groups(one, "cover", "digits") for one in (named(results, "reference"), arm)]
+    sides = [feature_groups(results, one, "cover", "digits") for one in (named(results, "reference"), arm)]
     kept = [[np.concatenate(side[:row] + side[row + 1 :]) for side in sides] for row in range(4)]
     without = [numbers_of(reference, other, 3)["fid"] for reference, other in kept]
     expected = math.sqrt(3 / 4 * np.square(np.array(without) - np.mean(without)).sum())

@@ -1,8 +1,7 @@
 """Picture sheets show the images they say, and Table 3's distances are those of an independent computation."""
 
-import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,90 +10,17 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.reporting import hacking_distances, hacking_exhibits, picture_exhibits
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.reporting.picture_sheets import ABSENT, best_set, label, shots, stored_picture
 from deradiff.experiments.results import Results
-from deradiff.experiments.running import contents
-from deradiff.experiments.store import Store
-from deradiff.sweep.sheets import GAP, MARGIN, ROW_LABEL_WIDTH, TILE_GAP, panel_sheet
-
-WORDS = ("a cat", "a dog", "a fox", "an owl", "a hen")
-MODELS = {
-    "low": {"source": "l", "beta": 100, "family": "dpo"},
-    "high": {"source": "h", "beta": 400, "family": "dpo"},
-    "mid": {"source": "m", "beta": 200, "family": "dpo"},
-    "refl": {"source": "r", "family": "refl"},
-}
-METHODS: list[dict[str, Any]] = [
-    {"method": "reference"},
-    {"method": "model"},
-    {"method": "realign", "anchors": ["low", "mid", "high"], "targets": ["low", "mid", "high"]},
-    {"method": "realign", "anchors": ["low"], "lam": [0, 0.25, 0.75, 1.5], "prompts": ["main"]},
-    {"method": "realign", "anchors": ["low"], "targets": ["high"], "particles": 2, "prompts": ["main"]},
-    {"method": "combine", "lams": [{"low": 0.5, "refl": 0.5}]},
-    {"method": "anneal", "anchors": ["low"], "schedules": ["power:1", "power:3", "power:2"]},
-    {"method": "interpolate", "anchors": ["low"], "lam": [0.2, 0.4, 0.9]},
-    {"method": "optimize-noise", "reward": "bold", "iterations": 3, "prompts": ["few"]},
-]
-SIDE, CELL = 8, 128
+from deradiff.sweep.sheets import TILE_GAP, panel_sheet
+from messages import naming
+from picture_results import METHODS, WORDS, arm, cells, colour, colour_of, plan_of, results_of
 
 
-def plan_of(**changes: Any) -> Plan:
-    prompts = {
-        "main": {"prompts": WORDS, "seeds": "3:4"},
-        "few": {"prompts": WORDS[1:3], "seeds": 3},
-        "wide": {"prompts": WORDS[:2], "seeds": "0:9", "substitute_for": "the 40 prompts"},
-    }
-    content: dict[str, Any] = {
-        "name": "t",
-        "reference": "base",
-        "models": MODELS,
-        "prompts": prompts,
-        "sampling": {"s": {"steps": 2}},
-        "methods": METHODS,
-        "scores": ["bold"],
-        "features": ["digits"],
-        "report": {"healthy": "high", "hacked": ["low", "mid"], "unregularised": "low", "pictures": 2},
-    }
-    return Plan.model_validate(content | changes)
-
-
-def colour_of(item: str) -> tuple[int, int, int]:
-    """Every image has a colour of its own, by its identity."""
-    return int(item[:2], 16), int(item[2:4], 16), int(item[4:6], 16)
-
-
-def png(item: str, size: int = SIDE) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), colour_of(item)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def vector_of(item: str) -> np.ndarray:
-    return np.random.default_rng(int(item[:12], 16)).normal(size=6).astype(np.float32)
-
-
-Wanted = Callable[[Any], bool]
-
-
-def results_of(
-    folder: Path, plan: Plan, wanted: Wanted = lambda cell: True, vector: Callable[[Any, str], Any] | None = None
-) -> Results:
-    """A store with an image for every cell that is wanted, with a score and features."""
-    with Store(folder, create=True) as store:
-        store.begin({})
-        store.remember("fingerprints", {name: {"sha256": name or "base"} for name in ("", *plan.models)})
-        cells = {item: cell for cell, item in contents(plan, store, fresh=False).cells.items() if wanted(cell)}
-        store.add_batches([[(item, {}) for item in cells]])
-        store.put([(item, png(item), {}) for item in cells], 1.0)
-        drawn = store.drawn()
-        store.put_scores("scores", "bold", [(drawn[item], float(colour_of(item)[0]), None) for item in cells])
-        vectors = {item: vector(cell, item) if vector else vector_of(item) for item, cell in cells.items()}
-        told = [(drawn[item], each, None) for item, each in vectors.items() if each is not None]
-        store.put_scores("features", "digits", told)
-        return Results(plan, store)
+def named_rows(exhibit: Exhibit) -> list[dict[str, Any]]:
+    return [dict(zip(exhibit.header, row, strict=True)) for row in exhibit.rows]
 
 
 @pytest.fixture(scope="module")
@@ -107,33 +33,6 @@ def every(results: Results) -> dict[str, Exhibit]:
     all_of_them = list(picture_exhibits.exhibits(results))
     assert len({exhibit.key for exhibit in all_of_them}) == len(all_of_them)
     return {exhibit.key: exhibit for exhibit in all_of_them}
-
-
-def colour(results: Results, name: str, prompts: str, row: int, column: int) -> tuple[int, int, int]:
-    path = results.image(arm(results, name), prompts, row, column)
-    assert path is not None
-    return colour_of(path.stem)
-
-
-def arm(results: Results, name: str) -> Arm:
-    named = results.named(name)
-    assert named is not None
-    return named
-
-
-def cells(exhibit: Exhibit, rows: int, columns: int) -> list[list[Any]]:
-    """The colours in the middle of a contact sheet's cells: its last row ends at the margin."""
-    picture = exhibit.picture
-    assert picture is not None and exhibit.figure is None
-    top = picture.height - MARGIN - rows * (CELL + GAP)
-    left = MARGIN + ROW_LABEL_WIDTH
-    return [
-        [
-            picture.getpixel((left + j * (CELL + GAP) + CELL // 2, top + i * (CELL + GAP) + CELL // 2))
-            for j in range(columns)
-        ]
-        for i in range(rows)
-    ]
 
 
 # -- sheets -----------------------------------------------------------------------------------------------------------
@@ -285,7 +184,7 @@ def test_labels_say_what_and_with_what(results: Results) -> None:
 
 def test_panels_refuse_titles_that_do_not_fit() -> None:
     blank = Image.new("RGB", (4, 4))
-    with pytest.raises(ValueError, match="1 titles do not fit panels"):
+    with pytest.raises(ValueError, match=naming("1 titles", [1, 1])):
         panel_sheet([[blank], [blank]], ["a"])
 
 
@@ -332,9 +231,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory, sets: dict[str, np.ndarra
 
 
 def test_table_3_is_that_of_an_independent_computation(measured: Results, sets: dict[str, np.ndarray]) -> None:
-    table, figure = list(hacking_exhibits.table(measured, "digits"))
+    table, figure = list(hacking_exhibits.distance_exhibits(measured, "digits"))
     assert table.figure is None and figure.figure is not None and table.rows == figure.rows
-    (row,) = (dict(zip(table.header, cells, strict=True)) for cells in table.rows)
+    (row,) = named_rows(table)
     flat = {name: x.astype(np.float32).reshape(-1, 5)[1:] for name, x in sets.items()}
     far, near = naive(flat["high"], flat["low"]), naive(flat["high"], flat["low → high"])
     assert row["distance of hacked"] == pytest.approx(far, rel=1e-6)
@@ -356,8 +255,7 @@ def test_errors_are_the_bootstraps_over_prompts_that_all_share(measured: Results
         far, near = (naive(flat["high"][images], flat[name][images]) for name in ("low", "low → high"))
         values.append((far, near, far - near, 100 * (far - near) / far))
     expected = np.std(values, axis=0, ddof=1)
-    (cells,) = next(hacking_exhibits.table(measured, "digits")).rows
-    row = dict(zip(hacking_exhibits.HEADER, cells, strict=True))
+    (row,) = named_rows(next(hacking_exhibits.distance_exhibits(measured, "digits")))
     assert [row[f"s.e. ({name})"] for name in ("hacked", "realigned", "Δ", "Δ in %")] == pytest.approx(
         expected, rel=1e-5
     )
@@ -367,8 +265,7 @@ def test_sharing_noise_makes_distances_smaller_and_the_report_says_by_how_much(
     measured: Results, sets: dict[str, np.ndarray]
 ) -> None:
     halves = {name: (x.astype(np.float32)[:, :2], x.astype(np.float32)[:, 2:]) for name, x in sets.items()}
-    (cells,) = next(hacking_exhibits.table(measured, "digits")).rows
-    row = dict(zip(hacking_exhibits.HEADER, cells, strict=True))
+    (row,) = named_rows(next(hacking_exhibits.distance_exhibits(measured, "digits")))
 
     def dropped(x: np.ndarray, first: bool) -> np.ndarray:
         return x.reshape(-1, 5)[1 if first else 0 :]
@@ -381,7 +278,7 @@ def test_sharing_noise_makes_distances_smaller_and_the_report_says_by_how_much(
 
 def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, every: dict[str, Exhibit]) -> None:
     names = ["main", "wide"]
-    rows = [dict(zip(hacking_exhibits.HEADER, row, strict=True)) for row in every["hacking-table-digits"].rows]
+    rows = named_rows(every["hacking-table-digits"])
     assert [(row["prompts"], row["realigned"]) for row in rows] == [
         ("main", "low → high"),
         ("main", "low → high, 2 particles"),
@@ -403,7 +300,7 @@ def test_equal_models_are_at_zero_and_few_samples_are_told(results: Results, eve
 
 def test_one_prompt_has_no_error_and_one_image_no_distance(tmp_path: Path) -> None:
     plan = plan_of(prompts={"main": {"prompts": ["a cat"], "seeds": "0:3"}}, methods=METHODS[:3])
-    rows = next(hacking_exhibits.table(results_of(tmp_path / "a", plan), "digits")).rows
-    assert math.isnan(dict(zip(hacking_exhibits.HEADER, rows[0], strict=True))["s.e. (hacked)"])
+    row, *_ = named_rows(next(hacking_exhibits.distance_exhibits(results_of(tmp_path / "a", plan), "digits")))
+    assert math.isnan(row["s.e. (hacked)"])
     plan = plan_of(prompts={"main": {"prompts": ["a cat"], "seeds": 0}}, methods=METHODS[:3])
-    assert list(hacking_exhibits.table(results_of(tmp_path / "b", plan), "digits")) == []
+    assert list(hacking_exhibits.distance_exhibits(results_of(tmp_path / "b", plan), "digits")) == []

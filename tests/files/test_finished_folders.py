@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import small_study
+import written_alignments
 import written_files
+from damaging import is_sentence
 from deradiff.alignment import runs
 from deradiff.cli import app
 from deradiff.files import reading
 from deradiff.files.inventory import Inventory, inventory, require_whole
-from written_files import is_sentence
+from messages import naming
 
 pytestmark = pytest.mark.attack("finished means whole")
 
@@ -48,23 +50,22 @@ def test_a_file_that_is_not_what_was_written_is_found(tmp_path: Path, name: str,
     (tmp_path / "README.md").write_text("a person's own words")
     checked(tmp_path, files)
     change(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*no whole.*make it again") as caught:
+    with pytest.raises(ValueError, match=naming(tmp_path, name, "make it again")):
         checked(tmp_path, files)
-    assert name in str(caught.value)
 
 
 def test_what_an_earlier_version_finished_is_opened(tmp_path: Path) -> None:
     finished(tmp_path)
     require_whole(tmp_path, None, "model", "make it again")
     cut(tmp_path / "large.safetensors")
-    with pytest.raises(ValueError, match=r"large\.safetensors.*make it again"):
+    with pytest.raises(ValueError, match=naming("large.safetensors", "make it again")):
         require_whole(tmp_path, None, "model", "make it again")
     (tmp_path / "large.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "no .safetensors", "make it again")):
         require_whole(tmp_path, None, "model", "make it again")
 
 
-HELD = (written_files.alignments, written_files.samples, written_files.builds, written_files.models)
+HELD = (written_alignments.alignments, written_alignments.samples, written_files.builds, written_files.models)
 
 
 @pytest.mark.parametrize("make", HELD, ids=lambda make: make.__name__)
@@ -83,7 +84,7 @@ def test_tensors_and_pictures_that_were_cut_are_not_used(tmp_path: Path, make: A
 
 
 def test_align_prints_no_path_of_a_model_that_is_not_whole(tmp_path: Path) -> None:
-    settings = written_files.small_preset()
+    settings = written_alignments.small_preset()
     [anchor] = runs.align_all(settings, [100.0], tmp_path, lambda *_: None, count=6, cpu=True)
     weights, record = next(anchor.glob("*.safetensors")), anchor / "alignment.json"
     content, made_of = weights.read_bytes(), json.loads(record.read_text())["made_of"]
@@ -95,11 +96,11 @@ def test_align_prints_no_path_of_a_model_that_is_not_whole(tmp_path: Path) -> No
             weights.unlink()
             if left is not None:
                 weights.write_bytes(left)
-            with pytest.raises(ValueError, match=rf"{anchor}.*aligned anew"):
+            with pytest.raises(ValueError, match=naming(anchor, "anew")):
                 runs.require_finished(anchor, made_of)
             weights.write_bytes(content)
     weights.unlink()
-    with pytest.raises(ValueError, match=rf"{anchor}.*aligned anew"):
+    with pytest.raises(ValueError, match=naming(anchor, "anew")):
         runs.align_all(settings, [100.0], tmp_path, lambda *_: None, count=6, cpu=True)
 
 

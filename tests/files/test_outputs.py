@@ -15,6 +15,8 @@ from deradiff.files import outputs
 from deradiff.files.outputs import new_file, replaced
 from deradiff.sampling.full_steps import FullSteps
 from deradiff.sampling.reuse import Reuse
+from holding import files_of_at_most
+from messages import naming
 from programs import invoked
 from small_study import begun, voted
 
@@ -195,7 +197,7 @@ def test_a_disk_without_hard_links_does_as_well(tmp_path: Path, monkeypatch: pyt
 def test_a_full_disk_says_where_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "x", a="1")
     with (
-        pytest.raises(OSError, match=rf"the disk of {tmp_path / 'x'}.* is full \(.* free\)"),
+        pytest.raises(OSError, match=naming(tmp_path / "x", "free")),
         replaced(tmp_path / "x", "thing") as inside,
     ):
         raise OSError(28, "No space left on device", str(inside / "b.txt"))
@@ -272,6 +274,14 @@ def test_only_a_list_of_full_steps_is_replaced_by_one(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"full_steps\.json"):
         full_steps.save(file)
     assert file.read_text() == THEIRS
+
+
+def test_a_full_disk_is_told_of_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    with files_of_at_most(20):
+        status, said = run("cost", "--json", file)
+    assert status == 2 and f"{file} could not be written" in said and "partial" not in said, said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_record_names_what_lies_there(tmp_path: Path) -> None:

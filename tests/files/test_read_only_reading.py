@@ -23,6 +23,7 @@ from deradiff.experiments.store import Store, StoreError
 from deradiff.files import databases, waiting
 from deradiff.files.waiting import WaitedTooLong
 from deradiff.study.votes import StudyError, connected, file_of
+from messages import naming
 from small_experiment import SMALL, Fake, silent, small
 from small_study import begun, voted
 
@@ -130,9 +131,9 @@ def test_what_may_not_be_written_is_refused_as_that(command: tuple[str, ...], sh
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        (("study", "export", "{shelf}/study"), "{shelf}/study may not be written to by you.*--out"),
-        (("experiment", "report", "{shelf}/experiment"), "{shelf}/experiment may not be written to by you.*--out"),
-        (("cost", "--json", "{shelf}/cost.json"), "--json {shelf}/cost.json cannot be written: {shelf} may not be"),
+        (("study", "export", "{shelf}/study"), "{shelf}/study .*--out"),
+        (("experiment", "report", "{shelf}/experiment"), "{shelf}/experiment .*--out"),
+        (("cost", "--json", "{shelf}/cost.json"), "--json {shelf}/cost.json .*{shelf} "),
     ],
 )
 def test_where_to_write_instead_is_said_before_the_work(command: tuple[str, ...], shown: str, shelf: Path) -> None:
@@ -148,7 +149,7 @@ def test_what_may_not_be_entered_is_said_in_words(shared: Path) -> None:
     shared.chmod(0o700)
     with nobody(shared):
         status, said = run("generate", "digits", "-a", "digits:100", "--prompts", shared / "prompts.txt")
-    assert status == 2 and "may not be read or written by you" in said and "Errno" not in said, said
+    assert status == 2 and str(shared) in said and "denied" in said and "Errno" not in said, said
 
 
 @read_only
@@ -227,7 +228,7 @@ def failing(number: int) -> Any:
 def test_errors_of_the_disk(number: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running.run(small(methods=[{"method": "reference"}]), tmp_path / "x", Fake, silent)
     monkeypatch.setattr(Path, "write_bytes", failing(number))
-    with pytest.raises(StoreError, match=rf"{tmp_path}.*{word}|{word}.*{tmp_path}") as caught:
+    with pytest.raises(StoreError, match=naming(tmp_path, word)) as caught:
         running.run(small(), tmp_path / "x", Fake, silent)
     assert "damaged" not in str(caught.value)
     if word == "full":
@@ -246,7 +247,7 @@ def test_a_lock_is_waited_for_and_then_named(
     ):
         other.execute("BEGIN IMMEDIATE")
         monkeypatch.setenv(waiting.BOUND, "0.3")
-        with pytest.raises(WaitedTooLong, match=r"store\.sqlite.*another process"):
+        with pytest.raises(WaitedTooLong, match=naming(store.file, waiting.BOUND)):
             store.remember("fact", 1)
         monkeypatch.setenv(waiting.BOUND, "60")
         threading.Timer(0.2, other.execute, ("ROLLBACK",)).start()
@@ -259,7 +260,7 @@ def test_a_lock_is_waited_for_and_then_named(
 def test_a_folder_that_has_gone(tmp_path: Path) -> None:
     with Store(tmp_path / "x", create=True) as store:
         shutil.rmtree(tmp_path / "x")
-        with pytest.raises(StoreError, match=rf"{tmp_path / 'x'}.* is gone") as caught:
+        with pytest.raises(StoreError, match=naming(tmp_path / "x", "gone")) as caught:
             store.put([("abcd", b"png", {})], 1.0)
     assert "damaged" not in str(caught.value)
 
@@ -268,7 +269,7 @@ def test_a_folder_that_has_gone(tmp_path: Path) -> None:
 def test_a_rule_of_ours_that_we_broke_is_no_damage(tmp_path: Path) -> None:
     with Store(tmp_path / "x", create=True) as store:
         store.add_batches([[("same", {})]])
-        with pytest.raises(StoreError, match=r"UNIQUE constraint failed.*report") as caught:
+        with pytest.raises(StoreError, match=naming("store.sqlite", "items.id")) as caught:
             store.add_batches([[("same", {})]])
     assert "damaged" not in str(caught.value)
 
@@ -277,7 +278,7 @@ def test_a_rule_of_ours_that_we_broke_is_no_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(200)])
 def test_only_what_is_damaged_is_called_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "store.sqlite").write_bytes(content)
-    with pytest.raises(StoreError, match="damaged" if content else "holds nothing yet"):
+    with pytest.raises(StoreError, match=naming(tmp_path, "damaged" if content else "nothing")):
         Store(tmp_path, write=False)
     (tmp_path / "study.sqlite").write_bytes(content)
     if content:
@@ -295,7 +296,7 @@ def test_what_is_damaged_is_told_with_the_place(tmp_path: Path, write: bool) -> 
         content[start : start + 2000] = b"\xff" * 2000
     file.write_bytes(content)
     with (
-        pytest.raises(StoreError, match=r"store\.sqlite is damaged.*Page.*\.recover"),
+        pytest.raises(StoreError, match=naming(file, "Page", ".recover")),
         Store(tmp_path / "x", write=write) as store,
     ):
         store.diagnostics()
@@ -303,6 +304,6 @@ def test_what_is_damaged_is_told_with_the_place(tmp_path: Path, write: bool) -> 
 
 @called_damaged
 def test_a_study_that_may_not_be_written_or_read(shelf: Path) -> None:
-    with nobody(shelf), pytest.raises(StudyError, match=r"study\.sqlite.*denied") as caught:
+    with nobody(shelf), pytest.raises(StudyError, match=naming("study.sqlite", "denied")) as caught:
         connected(file_of(shelf / "study"))
     assert "damaged" not in str(caught.value)

@@ -11,6 +11,7 @@ import torch
 from deradiff.measures.frechet import frechet_distance
 from deradiff.measures.statistics import Statistics
 from measures_inputs import FEATURE_SETS, feature_sets
+from messages import naming
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "data" / "measures_goldens.json").read_text())["frechet"]
 
@@ -82,9 +83,9 @@ def test_the_noise_is_what_equal_distributions_have_between_their_means() -> Non
 
 
 def test_sets_that_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="8 and 9 features cannot be compared"):
+    with pytest.raises(ValueError, match=naming(8, 9, "features")):
         frechet_distance(torch.randn(20, 8), torch.randn(20, 9))
-    with pytest.raises(ValueError, match="the generated features are of 1 images"):
+    with pytest.raises(ValueError, match=naming("generated", 1)):
         frechet_distance(torch.randn(20, 8), torch.randn(1, 8))
-    with pytest.raises(ValueError, match="the reference's features of 1 of 2 images hold NaN"):
+    with pytest.raises(ValueError, match=naming("reference", "1 of 2", "NaN")):
         frechet_distance(torch.tensor([[0.0], [torch.nan]]), torch.randn(3, 1))

@@ -9,6 +9,7 @@ import torch
 from deradiff.measures import precision_recall
 from deradiff.measures.precision_recall import precision_and_recall
 from measures_inputs import FEATURE_SETS, NEIGHBOURS, feature_sets
+from messages import naming
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "data" / "measures_goldens.json").read_text())["precision and recall"]
 
@@ -64,11 +65,11 @@ def test_collapse_keeps_precision_and_loses_recall() -> None:
 def test_what_is_refused() -> None:
     features = torch.randn(10, 3)
     for k in (0, 10, 11):
-        with pytest.raises(ValueError, match=f"k = {k} nearest neighbours among 12 and 10 images"):
+        with pytest.raises(ValueError, match=naming(f"k = {k}", 12, 10)):
             precision_and_recall(torch.randn(12, 3), features, k)
-    with pytest.raises(ValueError, match="3 and 4 features"):
+    with pytest.raises(ValueError, match=naming(3, 4, "features")):
         precision_and_recall(features, torch.randn(10, 4), 2)
-    with pytest.raises(ValueError, match="the generated features of 10 of 10 images"):
+    with pytest.raises(ValueError, match=naming("generated", "10 of 10")):
         precision_and_recall(features, features / 0, 2)
-    with pytest.raises(ValueError, match="of 0 images"):
+    with pytest.raises(ValueError, match=naming(0, "images")):
         precision_and_recall(features[:0], features, 2)

@@ -7,6 +7,7 @@ import torch
 
 from deradiff.measures.spectral import reference_mismatch, spectral_distance, spectrum
 from deradiff.measures.statistics import Statistics
+from messages import naming
 
 
 def correlated(images: int, features: int) -> torch.Tensor:
@@ -71,9 +72,9 @@ def test_what_is_zero_but_for_rounding_is_zero() -> None:
 
 
 def test_sets_that_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="3 and 4 features"):
+    with pytest.raises(ValueError, match=naming(3, 4, "features")):
         spectral_distance(correlated(9, 3), correlated(9, 4))
-    with pytest.raises(ValueError, match="the reference's features are of 1 images"):
+    with pytest.raises(ValueError, match=naming("reference", 1)):
         spectral_distance(correlated(1, 3), correlated(9, 3))
 
 
@@ -95,5 +96,5 @@ def test_the_illustration_has_fid_and_scd_disagree() -> None:
 def test_the_illustration_is_seeded() -> None:
     first, again, other = (reference_mismatch(seed=seed)["base"].points for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(ValueError, match="2 samples"):
+    with pytest.raises(ValueError, match=naming(2, "samples")):
         reference_mismatch(samples=2)

@@ -13,6 +13,7 @@ from deradiff import rewards
 from deradiff.rewards import checkpoints, hps
 from deradiff.rewards.clip import ClipReward
 from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD
+from messages import naming
 from small_clip import spelt, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "data" / "open_clip_golden.safetensors"
@@ -130,7 +131,7 @@ def test_a_checkpoint_is_converted_once(checkpoint: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(checkpoint.parent / "home"))
     torch.save({"state_dict": {}}, checkpoint)  # other contents under the same name: not what was kept
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="logit_scale"):
         rewards.load(f"hps-v2.1={checkpoint}")
 
 
@@ -143,7 +144,7 @@ def test_half_precision_stays_on_disk_and_the_folder_is_named(checkpoint: Path, 
     reward = rewards.load(f"hps-v2.1={folder}")
     tensors, said = golden()
     torch.testing.assert_close(reward(pictures(tensors), spelt(said["prompts"])), tensors["scores"], atol=2e-3, rtol=0)
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match=naming(folder)):
         hps.convert(tmp_path / "half.pt", folder, TINY)
 
 
@@ -152,11 +153,9 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(checkpoint: Path, tmp_path
     state["visual.extra"] = state.pop("visual.proj")
     state["ln_final.bias"] = torch.zeros(3)
     torch.save(state, checkpoint)
-    with pytest.raises(
-        ValueError, match=r"visual_projection.weight is missing, vision_model.extra is not expected"
-    ) as e:
+    names = ("visual_projection.weight", "vision_model.extra", "text_model.final_layer_norm.bias")
+    with pytest.raises(ValueError, match=naming(*names, (3,), (24,))):
         rewards.load(f"hps-v2.1={checkpoint}")
-    assert "text_model.final_layer_norm.bias is (3,) and not (24,)" in str(e.value)
     assert not (tmp_path / "home").exists()
 
 
@@ -172,19 +171,17 @@ class Code:
 
 def test_code_in_a_pickle_does_not_run(checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": weights(golden()[0]), "epoch": Code(tmp_path / "trace")}, checkpoint)
-    with pytest.raises(ValueError, match="holds code, which is never run"):
+    with pytest.raises(ValueError, match=naming(checkpoint, "code")):
         rewards.load(f"hps-v2.1={checkpoint}")
     assert not (tmp_path / "trace").exists()
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="it is damaged"):
+    with pytest.raises(ValueError, match=naming(checkpoint, "code")):
         rewards.load(f"hps-v2.1={checkpoint}")
     torch.save([torch.zeros(2)], checkpoint)
-    with pytest.raises(ValueError, match="no checkpoint of a model"):
+    with pytest.raises(ValueError, match=naming(checkpoint, "'state_dict'")):
         rewards.load(f"hps-v2.1={checkpoint}")
 
 
 def test_a_folder_without_either_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"neither HPS_v2_compressed.pt, the published checkpoint, nor the config.json"
-    ):
+    with pytest.raises(ValueError, match=naming(tmp_path, "HPS_v2_compressed.pt", "config.json")):
         rewards.load(f"hps-v2.0={tmp_path}")

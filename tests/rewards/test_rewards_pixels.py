@@ -18,6 +18,7 @@ from deradiff.rewards.pixels import (
     require_pairs,
     require_pictures,
 )
+from messages import naming
 
 SIDE = 56
 SIZES = [(56, 56), (112, 112), (28, 28), (200, 56), (57, 131), (131, 57), (256, 90), (20, 47), (9, 400), (1, 1), (3, 2)]
@@ -137,20 +138,20 @@ def test_nan_stays_in_its_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("images", "values"),
     [
         (
             torch.linspace(-0.9, 0.9, 192, dtype=torch.float64).view(1, 3, 8, 8),
-            r"image 0 goes from -0.* to 0.*x / 2 \+ 0.5",
+            ["image 0", -0.9, 0.9, "x / 2 + 0.5"],
         ),
-        (torch.cat([torch.rand(2, 3, 8, 8), torch.full((1, 3, 8, 8), 255.0)]), "image 2 goes from 255 to 255"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8: divide 0..255 by 255"),
-        (torch.rand(3, 8, 8), r"its shape is \(3, 8, 8\)"),
-        (torch.rand(1, 4, 8, 8), r"its shape is \(1, 4, 8, 8\)"),
+        (torch.cat([torch.rand(2, 3, 8, 8), torch.full((1, 3, 8, 8), 255.0)]), ["image 2", 255]),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["torch.uint8", 255]),
+        (torch.rand(3, 8, 8), [(3, 8, 8)]),
+        (torch.rand(1, 4, 8, 8), [(1, 4, 8, 8)]),
     ],
 )
-def test_tensors_that_are_no_pictures(images: torch.Tensor, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_tensors_that_are_no_pictures(images: torch.Tensor, values: list[object]) -> None:
+    with pytest.raises(ValueError, match=naming(*values)):
         require_pictures(images)
 
 
@@ -166,6 +167,6 @@ def test_lists_that_are_no_pictures() -> None:
     path: Any = "a.png"
     with pytest.raises((ValueError, TypeError)):
         batches([path], torch.device("cpu"))
-    with pytest.raises(ValueError, match="3 images and 2 prompts"):
+    with pytest.raises(ValueError, match=naming(3, "images", 2, "prompts")):
         require_pairs(torch.rand(3, 3, 8, 8), ["a", "b"])
     assert picture_tensor(noise(4, 6)).shape == (1, 3, 4, 6)

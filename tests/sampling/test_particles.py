@@ -13,6 +13,7 @@ from deradiff.algorithm.schedules import Power
 from deradiff.sampling.particles import Particles, systematic
 from deradiff.schedulers import FlowMatchSDEScheduler
 from deradiff.worlds.gaussian_mixture import SCHEDULE, World, crossing, prediction_of, random_world
+from messages import naming
 from tiny import KINDS, Counter, denoiser, make
 
 LAMS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -241,9 +242,8 @@ def test_multistep_samplers_weight_without_resampling():
 
 def test_diffusers_own_stochastic_flow_matching_is_refused_with_the_way_out():
     made = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(ValueError, match="no discretised diffusion") as refusal:
+    with pytest.raises(ValueError, match=naming("stochastic_sampling", type(made).__name__, "FlowMatchSDEScheduler")):
         run(crossing(), {"a": {"slope": 1.0}}, 0.5, 4, scheduler=made)
-    assert "FlowMatchSDEScheduler" in str(refusal.value)
     ours = FlowMatchSDEScheduler.from_config(made.config, stochastic_sampling=False)
     assert run(crossing(), {"a": {"slope": 1.0}}, 0.5, 4, scheduler=ours, steps=5).log_weights.shape == (1, 4)
 
@@ -280,33 +280,33 @@ def test_guided_particles_say_that_they_have_no_target():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "values"),
     [
-        ({"count": 0}, "count must be a whole number, 1 at least; got 0"),
-        ({"count": True}, "count must be"),
-        ({"ess_threshold": 1.1}, r"ess_threshold must lie in \[0, 1\], got 1.1"),
-        ({"ess_threshold": -0.1}, "ess_threshold"),
-        ({"ess_threshold": math.nan}, "ess_threshold"),
-        ({"temper": 2}, "temper"),
-        ({"micro_batch": 0}, "micro_batch must be a whole number"),
-        ({"prompt": []}, "at least one prompt"),
-        ({"lam": [0.5, 0.6]}, "share one λ"),
+        ({"count": 0}, ["count", 1, 0]),
+        ({"count": True}, ["count", True]),
+        ({"ess_threshold": 1.1}, ["ess_threshold", [0, 1], 1.1]),
+        ({"ess_threshold": -0.1}, ["ess_threshold", -0.1]),
+        ({"ess_threshold": math.nan}, ["ess_threshold", "nan"]),
+        ({"temper": 2}, ["temper", [0, 1], 2]),
+        ({"micro_batch": 0}, ["micro_batch", 1, 0]),
+        ({"prompt": []}, ["prompt_embeds"]),
+        ({"lam": [0.5, 0.6]}, ["dial.lam"]),
     ],
 )
-def test_bad_input(options, message):
+def test_bad_input(options, values):
     given: dict[str, Any] = {"count": 4, "lam": 0.5, "steps": 3} | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*values)):
         run(crossing(), {"a": {"slope": 1.0}}, given.pop("lam"), given.pop("count"), **given)
 
 
 def test_pipelines_without_a_dial_or_with_interpolated_weights_are_refused():
     world = crossing()
     pipe = world.pipeline(ddim())
-    with pytest.raises(ValueError, match="not realigned"):
+    with pytest.raises(ValueError, match=r"deradiff\.realign"):
         sample_particles(pipe, "", 4)
     with (
         realign(pipe, world.denoiser({"slope": 1.0}), 0.5, method="interpolate"),
-        pytest.raises(ValueError, match="one mo"),
+        pytest.raises(ValueError, match="method='mixture'"),
     ):
         sample_particles(pipe, "", 4)
 
@@ -320,7 +320,7 @@ def test_too_many_particles_are_one_sentence_that_names_the_micro_batch(monkeypa
 
     with realign(pipe, world.denoiser({"slope": 1.0}), 0.5) as dial:
         monkeypatch.setattr(type(pipe.unet), "forward", full)
-        with pytest.raises(MemoryError, match="1 prompts x 8 particles do not fit in memory \\(4 at a time\\)"):
+        with pytest.raises(MemoryError, match=naming(1, 8, 4, "micro_batch")):
             sample_particles(pipe, "", 8, micro_batch=4, num_inference_steps=2)
         assert dial.population is None and dial.micro_batch is None
 
@@ -330,7 +330,7 @@ def test_nan_from_a_model_stops_the_run_and_names_it():
     pipe = world.pipeline(ddim())
     anchor = world.denoiser({"slope": 1.0})
     anchor.means[0, 0] = math.nan
-    with realign(pipe, anchor, 0.5), pytest.raises(FloatingPointError, match="prediction of the anchor"):
+    with realign(pipe, anchor, 0.5), pytest.raises(FloatingPointError, match=naming("anchor", 501)):
         sample_particles(pipe, "", 4, num_inference_steps=2)
 
 

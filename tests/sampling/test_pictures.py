@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ from typer.testing import CliRunner
 import deradiff
 import tiny
 from deradiff import baking
-from deradiff.alignment.base import Base
-from deradiff.alignment.sampling import decode
 from deradiff.cli import app
 from deradiff.experiments import executors, running
 from deradiff.experiments.export import write
@@ -35,14 +34,12 @@ from deradiff.sweep import pipelines
 from deradiff.sweep.batches import attempts, sample
 from deradiff.sweep.drawing import draw
 from deradiff.sweep.settings import Column, Settings
+from messages import naming
 from small_experiment import SMALL, reported, silent
 from tiny_parts import feature_extractor, safety_checker
 
 pixels = pytest.mark.attack("NaN pixels")
 hidden = pytest.mark.attack("blacked out by a safety checker")
-
-CALL = {"prompt": "a red fox", "num_inference_steps": 2, "guidance_scale": 1.0}
-
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -144,62 +141,6 @@ def test_what_to_do_is_said_in_half_precision() -> None:
     assert "--dtype" not in str(NotFinite("decoder", "AutoencoderKL", torch.float32))
 
 
-# -- decoding by ourselves ---------------------------------------------------------------------------------------------
-
-
-def overflowing(pipe: Any, force_upcast: bool) -> Any:
-    """In half precision, with a VAE whose insides leave its range and whose results do not."""
-    with torch.no_grad():
-        pipe.vae.decoder.conv_in.weight.mul_(3e5)
-        pipe.vae.decoder.conv_in.bias.mul_(3e5)
-    pipe.vae.register_to_config(force_upcast=force_upcast)
-    return pipe.to(torch.float16)
-
-
-@pixels
-def test_sdxls_decoder_is_upcast_as_its_pipeline_does() -> None:
-    pipe = overflowing(tiny.make("sdxl")[0], True)
-    latents = tiny.noise(2, 4, 8, 8).half()
-    precise = decode(Base(pipe), latents)
-    assert torch.isfinite(precise).all() and pipe.vae.dtype == torch.float16
-    pipe.vae.to(torch.float32)
-    assert torch.equal(precise, decode(Base(pipe), latents.float()))
-    pipe.vae.to(torch.float16)
-    assert torch.isfinite(Base(pipe).encode_images(tiny.picture() * 2 - 1)).all()
-    with pictures.upcast(pipe.vae):
-        leaf = latents.float().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(decode(Base(pipe), leaf).sum(), leaf)
-        assert torch.isfinite(gradient).all() and gradient.any()
-    assert pipe.vae.dtype == torch.float16
-
-
-@pixels
-def test_a_decoder_that_overflows_and_does_not_ask_to_be_upcast_is_refused() -> None:
-    pipe = overflowing(tiny.make("sdxl")[0], False)
-    with pytest.raises(NotFinite) as error:
-        decode(Base(pipe), tiny.noise(2, 4, 8, 8).half())
-    assert (error.value.origin, error.value.dtype) == ("decoder", torch.float16)
-
-
-@pixels
-def test_sdxls_own_pipeline_in_half_precision() -> None:
-    for force_upcast, origin in ((True, None), (False, "decoder")):
-        pipe = overflowing(tiny.make("sdxl")[0], force_upcast)
-        flaws = pictures.draw(pipe, **CALL).flaws
-        assert [flaw and flaw.origin for flaw in flaws] == [origin]
-
-
-@pixels
-def test_the_studios_glimpses_are_upcast_or_left_out() -> None:
-    for force_upcast in (True, False):
-        pipe, anchor, _ = tiny.make("sdxl")
-        overflowing(pipe, force_upcast)
-        with deradiff.realign(pipe, anchor.half(), 0.5) as dial:
-            pipe(**CALL | {"output_type": "latent"})
-            glimpse = drawing.glimpse_of(pipe, dial)
-        assert (glimpse is not None) == force_upcast and pipe.vae.dtype == torch.float16
-
-
 # -- makers of images --------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +237,7 @@ def test_an_experiment_keeps_the_failure_and_goes_on(tmp_path: Path, monkeypatch
         plan = parse_plan(store.fact("plan"), "the plan")
         assert not set(store.drawn()) & {item for _, item, _ in outcome.failures}
         write(plan, store, tmp_path / "table", "csv")
-        with pytest.raises(ValueError, match="is no picture"):
+        with pytest.raises(ValueError, match=naming("'few'", "'the digit one'", "NaN")):
             sources.located(_study(plan), tmp_path)
     rows = list(csv.DictReader((tmp_path / "table" / "images.csv").open(encoding="utf-8")))
     assert {row["image"] for row in rows if row["absent"]} == {item for _, item, _ in outcome.failures}
@@ -351,7 +292,7 @@ def test_the_command_ends_with_an_error_and_the_report_tells(tmp_path: Path, mon
     (tmp_path / "plan.yaml").write_text(json.dumps(PLAN))
     words = ["experiment", "run", tmp_path / "plan.yaml", "--out", tmp_path / "run", "--workers", "1"]
     result = CliRunner().invoke(app, list(map(str, words)))
-    assert result.exit_code == 1 and "could not be drawn" in result.output and "infinite" in result.output
+    assert result.exit_code == 1 and "infinite" in result.output
     said = CliRunner().invoke(app, ["experiment", "status", str(tmp_path / "run")])
     assert said.exit_code == 0 and "infinite" in said.output
     assert "could not be drawn" in reported(tmp_path / "run")
@@ -405,7 +346,7 @@ def test_an_experiment_has_no_pictures_and_no_scores_of_them(tmp_path: Path, mon
         assert len(results.blacked_out) == outcome.blacked_out
         assert not results.blacked_out & (store.scores("digits").keys() | store.features("digits").keys())
     said = CliRunner().invoke(app, ["experiment", "status", str(tmp_path / "run")])
-    assert f"{outcome.blacked_out} images were blacked out" in said.output
+    assert re.search(rf"\b{outcome.blacked_out}\b.*blacked", said.output)
     assert "Blacked out by" in reported(tmp_path / "run")
 
 

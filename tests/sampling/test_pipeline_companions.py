@@ -1,21 +1,16 @@
-"""What people attach to a pipeline beside an anchor: style LoRAs, IP-Adapters, FreeU, attention processors, PAG."""
+"""What people attach to a pipeline beside an anchor: style LoRAs, LoRA anchors, interpolated weights."""
 
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AnimateDiffPipeline,
-    DiffusionPipeline,
-    FirstBlockCacheConfig,
-    MotionAdapter,
-    StableDiffusionPAGPipeline,
-)
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from companions import BEFORE_AND_AFTER, agrees, apply
 from deradiff import realign
+from messages import naming
 from oracle import lock_step
 from tiny import (
     SIZE,
@@ -30,9 +25,7 @@ from tiny import (
     trio,
     with_denoiser,
 )
-from tiny_parts import load_ip_adapter, noise
-
-BEFORE_AND_AFTER = pytest.mark.parametrize("order", ["before", "after"])
+from tiny_parts import noise
 
 
 def lora_weights(pipe: DiffusionPipeline, seed: int = 0, strength: float = 0.3) -> dict[str, Tensor]:
@@ -56,28 +49,6 @@ def fused(pipe: DiffusionPipeline, weights: dict[str, Tensor], scale: float = 1.
             layer: Any = module.get_submodule(key.removeprefix(f"{name}.").removesuffix(".lora_A.weight"))
             layer.weight.data += scale * up @ down
     return pipe
-
-
-def apply(change: Any, order: str, pipe: DiffusionPipeline, anchor: Any, own: list[DiffusionPipeline], lam: Any) -> Any:
-    """The change on both pristine pipelines, and on the realigned one before or after it is realigned."""
-    for each in own:
-        change(each)
-    if order == "before":
-        change(pipe)
-    dial = realign(pipe, anchor, lam)
-    if order == "after":
-        change(pipe)
-    return dial
-
-
-def agrees(
-    pipe: DiffusionPipeline, dial: Any, own: list[DiffusionPipeline], call: dict[str, Any], tolerance: float = 1e-5
-) -> None:
-    """λ at both ends, and between them Algorithm 1."""
-    for lam in (0.0, 1.0, 0.37):
-        dial.lam = lam
-        expected = lock_step(own, call, lam) if lam == 0.37 else sample(own[int(lam)], call)
-        assert_close(sample(pipe, call), expected, tolerance)
 
 
 # --- style LoRAs act on both models -----------------------------------------------------------------------------------
@@ -150,7 +121,7 @@ def test_a_style_lora_fused_into_the_reference_alone_is_refused(kind, lora_ancho
         own[1] = fused(make("sd")[0], weights)
     with realign(pipe, anchor, 0.37):
         pipe.load_lora_weights(dict(style), adapter_name="style")
-        with pytest.raises(RuntimeError, match=r"cannot be fused into a realigned denoiser.*keep it loaded"):
+        with pytest.raises(RuntimeError, match=naming("LoRA", "realign()")):
             pipe.fuse_lora()
         for each in own:
             each.load_lora_weights(dict(style), adapter_name="style")
@@ -158,7 +129,10 @@ def test_a_style_lora_fused_into_the_reference_alone_is_refused(kind, lora_ancho
     pipe.fuse_lora()
     assert_close(sample(pipe, call), sample(own[0], call))
     if kind == "full":
-        with realign(pipe, anchor, 0.37), pytest.raises(RuntimeError, match=r"fused into the reference.*unfuse_lora"):
+        with (
+            realign(pipe, anchor, 0.37),
+            pytest.raises(RuntimeError, match=naming("LoRA", "style", "'anchor'", "unfuse_lora()")),
+        ):
             sample(pipe, call)
 
 
@@ -259,7 +233,7 @@ def test_projections_fused_past_a_lora_anchor_are_refused(lora_anchor):
     pipe, _, call = make("sd")
     path, weights = lora_anchor(pipe)
     dial = realign(pipe, path, 1.0)
-    with pytest.raises(RuntimeError, match=r"fused projections would pass the LoRA anchor.*by"):
+    with pytest.raises(RuntimeError, match=naming("LoRA", "dial.remove()")):
         pipe.fuse_qkv_projections(vae=False)
     assert_close(sample(pipe, call), sample(fused(make("sd")[0], weights), call), tolerance=3e-5)
     dial.remove()
@@ -363,100 +337,3 @@ def test_lora_scaling_is_one_pass_at_that_scale(lora_anchor):
         assert passes.number == call["num_inference_steps"]
     dial.remove()
     assert torch.equal(sample(pipe, call), sample(make("sd")[0], call))
-
-
-# --- set on one model, meant for both ---------------------------------------------------------------------------------
-
-
-class Halved(AttnProcessor):
-    """Attention whose output is halved: a processor whose presence can be seen."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return 0.5 * super().__call__(*args, **kwargs)
-
-
-SWITCHES = {
-    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6),
-    "attention processor": lambda pipe: pipe.unet.set_attn_processor(Halved()),
-    "attention processors": lambda pipe: pipe.unet.set_attn_processor(
-        {name: Halved() if "attn2" in name else AttnProcessor() for name in pipe.unet.attn_processors}
-    ),
-    "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
-    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
-    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
-}
-
-
-@BEFORE_AND_AFTER
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_what_is_set_on_the_denoiser_is_set_on_both_models(switch, order):
-    pipe, anchor, call, own = trio()
-    plain, aligned = sample(own[0], call), sample(own[1], call)
-    dial = apply(SWITCHES[switch], order, pipe, anchor, own, 0.37)
-    agrees(pipe, dial, own, call)
-    if switch in ("FreeU", "attention processor", "attention processors"):
-        assert distance(sample(own[0], call), plain) > 1e-3
-    dial.remove()
-    assert torch.equal(sample(pipe, call), sample(own[0], call))
-    assert_close(sample(with_denoiser("sd", anchor), call), aligned)
-
-
-def test_freeu_switched_off_again():
-    pipe, anchor, call, own = trio()
-    expected = lock_step(own, call, 0.37)
-    with realign(pipe, anchor, 0.37):
-        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
-        assert distance(sample(pipe, call), expected) > 1e-3
-        pipe.disable_freeu()
-        assert_close(sample(pipe, call), expected)
-
-
-@BEFORE_AND_AFTER
-def test_an_ip_adapter_acts_on_both_models(order):
-    pipe, anchor, call, own = trio()
-    for each in (pipe, *own):
-        each.register_modules(image_encoder=make("sd_ip_adapter")[0].image_encoder)
-    call |= {"prompt": "a red fox", "negative_prompt": "dull", "num_images_per_prompt": 2}
-
-    def load(each: DiffusionPipeline) -> None:
-        load_ip_adapter(each)
-        each.set_ip_adapter_scale(0.8)
-
-    dial = apply(load, order, pipe, anchor, own, 0.37)
-    with_image = call | {"ip_adapter_image": noise(1, 3, 16, 16, seed=6)}
-    agrees(pipe, dial, own, with_image)
-    for each in (pipe, *own):
-        each.set_ip_adapter_scale(0.3)
-    agrees(pipe, dial, own, with_image)
-    for each in (pipe, *own):
-        each.unload_ip_adapter()
-    agrees(pipe, dial, own, call)
-    dial.remove()
-    assert torch.equal(sample(pipe, call), sample(own[0], call))
-
-
-def test_perturbed_attention_guidance():
-    def pag(unet: nn.Module) -> DiffusionPipeline:
-        parts = {**make("sd")[0].components, "unet": unet}
-        pipe = StableDiffusionPAGPipeline(**parts, pag_applied_layers="mid")
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    plain, anchor, call = make("sd")
-    pipe, own = pag(plain.unet), [pag(make("sd")[0].unet), pag(make("sd")[1])]
-    call["pag_scale"] = 3.0
-    dial = realign(pipe, anchor, 0.37)
-    assert_close(sample(pipe, call), lock_step(own, call, 0.37))
-    agrees(pipe, dial, own, call)
-    dial.remove()
-    assert torch.equal(sample(pipe, call), sample(own[0], call))
-
-
-def test_a_step_cache_is_refused():
-    pipe, anchor, call = make("flux")
-    with realign(pipe, anchor, 0.5) as dial:
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
-        with pytest.raises(RuntimeError, match="disable_cache"):
-            sample(pipe, call)
-        pipe.transformer.disable_cache()
-        assert dial.lam == 0.5 and sample(pipe, call).isfinite().all()

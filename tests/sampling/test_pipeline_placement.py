@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from deradiff import realign
 from deradiff.algorithm.step import per_element
+from messages import naming
 from oracle import ddpm, lock_step
 from tiny import assert_close, denoiser, make, sample, trio
 
@@ -116,7 +117,7 @@ def test_sequential_offload_is_refused(order):
     """Its weights live on no device between calls; accelerate cannot do it on a CPU, so only its hook is put there."""
     pipe, anchor, call, _ = trio()
     realigned(pipe, anchor, 0.37, order, lambda pipe: add_hook_to_module(pipe.unet, AlignDevicesHook("cpu")))
-    with pytest.raises(RuntimeError, match=r"sequential offload.*enable_model_cpu_offload"):
+    with pytest.raises(RuntimeError, match=naming("AlignDevicesHook", "enable_model_cpu_offload")):
         sample(pipe, call)
 
 

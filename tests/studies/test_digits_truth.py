@@ -14,6 +14,7 @@ from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions, classifier, data, quality
 from deradiff.worlds.digits.rewards import BOLD_POINTS, INK_POINTS, INK_SCORES, BoldReward, InkReward, boldness
+from messages import naming
 from studies.digits.truth_models import Pool, TruthSettings, describe_weights, draw_pairs, load_pool, train_truth
 
 # --- rewards
@@ -47,7 +48,7 @@ def test_rewards_rise_along_their_gradient(reward: BoldReward | InkReward) -> No
     before.sum().backward()
     assert images.grad is not None and images.grad.isfinite().all()
     assert (reward((images + 0.03 * images.grad.sign()).clamp(0, 1), prompts) > before).all()
-    with pytest.raises(ValueError, match="20 images and 1 prompts"):
+    with pytest.raises(ValueError, match=naming(20, "images", 1, "prompts")):
         reward(images, ["a purple seven"])
 
 
@@ -177,17 +178,17 @@ def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_pat
     deradiff.realign(pipe, whole / "weighted" / mixed, lam=1.0)
     assert not torch.equal(pipe(**prompt, generator=torch.manual_seed(0)).images, reference)
 
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=naming(broken, "seed", 1)):
         train_truth(broken, replace(settings, seed=1), lambda *_: None)
 
 
 def test_one_model_is_trained_alone(tmp_path: Path) -> None:
     train_truth(tmp_path, miniature(), lambda *_: None, workers=1, only=["weighted/control"])
     assert [path.parent.name for path in tmp_path.rglob("truth.json")] == ["control"]
-    with pytest.raises(ValueError, match=r"no model is planned for dpo/ink-1: choose among weighted/bold-0\.5"):
+    with pytest.raises(ValueError, match=naming("dpo/ink-1", "weighted/bold-0.5")):
         train_truth(tmp_path, miniature(), lambda *_: None, workers=1, only=["dpo/ink-1"])
 
 
 def test_a_target_without_an_anchor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'vivid', which has no β: bold, ink have"):
+    with pytest.raises(ValueError, match=naming("'vivid'", "bold, ink")):
         train_truth(tmp_path, replace(miniature(), targets=({"vivid": 1.0},)), lambda *_: None)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deradiff.studio.jobs import Cancelled, PageJob, Pages, QueueFull, Turns, streamed
+from messages import naming
 
 
 def test_a_newer_job_of_a_page_takes_the_place_of_the_last() -> None:
@@ -104,7 +105,7 @@ def test_the_line_is_bounded() -> None:
         thread = threading.Thread(target=_ignore, args=(turns, waiting))
         thread.start()
         in_line(turns, 2)
-        with pytest.raises(QueueFull, match="2 images wait already"), turns.taken(PageJob()):
+        with pytest.raises(QueueFull, match=naming("2 images")), turns.taken(PageJob()):
             pass
         waiting.stop("left")
         thread.join(10)

@@ -1,6 +1,7 @@
 """The studio's models: what a page may load, and that it is loaded once, shared, and let go."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 from deradiff.worlds import digits
+from messages import naming
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +87,19 @@ def test_the_lists_hold_what_lies_in_the_folders(folder: Path) -> None:
 )
 def test_a_page_names_no_other_path(folder: Path, name: str) -> None:
     sources = Sources([folder / "aligned", folder / "small"])
-    with pytest.raises(ValueError, match=r"no model of this studio|embedded null"):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(name.format(folder)[:200]))}|null"):
         sources.require(name.format(folder))
 
 
 def test_a_folder_is_not_taken_for_a_model_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(ValueError, match="open the studio with --models models"):
+    with pytest.raises(ValueError, match=naming("models/small", "--models models")):
         Sources().require("models/small")
     assert Sources().require("models/elsewhere") == "models/elsewhere"
 
 
 def test_without_the_hub_nothing_is_downloaded() -> None:
-    with pytest.raises(ValueError, match="loads nothing from the hub"):
+    with pytest.raises(ValueError, match=naming("hub", "org/model")):
         Sources(hub=False).require("org/model")
     assert Sources(allowed=["org/model"], hub=False).require("org/model") == "org/model"
 
@@ -105,9 +107,9 @@ def test_without_the_hub_nothing_is_downloaded() -> None:
 def test_digits_that_there_are_not_and_folders_that_are_gone(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="digits:7"):
         Sources().require("digits:7")
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match=naming("--models", tmp_path / "nowhere")):
         Sources([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="any more"):
+    with pytest.raises(ValueError, match=naming(folder / "gone")):
         Sources([folder]).require(str(folder / "gone"))
 
 
@@ -164,7 +166,7 @@ def test_an_anchor_that_does_not_fit_leaves_the_last_ones_in_force(folder: Path)
 
 def test_what_a_page_may_not_load_is_not_touched(folder: Path) -> None:
     models = on_the_cpu(Sources())
-    with pytest.raises(ValueError, match="no model of this studio"):
+    with pytest.raises(ValueError, match=naming(folder / "lora")):
         models.realigned(named(folder / "lora"))
     assert models.references == []
 

@@ -1,5 +1,6 @@
 """Who gets into the studio, and what a browser cannot reach; the command's refusals."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from deradiff.studio import page, scenes, server
 from deradiff.studio.image_requests import Desk
 from deradiff.studio.models import LoadedModels, MachineSettings
 from deradiff.studio.sources import Sources
+from messages import naming
 
 TOKEN = "a-token-long-enough-to-guess"
 START = scenes.scene("digits", ["digits:100"], "a red seven", [0.5])
@@ -132,29 +134,29 @@ def test_two_studios_on_one_port() -> None:
     with access.bound("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         said = refused("--port", str(port))
-    assert f"port {port} on 127.0.0.1 is in use" in said and "--port" in said
+    assert f"port {port}" in said and "127.0.0.1" in said and "--port" in said
 
 
 def test_another_address_needs_a_token() -> None:
-    assert "needs a token" in refused("--host", "0.0.0.0")
-    assert "a token is 16 to 200" in refused("--host", "0.0.0.0", "--token", "short")
+    assert "--token" in refused("--host", "0.0.0.0")
+    assert "16 to 200" in refused("--host", "0.0.0.0", "--token", "short")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "values"),
     [
-        (["--reward", "beauty"], "there is no reward 'beauty'"),
-        (["--models", "/nowhere/at/all"], "is no folder"),
-        (["--anchor", "digits:7"], "'digits:7' is unknown"),
-        (["--device", "abacus"], "torch knows no device"),
-        (["org/model"], "name at least one anchor with --anchor"),
-        (["--anchor", "digits:100", "--anchor", "digits:30"], "NAME=SOURCE"),
+        (["--reward", "beauty"], ["'beauty'"]),
+        (["--models", "/nowhere/at/all"], ["--models", "/nowhere/at/all"]),
+        (["--anchor", "digits:7"], ["'digits:7'"]),
+        (["--device", "abacus"], ["'abacus'"]),
+        (["org/model"], ["--anchor"]),
+        (["--anchor", "digits:100", "--anchor", "digits:30"], ["NAME=SOURCE"]),
     ],
 )
-def test_a_studio_that_cannot_be_opened_says_why(arguments: list[str], said: str) -> None:
-    assert said in refused("--port", "0", *arguments)
+def test_a_studio_that_cannot_be_opened_says_why(arguments: list[str], values: list[str]) -> None:
+    assert re.search(naming(*values), refused("--port", "0", *arguments))
 
 
 def test_a_library_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "is a file; name a folder" in refused("--port", "0", "--library", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in refused("--port", "0", "--library", str(tmp_path / "file"))

@@ -10,6 +10,7 @@ from deradiff.experiments.drawings import drawing_of
 from deradiff.studio import scenes
 from deradiff.sweep.description import Drawing, SamplingSettings, about, metadata
 from deradiff.sweep.settings import Column, Settings
+from messages import naming
 from small_experiment import small
 
 SWEEP = Settings(
@@ -154,5 +155,5 @@ def test_a_list_names_one_lam_as_a_number_and_several_by_name() -> None:
 
 @pytest.mark.parametrize("lam", [0.5, {"a": 0.5}, {"a": 0.5, "b": 0.5, "c": 0.5}])
 def test_every_anchor_has_a_lam(lam: Any) -> None:
-    with pytest.raises(ValueError, match="λ of a, b is needed"):
+    with pytest.raises(ValueError, match=naming("λ", "a, b", lam)):
         SWEEP.model_copy(update={"columns": (Column(lam=lam),)}).drawings  # noqa: B018

@@ -1,7 +1,7 @@
 """An argument that does not apply is refused, in the library, in plans and by every command."""
 
 import math
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,17 @@ from typer.testing import CliRunner
 import deradiff
 import tiny
 from deradiff import baking
-from deradiff.alignment.data_order import DataOrder
-from deradiff.alignment.pair_rows import LeftOut, first_wins, read_row
-from deradiff.alignment.pairs import open_pairs, split_of
-from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.training import TrainingPlan
 from deradiff.anchors import AnchorError
 from deradiff.baking import Distillation, Sampler
 from deradiff.cli import app, arguments
-from deradiff.experiments.plan import Prompts
-from deradiff.experiments.sources import fingerprint, resolve
+from deradiff.experiments.sources import fingerprint
 from deradiff.study.plan import parse_plan as parse_study
 from deradiff.sweep import batches, notation
 from deradiff.sweep.pipelines import load_pipeline
 from deradiff.sweep.settings import Column, Settings
-from pair_rows import LOSER, WINNER, folder_of, pick
-from parquet_files import Write, writer
+from messages import naming
 from programs import invoked
 from small_experiment import SMALL, small
 from small_study import data as study_data
@@ -37,206 +31,59 @@ from small_study import data as study_data
 pytestmark = pytest.mark.attack("an argument that does not apply is dropped")
 
 
-@pytest.fixture
-def write(monkeypatch: pytest.MonkeyPatch) -> Write:
-    return writer(monkeypatch)
-
-
-# -- splits ------------------------------------------------------------------------------------------------------------
-
-
-def pairs_of(*captions: str) -> Mapping[str, list[Any]]:
-    rows = [pick(caption) for caption in captions]
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def captions(folder: Path, split: str | None = None) -> list[str]:
-    source: Any = open_pairs(folder, split=split)
-    return [step.row.prompt for step in source.in_order(None)]
-
-
-def test_a_split_of_local_parquet_is_that_split(tmp_path: Path, write: Write) -> None:
-    for split in ("train", "validation", "test_unique"):
-        for part in range(2):
-            write(tmp_path / "data" / f"{split}-0000{part}-of-00002.parquet", pairs_of(f"{split} {part}"))
-    assert captions(tmp_path) == captions(tmp_path, "train") == ["train 0", "train 1"]
-    assert captions(tmp_path, "validation") == ["validation 0", "validation 1"]
-    assert captions(tmp_path, "test_unique") == ["test_unique 0", "test_unique 1"]
-    with pytest.raises(ValueError, match=r"no split 'test': it has test_unique, train, validation"):
-        open_pairs(tmp_path, split="test")
-    one = tmp_path / "data" / "validation-00000-of-00002.parquet"
-    assert captions(one) == captions(one, "validation") == ["validation 0"]
-    with pytest.raises(ValueError, match=r"no split 'train': it has validation"):
-        open_pairs(one, split="train")
-
-
-def test_files_of_which_none_is_meant_are_not_mixed(tmp_path: Path, write: Write) -> None:
-    write(tmp_path / "validation.parquet", pairs_of("v"))
-    assert captions(tmp_path) == ["v"]  # all there is
-    write(tmp_path / "test.parquet", pairs_of("t"))
-    with pytest.raises(ValueError, match=r"splits test, validation: name one"):
-        open_pairs(tmp_path)
-    write(tmp_path / "train.parquet", pairs_of("a"))
-    write(tmp_path / "more.parquet", pairs_of("m"))
-    with pytest.raises(ValueError, match=r"splits test, train, validation, and .*more.parquet of none"):
-        open_pairs(tmp_path)
-    assert captions(tmp_path, "train") == ["a"]
-
-
-def test_a_split_or_revision_of_what_has_none(tmp_path: Path, write: Write) -> None:
-    listed = folder_of(tmp_path / "listed", 2)
-    file = write(tmp_path / "plain" / "mine.parquet", pairs_of("a"))
-    for source in (file, file.parent):
-        with pytest.raises(ValueError, match="has none, by the names of its files"):
-            open_pairs(source, split="train")
-    with pytest.raises(ValueError, match=r"without splits.*'train'"):
-        open_pairs(listed, split="train")
-    with pytest.raises(ValueError, match="no revision 'main'"):
-        open_pairs(listed, revision="main")
-    write(listed / "mine.parquet", pairs_of("a"))
-    with pytest.raises(ValueError, match=r"pairs.jsonl and Parquet files"):
-        open_pairs(listed)
-    (tmp_path / "p.txt").write_text("a")
-    with pytest.raises(ValueError, match="no splits, of which 'test'"):
-        load_prompts(tmp_path / "p.txt", split="test")
-    with pytest.raises(ValueError, match="no splits, of which 'test'"):
-        resolve(Prompts(source="digits", split="test"))
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train-00000-of-00004-a1b2.parquet", "train"),
-        ("Validation.parquet", "validation"),
-        ("train_3.parquet", "train"),
-        ("test_unique-1.parquet", "test_unique"),
-        ("train/0000.parquet", "train"),
-        ("trainer.parquet", None),
-        ("mine.parquet", None),
-        ("preferences-00000-of-00001.parquet", "preferences"),
-    ],
-)
-def test_which_split_a_file_is_of(name: str, split: str | None) -> None:
-    assert split_of(Path("somewhere") / name) == split
-
-
-# -- labels and columns ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("columns", [["prompt", "chosen", "rejected"], ["prompt", "path1", "path2", "confidence"]])
-def test_other_columns_are_named_before_anything_is_read(columns: list[str], tmp_path: Path, write: Write) -> None:
-    with pytest.raises(ValueError) as refused:
-        open_pairs(write(tmp_path / "a.parquet", {name: ["x"] for name in columns}))
-    assert all(repr(name) in str(refused.value) for name in columns)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"label_0": "1"}, "row 7: label_0 is '1', a str"),
-        ({"label_0": "win", "label_1": "lose"}, "row 7: label_0 is 'win'"),
-        ({"label_1": "0"}, "row 7: label_1 is '0'"),
-        ({"label_0": b"1"}, "row 7: label_0 is b'1'"),
-        ({"label_0": [1.0]}, r"row 7: label_0 is \[1.0\]"),
-        ({"label_0": 5}, "row 7: label_0 is 5"),
-        ({"label_0": -1.0}, "row 7: label_0 is -1.0"),
-        ({"label_0": math.inf}, "row 7: label_0 is inf"),
-        ({"has_label": "False"}, "row 7: has_label is 'False'"),
-        ({"caption": 3}, "row 7: caption is 3, not text"),
-    ],
-)
-def test_labels_that_are_no_numbers_are_refused_with_row_column_and_value(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        read_row(pick("a") | changes, "row 7")
-
-
-def test_labels_that_are_numbers_of_any_kind_are_read() -> None:
-    from decimal import Decimal
-
-    for label in (1, 1.0, True, Decimal(1)):
-        assert first_wins({"label_0": label, "label_1": None})
-    for row in ({"label_0": None}, {"label_0": 1.0, "has_label": False}, {"label_0": 1, "has_label": 0}):
-        with pytest.raises(LeftOut, match="unlabelled"):
-            first_wins(row)
-
-
-def test_text_labels_in_a_file_end_in_a_sentence(tmp_path: Path, write: Write) -> None:
-    images = {"jpg_0": [WINNER], "jpg_1": [LOSER]}
-    columns: dict[str, list[Any]] = {"caption": ["x"], **images, "label_0": ["1"], "label_1": ["0"]}
-    with pytest.raises(ValueError, match=r"a.parquet.*row 0: label_0 is '1'"):
-        DataOrder(open_pairs(write(tmp_path / "a.parquet", columns))).take(1)
-
-
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        (
-            '{"caption": "a", "jpg_0": "x", "label_0": 1}',
-            "line 1 .*no prompt and no winner and no loser, but 'caption'",
-        ),
-        ('{"prompt": "a", "winner": "a.png", "loser": null}', "line 1 .*loser is None"),
-        ("[1]", r"line 1 .*\[1\]"),
-    ],
-)
-def test_rows_of_lists_name_what_they_have(row: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text(row)
-    with pytest.raises(ValueError, match=said):
-        open_pairs(tmp_path)
-
-
 # -- plans and settings ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "values"),
     [
-        ({"methods": [{"method": "realign", "lam": [True]}]}, "lam.0: Input should be a valid number"),
-        ({"methods": [{"method": "realign", "lam": True}]}, "lam.0: Input should be a valid number"),
-        ({"methods": [{"method": "realign", "lam": ["0.5"]}]}, "lam.0: Input should be a valid number"),
-        ({"methods": [{"method": "realign", "lam": [10**400]}]}, "lam.0"),
-        ({"methods": [{"method": "combine", "lams": [{"strong": True, "weak": 0.5}]}]}, "lams.0.strong"),
-        ({"batch_size": 4.0}, "batch_size: Input should be a valid integer"),
-        ({"batch_size": "4"}, "batch_size: Input should be a valid integer"),
-        ({"batch_size": True}, "batch_size: Input should be a valid integer"),
-        ({"path_kl": 1}, "path_kl: Input should be a valid boolean"),
-        ({"allow_pickle": "yes"}, "allow_pickle: Input should be a valid boolean"),
-        ({"sampling": {"x": {"steps": 3.0}}}, "sampling.x.steps: Input should be a valid integer"),
-        ({"sampling": {"x": {"width": 64}}}, "width is given without height"),
-        ({"sampling": {"x": {"height": 64}}}, "height is given without width"),
-        ({"sampling": {"x": {"guidance_scale": -1.0}}}, "greater than or equal to 0"),
-        ({"sampling": {"x": {"guidance_scale": math.nan}}}, "finite"),
-        ({"models": {"strong": {"source": "digits:30", "beta": "30"}}}, "models.strong.beta"),
-        ({"models": {"": {"source": "digits:30"}}}, "at least 1 character"),
-        ({"prompts": {"few": {"prompts": ["a"], "seeds": [True]}}}, "seeds are whole numbers.*True"),
-        ({"prompts": {"few": {"prompts": ["a"], "seeds": [1.0]}}}, "seeds are whole numbers.*1.0"),
-        ({"prompts": {"few": {"prompts": ["a"], "seeds": None}}}, "seeds are whole numbers.*None"),
-        ({"prompts": {"few": {"prompts": ["a"], "seeds": {"a": 1}}}}, "seeds are whole numbers"),
-        ({"prompts": {"few": {"prompts": ["a", "b"], "count": 1}}}, "count, draw_seed and split choose"),
-        ({"prompts": {"few": {"prompts": ["a"], "draw_seed": 1}}}, "count, draw_seed and split choose"),
-        ({"prompts": {"few": {"prompts": ["a"], "split": "test"}}}, "count, draw_seed and split choose"),
-        ({"prompts": {"few": {"prompts": [" "]}}}, "a prompt is empty"),
+        ({"methods": [{"method": "realign", "lam": [True]}]}, ["lam.0", True]),
+        ({"methods": [{"method": "realign", "lam": True}]}, ["lam.0", True]),
+        ({"methods": [{"method": "realign", "lam": ["0.5"]}]}, ["lam.0", "'0.5'"]),
+        ({"methods": [{"method": "realign", "lam": [10**400]}]}, ["lam.0", "1" + "0" * 55]),
+        ({"methods": [{"method": "combine", "lams": [{"strong": True, "weak": 0.5}]}]}, ["lams.0.strong", True]),
+        ({"batch_size": 4.0}, ["batch_size", 4.0]),
+        ({"batch_size": "4"}, ["batch_size", "'4'"]),
+        ({"batch_size": True}, ["batch_size", True]),
+        ({"path_kl": 1}, ["path_kl", 1]),
+        ({"allow_pickle": "yes"}, ["allow_pickle", "'yes'"]),
+        ({"sampling": {"x": {"steps": 3.0}}}, ["sampling.x.steps", 3.0]),
+        ({"sampling": {"x": {"width": 64}}}, ["sampling.x", "width", "height"]),
+        ({"sampling": {"x": {"height": 64}}}, ["sampling.x", "height", "width"]),
+        ({"sampling": {"x": {"guidance_scale": -1.0}}}, ["sampling.x.guidance_scale", -1.0]),
+        ({"sampling": {"x": {"guidance_scale": math.nan}}}, ["sampling.x.guidance_scale", "nan"]),
+        ({"models": {"strong": {"source": "digits:30", "beta": "30"}}}, ["models.strong.beta", "'30'"]),
+        ({"models": {"": {"source": "digits:30"}}}, ["models..[key]", "''"]),
+        ({"prompts": {"few": {"prompts": ["a"], "seeds": [True]}}}, ["prompts.few.seeds", True]),
+        ({"prompts": {"few": {"prompts": ["a"], "seeds": [1.0]}}}, ["prompts.few.seeds", 1.0]),
+        ({"prompts": {"few": {"prompts": ["a"], "seeds": None}}}, ["prompts.few.seeds", None]),
+        ({"prompts": {"few": {"prompts": ["a"], "seeds": {"a": 1}}}}, ["prompts.few.seeds", {"a": 1}]),
+        ({"prompts": {"few": {"prompts": ["a", "b"], "count": 1}}}, ["prompts.few", "count", "draw_seed", "split"]),
+        ({"prompts": {"few": {"prompts": ["a"], "draw_seed": 1}}}, ["prompts.few", "count", "draw_seed", "split"]),
+        ({"prompts": {"few": {"prompts": ["a"], "split": "test"}}}, ["prompts.few", "count", "draw_seed", "split"]),
+        ({"prompts": {"few": {"prompts": [" "]}}}, ["prompts.few", "empty"]),
         (
             {
                 "methods": [{"method": "optimize-noise", "reward": "digits"}],
                 "sampling": {"x": {"negative_prompt": "ugly"}},
             },
-            "takes no negative_prompt",
+            ["negative_prompt", "'x'"],
         ),
         (
             {
                 "methods": [{"method": "optimize-noise", "reward": "digits"}],
                 "sampling": {"x": {"width": 64, "height": 32}},
             },
-            "draws squares",
+            ["width", "height", "'x'"],
         ),
         (
             {"methods": [{"method": "optimize-noise", "reward": "digits"}], "sampling": {"x": {"guidance_scale": 0.0}}},
-            "guidance_scale of 1",
+            ["guidance_scale", 1, "'x'"],
         ),
     ],
 )
-def test_a_plan_takes_no_value_of_another_kind(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_plan_takes_no_value_of_another_kind(changes: dict[str, Any], values: list[Any]) -> None:
+    with pytest.raises(ValueError, match=naming(*values)):
         small(**changes)
 
 
@@ -250,7 +97,7 @@ def test_a_plan_takes_no_value_of_another_kind(changes: dict[str, Any], said: st
     ],
 )
 def test_a_study_takes_no_value_of_another_kind(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(changes))}"):
+    with pytest.raises(ValueError, match=naming(*changes)):
         parse_study(study_data() | changes, "it")
 
 
@@ -264,63 +111,67 @@ USUAL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "values"),
     [
-        ({"width": 64}, "width is given without height"),
-        ({"height": 64}, "height is given without width"),
-        ({"guidance_scale": math.nan}, "finite"),
-        ({"guidance_scale": math.inf}, "finite"),
-        ({"guidance_scale": -0.5}, "greater than or equal to 0"),
-        ({"steps": 3.0}, "valid integer"),
-        ({"seeds": (True,)}, "valid integer"),
-        ({"columns": ({"lam": True},)}, "lam"),
-        ({"columns": ({"lam": math.nan},)}, "finite"),
-        ({"method": "interpolate", "path": "posterior"}, "take no path"),
-        ({"method": "interpolate", "tolerance": 0.1, "particles": 4}, "take no tolerance, particles"),
-        ({"anchors": {"a": "x", "b": "y"}, "anchor_beta": 3.0}, "single anchor"),
+        ({"width": 64}, ["width", "height", 64]),
+        ({"height": 64}, ["height", "width", 64]),
+        ({"guidance_scale": math.nan}, ["guidance_scale", "nan"]),
+        ({"guidance_scale": math.inf}, ["guidance_scale", "inf"]),
+        ({"guidance_scale": -0.5}, ["guidance_scale", -0.5]),
+        ({"steps": 3.0}, ["steps", 3.0]),
+        ({"seeds": (True,)}, ["seeds.0", True]),
+        ({"columns": ({"lam": True},)}, ["columns.0.lam", True]),
+        ({"columns": ({"lam": math.nan},)}, ["columns.0.lam", "nan"]),
+        ({"method": "interpolate", "path": "posterior"}, ["no path"]),
+        ({"method": "interpolate", "tolerance": 0.1, "particles": 4}, ["tolerance, particles"]),
+        ({"anchors": {"a": "x", "b": "y"}, "anchor_beta": 3.0}, ["anchor_beta", "β"]),
     ],
 )
-def test_settings_hold_nothing_that_does_nothing(changes: dict[str, Any], said: str) -> None:
+def test_settings_hold_nothing_that_does_nothing(changes: dict[str, Any], values: list[Any]) -> None:
     assert Settings(**USUAL).steps == 25
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=naming(*values)):
         Settings(**USUAL | changes)
 
 
 # -- the library -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [0.0, -1e-4, math.nan, math.inf, True])
-def test_a_rate_that_moves_nothing(rate: float) -> None:
-    with pytest.raises(ValueError, match="learning rate"):
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.0, "0"), (-1e-4, "-0.0001"), (math.nan, "nan"), (math.inf, "inf"), (True, "True")]
+)
+def test_a_rate_that_moves_nothing(rate: float, said: str) -> None:
+    with pytest.raises(ValueError, match=naming("learning rate", said)):
         TrainingPlan(steps=1, learning_rate=rate)
-    with pytest.raises(ValueError, match="learning rate"):
+    with pytest.raises(ValueError, match=naming("learning rate", said)):
         Distillation(learning_rate=rate)
 
 
 @pytest.mark.parametrize("average", [1.0, -0.1, math.nan])
 def test_an_average_that_keeps_nothing_new(average: float) -> None:
-    with pytest.raises(ValueError, match="moving average"):
+    with pytest.raises(ValueError, match=naming("moving average", f"{average:g}")):
         TrainingPlan(steps=1, learning_rate=1e-3, average=average)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
 def test_a_guidance_scale_that_is_none(scale: float) -> None:
-    with pytest.raises(ValueError, match="guidance scale"):
+    with pytest.raises(ValueError, match=naming("guidance scale", f"{scale:g}")):
         Sampler(guidance_scale=scale)
-    with pytest.raises(ValueError, match="guidance scale"):
+    with pytest.raises(ValueError, match=naming("guidance scale", scale)):
         SamplerSettings("ddim", 1, scale)
 
 
 def test_what_says_where_weights_lie_is_for_weights_that_are_read(tmp_path: Path) -> None:
     pipe, anchor, _ = tiny.make("sd")
     for about in ({"revision": "main"}, {"subfolder": "unet"}):
-        with pytest.raises(AnchorError, match="loaded already"):
+        with pytest.raises(
+            AnchorError, match=naming(*(f"{name}={value!r}" for name, value in about.items()), "'anchor'")
+        ):
             deradiff.realign(pipe, anchor, 0.5, **about)  # type: ignore[arg-type]
     pipe.save_pretrained(tmp_path / "model")
     for source in ("digits", str(tmp_path / "model")):
-        with pytest.raises(ValueError, match="revision 'main' is for models on the hub"):
+        with pytest.raises(ValueError, match=naming("revision 'main'", source)):
             load_pipeline(source, dtype=pipe.dtype, revision="main")
-        with pytest.raises(ValueError, match="revision 'main' is for models on the hub"):
+        with pytest.raises(ValueError, match=naming("revision 'main'", source)):
             fingerprint(source, "main")
 
 
@@ -328,7 +179,10 @@ def test_interpolated_weights_take_what_they_can_use(tmp_path: Path) -> None:
     pipe, anchor, _ = tiny.make("sd")
     with pytest.raises(ValueError, match="path='posterior'"):
         deradiff.realign(pipe, anchor, 0.5, method="interpolate", path="posterior")
-    for given, said in (({"distillation": Distillation(steps=3)}, "not trained"), ({"prompts": ["a"]}, "0 images")):
+    for given, said in (
+        ({"distillation": Distillation(steps=3)}, "method='distill'"),
+        ({"prompts": ["a"]}, "0 images"),
+    ):
         with pytest.raises(ValueError, match=said):
             baking.bake(pipe, anchor, 0.5, tmp_path / "out", images=0, **given)
 
@@ -336,7 +190,7 @@ def test_interpolated_weights_take_what_they_can_use(tmp_path: Path) -> None:
 def test_a_negative_prompt_that_is_not_read() -> None:
     pipe, _, _ = tiny.make("sd")
     for call in ({"guidance_scale": 1.0}, {"guidance_scale": 0.0}):
-        with pytest.raises(ValueError, match="does not read a negative prompt"):
+        with pytest.raises(ValueError, match=naming("StableDiffusionPipeline", "negative_prompt", "guidance_scale")):
             batches.require_heeded(pipe, {"negative_prompt": "ugly", **call})
         batches.require_heeded(pipe, {"negative_prompt": "", **call})
     batches.require_heeded(pipe, {"negative_prompt": "ugly"})
@@ -351,7 +205,7 @@ def test_a_pipeline_of_true_guidance_that_is_off() -> None:
             self, prompt: Any, guidance_scale: float = 3.5, true_cfg_scale: float = 1.0, negative_prompt: Any = None
         ) -> None: ...
 
-    with pytest.raises(ValueError, match="does not read a negative prompt"):
+    with pytest.raises(ValueError, match=naming("Told", "negative_prompt", "guidance_scale")):
         batches.require_heeded(Told(), {"negative_prompt": "ugly", "guidance_scale": 5.0})
 
 
@@ -359,7 +213,7 @@ def test_another_size_than_was_asked_for() -> None:
     pipe, _, _ = tiny.make("sd")
     batches.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 64, "height": 32})
     batches.require_size(pipe, Image.new("RGB", (64, 32)), {})
-    with pytest.raises(ValueError, match="draws 64x32 where 70x32"):
+    with pytest.raises(ValueError, match=naming("64x32", "70x32")):
         batches.require_size(pipe, Image.new("RGB", (64, 32)), {"width": 70, "height": 32})
 
 
@@ -367,16 +221,17 @@ def test_another_size_than_was_asked_for() -> None:
 
 
 def test_lam_of_an_anchor_is_given_once() -> None:
-    with pytest.raises(ValueError, match=r"'a=0.5,a=0.7' names the anchor 'a' twice"):
+    with pytest.raises(ValueError, match=naming("'a=0.5,a=0.7'", "'a'")):
         arguments.lams(["a=0.5,a=0.7"], ["a", "b"])
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match=naming("--lam", "'1e400'")):
         arguments.lams(["a=1e400"], ["a", "b"])
     assert arguments.lams(["b=0.7"], ["a", "b"]) == ({"a": 0.0, "b": 0.7},)
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1e400", "nan", "sNaN", "inf", "0:1e400:1"])
 def test_numbers_are_finite(text: str) -> None:
-    with pytest.raises(ValueError, match="finite"):
+    number = text.removeprefix("0:").removesuffix(":1")
+    with pytest.raises(ValueError, match=naming("λ", f"'{number}'")):
         notation.numbers(text, "λ")
 
 
@@ -386,44 +241,53 @@ SEARCH = ("search", "digits", "-a", "digits:100", "-m", "legible", "-p", "x")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "values"),
     [
-        ((*GENERATE, "--over", "time"), "--over: "),
-        ((*GENERATE, "--schedule", "power:2", "--anchor-beta", "3"), "--anchor-beta: "),
-        ((*GENERATE, "--width", "32"), "width is given without height"),
-        ((*GENERATE, "--height", "32"), "height is given without width"),
-        ((*GENERATE, "--guidance-scale", "nan"), "guidance_scale: "),
-        ((*GENERATE, "--guidance-scale", "1", "--negative-prompt", "y"), "does not read a negative prompt"),
-        ((*GENERATE, "--method", "interpolate", "--path", "prediction"), "take no path"),
-        ((*GENERATE, "--method", "interpolate", "--reuse", "2"), "take no reuse"),
-        ((*GENERATE, "--reuse", "2", "--tolerance", "0.1"), "not both"),
-        ((*GENERATE, "--revision", "main"), "revision 'main' is for models on the hub"),
-        ((*GENERATE, "--anchor-revision", "main"), "revision='main' is for models on the hub"),
-        ((*BAKE, "--over", "time"), "--over: "),
-        ((*BAKE, "--images", "0", "--prompt", "x", "--seed", "3", "--steps", "4"), "--prompt, --steps, --seed: "),
-        ((*BAKE, "--guidance-scale", "nan"), "guidance scale must be finite"),
-        ((*BAKE, "--guidance-scale", "-1"), "guidance scale of -1"),
-        ((*BAKE, "--method", "distill", "--learning-rate", "0"), "learning rate of 0"),
-        ((*SEARCH, "--count", "3"), "--count draws from --prompts"),
-        ((*SEARCH, "--neighbours", "3"), "--neighbours: "),
-        ((*SEARCH, "--width", "32"), "width is given without height"),
-        (("align", "digits", "--learning-rate", "0"), "learning rate of 0"),
-        (("align", "digits", "--learning-rate", "nan"), "learning rate must be finite"),
-        (("align", "digits", "--method", "draft", "--guidance-scale", "inf"), "guidance scale of inf"),
-        (("studies.digits", "truth", "--guidance-scale", "3"), "nothing is compared at guidance 3"),
+        ((*GENERATE, "--over", "time"), ["--over:"]),
+        ((*GENERATE, "--schedule", "power:2", "--anchor-beta", "3"), ["--anchor-beta:"]),
+        ((*GENERATE, "--width", "32"), ["width", "height"]),
+        ((*GENERATE, "--height", "32"), ["height", "width"]),
+        ((*GENERATE, "--guidance-scale", "nan"), ["guidance_scale:", "nan"]),
+        ((*GENERATE, "--guidance-scale", "1", "--negative-prompt", "y"), ["negative_prompt", "guidance_scale"]),
+        ((*GENERATE, "--method", "interpolate", "--path", "prediction"), ["no path"]),
+        ((*GENERATE, "--method", "interpolate", "--reuse", "2"), ["no reuse"]),
+        ((*GENERATE, "--reuse", "2", "--tolerance", "0.1"), ["reuse", "tolerance"]),
+        ((*GENERATE, "--revision", "main"), ["digits", "revision 'main'"]),
+        ((*GENERATE, "--anchor-revision", "main"), ["beta-100", "revision='main'"]),
+        ((*BAKE, "--over", "time"), ["--over:"]),
+        ((*BAKE, "--images", "0", "--prompt", "x", "--seed", "3", "--steps", "4"), ["--prompt, --steps, --seed:"]),
+        ((*BAKE, "--guidance-scale", "nan"), ["guidance scale", "nan"]),
+        ((*BAKE, "--guidance-scale", "-1"), ["guidance scale", -1]),
+        ((*BAKE, "--method", "distill", "--learning-rate", "0"), ["learning rate", 0]),
+        ((*SEARCH, "--count", "3"), ["--count", "--prompts"]),
+        ((*SEARCH, "--neighbours", "3"), ["--neighbours:"]),
+        ((*SEARCH, "--width", "32"), ["width", "height"]),
+        (("align", "digits", "--learning-rate", "0"), ["learning rate", 0]),
+        (("align", "digits", "--learning-rate", "nan"), ["learning rate", "nan"]),
+        (("align", "digits", "--method", "draft", "--guidance-scale", "inf"), ["guidance scale", "inf"]),
+        (("studies.digits", "truth", "--guidance-scale", "3"), ["guidance", 3]),
     ],
 )
-def test_an_option_that_does_nothing_is_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_an_option_that_does_nothing_is_refused(words: tuple[str, ...], values: list[Any], tmp_path: Path) -> None:
     result = invoked([*words, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2, result.output
-    assert said in " ".join(result.stderr.split())
+    assert re.search(naming(*values), " ".join(result.stderr.split())), result.stderr
     assert not list((tmp_path / "out").glob("**/*.png"))
 
 
-@pytest.mark.parametrize("option", ["--batch=3", "--unguided", "--train-steps=4", "--images=0", "--checkpointing"])
-def test_the_paper_s_arithmetic_takes_no_options_of_models(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--batch=3", "--batch"),
+        ("--unguided", "--guided"),
+        ("--train-steps=4", "--train-steps"),
+        ("--images=0", "--images"),
+        ("--checkpointing", "--checkpointing"),
+    ],
+)
+def test_the_paper_s_arithmetic_takes_no_options_of_models(option: str, name: str) -> None:
     result = CliRunner().invoke(app, ["cost", option])
-    assert result.exit_code == 2 and "name a model" in result.stderr
+    assert result.exit_code == 2 and f"{name}:" in result.stderr
 
 
 @pytest.mark.parametrize("options", [["--gpus", "0.5"], ["--ray", "--gpus", "0.5", "--device", "cpu"]])

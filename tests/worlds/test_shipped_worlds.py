@@ -11,6 +11,7 @@ from deradiff.baking.distillation import usual as usual_distillation
 from deradiff.rewards import COMPUTED
 from deradiff.sweep.pipelines import anchor_source, known_beta, load_pipeline, usual_guidance
 from deradiff.worlds import SHIPPED, ShippedWorld, find, find_anchor
+from messages import naming
 
 
 @pytest.fixture(params=SHIPPED)
@@ -42,7 +43,7 @@ def test_anchors_are_known_by_their_names(world: ShippedWorld) -> None:
         assert find_anchor(source) == anchor and anchor.path.is_dir()
         assert anchor_source(source) == anchor.path == eval(anchor.code, module) and known_beta(source) == anchor.beta
     for wrong in ("none", ""):
-        with pytest.raises(ValueError, match=f"have the anchors {', '.join(world.anchors)}"):
+        with pytest.raises(ValueError, match=naming(f"'{world.name}:{wrong}'", ", ".join(world.anchors))):
             find_anchor(f"{world.name}:{wrong}")
 
 

@@ -1,16 +1,18 @@
 """A Stable Diffusion or SDXL pipeline as training sees it, and the model that is trained beside its reference."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from deradiff.alignment.data_order import passes
 from deradiff.anchors.checks import denoiser_of, prediction_type
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.truncation import watched
@@ -86,6 +88,14 @@ class Base:
             latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return latents * vae.config.scaling_factor
 
+    def noise_of(
+        self, generators: Sequence[torch.Generator], shape: Sequence[int], dropout: float | int
+    ) -> tuple[Float[Tensor, "batch *latent"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """Noise of `shape`, a timestep, and whether a prompt is dropped, each row by its generator, in this order."""
+        noise = torch.stack([torch.randn(*shape, generator=g) for g in generators])
+        timesteps = torch.cat([torch.randint(self.timesteps, (1,), generator=g) for g in generators])
+        return noise, timesteps, torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
+
     def noised(
         self,
         latents: Float[Tensor, "batch *latent"],
@@ -121,6 +131,41 @@ class Base:
         return denoiser(noisy, timesteps, encoder_hidden_states=conditions["prompt_embeds"], **more).sample
 
 
+def with_dropped(conditions: Conditions, dropped: Bool[Tensor, " batch"], empty: Conditions) -> Conditions:
+    """`conditions` with `empty`, what is told without a prompt, in the rows that are dropped."""
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), empty[name], rows)
+        for name, rows in conditions.items()
+    }
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """What the denoiser is told of each of some prompts, and without one, on the CPU."""
+
+    prompts: Conditions
+    nothing: Conditions
+
+    @classmethod
+    def of(
+        cls,
+        encode: Callable[[Sequence[str]], Conditions],
+        prompts: Sequence[str],
+        nothing: Callable[[], Conditions],
+        per_pass: int,
+    ) -> "EncodedPrompts":
+        """`prompts` encoded, `per_pass` at a time."""
+        parts = [encode(prompts[rows.start : rows.stop]) for rows in passes(len(prompts), per_pass)]
+        together = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        # Last: what a tokenizer was last called with is saved with it.
+        return cls(together, {name: rows.cpu() for name, rows in nothing().items()})
+
+    def rows(self, numbers: Int[Tensor, " batch"], dropped: Bool[Tensor, " batch"], device: torch.device) -> Conditions:
+        """Of these prompts, some of them dropped."""
+        chosen = with_dropped({name: rows[numbers] for name, rows in self.prompts.items()}, dropped, self.nothing)
+        return {name: rows.to(device) for name, rows in chosen.items()}
+
+
 class Policy:
     """The model that is trained, and its reference.
 
@@ -154,20 +199,15 @@ class Policy:
             if not self.is_lora:
                 yield self._reference
                 return
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
             # Not those of `self.model`, which has no weights while they are divided between processes.
-            layers = _lora_layers(prepared)
+            layers: list[Any] = [module for module in prepared.modules() if isinstance(module, BaseTunerLayer)]
             for layer in layers:
-                layer._disable_adapters = (
-                    True  # `disable_adapters()` also freezes them, and walks the model twice a step
-                )
+                # `disable_adapters()` also freezes them, and walks the model twice a step.
+                layer._disable_adapters = True
             try:
                 yield prepared
             finally:
                 for layer in layers:
                     layer._disable_adapters = False
-
-
-def _lora_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.files import tensors
-from deradiff.files.reading import Record, read
+from deradiff.files.reading import Record
 
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 
@@ -101,22 +101,6 @@ def write(folder: Path, state: TrainingState, progress: Mapping[str, Any]) -> No
         raise OSError(errno.EIO, f"{TENSORS}: {error}") from error
     content = {**progress, "numbers": numbers, "scaler": state.scaler}
     (folder / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
-
-
-def read_progress(folder: Path, steps: int | None = None) -> TrainingProgress:
-    """What `progress.json` says; of at most so many `steps`. Raises `ValueError` where it is none of a checkpoint."""
-    if not (folder / TENSORS).exists() and (folder / PICKLED).exists():
-        raise ValueError(
-            f"{folder} is the checkpoint of a training that deradiff 0.1 began ({PICKLED}), which is not read any "
-            "more: finish it with that version (pip install deradiff==0.1.0), or delete the folder to begin anew"
-        )
-    try:
-        progress = read(TrainingProgress, folder / PROGRESS, WHAT, CURE)
-    except OSError as error:
-        raise ValueError(f"{folder} is no {WHAT}: {error}: {CURE}") from None
-    if steps is not None and progress.step > steps:
-        raise ValueError(f"{folder} is the {WHAT} at step {progress.step}, and {steps} are planned: {CURE}")
-    return progress
 
 
 def read_state(folder: Path, progress: TrainingProgress, shapes: Sequence[torch.Size], plan: Any) -> TrainingState:

@@ -8,7 +8,8 @@ that it does not determine, so a run that was killed and restarted sees the very
 import hashlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -225,9 +226,21 @@ def order(length: int, seed: int, positions: range) -> list[int]:
     return [int(_epoch(length, seed, position // length)[position % length]) for position in positions]
 
 
+def passes(count: int, size: int) -> list[range]:
+    """0 to `count` in ranges of `size`, the last one shorter: what is evaluated together where nothing is trained."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 @lru_cache(maxsize=2)
 def _epoch(length: int, seed: int, epoch: int) -> Int[Tensor, " row"]:
     return torch.randperm(length, generator=seeded(seed, f"epoch {epoch}"))
+
+
+def readable(open: Callable[[Row], Item], rows: Iterable[Row]) -> Iterator[Item]:
+    """The items of `rows`, opened as they are asked for; those that are `Unreadable` are left out."""
+    for row in rows:
+        with suppress(Unreadable):
+            yield open(row)
 
 
 def row_generators(seed: int, positions: range, purpose: str = "row") -> list[torch.Generator]:

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.base import Base, Conditions, Policy, with_dropped
+from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import diffusion_dpo, squared_error
-from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
+from deradiff.alignment.training import BatchPart, LossCurve, Stateful, TrainingPlan, TrainingRun
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Noised:
 
 
 @runtime_checkable
-class Pairs(Protocol):
+class Pairs(Stateful, Protocol):
     """Latents of preference pairs with their prompts' embeddings, in an order (see `training_pairs`)."""
 
     training: int | None
@@ -41,14 +41,6 @@ class Pairs(Protocol):
 
     def held_out_batch(self, places: range) -> CachedBatch:
         """Some of the held-out pairs."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the order stands, as plain JSON."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
         ...
 
     def empty_prompt(self) -> Conditions:
@@ -72,26 +64,18 @@ def noise_pairs(
     """
     device = base.denoiser.device
     clean = batch.latents.to(device, torch.float32)
-    noise = torch.stack([torch.randn(clean.shape[2:], generator=g) for g in generators]).to(device)
-    timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
-    dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
-    single = {
-        name: torch.where(_like(dropped, prompts), empty[name], prompts).to(device)
-        for name, prompts in batch.prompts.items()
-    }
+    noise, timesteps, dropped = base.noise_of(generators, clean.shape[2:], dropout)
+    single = {name: rows.to(device) for name, rows in with_dropped(batch.prompts, dropped, empty).items()}
     if base.is_xl:
         single["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(single["prompt_embeds"])
-    both, noise, timesteps = clean.transpose(0, 1).flatten(0, 1), _twice(noise), _twice(timesteps)
+    both = clean.transpose(0, 1).flatten(0, 1)
+    noise, timesteps = _twice(noise.to(device)), _twice(timesteps.to(device))
     conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in single.items()}
     return Noised(base.noised(both, noise, timesteps), timesteps, conditions, base.target(both, noise, timesteps))
 
 
 def _twice(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows])
-
-
-def _like(flags: Tensor, rows: Tensor) -> Tensor:
-    return flags.view(-1, *[1] * (rows.ndim - 1))
 
 
 def loss(base: Base, policy: Policy, model: nn.Module, noised: Noised, beta: float) -> Float[Tensor, ""]:
@@ -137,12 +121,11 @@ def train_dpo(
         noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
         return loss(base, policy, model, noised, beta)
 
-    chunks = [range(pairs.held_out)[start : start + per_pass] for start in range(0, pairs.held_out, per_pass)]
     known: list[tuple[Tensor, Tensor]] = []
 
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
-        for number, chunk in enumerate(chunks):
+        for number, chunk in enumerate(passes(pairs.held_out, per_pass)):
             generators = row_generators(run.seed, chunk, "held out")
             noised = noise_pairs(base, pairs.held_out_batch(chunk), empty, 0.0, generators)
             if number == len(known):
@@ -151,11 +134,4 @@ def train_dpo(
             total += len(chunk) * diffusion_dpo(*errors(base, model, noised), *known[number], beta).item()
         return total / pairs.held_out
 
-    return train(
-        policy.model,
-        objective,
-        held_out_loss,
-        plan,
-        run=run,
-        data=pairs,
-    )
+    return train(policy.model, objective, held_out_loss, plan, run=run, data=pairs)

@@ -1,6 +1,6 @@
 """DRaFT-K: the reward's own gradient through the last K steps of sampling (Clark et al. 2023), with a KL term."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,20 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.data_order import order, row_generators
+from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import regularised_reward
-from deradiff.alignment.sampling import (
-    DifferentiatedStep,
-    SamplerSettings,
-    at_least_single,
-    conditions,
-    decode,
-    sample,
-    unconditional,
-)
-from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
+from deradiff.alignment.sampling import DifferentiatedStep, SamplerSettings, at_least_single, decode, sample, told
+from deradiff.alignment.scoring import RewardTask, scored
+from deradiff.alignment.training import BatchPart, LossCurve
 from deradiff.rewards import Reward
 
 
@@ -69,9 +61,7 @@ def objective(
 
     `until` stops the sampling early (see `sampling.sample`); rewards count up to `ceiling`.
     """
-    prompted = conditions(base, prompts, sampling.resolution)
-    guided = sampling.guidance_scale > 1
-    unprompted = unconditional(base, len(prompts), sampling.resolution) if guided else None
+    prompted, unprompted = told(base, prompts, sampling)
     noise = sampling.noise(base, generators)
     drawn = sample(base, model, prompted, unprompted, noise, sampling, keep=keep, generators=generators, until=until)
     images = decode(base, drawn.latents)
@@ -83,73 +73,40 @@ def objective(
     return regularised_reward(rewards.clamp(max=ceiling), divergences, kl)
 
 
-def on_held_out(
-    base: Base,
-    policy: Policy,
-    model: nn.Module,
-    prompts: Sequence[str],
-    reward: Reward,
-    kl: float | int,
-    sampling: SamplerSettings,
+def train_through(
+    task: RewardTask,
     keep: int,
-    per_pass: int,
-    seed: int,
-) -> float:
-    """The objective for `prompts`, `per_pass` at a time, from noise that is always the same."""
-    total = 0.0
-    for start in range(0, len(prompts), per_pass):
-        places = range(len(prompts))[start : start + per_pass]
-        asked, generators = [prompts[place] for place in places], row_generators(seed, places, "held out")
-        value = objective(base, policy, model, asked, generators, reward, kl, sampling, keep)
-        total += len(asked) * value.item()
-    return total / len(prompts)
-
-
-def require(kl: float | int, prompts: Sequence[str], held_out: Sequence[str]) -> None:
-    """Raise `ValueError` for a negative `kl`, or where there are no prompts."""
-    if not 0 <= kl < float("inf"):
-        raise ValueError(f"λ_KL = {kl}: the strength of the KL term must be 0 or more")
-    if not prompts or not held_out:
-        raise ValueError(f"{len(prompts)} prompts to train on and {len(held_out)} held out: both must be there")
-
-
-def train_draft(
-    base: Base,
-    policy: Policy,
-    prompts: Sequence[str],
-    held_out: Sequence[str],
-    reward: Reward,
-    kl: float | int,
-    plan: TrainingPlan,
-    *,
-    batch: int,
-    sampling: SamplerSettings,
-    keep: int = 1,
-    per_pass: int = 16,
-    run: TrainingRun,
+    until: Callable[[int], int | None] = lambda step: None,
+    ceiling: float | int = float("inf"),
 ) -> LossCurve:
-    """Raise `reward` of what `policy` draws, `batch` prompts a step, with gradients through the last `keep` steps.
+    """Minimise `objective`, in training with `until(training step)` and `ceiling`; the held-out loss has neither."""
+    base, policy, seed = task.base, task.policy, task.run.seed
 
-    `kl` is λ_KL, 0 for none; its term is computed over the same steps. The held-out loss is the same objective for the
-    `held_out` prompts, `per_pass` at a time, always from the same noise. Raises `ValueError` for a negative `kl`, for
-    `keep` outside 1 to all steps, for no prompts, and for a reward that is no number or has no gradient.
+    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
+        positions = part.positions(task.batch)
+        asked = [task.prompts[place] for place in order(len(task.prompts), seed, positions)]
+        generators, stop = row_generators(seed, positions), until(part.step)
+        return objective(
+            base, policy, model, asked, generators, task.reward, task.kl, task.sampling, keep, stop, ceiling
+        )
+
+    def held_out_loss(model: nn.Module) -> float:
+        total = 0.0
+        for places in passes(len(task.held_out), task.per_pass):
+            asked, generators = task.held_out[places.start : places.stop], row_generators(seed, places, "held out")
+            value = objective(base, policy, model, asked, generators, task.reward, task.kl, task.sampling, keep)
+            total += len(asked) * value.item()
+        return total / len(task.held_out)
+
+    return train(policy.model, loss, held_out_loss, task.plan, run=task.run)
+
+
+def train_draft(task: RewardTask, keep: int = 1) -> LossCurve:
+    """Raise the reward with gradients through the last `keep` steps; the KL term is computed over the same steps.
+
+    A batch counts prompts. Raises `ValueError` for `keep` outside 1 to all steps, and for a reward that is no number or
+    has no gradient.
     """
     if keep < 1:
         raise ValueError(f"gradients through {keep} steps teach nothing: keep 1 or more")
-    require(kl, prompts, held_out)
-
-    def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        positions = part.positions(batch)
-        asked = [prompts[place] for place in order(len(prompts), run.seed, positions)]
-        return objective(base, policy, model, asked, row_generators(run.seed, positions), reward, kl, sampling, keep)
-
-    def held_out_loss(model: nn.Module) -> float:
-        return on_held_out(base, policy, model, held_out, reward, kl, sampling, keep, per_pass, run.seed)
-
-    return train(
-        policy.model,
-        loss,
-        held_out_loss,
-        plan,
-        run=run,
-    )
+    return train_through(task, keep)

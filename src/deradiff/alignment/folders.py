@@ -5,7 +5,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from deradiff.alignment.checkpoints import TrainingProgress, read_progress
+from deradiff.alignment.checkpoints import CURE, PICKLED, PROGRESS, TENSORS, WHAT, TrainingProgress
+from deradiff.files import reading
 
 
 def _temporary(folder: Path) -> Path:
@@ -53,7 +54,17 @@ def read(folder: Path, identity: str, steps: int | None = None) -> TrainingProgr
 
     Raises `ValueError` if it cannot be read, or belongs to a run with another `identity`.
     """
-    progress = read_progress(folder, steps)
+    if not (folder / TENSORS).exists() and (folder / PICKLED).exists():
+        raise ValueError(
+            f"{folder} is the checkpoint of a training that deradiff 0.1 began ({PICKLED}), which is not read any "
+            "more: finish it with that version (pip install deradiff==0.1.0), or delete the folder to begin anew"
+        )
+    try:
+        progress = reading.read(TrainingProgress, folder / PROGRESS, WHAT, CURE)
+    except OSError as error:
+        raise ValueError(f"{folder} is no {WHAT}: {error}: {CURE}") from None
+    if steps is not None and progress.step > steps:
+        raise ValueError(f"{folder} is the {WHAT} at step {progress.step}, and {steps} are planned: {CURE}")
     if progress.identity != identity:
         raise ValueError(
             f"{folder} is the checkpoint of another run ({progress.identity!r}, this is {identity!r}): "

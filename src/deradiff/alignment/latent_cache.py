@@ -118,13 +118,7 @@ def write_cache(
     folder = Path(folder)
     if min(batch, shard) < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch, shard and limit must be at least 1, got {batch}, {shard} and {limit}")
-    settings = {
-        "format": FORMAT,
-        "source": pairs.fingerprint,
-        "base": base,
-        "resolution": resolution,
-        "limit": limit,
-    }
+    settings = {"format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit}
     begin_or_resume(folder, settings, "cache")
     if not (folder / "finished.json").exists():
         encoding = _Encoding(encode_images, encode_prompts, base, resolution, batch)

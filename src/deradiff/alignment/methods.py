@@ -28,6 +28,7 @@ from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.rewards import Reward
@@ -82,9 +83,10 @@ class TrainingMethod:
 # -- preference pairs -------------------------------------------------------------------------------------------------
 
 
-def prepare_pairs(
-    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
-) -> LatentCache | PairFolder | PairStream:
+AnyPairs = LatentCache | PairFolder | PairStream
+
+
+def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> AnyPairs:
     """The pairs, drawn where they are the model's own; as latents in `out/cache` if `settings.cache`."""
     own = settings.data == "own"
     if settings.reward and not own:
@@ -101,7 +103,7 @@ def prepare_pairs(
         pairs,
         base.encode_images,
         base.encode_prompts,
-        base=" with ".join(filter(None, (settings.base, settings.vae))),
+        base=settings.model,
         resolution=settings.resolution,
         limit=count,
         shard=256,
@@ -130,33 +132,17 @@ def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, 
     )
 
 
-def _dpo(
-    base: Base,
-    policy: Any,
-    data: LatentCache | PairFolder | PairStream,
-    beta: float,
-    settings: Preset,
-    run: TrainingRun,
-) -> LossCurve:
-    processes = run.accelerator.num_processes if run.accelerator else 1
-    pairs = (
-        CachedPairs(data, run.seed)
-        if isinstance(data, LatentCache)
-        else EncodedPairs(base, data, settings.resolution, run.seed, processes)
-    )
-    return train_dpo(
-        base,
-        policy,
-        pairs,
-        beta,
-        settings.plan_at(beta),
-        batch=settings.batch,
-        dropout=settings.prompt_dropout,
-        run=run,
-    )
+def _dpo(base: Base, policy: Any, data: AnyPairs, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
+    if isinstance(data, LatentCache):
+        pairs: CachedPairs | EncodedPairs = CachedPairs(data, run.seed)
+    else:
+        processes = run.accelerator.num_processes if run.accelerator else 1
+        pairs = EncodedPairs(base, data, settings.resolution, run.seed, processes)
+    plan, dropout = settings.plan_at(beta), settings.prompt_dropout
+    return train_dpo(base, policy, pairs, beta, plan, batch=settings.batch, dropout=dropout, run=run)
 
 
-def _pairs_held_out(data: LatentCache | PairFolder | PairStream, settings: Preset, count: int) -> list[str]:
+def _pairs_held_out(data: AnyPairs, settings: Preset, count: int) -> list[str]:
     if isinstance(data, LatentCache):
         return data.take(data.held_out[:count]).texts
     return [pair.prompt for pair in itertools.islice(data.held_out(), count)]
@@ -218,19 +204,11 @@ def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
     def trained(
         base: Base, policy: Any, data: TrainingPrompts, beta: float, settings: Preset, run: TrainingRun
     ) -> LossCurve:
-        return train(
-            base,
-            policy,
-            data.training,
-            data.held_out,
-            data.reward,
-            beta,
-            settings.plan,
-            batch=settings.batch,
-            sampling=sampling_of(settings),
-            **settings.options,
-            run=run,
+        sampling, prompts, held_out = sampling_of(settings), data.training, data.held_out
+        task = RewardTask(
+            base, policy, prompts, held_out, data.reward, beta, settings.plan, run, settings.batch, sampling
         )
+        return train(task, **settings.options)
 
     return trained
 
@@ -245,11 +223,10 @@ def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> li
 def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
     """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
     base = Base(pipe)
-    name = " with ".join(filter(None, (settings.base, settings.vae)))
     return draw_samples(
         out / "samples",
         base,
-        name,
+        settings.model,
         _prompts(settings, count, seed),
         settings.options["per_prompt"],
         reward_of(settings, base.denoiser.device),
@@ -270,24 +247,26 @@ def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Prese
             "are trained on again and again. Raise β, or draw more samples of every prompt (--per-prompt)",
             stacklevel=2,
         )
-    return train_rwr(
-        base,
-        policy,
-        data.samples,
-        weights,
-        settings.plan,
-        held_out=settings.held_out,
-        batch=settings.batch,
-        dropout=settings.prompt_dropout,
-        run=run,
-    )
+    held_out, batch, dropout = settings.held_out, settings.batch, settings.prompt_dropout
+    plan, samples = settings.plan, data.samples
+    return train_rwr(base, policy, samples, weights, plan, held_out=held_out, batch=batch, dropout=dropout, run=run)
 
 
 def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[str]:
     return list(dict.fromkeys(data.samples.prompts[-settings.held_out :]))[:count]
 
 
-_SAMPLED = "minus the mean reward of pictures for held-out prompts, with the term of the strength"
+_rewarded = partial(
+    TrainingMethod,
+    symbol="λ_KL",
+    may_be_zero=True,
+    loss="minus the mean reward of pictures for held-out prompts, with the term of the strength",
+    unit="prompts",
+    decodes=True,
+    prepare=prepare_prompts,
+    prompts=_prompts_held_out,
+)
+"""A method that samples for prompts and scores what it drew."""
 
 METHODS: dict[str, TrainingMethod] = {
     "dpo": TrainingMethod(
@@ -304,33 +283,19 @@ METHODS: dict[str, TrainingMethod] = {
         train=_dpo,
         prompts=_pairs_held_out,
     ),
-    "draft": TrainingMethod(
+    "draft": _rewarded(
         title="DRaFT",
-        symbol="λ_KL",
-        may_be_zero=True,
         strength="λ_KL multiplies the squared distance between the predictions of model and reference, summed over the "
         "elements of a latent and over the last K steps (Annealed Importance Guidance, equation 4); 0 leaves it out.",
-        loss=_SAMPLED,
-        unit="prompts",
         batch="prompts",
-        decodes=True,
-        prepare=prepare_prompts,
         train=_with_reward(train_draft),
-        prompts=_prompts_held_out,
     ),
-    "refl": TrainingMethod(
+    "refl": _rewarded(
         title="ReFL",
-        symbol="λ_KL",
-        may_be_zero=True,
         strength="λ_KL multiplies the squared distance between the predictions of model and reference at the last "
         "step, summed over the elements of a latent, in place of the published denoising loss; 0 leaves it out.",
-        loss=_SAMPLED,
-        unit="prompts",
         batch="prompts",
-        decodes=True,
-        prepare=prepare_prompts,
         train=_with_reward(train_refl),
-        prompts=_prompts_held_out,
     ),
     "rwr": TrainingMethod(
         title="reward-weighted denoising",
@@ -346,19 +311,12 @@ METHODS: dict[str, TrainingMethod] = {
         train=_rwr,
         prompts=_samples_held_out,
     ),
-    "ddpo": TrainingMethod(
+    "ddpo": _rewarded(
         title="DDPO",
-        symbol="λ_KL",
-        may_be_zero=True,
         strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the reward "
         "per nat (DPOK); 0 leaves it out (DDPO).",
-        loss=_SAMPLED,
-        unit="prompts",
         batch="pictures",
-        decodes=True,
-        prepare=prepare_prompts,
         train=_with_reward(train_ddpo),
-        prompts=_prompts_held_out,
     ),
 }
 """By name: `deradiff align --method NAME`."""

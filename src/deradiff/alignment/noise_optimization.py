@@ -20,14 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.data_order import row_generators
-from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.data_order import passes, row_generators
+from deradiff.alignment.sampling import SamplerSettings, decode, sample, told
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.training import Report
 from deradiff.rewards import Reward
 from deradiff.sampling.pictures import upcast
-
-Report = Callable[[int, int, str], None]
-"""Called with (iterations done, iterations planned, a line of words)."""
 
 
 @dataclass
@@ -190,7 +188,9 @@ def optimize_noise(
             that is not one per prompt; a schedule that does not begin at noise; a reward that is not finite, or not
             differentiable; a gradient that is not finite.
     """
-    _check(prompts, iterations, learning_rate, norm_weight, max_norm, momentum, per_pass)
+    if not prompts:
+        raise ValueError("no prompts: there is nothing to optimise")
+    _check(iterations, per_pass, learning_rate, norm_weight, max_norm, momentum)
     _require_noise_first(base, sampling)
     start = initial_noise(base, sampling, len(prompts), seed) if noise is None else noise
     if len(start) != len(prompts):
@@ -219,8 +219,8 @@ def optimize_noise(
 
     count, began = len(prompts), time.perf_counter()
     with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
-        passes = [ascend(range(first, min(first + per_pass, count))) for first in range(0, count, per_pass)]
-    images, noises, scores = zip(*passes, strict=True)
+        optimized = [ascend(rows) for rows in passes(count, per_pass)]
+    images, noises, scores = zip(*optimized, strict=True)
     cost = Cost(evaluations.forward / count, evaluations.backward / count, (time.perf_counter() - began) / count)
     return Optimized(torch.cat(images), torch.cat(noises), torch.cat(scores, 1), cost)
 
@@ -228,8 +228,7 @@ def optimize_noise(
 def _renderer(
     base: Base, prompts: Sequence[str], sampling: SamplerSettings, seed: int, rows: range, checkpointing: bool
 ) -> Render:
-    prompted = conditions(base, prompts, sampling.resolution)
-    unprompted = unconditional(base, len(prompts), sampling.resolution) if sampling.guidance_scale > 1 else None
+    prompted, unprompted = told(base, prompts, sampling)
     # A scheduler of second order takes more steps than it is asked for.
     steps = len(sampling.prepared(base).timesteps)
 
@@ -280,16 +279,8 @@ def _better(known: Scored | None, *candidate: Tensor) -> Scored:
 
 
 def _check(
-    prompts: Sequence[str],
-    iterations: int,
-    learning_rate: float,
-    norm_weight: float,
-    max_norm: float,
-    momentum: float,
-    per_pass: int,
+    iterations: int, per_pass: int, learning_rate: float, norm_weight: float, max_norm: float, momentum: float
 ) -> None:
-    if not prompts:
-        raise ValueError("no prompts: there is nothing to optimise")
     for name, value, fits, need in (
         ("iterations", iterations, iterations >= 1, "at least 1"),
         ("per_pass", per_pass, per_pass >= 1, "at least 1"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.rwr import ReferenceSamples
-from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional
+from deradiff.alignment.sampling import SamplerSettings, decode, sample, told
 from deradiff.alignment.scoring import scored
 from deradiff.alignment.training import Report
 from deradiff.files.folders import begin_or_resume
@@ -27,13 +28,14 @@ from deradiff.rewards import Reward
 WHAT, CURE = "file of drawn samples", "delete it, and they are drawn again"
 
 
+@dataclass(frozen=True)
 class OwnSamples:
     """Samples, several of every prompt, with their rewards; `fingerprint` tells them from others."""
 
-    def __init__(
-        self, samples: ReferenceSamples, rewards: Float[Tensor, " sample"], per_prompt: int, fingerprint: dict[str, Any]
-    ) -> None:
-        self.samples, self.rewards, self.per_prompt, self.fingerprint = samples, rewards, per_prompt, fingerprint
+    samples: ReferenceSamples
+    rewards: Float[Tensor, " sample"]
+    per_prompt: int
+    fingerprint: dict[str, Any]
 
     def conditions(self) -> Tensor:
         """The number of each sample's prompt."""
@@ -69,28 +71,24 @@ def draw_samples(
         "prompts": list(prompts),
         "per_prompt": per_prompt,
         "reward": reward.name,
-        "scheduler": sampling.scheduler,
-        "steps": sampling.steps,
-        "guidance_scale": sampling.guidance_scale,
-        "resolution": sampling.resolution,
+        **asdict(sampling),
         "seed": seed,
         "precision": str(base.denoiser.dtype),
     }
     begin_or_resume(folder, settings, "set of drawn samples")
     count, parts = len(prompts) * per_prompt, {}
+    texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     shape = sampling.noise(base, row_generators(seed, range(1))).shape[1:]
-    paths = {start: folder / f"samples-{start:07d}.safetensors" for start in range(0, count, chunk)}
+    paths = {rows: folder / f"samples-{rows.start:07d}.safetensors" for rows in passes(count, chunk)}
     complete = all(path.exists() for path in paths.values())
     with nullcontext() if complete else taken(folder, "a set of drawn samples"):
-        for start, path in paths.items():
-            rows = range(count)[start : start + chunk]
+        for rows, path in paths.items():
             if not path.exists():
-                drawn = _drawn(base, [prompts[row // per_prompt] for row in rows], reward, sampling, seed, rows)
+                drawn = _drawn(base, texts[rows.start : rows.stop], reward, sampling, seed, rows)
                 with atomic_file(path) as temporary:
                     save_file(drawn, temporary)
             parts[path] = rows_of(path, {"latents": shape, "rewards": ()}, len(rows), WHAT, CURE)
-            report(min(start + chunk, count), count, f"samples scored by {reward.name}")
-    texts = [prompt for prompt in prompts for _ in range(per_prompt)]
+            report(rows.stop, count, f"samples scored by {reward.name}")
     fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
     drawn = joined(parts, WHAT, CURE)
     return OwnSamples(ReferenceSamples(drawn["latents"], texts), drawn["rewards"], per_prompt, fingerprint)
@@ -100,9 +98,7 @@ def _drawn(
     base: Base, texts: list[str], reward: Reward, sampling: SamplerSettings, seed: int, rows: range
 ) -> dict[str, Tensor]:
     generators = row_generators(seed, rows, "own sample")
-    prompted = conditions(base, texts, sampling.resolution)
-    guided = sampling.guidance_scale > 1
-    unprompted = unconditional(base, len(texts), sampling.resolution) if guided else None
+    prompted, unprompted = told(base, texts, sampling)
     noise = sampling.noise(base, generators)
     latents = sample(base, base.denoiser, prompted, unprompted, noise, sampling, keep=0, generators=generators).latents
     rewards = scored(reward, decode(base, latents), texts)

@@ -7,6 +7,7 @@ open shard the part before it.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Annotated, Any, Protocol, runtime_checkable
 import torch
 from pydantic import Field, NonNegativeInt
 
-from deradiff.alignment.data_order import Counts, Cursor, OrderedRow, Unreadable, read_cursor, seeded
+from deradiff.alignment.data_order import Counts, Cursor, OrderedRow, read_cursor, readable, seeded
 from deradiff.alignment.pair_rows import LeftOut, PreferencePair, UndecodedPair, decode_pair, pair_columns, read_row
+from deradiff.alignment.prompts import hub_dataset
 from deradiff.files.reading import Record
-from deradiff.files.tables import INSTALL, open_parquet
+from deradiff.files.tables import open_parquet
 
 OPEN_SHARDS = 4
 """Shards read in turn. More mix neighbouring rows better, and cost more to find again."""
@@ -51,17 +53,7 @@ class HubShards:
     """
 
     def __init__(self, repo: str, split: str = "train", revision: str | None = None) -> None:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ImportError(f"{repo} is read with the datasets library, which is missing: {INSTALL}") from error
-        try:
-            self._dataset = load_dataset(repo, split=split, revision=revision, streaming=True)
-        except OSError as error:
-            raise OSError(
-                f"the dataset {repo} cannot be reached ({error}): check its name and the connection, log in if access "
-                "to it is granted by its owner, or download its Parquet files and name their folder"
-            ) from error
+        self._dataset = hub_dataset(repo, split, revision)
         self.repo, self.split = repo, split
         self.fingerprint = {"kind": "hub", "repo": repo, "split": split, "revision": revision, "shards": len(self)}
 
@@ -186,11 +178,8 @@ class PairStream:
 
     def held_out(self) -> Iterator[PreferencePair]:
         """The held-out pairs, decoded as they are asked for; those that cannot be decoded are left out."""
-        for _, step in zip(range(self.held_out_rows), self.in_order(None), strict=False):
-            try:
-                yield self.open(step.row)
-            except Unreadable:
-                continue
+        rows = (step.row for step in self.in_order(None))
+        return readable(self.open, itertools.islice(rows, self.held_out_rows))
 
     def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[UndecodedPair]]:
         """Training rows without end, from `cursor` on. Raises `ValueError` after an epoch without a usable row."""

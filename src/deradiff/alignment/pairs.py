@@ -9,19 +9,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import NonNegativeInt
 
-from deradiff.alignment.data_order import (
-    Cursor,
-    OrderedRow,
-    Unreadable,
-    permuted,
-    read_cursor,
-    split_held_out,
-)
-from deradiff.alignment.pair_rows import PLAIN_COLUMNS, PreferencePair, UndecodedPair, decode_pair
+from deradiff.alignment.data_order import Cursor, OrderedRow, permuted, read_cursor, readable, split_held_out
+from deradiff.alignment.pair_rows import PreferencePair, UndecodedPair, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
 from deradiff.files import reading, tables
 from deradiff.files.reading import Record
@@ -85,11 +78,12 @@ def open_pairs(
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 
-class _Listed(NamedTuple):
+class _Listed(Record):
+    """A row of a list; images are paths within its folder."""
+
     prompt: str
     winner: str
     loser: str
-    place: str
 
 
 class _Next(Record):
@@ -128,37 +122,24 @@ class PairFolder:
         self.held_out_rows = held_out
         self._train, self._set_aside = split_held_out(len(self._rows), held_out)
 
-    def _checked(self, place: str, row: Any) -> _Listed:
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} must give prompt, winner and loser, got {row!r:.200}")
-        if missing := [column for column in PLAIN_COLUMNS if column not in row]:
-            raise ValueError(
-                f"{place} must give prompt, winner and loser: it has no {' and no '.join(missing)}, but "
-                f"{', '.join(map(repr, row)) or 'nothing'}"
-            )
-        for column in PLAIN_COLUMNS:
-            if not isinstance(row[column], str):
-                raise ValueError(
-                    f"{place} must give prompt, winner and loser as text: {column} is {row[column]!r:.100}"
-                )
-        if not row["prompt"].strip():
+    def _checked(self, place: str, row: Any) -> UndecodedPair:
+        listed = reading.fit(_Listed, row, place, "pair of texts: prompt, winner and loser")
+        if not listed.prompt.strip():
             raise ValueError(f"{place} has an empty prompt")
-        for role in ("winner", "loser"):
-            path = os.path.realpath(os.path.join(self._root, row[role]))
+        for role, name in (("winner", listed.winner), ("loser", listed.loser)):
+            path = os.path.realpath(os.path.join(self._root, name))
             if not path.startswith(self._root + os.sep):
-                raise ValueError(f"{place}: the {role} {row[role]!r} lies outside {self.folder}; move it inside")
+                raise ValueError(f"{place}: the {role} {name!r} lies outside {self.folder}; move it inside")
             if not os.path.isfile(path):
-                raise FileNotFoundError(f"{place}: the {role} {row[role]!r} is missing, there is no {path}")
-        return _Listed(row["prompt"], row["winner"], row["loser"], place)
+                raise FileNotFoundError(f"{place}: the {role} {name!r} is missing, there is no {path}")
+        return UndecodedPair(listed.prompt, self.folder / listed.winner, self.folder / listed.loser, place)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def open(self, row: int) -> PreferencePair:
         """The pair of a row. Raises `Unreadable` where an image is damaged, `OSError` where it has gone."""
-        listed = self._rows[row]
-        winner, loser = self.folder / listed.winner, self.folder / listed.loser
-        return decode_pair(UndecodedPair(listed.prompt, winner, loser, listed.place))
+        return decode_pair(self._rows[row])
 
     def steps(self, seed: int, cursor: Cursor | None) -> Iterator[OrderedRow[int]]:
         """Training rows without end, from `cursor` on."""
@@ -171,11 +152,7 @@ class PairFolder:
 
     def held_out(self) -> Iterator[PreferencePair]:
         """The held-out pairs, decoded as they are asked for; those that cannot be decoded are left out."""
-        for row in self._set_aside.tolist():
-            try:
-                yield self.open(row)
-            except Unreadable:
-                continue
+        return readable(self.open, self._set_aside.tolist())
 
 
 def _listed(path: Path) -> list[tuple[str, Any]]:

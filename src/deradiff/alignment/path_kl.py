@@ -18,8 +18,8 @@ from deradiff.algorithm import posteriors
 from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.algorithm.gaussian import Gaussian, kl
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.data_order import row_generators
-from deradiff.alignment.sampling import SamplerSettings, conditions, unconditional
+from deradiff.alignment.data_order import passes, row_generators
+from deradiff.alignment.sampling import SamplerSettings, together, told
 
 NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
@@ -55,11 +55,10 @@ class Chain:
                 "take ddim (η = 1 is set here), ddpm or euler-a"
             )
         self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
-        self._conditions = conditions(base, prompts, sampling.resolution)
-        self._guided = sampling.guidance_scale > 1
-        if self._guided:
-            unprompted = unconditional(base, len(prompts), sampling.resolution)
-            self._conditions = {name: torch.cat([unprompted[name], rows]) for name, rows in self._conditions.items()}
+        self._conditions, unprompted = told(base, prompts, sampling)
+        self._guided = unprompted is not None
+        if unprompted is not None:
+            self._conditions = together(unprompted, self._conditions)
 
     def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
         """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
@@ -124,9 +123,9 @@ def path_kl(
     if not prompts:
         raise ValueError("no prompts: the divergence is a mean over prompts")
     divergences = []
-    for start in range(0, len(prompts), per_pass):
-        texts = prompts[start : start + per_pass]
-        chain, generators = Chain(base, texts, sampling), row_generators(seed, range(start, start + len(texts)), "path")
+    for places in passes(len(prompts), per_pass):
+        chain = Chain(base, prompts[places.start : places.stop], sampling)
+        generators = row_generators(seed, places, "path")
         steps = [divergence(chain, policy, step, policy.model) for step in chain.walk(policy.model, generators)]
         divergences.append(torch.stack(steps).double().sum(0).cpu())
     return mean(torch.cat(divergences))

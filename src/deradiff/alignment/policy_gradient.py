@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base, Policy
-from deradiff.alignment.data_order import order, row_generators
-from deradiff.alignment.draft import require
+from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
 from deradiff.alignment.sampling import SamplerSettings, decode
-from deradiff.alignment.scoring import scored
-from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
+from deradiff.alignment.scoring import RewardTask, scored
+from deradiff.alignment.training import BatchPart, LossCurve
 from deradiff.rewards import Reward
 
 CLIP = 1e-4
@@ -123,69 +122,50 @@ def loss(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_ddpo(
-    base: Base,
-    policy: Policy,
-    prompts: Sequence[str],
-    held_out: Sequence[str],
-    reward: Reward,
-    kl: float | int,
-    plan: TrainingPlan,
-    *,
-    batch: int,
-    sampling: SamplerSettings,
-    per_prompt: int = 4,
-    per_pass: int = 16,
-    run: TrainingRun,
-) -> LossCurve:
-    """Align `policy` by the rewards of its own samples: `batch` images a step, `per_prompt` of each prompt.
+def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
+    """Align the policy by the rewards of its own samples: a batch counts pictures, `per_prompt` of each prompt.
 
     Every step samples anew and updates once, so the ratio of probabilities is 1 (see `clipped_policy_gradient`). The
     sampler is `sampling`'s at full noise (see `Chain`), and with guidance it is the guided prediction that decides. A
     last step without noise decides nothing: it counts as part of the reward, its gradient is left out.
 
-    `kl` is in points of the reward per nat. At 0 there is nothing to weigh the reward against, and advantages are
+    λ_KL is in points of the reward per nat. At 0 there is nothing to weigh the reward against, and advantages are
     normalised per prompt, as in DDPO. Otherwise they stay in points, as in DPOK, whose KL gradient is that of every
     step at the states that were drawn: how earlier steps change which states are drawn is left out, as in its paper.
 
     A prompt's samples are compared with one another alone and stay in one part of the batch, so that the result does
     not depend on the number of processes and micro-batches. Steps of the sampler are differentiated one at a time:
     memory does not grow with their number. The loss reported is J, as is the held-out one: one image of every held-out
-    prompt, from noise that stays the same, `per_pass` at a time.
+    prompt.
 
     Raises:
-        ValueError: `kl` negative or not finite; no prompts, or none held out; a part of the batch that is not a
-            multiple of `per_prompt`, at least 2; a sampler without noise; a reward that is not finite.
+        ValueError: a part of the batch that is not a multiple of `per_prompt`, at least 2; a sampler without noise; a
+            reward that is not finite.
     """
-    require(kl, prompts, held_out)
-    accelerator = run.accelerator or Accelerator(cpu=True)
-    _check_parts(batch, per_prompt, plan.accumulate * accelerator.num_processes)
+    base, policy, reward, sampling = task.base, task.policy, task.reward, task.sampling
+    kl, seed = task.kl, task.run.seed
+    accelerator = task.run.accelerator or Accelerator(cpu=True)
+    _check_parts(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        positions, group = part.positions(batch), per_prompt
-        rows = order(len(prompts), run.seed, range(positions.start // group, positions.stop // group))
-        texts = [prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(run.seed, positions, "path")
+        positions, group = part.positions(task.batch), per_prompt
+        rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
+        texts = [task.prompts[row] for row in rows for _ in range(group)]
+        generators = row_generators(seed, positions, "path")
         return loss(base, policy, model, texts, reward, kl, sampling, group, generators, accelerator)
 
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
-        for start in range(0, len(held_out), per_pass):
-            texts = held_out[start : start + per_pass]
+        for places in passes(len(task.held_out), task.per_pass):
+            texts = task.held_out[places.start : places.stop]
             chain = Chain(base, texts, sampling)
-            for step in chain.walk(model, row_generators(run.seed, range(start, start + len(texts)), "held out")):
+            for step in chain.walk(model, row_generators(seed, places, "held out")):
                 if kl:
                     total += kl * divergence(chain, policy, step, model).sum().item()
             total -= scored(reward, decode(base, step.after), texts).sum().item()
-        return total / len(held_out)
+        return total / len(task.held_out)
 
-    return train(
-        policy.model,
-        objective,
-        held_out_loss,
-        plan,
-        run=replace(run, accelerator=accelerator),
-    )
+    return train(policy.model, objective, held_out_loss, task.plan, run=replace(task.run, accelerator=accelerator))
 
 
 def _check_parts(batch: int, per_prompt: int, parts: int) -> None:

@@ -7,11 +7,8 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
-SDXL, SD15, SD14 = (
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "runwayml/stable-diffusion-v1-5",
-    "CompVis/stable-diffusion-v1-4",
-)
+SDXL, SD15 = "stabilityai/stable-diffusion-xl-base-1.0", "runwayml/stable-diffusion-v1-5"
+SD14 = "CompVis/stable-diffusion-v1-4"
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,16 @@ class Preset:
     vae: str | None = None
     notes: str = ""
 
+    @property
+    def model(self) -> str:
+        """What the data of a base are made by: its name, and that of another VAE."""
+        return " with ".join(filter(None, (self.base, self.vae)))
+
     def plan_at(self, beta: float) -> TrainingPlan:
         """How to train at `beta`."""
-        return (
-            self.plan if self.rate_times_beta is None else replace(self.plan, learning_rate=self.rate_times_beta / beta)
-        )
+        if self.rate_times_beta is None:
+            return self.plan
+        return replace(self.plan, learning_rate=self.rate_times_beta / beta)
 
     def shown(self) -> dict[str, Any]:
         """As plain data."""
@@ -62,66 +64,64 @@ _NOT_PUBLISHED = (
     "Not published: optimizer settings (here AdamW's defaults with weight decay 0.01), LoRA or full weights (here "
     "all), mixed precision (here fp16), whether the rate was multiplied by the batch (here it was not)."
 )
-
-_DPO_SDXL = TrainingPlan(
-    steps=30_000,
-    learning_rate=1e-8,
-    warmup=200,
-    weight_decay=0.01,
-    adam_betas=(0.9, 0.999),
-    accumulate=64,
-    average=0.0,
-    evaluate_every=500,
-    checkpoint_seconds=600,
-)
-_DPO_SD15 = TrainingPlan(
-    steps=2000,
-    learning_rate=1e-8,
-    warmup=500,
-    weight_decay=0.01,
-    adam_betas=(0.9, 0.999),
-    accumulate=64,
-    average=0.0,
-    evaluate_every=100,
-    checkpoint_seconds=600,
-)
-_DRAFT = TrainingPlan(
-    steps=10_000,
-    learning_rate=2.5e-4,
-    warmup=0,
-    adam_betas=(0.9, 0.999),
-    accumulate=4,
-    max_norm=0.1,
-    average=0.0,
-    evaluate_every=250,
-    checkpoint_seconds=600,
-)
 _DRAFT_NOTES = (
     "Trained for 4 hours on 8 H100; the number of steps is not published (here 10,000), nor the LoRA's rank (here 64). "
     "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic (--count 50000 draws as many). The "
     "paper trains on HPSv2 and on PickScore (--reward pickscore)."
 )
-_START = TrainingPlan(
-    steps=2000,
-    learning_rate=1e-4,
-    warmup=100,
-    adam_betas=(0.9, 0.999),
-    accumulate=16,
-    average=0.0,
-    evaluate_every=100,
-    checkpoint_seconds=600,
-)
-_PLAIN = TrainingPlan(
-    steps=1000,
-    learning_rate=1e-5,
-    warmup=0,
-    adam_betas=(0.9, 0.999),
-    average=0.0,
-    checkpoint_seconds=600,
-)
 _NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
-_KL = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 
+_PLAIN = TrainingPlan(
+    steps=1000, learning_rate=1e-5, warmup=0, adam_betas=(0.9, 0.999), average=0.0, checkpoint_seconds=600
+)
+_DPO = replace(_PLAIN, learning_rate=1e-8, weight_decay=0.01, accumulate=64)
+_DRAFT = replace(_PLAIN, steps=10_000, learning_rate=2.5e-4, accumulate=4, max_norm=0.1, evaluate_every=250)
+_START = replace(_PLAIN, steps=2000, learning_rate=1e-4, warmup=100, accumulate=16)
+
+_DERADIFF = Preset(
+    source="DeRaDiff, Table 4 and §5.1",
+    method="dpo",
+    base=SD15,
+    data="pickapic-v1",
+    plan=replace(_DPO, steps=2000, warmup=500),
+    batch=64,
+    resolution=512,
+    betas=(500, 1000, 2000, 5000, 8000, 10_000),
+    precision="fp16",
+    sampling={"scheduler": "euler-a", "steps": 50, "guidance_scale": 7.5},
+    notes="1 GPU x batch 1 x 64 accumulated. " + _NOT_PUBLISHED,
+)
+_AIG = Preset(
+    source="Annealed Importance Guidance, §4 and A.7.1",
+    method="draft",
+    base=SD14,
+    data="pickapic-v1",
+    plan=_DRAFT,
+    batch=32,
+    resolution=512,
+    betas=(0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0),
+    lora_rank=64,
+    precision="bf16",
+    sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 7.5},
+    reward="hps-v2.0",
+    options={"keep": 1},
+    notes=_DRAFT_NOTES,
+)
+_OURS = Preset(
+    source="deradiff's own",
+    method="ddpo",
+    base=SD15,
+    data="pickapic-v1",
+    plan=_START,
+    batch=64,
+    resolution=512,
+    lora_rank=64,
+    precision="bf16",
+    sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 5.0},
+    reward="pickscore",
+    options={"per_prompt": 4},
+    notes=_NOT_IN_THE_PAPERS,
+)
 _DIGITS = Preset(
     source="deradiff's own, for the model that ships with it",
     method="dpo",
@@ -139,148 +139,59 @@ _DIGITS = Preset(
     sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 1.0},
     reward="digits",
 )
+_DIGITS_BY_REWARD = replace(_DIGITS, plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=32)
 
 PRESETS: dict[str, Preset] = {
-    "deradiff-sdxl": Preset(
-        source="DeRaDiff, Table 4 and §5.1",
-        method="dpo",
+    "deradiff-sdxl": replace(
+        _DERADIFF,
         base=SDXL,
-        data="pickapic-v1",
-        plan=_DPO_SDXL,
+        plan=replace(_DPO, steps=30_000, warmup=200, evaluate_every=500),
         batch=128,
         resolution=1024,
-        betas=(500, 1000, 2000, 5000, 8000, 10_000),
-        precision="fp16",
         vae="madebyollin/sdxl-vae-fp16-fix",
         sampling={"scheduler": "euler-a", "steps": 50, "guidance_scale": 5.0},
         notes="2 GPUs x batch 1 x 64 accumulated; appendix A.6 aligns at 250 to 2000 as well. " + _NOT_PUBLISHED,
     ),
-    "deradiff-sd15": Preset(
-        source="DeRaDiff, Table 4 and §5.1",
-        method="dpo",
-        base=SD15,
-        data="pickapic-v1",
-        plan=_DPO_SD15,
-        batch=64,
-        resolution=512,
-        betas=(500, 1000, 2000, 5000, 8000, 10_000),
-        precision="fp16",
-        sampling={"scheduler": "euler-a", "steps": 50, "guidance_scale": 7.5},
-        notes="1 GPU x batch 1 x 64 accumulated. " + _NOT_PUBLISHED,
-    ),
-    "aig-sdxl": Preset(
-        source="Annealed Importance Guidance, §4 and A.7.1",
-        method="draft",
+    "deradiff-sd15": _DERADIFF,
+    "aig-sdxl": replace(
+        _AIG,
         base=SDXL,
-        data="pickapic-v1",
-        plan=_DRAFT,
-        batch=32,
         resolution=1024,
-        betas=_KL,
-        lora_rank=64,
-        precision="bf16",
         sampling={"scheduler": "euler", "steps": 25, "guidance_scale": 5.0},
-        reward="hps-v2.0",
-        options={"keep": 1},
         notes="Sampled with EDM, of an order and noise levels that are not published; here with Euler. " + _DRAFT_NOTES,
     ),
-    "aig-sd14": Preset(
-        source="Annealed Importance Guidance, §4 and A.7.1",
-        method="draft",
-        base=SD14,
-        data="pickapic-v1",
-        plan=_DRAFT,
-        batch=32,
-        resolution=512,
-        betas=_KL,
-        lora_rank=64,
-        precision="bf16",
-        sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 7.5},
-        reward="hps-v2.0",
-        options={"keep": 1},
-        notes=_DRAFT_NOTES,
-    ),
-    "refl": Preset(
+    "aig-sd14": _AIG,
+    "refl": replace(
+        _OURS,
         source="Xu et al. 2023, arXiv 2304.05977, Algorithm 1",
         method="refl",
-        base=SD15,
-        data="pickapic-v1",
-        plan=_START,
-        batch=64,
-        resolution=512,
-        lora_rank=64,
-        precision="bf16",
         sampling={"scheduler": "ddim", "steps": 40, "guidance_scale": 7.5},
         reward="image-reward",
         options={"window": (30, 39), "ceiling": 2.0},
         notes="Published: one of the last ten of 40 steps, ImageReward up to 2. " + _NOT_IN_THE_PAPERS,
     ),
-    "rwr": Preset(
-        source="deradiff's own",
+    "rwr": replace(
+        _OURS,
         method="rwr",
-        base=SD15,
-        data="pickapic-v1",
-        plan=_START,
-        batch=64,
-        resolution=512,
-        lora_rank=64,
         prompt_dropout=0.1,
-        precision="bf16",
         sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 1.0},
-        reward="pickscore",
         options={"per_prompt": 16},
         notes="β is in points of the reward. " + _NOT_IN_THE_PAPERS,
     ),
-    "ddpo": Preset(
-        source="deradiff's own",
-        method="ddpo",
-        base=SD15,
-        data="pickapic-v1",
-        plan=_START,
-        batch=64,
-        resolution=512,
-        lora_rank=64,
-        precision="bf16",
-        sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 5.0},
-        reward="pickscore",
-        options={"per_prompt": 4},
-        notes=_NOT_IN_THE_PAPERS,
-    ),
+    "ddpo": _OURS,
     # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
     "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
-    "digits-draft": replace(
-        _DIGITS,
-        method="draft",
-        plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3),
-        batch=32,
-        betas=(1e-4,),
-        options={"keep": 1},
-    ),
-    "digits-refl": replace(
-        _DIGITS,
-        method="refl",
-        plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3),
-        batch=32,
-        betas=(0.03,),
-        options={"window": (19, 24)},
-    ),
+    "digits-draft": replace(_DIGITS_BY_REWARD, method="draft", betas=(1e-4,), options={"keep": 1}),
+    "digits-refl": replace(_DIGITS_BY_REWARD, method="refl", betas=(0.03,), options={"window": (19, 24)}),
     "digits-rwr": replace(
         _DIGITS,
         method="rwr",
         plan=replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600),
-        batch=64,
         betas=(0.5,),
         prompt_dropout=0.1,
         options={"per_prompt": 16},
     ),
-    "digits-ddpo": replace(
-        _DIGITS,
-        method="ddpo",
-        plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3),
-        batch=64,
-        betas=(0.005,),
-        options={"per_prompt": 4},
-    ),
+    "digits-ddpo": replace(_DIGITS_BY_REWARD, method="ddpo", batch=64, betas=(0.005,), options={"per_prompt": 4}),
 }
 """By name: `deradiff align --show-preset NAME` prints one."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,8 +60,8 @@ def load_prompts(
 
     Raises:
         FileNotFoundError: there is no such file or name.
-        ValueError: the source is empty, unreadable, holds something else than text, or fewer prompts than `count`; a
-            `split` of what has none.
+        ValueError: no source is named; it is empty, unreadable, holds something else than text, or fewer prompts than
+            `count`; a `split` of what has none.
         ImportError: Pick-a-Pic is asked for without the `datasets` library, or Parquet without pyarrow.
         OSError: the hub cannot be reached, or the file cannot be read.
     """
@@ -93,6 +94,8 @@ def load_prompts(
 
 
 def _entries(source: str | Path, split: str | None) -> Iterable[Entry]:
+    if not str(source).strip():
+        raise ValueError(f"no path was given: name a file of prompts, or one of the lists {', '.join(NAMES)}")
     if source in ("pickapic-v1", "pickapic-v2") and not Path(source).is_file():
         return _of_captions(f"yuvalkirstain/pickapic_{str(source)[-2:]}_no_images", split or "train")
     if split is not None:
@@ -131,16 +134,26 @@ def _of_style(style: str) -> list[Entry]:
     return [entry._replace(category=style) for entry in read_prompts(path)]
 
 
-def _of_captions(repo: str, split: str) -> Iterator[Entry]:
+def hub_dataset(repo: str, split: str, revision: str | None = None) -> Any:
+    """A dataset of the hub, whose rows are downloaded as they are read.
+
+    Raises `ImportError` without the `datasets` library, `OSError` where the dataset cannot be reached.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(f"{repo} is read with the datasets library, which is missing: {INSTALL}") from error
     try:
-        rows = load_dataset(repo, split=split, streaming=True)
+        return load_dataset(repo, split=split, revision=revision, streaming=True)
     except OSError as error:
-        raise OSError(f"the dataset {repo} cannot be reached ({error}): check the connection") from error
-    for number, row in enumerate(rows):
+        raise OSError(
+            f"the dataset {repo} cannot be reached ({error}): check its name and the connection, log in if access to "
+            "it is granted by its owner, or download its Parquet files and name their folder"
+        ) from error
+
+
+def _of_captions(repo: str, split: str) -> Iterator[Entry]:
+    for number, row in enumerate(hub_dataset(repo, split)):
         caption = row["caption"]
         # People also voted with nothing written.
         if isinstance(caption, str) and caption.strip():

@@ -155,57 +155,36 @@ def align(
     folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
     an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
-    with _holding(out, accelerator) as private:
-        return _align(pipe, data, beta, settings, out, private, report, seed, accelerator)
-
-
-def _align(
-    pipe: DiffusionPipeline,
-    data: Data,
-    beta: float,
-    settings: Preset,
-    out: Path,
-    private: Path,
-    report: Report,
-    seed: int,
-    accelerator: Accelerator | None,
-) -> Path:
     method, name = METHODS[settings.method], _name(beta)
-    path, checkpoint = out / name, private / f"{name}-checkpoint"
-    _require_no_older(out / checkpoint.name)
-    made_of = _identity(beta, settings, data, seed)
-    if path.exists():
-        require_finished(path, made_of)
-        return path
-    base = Base(pipe)
-    policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
-    if settings.gradient_checkpointing:
-        policy.model.enable_gradient_checkpointing()
-    try:
-        curve = method.train(
-            base,
-            policy,
-            data,
-            beta,
-            settings,
-            run=TrainingRun(
-                seed=seed,
-                checkpoint=checkpoint,
-                report=partial(report, f"{method.symbol} = {beta:g}"),
-                accelerator=accelerator,
-                identity=json.dumps(made_of),
-            ),
-        )
-        if accelerator is None or accelerator.is_main_process:
-            report(f"{method.symbol} = {beta:g}", settings.plan.steps, settings.plan.steps, "measuring the path KL")
-            away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
-            with atomic_folder(path, within=private) as folder:
-                _save(pipe, policy, method, made_of, curve, away, folder)
-            discard(checkpoint)
-    finally:
-        policy.model.disable_gradient_checkpointing()
-        if policy.is_lora:
-            base.denoiser.delete_adapters(base.denoiser.active_adapters())
+    label, path, is_first = (
+        f"{method.symbol} = {beta:g}",
+        out / name,
+        accelerator is None or accelerator.is_main_process,
+    )
+    with _holding(out, accelerator) as private:
+        checkpoint = private / f"{name}-checkpoint"
+        _require_no_older(out / checkpoint.name)
+        made_of = _identity(beta, settings, data, seed)
+        if path.exists():
+            require_finished(path, made_of)
+            return path
+        base = Base(pipe)
+        policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
+        if settings.gradient_checkpointing:
+            policy.model.enable_gradient_checkpointing()
+        run = TrainingRun(seed, checkpoint, partial(report, label), accelerator, json.dumps(made_of))
+        try:
+            curve = method.train(base, policy, data, beta, settings, run=run)
+            if is_first:
+                report(label, settings.plan.steps, settings.plan.steps, "measuring the path KL")
+                away = divergence(base, policy, method.prompts(data, settings, MEASURED), settings, seed)
+                with atomic_folder(path, within=private) as folder:
+                    _save(pipe, policy, method, made_of, curve, away, folder)
+                discard(checkpoint)
+        finally:
+            policy.model.disable_gradient_checkpointing()
+            if policy.is_lora:
+                base.denoiser.delete_adapters(base.denoiser.active_adapters())
     return path
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deradiff.algorithm.estimates import Estimate
-from deradiff.alignment.base import Base, Conditions, Policy
-from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.base import Base, EncodedPrompts, Policy
+from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
@@ -73,31 +73,6 @@ def pick(weights: Float[Tensor, " sample"], generators: Sequence[torch.Generator
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Embedded:
-    """Every distinct prompt encoded once."""
-
-    rows: dict[str, int]
-    conditions: Conditions
-    empty: Conditions
-
-    def of(self, prompts: Sequence[str], dropped: Tensor) -> Conditions:
-        """What the denoiser is told of `prompts`, of which some are dropped."""
-        places = torch.tensor([self.rows[prompt] for prompt in prompts])
-        return {
-            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.empty[name], rows[places])
-            for name, rows in self.conditions.items()
-        }
-
-
-def _embedded(base: Base, prompts: Sequence[str], per_pass: int) -> _Embedded:
-    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    texts = list(rows)
-    parts = [base.encode_prompts(texts[start : start + per_pass]) for start in range(0, len(texts), per_pass)]
-    together = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-    return _Embedded(rows, together, {name: value.cpu() for name, value in base.encode_prompts([""]).items()})
-
-
 def train_rwr(
     base: Base,
     policy: Policy,
@@ -124,18 +99,19 @@ def train_rwr(
         raise ValueError(f"{held_out} of {count} samples cannot be held out: hold out 1 or more, and leave some")
     if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights[:-held_out].sum() > 0:
         raise ValueError("weights must be finite and not negative, and not all of them zero")
-    embedded, trained_on = _embedded(base, samples.prompts, per_pass), count - held_out
+    places, trained_on = {text: place for place, text in enumerate(dict.fromkeys(samples.prompts))}, count - held_out
+    told = EncodedPrompts.of(base.encode_prompts, list(places), lambda: base.encode_prompts([""]), per_pass)
+    numbers = torch.tensor([places[text] for text in samples.prompts])
 
     def denoising(
         model: nn.Module, rows: Sequence[int], share: float | int, generators: Sequence[torch.Generator]
     ) -> Float[Tensor, " batch"]:
         device = base.denoiser.device
-        clean = samples.latents[torch.tensor(rows)].to(device, torch.float32)
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
-        timesteps = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators]).to(device)
-        dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < share
-        conditions = embedded.of([samples.prompts[row] for row in rows], dropped)
-        conditions = {name: value.to(device) for name, value in conditions.items()}
+        chosen = torch.tensor(rows)
+        clean = samples.latents[chosen].to(device, torch.float32)
+        noise, timesteps, dropped = base.noise_of(generators, clean.shape[1:], share)
+        noise, timesteps = noise.to(device), timesteps.to(device)
+        conditions = told.rows(numbers[chosen], dropped, device)
         prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
         return squared_error(prediction.float(), base.target(clean, noise, timesteps))
 
@@ -144,16 +120,8 @@ def train_rwr(
         return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
-        errors = []
-        for start in range(trained_on, count, per_pass):
-            rows = range(count)[start : start + per_pass]
-            errors.append(denoising(model, rows, 0, row_generators(run.seed, rows, "held out")).double().cpu())
-        return weighted_mean(torch.cat(errors), weights[trained_on:]).value
+        chunks = (range(trained_on, count)[rows.start : rows.stop] for rows in passes(held_out, per_pass))
+        errors = [denoising(model, rows, 0, row_generators(run.seed, rows, "held out")) for rows in chunks]
+        return weighted_mean(torch.cat(errors).double().cpu(), weights[trained_on:]).value
 
-    return train(
-        policy.model,
-        loss,
-        held_out_loss,
-        plan,
-        run=run,
-    )
+    return train(policy.model, loss, held_out_loss, plan, run=run)

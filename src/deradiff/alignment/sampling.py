@@ -86,6 +86,13 @@ def unconditional(base: Base, count: int, resolution: int | None = None) -> Cond
     return base.with_sizes(without_sizes, _sizes(base, resolution, count))
 
 
+def told(base: Base, prompts: Sequence[str], sampling: SamplerSettings) -> tuple[Conditions, Conditions | None]:
+    """What the denoiser is told of `prompts` by `sampling`, and without one, where that guides."""
+    prompted = conditions(base, prompts, sampling.resolution)
+    guided = sampling.guidance_scale > 1
+    return prompted, unconditional(base, len(prompts), sampling.resolution) if guided else None
+
+
 def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
     if resolution is None or not base.is_xl:
         return None
@@ -134,7 +141,7 @@ def sample(
     guided = sampling.guidance_scale > 1
     if guided and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    both = _together(unprompted, prompted) if guided and unprompted is not None else prompted
+    both = together(unprompted, prompted) if guided and unprompted is not None else prompted
 
     def predict(noisy: Tensor, at: Tensor) -> Tensor:
         # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
@@ -165,7 +172,8 @@ def sample(
     return Sampled(latents, differentiated)
 
 
-def _together(first: Conditions, second: Conditions) -> Conditions:
+def together(first: Conditions, second: Conditions) -> Conditions:
+    """The rows of both, in this order."""
     return {name: torch.cat([first[name], second[name]]) for name in first}
 
 

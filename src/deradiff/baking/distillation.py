@@ -7,6 +7,7 @@ without, so that a pipeline can guide it as it likes: guidance and mixing are bo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress, finite
 from deradiff.algorithm.step import mixed, with_reference_weight
-from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions
-from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions, EncodedPrompts
+from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
@@ -289,27 +290,6 @@ def draw_samples(
     return RealignedSamples(joined(parts, WHAT, CURE)["latents"], numbers, lams)
 
 
-@dataclass(frozen=True)
-class _PromptConditions:
-    """What the denoiser is told of every prompt, and without one."""
-
-    prompts: Conditions
-    nothing: Conditions
-
-    def rows(self, numbers: Int[Tensor, " batch"], dropped: Tensor, device: torch.device) -> Conditions:
-        """Of these prompts, some of them dropped."""
-        return {
-            name: torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), self.nothing[name], rows[numbers]).to(device)
-            for name, rows in self.prompts.items()
-        }
-
-
-def _conditions_of(base: Base, prompts: Sequence[str], per_pass: int) -> _PromptConditions:
-    parts = [conditions(base, prompts[start : start + per_pass]) for start in range(0, len(prompts), per_pass)]
-    together = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-    return _PromptConditions(together, {name: rows.cpu() for name, rows in unconditional(base, 1).items()})
-
-
 def distil(
     base: Base,
     teacher: Teacher,
@@ -319,21 +299,18 @@ def distil(
     lams: Float[Tensor, "anchor timestep"],
     settings: Distillation,
     guidance: float | int,
-    *,
-    seed: int,
-    checkpoint: Path,
-    report: Report,
-    identity: str = "",
+    run: TrainingRun,
 ) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
 
     The teacher's prediction is the mixture of noise predictions with the λ that belongs to t, guided where the settings
-    say so. An interrupted training goes on at `checkpoint`, and ends with the weights of an unbroken one. Raises what
+    say so. An interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises what
     `loop.train` raises.
     """
-    told, trained_on = _conditions_of(base, prompts, settings.per_pass), settings.samples - settings.held_out
+    told = EncodedPrompts.of(partial(conditions, base), prompts, partial(unconditional, base, 1), settings.per_pass)
+    trained_on = settings.samples - settings.held_out
     device, dtype = base.denoiser.device, student.dtype
 
     def errors(
@@ -341,12 +318,10 @@ def distil(
     ) -> Float[Tensor, " batch"]:
         chosen = torch.tensor(rows)
         clean = samples.latents[chosen].to(device)
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(device)
-        t = torch.cat([torch.randint(base.timesteps, (1,), generator=g) for g in generators])
-        dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < share
+        noise, t, dropped = base.noise_of(generators, clean.shape[1:], share)
         own = lams[:, t] if samples.lams is None else samples.lams[chosen][None]
         t = t.to(device)
-        noisy = base.noised(clean, noise, t)
+        noisy = base.noised(clean, noise.to(device), t)
         numbers = samples.prompts[chosen]
         given = told.rows(numbers, dropped, device)
         target = teacher(noisy, t, given, own)
@@ -358,33 +333,20 @@ def distil(
         return squared_error(base.predict(shown, noisy.to(dtype), t, given).float(), target)
 
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        generators = row_generators(seed, part.positions(settings.batch))
+        generators = row_generators(run.seed, part.positions(settings.batch))
         rows = [int(torch.randint(trained_on, (1,), generator=g)) for g in generators]
         return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
-        parts = []
-        for start in range(trained_on, settings.samples, settings.per_pass):
-            rows = range(settings.samples)[start : start + settings.per_pass]
-            parts.append(errors(model, rows, 0, row_generators(seed, rows, "held out")).double().cpu())
-        return float(torch.cat(parts).mean())
+        held_out = range(trained_on, settings.samples)
+        chunks = (held_out[rows.start : rows.stop] for rows in passes(len(held_out), settings.per_pass))
+        parts = [errors(model, rows, 0, row_generators(run.seed, rows, "held out")) for rows in chunks]
+        return float(torch.cat(parts).double().cpu().mean())
 
-    return train(
-        student,
-        loss,
-        held_out_loss,
-        settings.plan(),
-        run=TrainingRun(
-            seed=seed,
-            checkpoint=checkpoint,
-            report=report,
-            accelerator=_accelerator(base),
-            identity=identity,
-        ),
-    )
+    return train(student, loss, held_out_loss, settings.plan(), run=run)
 
 
-def _accelerator(base: Base) -> Accelerator | None:
+def accelerator_of(base: Base) -> Accelerator | None:
     """Where the pipeline is, in the precision it has; None on a processor, the training loop's own default."""
     if base.denoiser.device.type == "cpu":
         return None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,13 +45,11 @@ class Judgement:
 
     def record(self) -> dict[str, Any]:
         """As plain data for JSON, where what is no number is None."""
-        numbers = {"error": self.error, "effect": self.effect}
-        named = {name: {"value": estimate.value, "error": estimate.error} for name, estimate in numbers.items()}
-        plain = {
-            name: {key: value if math.isfinite(value) else None for key, value in pair.items()}
-            for name, pair in named.items()
-        }
-        return {"lam": self.lam, **plain, "images": self.images, "words": self.words}
+        error, effect = (
+            {key: value if math.isfinite(value) else None for key, value in asdict(estimate).items()}
+            for estimate in (self.error, self.effect)
+        )
+        return {"lam": self.lam, "error": error, "effect": effect, "images": self.images, "words": self.words}
 
     @property
     def words(self) -> str:

@@ -14,12 +14,14 @@ from torch import nn
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress
 from deradiff.alignment.base import Base
+from deradiff.alignment.training import TrainingRun
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.baking import outputs
 from deradiff.baking.distillation import (
     ADAPTER,
     Distillation,
     Teacher,
+    accelerator_of,
     distil,
     draw_samples,
     lam_by_timestep,
@@ -111,45 +113,23 @@ def distilled(
     base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
     with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
-        samples = draw_samples(
-            work / "samples",
-            job.pipe,
-            dial,
-            prompts,
-            sampler,
-            settings,
-            identity,
-            job.seed,
-            partial(job.report, "drawing samples"),
-        )
+        report = partial(job.report, "drawing samples")
+        samples = draw_samples(work / "samples", job.pipe, dial, prompts, sampler, settings, identity, job.seed, report)
     lams = lam_by_timestep(job.lams, clock, sampler.steps)
     with job.anchors(load_anchor) as opened:
         anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
         start = dict(zip(job.lams.anchors, lams.mean(1).tolist(), strict=True))
         if settings.span is not None:
             start = dict.fromkeys(start, sum(settings.span) / 2)
-        student = student_of(
-            Blend(job.reference, [(anchor, start[anchor.name]) for anchor in anchors]), settings, job.seed
-        )
+        begun = [(anchor, start[anchor.name]) for anchor in anchors]
+        student = student_of(Blend(job.reference, begun), settings, job.seed)
         denoisers = Denoisers(job.reference, anchors)
+        made_of, report = json.dumps(identity, sort_keys=True), partial(job.report, "training")
+        run = TrainingRun(job.seed, work / "checkpoint", report, accelerator_of(base), made_of)
         try:
-            job.trained["curve"] = asdict(
-                distil(
-                    base,
-                    Teacher(base, denoisers),
-                    student,
-                    samples,
-                    prompts,
-                    lams,
-                    settings,
-                    guidance,
-                    seed=job.seed,
-                    checkpoint=work / "checkpoint",
-                    report=partial(job.report, "training"),
-                    identity=json.dumps(identity, sort_keys=True),
-                )
-            )
-            return _save_student(job, folder, student, settings, [(anchor, start[anchor.name]) for anchor in anchors])
+            curve = distil(base, Teacher(base, denoisers), student, samples, prompts, lams, settings, guidance, run)
+            job.trained["curve"] = asdict(curve)
+            return _save_student(job, folder, student, settings, begun)
         finally:
             denoisers.undo()
 

@@ -1,59 +1,22 @@
 """`deradiff align`: one anchor per strength, from a base and what it is to prefer."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from deradiff.cli import options, terminal
+from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import machine_option, panel
 
 if TYPE_CHECKING:
     from deradiff.alignment.presets import Preset
 
-MODEL, DATA, REWARD, TRAINING, MACHINE = "Model", "Data", "Reward and sampling", "Training", "Machine"
-
-
-class AlignmentMethod(StrEnum):
-    """How to align."""
-
-    dpo = "dpo"
-    draft = "draft"
-    refl = "refl"
-    rwr = "rwr"
-    ddpo = "ddpo"
-
-
-class LearningRateSchedule(StrEnum):
-    """The learning rate after its warm-up."""
-
-    constant = "constant"
-    cosine = "cosine"
-
-
-class Optimizer(StrEnum):
-    """AdamW, with states of 32 bits or 8."""
-
-    adamw = "adamw"
-    adamw8bit = "adamw8bit"
-
-
-class Precision(StrEnum):
-    """Accelerate's mixed precision."""
-
-    no = "no"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
-class Tracker(StrEnum):
-    """Where the curves can be followed."""
-
-    tensorboard = "tensorboard"
-    wandb = "wandb"
+model_option, data_option = panel("Model"), panel("Data")
+reward_option, training_option = panel("Reward and sampling"), panel("Training")
 
 
 def align(
+    context: arguments.Context,
     base: Annotated[
         str | None,
         typer.Argument(help="The model to align: a folder, a hub id, or `digits`, which ships with deradiff."),
@@ -61,121 +24,80 @@ def align(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the anchors. An interrupted alignment goes on where it was.")
     ] = Path("aligned"),
-    beta: Annotated[
-        str | None, typer.Option("--beta", help="Strengths, one anchor each: 500,1000,2000.", rich_help_panel=TRAINING)
-    ] = None,
+    beta: Annotated[str | None, training_option("--beta", help="Strengths, one anchor each: 500,1000,2000.")] = None,
     method: Annotated[
-        AlignmentMethod | None, typer.Option(help="How to align; the preset's, or dpo.", rich_help_panel=TRAINING)
+        Literal["dpo", "draft", "refl", "rwr", "ddpo"] | None,
+        training_option(help="How to align; the preset's, or dpo."),
     ] = None,
     preset: Annotated[
-        str | None,
-        typer.Option(
-            help="Published hyperparameters to start from; every option overrides one.", rich_help_panel=TRAINING
-        ),
+        str | None, training_option(help="Published hyperparameters to start from; every option overrides one.")
     ] = None,
     show_preset: Annotated[
-        str | None, typer.Option(help="Print a preset, or `all`, and stop.", metavar="NAME", rich_help_panel=TRAINING)
+        str | None, training_option(help="Print a preset, or `all`, and stop.", metavar="NAME")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
+        data_option(
             help="Preference pairs for dpo: a folder, Parquet, pickapic-v1, pickapic-v2, a hub dataset. Prompts for "
-            "the others: a file, partiprompts, hpdv2, pickapic-v1, ... `own`: the digits' own.",
-            rich_help_panel=DATA,
+            "the others: a file, partiprompts, hpdv2, pickapic-v1, ... `own`: the digits' own."
         ),
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(
-            "--count",
-            min=1,
-            help="Use so many pairs or prompts of the data; of the digits' own, 2,000 or 500.",
-            rich_help_panel=DATA,
+        data_option(
+            "--count", min=1, help="Use so many pairs or prompts of the data; of the digits' own, 2,000 or 500."
         ),
     ] = None,
     cache: Annotated[
-        bool,
-        typer.Option(
-            "--cache/--no-cache",
-            help="Encode all pairs once, beforehand, or anew in every step.",
-            rich_help_panel=DATA,
-        ),
+        bool, data_option("--cache/--no-cache", help="Encode all pairs once, beforehand, or anew in every step.")
     ] = True,
-    resolution: Annotated[int | None, typer.Option(min=8, help="Side of the pictures.", rich_help_panel=DATA)] = None,
+    resolution: Annotated[int | None, data_option(min=8, help="Side of the pictures.")] = None,
     held_out: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pairs, prompts or samples that only measure progress.", rich_help_panel=DATA),
+        int | None, data_option(min=1, help="Pairs, prompts or samples that only measure progress.")
     ] = None,
     reward: Annotated[
         str | None,
-        typer.Option(
+        reward_option(
             help="What draft, refl, rwr and ddpo maximise: pickscore, hps-v2.0, hps-v2.1, clip, aesthetic, "
-            "image-reward, with =FOLDER for local weights; digits, bold, ink, legible, colours for the digits.",
-            rich_help_panel=REWARD,
+            "image-reward, with =FOLDER for local weights; digits, bold, ink, legible, colours for the digits."
         ),
     ] = None,
     keep: Annotated[
-        int | None,
-        typer.Option(min=1, help="draft: gradients go through so many of the last steps.", rich_help_panel=REWARD),
+        int | None, reward_option(min=1, help="draft: gradients go through so many of the last steps.")
     ] = None,
     window: Annotated[
         str | None,
-        typer.Option(
-            help="refl: sampling stops after so many steps at random, FIRST,LAST.",
-            metavar="FIRST,LAST",
-            rich_help_panel=REWARD,
-        ),
+        reward_option(help="refl: sampling stops after so many steps at random, FIRST,LAST.", metavar="FIRST,LAST"),
     ] = None,
-    ceiling: Annotated[
-        float | None,
-        typer.Option(help="refl: rewards above this count as this, in points.", rich_help_panel=REWARD),
-    ] = None,
-    per_prompt: Annotated[
-        int | None, typer.Option(min=2, help="rwr, ddpo: samples of every prompt.", rich_help_panel=REWARD)
-    ] = None,
-    sampling_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the sampler in training.", rich_help_panel=REWARD)
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="Guidance of the sampler in training.", rich_help_panel=REWARD)
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(min=0, help=options.LORA_RANK, rich_help_panel=MODEL)] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", rich_help_panel=TRAINING)] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Pairs, prompts or samples per step, in all.", rich_help_panel=TRAINING)
-    ] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches per step and process.", rich_help_panel=TRAINING)
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=TRAINING)] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.", rich_help_panel=TRAINING)] = None,
+    ceiling: Annotated[float | None, reward_option(help="refl: rewards above this count as this, in points.")] = None,
+    per_prompt: Annotated[int | None, reward_option(min=2, help="rwr, ddpo: samples of every prompt.")] = None,
+    sampling_steps: Annotated[int | None, reward_option(min=1, help="Steps of the sampler in training.")] = None,
+    guidance_scale: Annotated[float | None, reward_option(min=1, help="Guidance of the sampler in training.")] = None,
+    lora_rank: Annotated[int | None, model_option(min=0, help=options.LORA_RANK)] = None,
+    steps: Annotated[int | None, training_option(min=1, help="Training steps.")] = None,
+    batch: Annotated[int | None, training_option(min=1, help="Pairs, prompts or samples per step, in all.")] = None,
+    accumulate: Annotated[int | None, training_option(min=1, help="Micro-batches per step and process.")] = None,
+    learning_rate: Annotated[float | None, training_option(help="Peak rate.")] = None,
+    warmup: Annotated[int | None, training_option(min=0, help="Steps of warm-up.")] = None,
     schedule: Annotated[
-        LearningRateSchedule | None, typer.Option(help="The rate after the warm-up.", rich_help_panel=TRAINING)
+        Literal["constant", "cosine"] | None, training_option(help="The rate after the warm-up.")
     ] = None,
     optimizer: Annotated[
-        Optimizer | None, typer.Option(help="adamw8bit needs bitsandbytes.", rich_help_panel=TRAINING)
+        Literal["adamw", "adamw8bit"] | None, training_option(help="adamw8bit needs bitsandbytes.")
     ] = None,
     ema: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            max=0.999999,
-            help="Keep this moving average of the weights; 0: the weights themselves.",
-            rich_help_panel=TRAINING,
+        training_option(
+            min=0, max=0.999999, help="Keep this moving average of the weights; 0: the weights themselves."
         ),
     ] = None,
     seed: options.TrainingSeed = 0,
-    precision: Annotated[Precision | None, typer.Option(help="Mixed precision.", rich_help_panel=MACHINE)] = None,
+    precision: Annotated[Literal["no", "fp16", "bf16"] | None, machine_option(help="Mixed precision.")] = None,
     gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing",
-            help=options.GRADIENT_CHECKPOINTING,
-            rich_help_panel=MACHINE,
-        ),
+        bool, machine_option("--gradient-checkpointing", help=options.GRADIENT_CHECKPOINTING)
     ] = False,
-    track: Annotated[Tracker | None, typer.Option(help="Follow the curves.", rich_help_panel=MACHINE)] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the processor.", rich_help_panel=MACHINE)] = False,
+    track: Annotated[Literal["tensorboard", "wandb"] | None, machine_option(help="Follow the curves.")] = None,
+    cpu: Annotated[bool, machine_option("--cpu", help="Train on the processor.")] = False,
 ) -> None:
     """Align a model, once per strength: anchors that λ then turns.
 
@@ -200,40 +122,15 @@ def align(
             terminal.pass_on_warnings()
             from deradiff.alignment import runs
 
-            wanted = {
-                "method": method,
-                "data": data,
-                "reward": reward,
-                "resolution": resolution,
-                "held_out": held_out,
-                "lora_rank": lora_rank,
-                "batch": batch,
-                "precision": precision,
-                "gradient_checkpointing": gradient_checkpointing or None,
-                "cache": None if cache else False,
-            }
-            own = {"keep": keep, "window": _window(window), "ceiling": ceiling, "per_prompt": per_prompt}
+            own = arguments.given(context, "keep", "ceiling", "per_prompt")
+            own |= {} if window is None else {"window": _window(window)}
             sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
-            plan = {
-                "steps": steps,
-                "accumulate": accumulate,
-                "learning_rate": learning_rate,
-                "warmup": warmup,
-                "optimizer": optimizer,
-                "average": ema,
-            }
-            settings = _settings(preset, base, _given(wanted), _given(plan), schedule)
-            settings = _for_method(settings, _given(own), _given(sampling))
+            settings = _settings(context, preset, base, schedule)
+            settings = _for_method(settings, own, {name: x for name, x in sampling.items() if x is not None})
             betas = _strengths(beta, settings)
         with terminal.stages(console) as report:
             anchors = runs.align_all(settings, betas, out, report, count=count, seed=seed, track=track, cpu=cpu)
     terminal.files(anchors)
-
-
-def _given(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, choices as plain strings."""
-    chosen = {key: value for key, value in wanted.items() if value is not None}
-    return {key: value.value if isinstance(value, StrEnum) else value for key, value in chosen.items()}
 
 
 def _show(name: str) -> None:
@@ -254,13 +151,7 @@ def _plain(content: Any) -> Any:
     return [_plain(value) for value in content] if isinstance(content, list | tuple) else content
 
 
-def _settings(
-    name: str | None,
-    base: str | None,
-    wanted: dict[str, Any],
-    plan: dict[str, Any],
-    schedule: LearningRateSchedule | None,
-) -> "Preset":
+def _settings(context: arguments.Context, name: str | None, base: str | None, schedule: str | None) -> "Preset":
     """The preset with every option that was given in its place."""
     from dataclasses import replace
 
@@ -268,6 +159,12 @@ def _settings(
     from deradiff.alignment.presets import usual
     from deradiff.worlds import find
 
+    given = arguments.given
+    wanted = given(context, "method", "data", "reward", "resolution", "held_out", "lora_rank", "batch", "precision")
+    wanted |= given(context, "gradient_checkpointing", "cache")
+    plan = given(context, "steps", "accumulate", "learning_rate", "warmup", "optimizer")
+    if average := given(context, "ema"):
+        plan["average"] = average["ema"]
     method = wanted.get("method")
     start = called(name) if name else usual(base, method or "dpo")
     if method not in (None, start.method):
@@ -275,7 +172,7 @@ def _settings(
     if name is None and not find(base):
         asked = {"data": wanted, "resolution": wanted, "batch": wanted, "steps": plan, "learning_rate": plan}
         asked |= {} if start.method == "dpo" else {"reward": wanted}
-        missing = [f"--{key.replace('_', '-')}" for key, given in asked.items() if key not in given]
+        missing = [f"--{key.replace('_', '-')}" for key, known in asked.items() if key not in known]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
     if wanted.get("reward") not in (None, start.reward):
@@ -295,13 +192,11 @@ def _settings(
     if changed.cosine:
         changed = replace(changed, cosine=changed.steps)
     if schedule:
-        changed = replace(changed, cosine=changed.steps if schedule is LearningRateSchedule.cosine else None)
+        changed = replace(changed, cosine=changed.steps if schedule == "cosine" else None)
     return replace(start, **wanted, plan=changed, base=base or start.base)
 
 
-def _window(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _window(text: str) -> tuple[int, int]:
     try:
         first, last = (int(part) for part in text.split(","))
     except ValueError:

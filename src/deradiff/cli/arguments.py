@@ -1,9 +1,9 @@
 """What people write on the command line, read into values. Every refusal says what was written and what to write."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -24,6 +24,17 @@ def refuse(context: Context, names: Sequence[str], why: str) -> None:
     ]
     if given:
         raise ValueError(f"{', '.join(given)}: {why}")
+
+
+def values(context: Context, names: Iterable[str]) -> dict[str, Any]:
+    """The values of the command's parameters among these names."""
+    return {name: value for name, value in context.params.items() if name in names}
+
+
+def given(context: Context, *names: str) -> dict[str, Any]:
+    """`values` of these parameters, but for those that are as they are by default."""
+    usual = {parameter.name: parameter.default for parameter in context.command.params}
+    return {name: value for name, value in values(context, names).items() if value != usual[name]}
 
 
 def _source(context: Context, name: str) -> str:

@@ -1,112 +1,81 @@
 """`deradiff bake`: a chosen λ as one ordinary checkpoint."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
+from deradiff.algorithm.schedules import Over
 from deradiff.cli import arguments, options, terminal
-from deradiff.cli.options import DIAL, MACHINE, OUTPUT, SAMPLING
+from deradiff.cli.options import dial_option, machine_option, output_option, sampling_option
 from deradiff.sweep import notation
 
 if TYPE_CHECKING:
     from deradiff.baking import Distillation
 
-TRAINING = "Training (distill)"
-
-
-class BakingMethod(StrEnum):
-    """How to bake."""
-
-    interpolate = "interpolate"
-    distill = "distill"
+training_option = options.panel("Training (distill)")
+TRAINING = (
+    *("fold_guidance", "span", "lora_rank", "samples", "train_steps"),
+    *("batch", "accumulate", "gradient_checkpointing", "learning_rate"),
+)
+"""The parameters that are of a distillation alone."""
 
 
 def bake(
     context: arguments.Context,
     reference: options.Reference,
     anchor: options.Anchor,
-    lam: Annotated[
-        str,
-        typer.Option("--lam", "-l", help="λ; with several anchors style=0.5,text=0.2.", rich_help_panel=DIAL),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A new or empty folder.", rich_help_panel=OUTPUT)],
+    lam: Annotated[str, dial_option("--lam", "-l", help="λ; with several anchors style=0.5,text=0.2.")],
+    out: Annotated[Path, output_option("--out", "-o", help="A new or empty folder.")],
     method: Annotated[
-        BakingMethod,
-        typer.Option(
+        Literal["interpolate", "distill"],
+        dial_option(
             help="Interpolate weights: seconds, right to first order. Or train a student from there: hours on a GPU, "
-            "minutes for the digits, nearer.",
-            rich_help_panel=DIAL,
+            "minutes for the digits, nearer."
         ),
-    ] = BakingMethod.interpolate,
+    ] = "interpolate",
     schedule: Annotated[
-        str,
-        typer.Option(
-            help=f"How λ grows from noise to image (distill): {options.SCHEDULES}",
-            rich_help_panel=DIAL,
-        ),
+        str, dial_option(help=f"How λ grows from noise to image (distill): {options.SCHEDULES}")
     ] = "constant",
-    over: options.Over = options.ScheduleClock.steps,
+    over: options.Over = "steps",
     prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
+        sampling_option(
             help="A file or list of prompts, as in `deradiff generate`, to measure the result with; with distill all "
-            "but the last fifth are for training. The digits have their own.",
-            rich_help_panel=SAMPLING,
+            "but the last fifth are for training. The digits have their own."
         ),
     ] = None,
-    images: Annotated[
-        int, typer.Option(min=0, help="Compare so many with realigned ones; 0: none.", rich_help_panel=SAMPLING)
-    ] = 32,
+    images: Annotated[int, sampling_option(min=0, help="Compare so many with realigned ones; 0: none.")] = 32,
     scheduler: options.Scheduler = None,
     steps: options.Steps = 25,
     guidance_scale: options.GuidanceScale = None,
     fold_guidance: Annotated[
         bool,
-        typer.Option(
-            "--fold-guidance",
-            help="Make guidance a part of the model: half the cost again, for good at one scale.",
-            rich_help_panel=TRAINING,
+        training_option(
+            "--fold-guidance", help="Make guidance a part of the model: half the cost again, for good at one scale."
         ),
     ] = False,
     span: Annotated[
         str | None,
-        typer.Option(
+        training_option(
             help="One student for every λ between two, LOW,HIGH, told as guidance_scale = 1 + λ, guidance folded in.",
             metavar="LOW,HIGH",
-            rich_help_panel=TRAINING,
         ),
     ] = None,
-    lora_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help=options.LORA_RANK, rich_help_panel=TRAINING),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="Drawn from the realigned model.", rich_help_panel=TRAINING)
-    ] = None,
-    train_steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", rich_help_panel=TRAINING)] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows per step.", rich_help_panel=TRAINING)] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches per step, for less memory.", rich_help_panel=TRAINING)
-    ] = None,
+    lora_rank: Annotated[int | None, training_option(min=0, help=options.LORA_RANK)] = None,
+    samples: Annotated[int | None, training_option(min=2, help="Drawn from the realigned model.")] = None,
+    train_steps: Annotated[int | None, training_option(min=1, help="Training steps.")] = None,
+    batch: Annotated[int | None, training_option(min=1, help="Rows per step.")] = None,
+    accumulate: Annotated[int | None, training_option(min=1, help="Micro-batches per step, for less memory.")] = None,
     gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing",
-            help=options.GRADIENT_CHECKPOINTING,
-            rich_help_panel=TRAINING,
-        ),
+        bool, training_option("--gradient-checkpointing", help=options.GRADIENT_CHECKPOINTING)
     ] = False,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=TRAINING)] = None,
+    learning_rate: Annotated[float | None, training_option(help="Peak rate.")] = None,
     seed: options.TrainingSeed = 0,
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
     dtype: Annotated[
-        options.NumberFormat,
-        typer.Option(help="Of the result; auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE),
-    ] = options.NumberFormat.auto,
+        options.NumberFormat, machine_option(help="Of the result; auto is float32 on a CPU and float16 elsewhere.")
+    ] = "auto",
     revision: options.Revision = None,
     anchor_revision: options.AnchorRevision = None,
     allow_pickle: options.AllowPickle = False,
@@ -122,7 +91,10 @@ def bake(
         chosen = _lam(lam, tuple(anchors), schedule, over)
         if schedule == "constant":
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
-        if method is BakingMethod.interpolate and not images:
+        if method == "interpolate":
+            why = "only for --method distill; interpolated weights are not trained"
+            arguments.refuse(context, TRAINING, why)
+        if method == "interpolate" and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
@@ -136,22 +108,11 @@ def bake(
             automatic = "float32" if place == "cpu" else "float16"
             pipe = load_pipeline(
                 reference,
-                dtype=DTYPES[automatic if dtype is options.NumberFormat.auto else dtype.value],
+                dtype=DTYPES[automatic if dtype == "auto" else dtype],
                 scheduler=scheduler,
                 revision=revision,
                 allow_pickle=allow_pickle,
             ).to(place)
-            given = {
-                "fold_guidance": fold_guidance or None,
-                "span": _span(span),
-                "lora_rank": lora_rank,
-                "samples": samples,
-                "steps": train_steps,
-                "batch": batch,
-                "learning_rate": learning_rate,
-                "accumulate": accumulate,
-                "gradient_checkpointing": gradient_checkpointing or None,
-            }
             scale = usual_guidance(reference) if guidance_scale is None else guidance_scale
         with terminal.stages(console) as report:
             baked = baking.bake(
@@ -159,11 +120,11 @@ def bake(
                 {name: anchor_source(source) for name, source in anchors.items()},
                 chosen,
                 out,
-                method=method.value,
+                method=method,
                 images=images,
-                prompts=texts or (_own_prompts(reference) if images or method is BakingMethod.distill else []),
+                prompts=texts or (_own_prompts(reference) if images or method == "distill" else []),
                 sampler=baking.Sampler(steps, scale, batch_size),
-                distillation=_distillation(method, reference, given),
+                distillation=_distillation(context, method, reference),
                 seed=seed,
                 force=force,
                 name=reference,
@@ -176,42 +137,40 @@ def bake(
     terminal.files([baked.folder])
 
 
-def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: options.ScheduleClock) -> Any:
+def _lam(text: str, anchors: tuple[str, ...], schedule: str, over: Over) -> Any:
     """λ as a dial takes it, by name."""
     lams = arguments.lams([text], anchors)
     if len(lams) != 1:
         raise ValueError(f"--lam {text}: a checkpoint has one λ, so name one")
     by_name = lams[0] if isinstance(lams[0], dict) else {anchors[0]: lams[0]}
-    shape = notation.schedule(schedule, over.value)
+    shape = notation.schedule(schedule, over)
     return by_name if shape is None else {name: shape.scaled(lam) for name, lam in by_name.items()}
 
 
-def _span(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
+def _span(text: str) -> tuple[float, float]:
     ends = notation.numbers(text, "--span")
     if len(ends) != 2:
         raise ValueError(f"--span {text}: name two numbers, such as 0,1")
     return ends[0], ends[1]
 
 
-def _distillation(method: BakingMethod, reference: str, given: dict[str, Any]) -> "Distillation":
+def _distillation(context: arguments.Context, method: str, reference: str) -> "Distillation":
     """The usual settings with the options that were given in their place."""
     from dataclasses import replace
 
     from deradiff.baking.distillation import Distillation, usual
 
-    named = {name: value for name, value in given.items() if value is not None}
-    if method is BakingMethod.interpolate and named:
-        options = {"steps": "train-steps"}
-        listed = ", ".join(f"--{options.get(name, name).replace('_', '-')}" for name in named)
-        raise ValueError(f"{listed}: only for --method distill; interpolated weights are not trained")
-    if method is BakingMethod.interpolate:
+    if method == "interpolate":
         return Distillation()
-    if named.get("lora_rank") == 0:
-        named["lora_rank"] = None
+    given = arguments.given(context, *TRAINING)
+    if "span" in given:
+        given["span"] = _span(given["span"])
+    if "train_steps" in given:
+        given["steps"] = given.pop("train_steps")
+    if given.get("lora_rank") == 0:
+        given["lora_rank"] = None
     start = usual(reference)
-    return replace(start, **named, held_out=min(start.held_out, max(1, named.get("samples", start.samples) // 8)))
+    return replace(start, **given, held_out=min(start.held_out, max(1, given.get("samples", start.samples) // 8)))
 
 
 def _own_prompts(reference: str) -> list[str]:

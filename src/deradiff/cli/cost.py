@@ -46,7 +46,7 @@ def cost(
         with console.status("Counting …"):
             terminal.pass_on_warnings()
             from deradiff.experiments import cost as costs
-            from deradiff.files.writing import write_json
+            from deradiff.files.writing import json_text
 
             if model is None and preset is None:
                 counted_of_models = ["train_steps", "batch", "lora_rank", "checkpointing", "images", "sampling_steps"]
@@ -85,7 +85,7 @@ def cost(
                 _print(console, f"{source}, {method}", counted, strengths, images)
         if json_path is not None:
             with new_file(json_path) as temporary:
-                write_json(temporary, record)
+                temporary.write_text(json_text(record), encoding="utf-8")
 
 
 def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _print(console: Any, source: str, counted: Any, strengths: int, images: int)
     console.print(f"Realignment {more} {abs(100 * counted.saved):.1f}% of the sweep.")
     console.print(
         "Counted: matrix products, convolutions and attention of the denoiser. Not counted: elementwise work, the "
-        "optimizer, VAE and text encoders.",
+        "optimizer, VAE and text encoders."
     )
 
 

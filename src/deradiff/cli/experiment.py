@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from deradiff.cli import arguments, options, terminal
+from deradiff.cli.options import machine_option
 
 if TYPE_CHECKING:
     from deradiff.experiments.plan import Plan
@@ -16,18 +16,10 @@ if TYPE_CHECKING:
     from deradiff.sweep.workers import Executor
 
 app = typer.Typer(
-    help="Every table and figure of both papers for models of your own, from one plan.",
-    no_args_is_help=True,
+    help="Every table and figure of both papers for models of your own, from one plan.", no_args_is_help=True
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the experiment.")]
-
-
-class Form(StrEnum):
-    """What tables can be exported as."""
-
-    csv = "csv"
-    parquet = "parquet"
 
 
 @app.command()
@@ -66,17 +58,17 @@ def run(
     ],
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
+        machine_option(min=1, help="Processes, or Ray's actors. By default one on a GPU, one per processor on a CPU."),
     ] = None,
-    device: Annotated[str, typer.Option(help=options.DEVICES)] = "auto",
+    device: options.Device = "auto",
     threads: Annotated[
-        int, typer.Option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
+        int, machine_option(min=1, help="Threads of every worker on a CPU. They decide the last bits.")
     ] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="Work with Ray's actors instead of processes.")] = False,
+    ray: Annotated[bool, machine_option("--ray", help="Work with Ray's actors instead of processes.")] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster's address, or auto; by default one is started here.")
+        str | None, machine_option(help="A Ray cluster's address, or auto; by default one is started here.")
     ] = None,
-    gpus: Annotated[float, typer.Option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
+    gpus: Annotated[float, machine_option(min=0, help="The share of a GPU that every actor takes.")] = 1.0,
     verify: Annotated[bool, typer.Option("--verify", help="Read all images and check their hashes first.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what could not be drawn or scored.")] = False,
 ) -> None:
@@ -104,11 +96,7 @@ def run(
             size = workers or (cores() if place == "cpu" else 1)
             if ray or ray_address:
                 return executors.RayActors(planned, place, threads, size, gpus if place != "cpu" else 0.0, ray_address)
-            return (
-                executors.InProcess(planned, place, threads)
-                if size == 1
-                else executors.processes(planned, place, threads, size)
-            )
+            return executors.local(planned, place, threads, size)
 
         about = {"device": device_name(place), "threads": threads if place == "cpu" else None}
         outcome = running.run(planned, out, executor, report, about=about, thoroughly=verify, again=retry)
@@ -116,7 +104,7 @@ def run(
         console.print(f"{outcome.lost} images were gone or altered, and were drawn again.")
     console.print(
         f"{outcome.drawn} images drawn, {outcome.scored} scores and features computed in {outcome.seconds:.0f} s, "
-        f"{outcome.overhead:.1%} of it outside models and scorers.",
+        f"{outcome.overhead:.1%} of it outside models and scorers."
     )
     if outcome.blacked_out:
         console.print(
@@ -130,7 +118,7 @@ def run(
         terminal.listed("error", [f"{name} of {item}: {error}" for name, item, error in outcome.failures])
         console.print(
             f"{undrawn} images could not be drawn, {len(outcome.failures) - undrawn} scores could not be computed. The "
-            "rest is done; --retry tries them again.",
+            "rest is done; --retry tries them again."
         )
         raise typer.Exit(1)
 
@@ -172,13 +160,15 @@ def status(folder: Folder) -> None:
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the tables, which replace its last ones.")],
-    form: Annotated[Form, typer.Option("--format", help="csv, or parquet (needs pyarrow).")] = Form.csv,
+    form: Annotated[
+        Literal["csv", "parquet"], typer.Option("--format", help="csv, or parquet (needs pyarrow).")
+    ] = "csv",
 ) -> None:
     """Write a table of all images, with what decided each, what it was made with and its scores."""
     with terminal.refusing_wrong_input(), _opened(folder) as (planned, store):
         from deradiff.experiments.export import write
 
-        files = write(planned, store, out, form.value)
+        files = write(planned, store, out, form)
     terminal.files(files)
 
 

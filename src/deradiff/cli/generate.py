@@ -1,29 +1,11 @@
 """`deradiff generate`: prompts and seeds at many λ, from the same noise, as single images and one labelled sheet."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated, Any, Literal
 
 from deradiff.cli import arguments, options, terminal
-from deradiff.cli.options import DIAL, OUTPUT, SAMPLING
+from deradiff.cli.options import dial_option, output_option, sampling_option
 from deradiff.sweep import notation
-
-
-class SamplingMethod(StrEnum):
-    """How λ is applied."""
-
-    mixture = "mixture"
-    interpolate = "interpolate"
-
-
-class MixtureSpace(StrEnum):
-    """Where the mixture is taken."""
-
-    auto = "auto"
-    prediction = "prediction"
-    posterior = "posterior"
 
 
 def generate(
@@ -33,68 +15,50 @@ def generate(
     prompt: options.Prompt = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
+        sampling_option(
             help="A file of prompts (.txt, .yaml, .json, .jsonl, .csv, .tsv, .parquet), or a list by name "
-            "(partiprompts, ...).",
-            rich_help_panel=SAMPLING,
+            "(partiprompts, ...)."
         ),
     ] = None,
     lam: Annotated[
         list[str],
-        typer.Option(
+        dial_option(
             "--lam",
             "-l",
             help="λ: a list (0,0.5,1) or an inclusive range (0:1.5:0.25). With several anchors, one column at a time: "
             "style=0.5,text=0.2 (may be repeated).",
-            rich_help_panel=DIAL,
         ),
     ] = ["0:1.5:0.25"],  # noqa: B006 (Typer never changes it)
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help=f"How λ grows from noise to image: {options.SCHEDULES}",
-            rich_help_panel=DIAL,
-        ),
-    ] = "constant",
-    over: options.Over = options.ScheduleClock.steps,
+    schedule: Annotated[str, dial_option(help=f"How λ grows from noise to image: {options.SCHEDULES}")] = "constant",
+    over: options.Over = "steps",
     anchor_beta: Annotated[
-        float | None,
-        typer.Option(
-            help="The β the anchor was aligned at, to print β/λ (known for the digits).", rich_help_panel=DIAL
-        ),
+        float | None, dial_option(help="The β the anchor was aligned at, to print β/λ (known for the digits).")
     ] = None,
     method: Annotated[
-        SamplingMethod,
-        typer.Option(
-            help="Mix the models' predictions, or run one model with interpolated weights (half the cost, inexact).",
-            rich_help_panel=DIAL,
+        Literal["mixture", "interpolate"],
+        dial_option(
+            help="Mix the models' predictions, or run one model with interpolated weights (half the cost, inexact)."
         ),
-    ] = SamplingMethod.mixture,
+    ] = "mixture",
     path: Annotated[
-        MixtureSpace,
-        typer.Option(
-            help="Mix predictions or explicit posteriors; auto takes predictions where both agree.",
-            rich_help_panel=DIAL,
-        ),
-    ] = MixtureSpace.auto,
+        Literal["auto", "prediction", "posterior"],
+        dial_option(help="Mix predictions or explicit posteriors; auto takes predictions where both agree."),
+    ] = "auto",
     tolerance: Annotated[
         float | None,
-        typer.Option(
+        dial_option(
             help="Carry predictions over between steps, with at most this error relative to λ's own effect (0.05): up "
-            "to nearly half the cost, inexact.",
-            rich_help_panel=DIAL,
+            "to nearly half the cost, inexact."
         ),
     ] = None,
     reuse: Annotated[
-        int | None,
-        typer.Option(min=1, help="The same by a fixed rule: all models at every so many steps.", rich_help_panel=DIAL),
+        int | None, dial_option(min=1, help="The same by a fixed rule: all models at every so many steps.")
     ] = None,
     particles: Annotated[
         int | None,
-        typer.Option(
+        dial_option(
             min=1,
             help="Draw every image from this many weighted particles: exact as they grow, at so many times the cost.",
-            rich_help_panel=DIAL,
         ),
     ] = None,
     seed: options.Seeds = ["0"],  # noqa: B006
@@ -106,49 +70,30 @@ def generate(
     width: options.Side = None,
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
-    dtype: options.Dtype = options.NumberFormat.auto,
+    dtype: options.Dtype = "auto",
     offload: options.Offload = False,
     revision: options.Revision = None,
     anchor_revision: options.AnchorRevision = None,
     allow_pickle: options.AllowPickle = False,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="A new or empty folder for the results.", rich_help_panel=OUTPUT)
-    ] = Path("deradiff-out"),
+    out: Annotated[Path, output_option("--out", "-o", help="A new or empty folder for the results.")] = Path(
+        "deradiff-out"
+    ),
     force: options.Force = False,
 ) -> None:
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
     with terminal.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
-        shape = notation.schedule(schedule, over.value)
+        shape = notation.schedule(schedule, over)
         if shape is None:
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
         else:
             arguments.refuse(context, ["anchor_beta"], "β/λ is of a λ that stays the same, without a --schedule")
         annealed = shape.to_dict() if shape else None
         chosen: dict[str, Any] = {
-            "reference": reference,
             "anchors": anchors,
             "prompts": arguments.prompts(prompt or (), prompts),
             "columns": [{"lam": lam, "schedule": annealed} for lam in arguments.lams(lam, tuple(anchors))],
             "seeds": notation.seeds(seed),
-            "scheduler": scheduler,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "method": method.value,
-            "path": path.value,
-            "dtype": dtype.value,
-            "device": device,
-            "offload": offload,
-            "revision": revision,
-            "anchor_revision": anchor_revision,
-            "allow_pickle": allow_pickle,
-            "batch_size": batch_size,
-            "particles": particles,
-            "reuse": reuse,
-            "tolerance": tolerance,
         }
         with terminal.progress("sampling") as on_step:
             from deradiff.files.folders import RunFolder
@@ -157,8 +102,8 @@ def generate(
             from deradiff.sweep.settings import Settings
 
             if anchor_beta is None and len(anchors) == 1:
-                anchor_beta = known_beta(*anchors.values())
-            settings = Settings(**chosen, anchor_beta=anchor_beta)
+                chosen["anchor_beta"] = known_beta(*anchors.values())
+            settings = Settings(**arguments.values(context, Settings.model_fields) | chosen)
             with RunFolder(out, force=force) as folder, realigned(settings) as (pipe, dial):
                 verdicts = draw(settings, pipe, dial, folder, on_step)
     _print_verdicts(verdicts)

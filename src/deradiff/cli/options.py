@@ -1,41 +1,34 @@
 """The options that several commands have, each with its help written once, and the panels of `--help`."""
 
-from enum import StrEnum
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import typer
 
-MODELS, DIAL, SAMPLING, MACHINE, OUTPUT = "Models", "The dial", "Sampling", "Machine", "Output"
+from deradiff.algorithm import schedules
+
+NumberFormat = Literal["auto", "float32", "float16", "bfloat16"]
+"""What models are computed in."""
+
+
+def panel(name: str) -> Callable[..., Any]:
+    """`typer.Option` for the options that stand in one panel of `--help`."""
+    return partial(typer.Option, rich_help_panel=name)
+
+
+model_option, dial_option, sampling_option = panel("Models"), panel("The dial"), panel("Sampling")
+machine_option, output_option, page_option = panel("Machine"), panel("Output"), panel("The page")
 
 LARGEST_SEED = 2**31 - 1
 """Of a training: a step's own seed holds this one and the number of the step."""
 
 
-class NumberFormat(StrEnum):
-    """What models are computed in."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class ScheduleClock(StrEnum):
-    """What an annealed λ follows."""
-
-    steps = "steps"
-    time = "time"
-
-
 # -- help that options in different panels share ----------------------------------------------------------------------
 
 SCHEDULES = "constant, power:P, step:P, sigmoid:KAPPA or spline:S/λ,S/λ,...; multiplied with --lam."
-DEVICES = "auto, cpu, cuda, cuda:1, mps, ..."
 LORA_RANK = "Rank of the LoRA; 0 trains all weights."
 GRADIENT_CHECKPOINTING = "Compute activations anew in the backward pass: less memory, more time."
-HOST = "Where to listen; anything but this machine itself needs a token."
-PORT = "0 takes one that is free."
-ROOT_PATH = "The path under which a reverse proxy serves the pages, such as /deradiff."
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
@@ -44,67 +37,51 @@ Reference = Annotated[
 ]
 Anchor = Annotated[
     list[str],
-    typer.Option(
+    model_option(
         "--anchor",
         "-a",
         help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
         "Several, each as NAME=SOURCE.",
-        rich_help_panel=MODELS,
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="The reference's revision on the hub.", rich_help_panel=MODELS)]
-AnchorRevision = Annotated[str | None, typer.Option(help="The anchors' revision on the hub.", rich_help_panel=MODELS)]
+Revision = Annotated[str | None, model_option(help="The reference's revision on the hub.")]
+AnchorRevision = Annotated[str | None, model_option(help="The anchors' revision on the hub.")]
 AllowPickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle",
-        help="Read .bin and .ckpt files, which can run code on your machine.",
-        rich_help_panel=MODELS,
-    ),
+    bool, model_option("--allow-pickle", help="Read .bin and .ckpt files, which can run code on your machine.")
 ]
 
 # -- the dial and the sampling ----------------------------------------------------------------------------------------
 
-Over = Annotated[ScheduleClock, typer.Option(help="What the schedule runs over.", rich_help_panel=DIAL)]
-Prompt = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.", rich_help_panel=SAMPLING)
-]
+Over = Annotated[schedules.Over, dial_option(help="What the schedule runs over.")]
+Prompt = Annotated[list[str] | None, sampling_option("--prompt", "-p", help="A prompt; may be repeated.")]
 Seeds = Annotated[
-    list[str],
-    typer.Option(
-        "--seed", "-s", help="Seeds of every prompt: 7, a list (1,2,3) or a range (0:7).", rich_help_panel=SAMPLING
-    ),
+    list[str], sampling_option("--seed", "-s", help="Seeds of every prompt: 7, a list (1,2,3) or a range (0:7).")
 ]
 Scheduler = Annotated[
     str | None,
-    typer.Option(
+    sampling_option(
         help="ddim, ddpm, euler, euler-a, heun, dpmpp, dpmpp-1, dpmpp-3, dpmpp-sde, unipc, lms, pndm, kdpm2, edm, "
-        "flow-euler, flow-sde or flow-euler-sde; the model's own by default.",
-        rich_help_panel=SAMPLING,
+        "flow-euler, flow-sde or flow-euler-sde; the model's own by default."
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps.", rich_help_panel=SAMPLING)]
-GuidanceScale = Annotated[
-    float | None, typer.Option(help="The pipeline's own by default, 1.5 for the digits.", rich_help_panel=SAMPLING)
-]
-NegativePrompt = Annotated[str | None, typer.Option(rich_help_panel=SAMPLING)]
-Side = Annotated[int | None, typer.Option(min=1, help="In pixels.", rich_help_panel=SAMPLING)]
+Steps = Annotated[int, sampling_option(min=1, help="Sampling steps.")]
+GuidanceScale = Annotated[float | None, sampling_option(help="The pipeline's own by default, 1.5 for the digits.")]
+NegativePrompt = Annotated[str | None, sampling_option()]
+Side = Annotated[int | None, sampling_option(min=1, help="In pixels.")]
 TrainingSeed = Annotated[
     int, typer.Option(min=0, max=LARGEST_SEED, help="Decides all noise, and in training the order and a LoRA's start.")
 ]
 
+# -- a server's pages -------------------------------------------------------------------------------------------------
+
+Host = Annotated[str, page_option(help="Where to listen; anything but this machine itself needs a token.")]
+Port = Annotated[int, page_option(min=0, max=65535, help="0 takes one that is free.")]
+RootPath = Annotated[str, page_option(help="The path under which a reverse proxy serves the pages, such as /deradiff.")]
+
 # -- the machine and the output ---------------------------------------------------------------------------------------
 
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images sampled together, those of every λ counted.", rich_help_panel=MACHINE)
-]
-Device = Annotated[str, typer.Option(help=DEVICES, rich_help_panel=MACHINE)]
-Dtype = Annotated[
-    NumberFormat, typer.Option(help="auto is float32 on a CPU and float16 elsewhere.", rich_help_panel=MACHINE)
-]
-Offload = Annotated[
-    bool, typer.Option("--offload", help="Keep on the device only the part that works.", rich_help_panel=MACHINE)
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace the earlier result that the folder holds.", rich_help_panel=OUTPUT)
-]
+BatchSize = Annotated[int, machine_option(min=1, help="Images sampled together, those of every λ counted.")]
+Device = Annotated[str, machine_option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+Dtype = Annotated[NumberFormat, machine_option(help="auto is float32 on a CPU and float16 elsewhere.")]
+Offload = Annotated[bool, machine_option("--offload", help="Keep on the device only the part that works.")]
+Force = Annotated[bool, output_option("--force", help="Replace the earlier result that the folder holds.")]

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deradiff.cli import arguments, options, terminal
-from deradiff.cli.options import MACHINE, SAMPLING
+from deradiff.cli.options import machine_option, panel, sampling_option
 
 if TYPE_CHECKING:
     from deradiff.search.spaces import SearchSpace
     from deradiff.sweep.workers import Executor
 
-GOAL, SPACE = "The goal", "What is searched"
+goal_option, space_option = panel("The goal"), panel("What is searched")
 
 
 def search(
@@ -22,75 +22,50 @@ def search(
     out: Annotated[Path, typer.Option("--out", "-o", help="The search's folder. One that was begun there goes on.")],
     maximize: Annotated[
         list[str] | None,
-        typer.Option(
+        goal_option(
             "--maximize",
             "-m",
-            rich_help_panel=GOAL,
             help="A score, or a sum of scores: 'legible - 0.1*bold'. Several have a Pareto set. Besides scores there "
             "are path-kl, recall, vendi and distance.",
         ),
     ] = None,
-    minimize: Annotated[
-        list[str] | None, typer.Option(help="The same, the smaller the better: path-kl.", rich_help_panel=GOAL)
-    ] = None,
+    minimize: Annotated[list[str] | None, goal_option(help="The same, the smaller the better: path-kl.")] = None,
     require: Annotated[
-        list[str] | None,
-        typer.Option(help="A condition: 'clip >= reference', 'recall >= 0.6', 'path-kl <= 3'.", rich_help_panel=GOAL),
+        list[str] | None, goal_option(help="A condition: 'clip >= reference', 'recall >= 0.6', 'path-kl <= 3'.")
     ] = None,
-    held_out: Annotated[
-        str, typer.Option(help="Scores, with commas between, that the winner is checked by.", rich_help_panel=GOAL)
-    ] = "",
+    held_out: Annotated[str, goal_option(help="Scores, with commas between, that the winner is checked by.")] = "",
     features: Annotated[
-        str | None,
-        typer.Option(help="An extractor (dinov2, clip, inception, digits) to see diversity by.", rich_help_panel=GOAL),
+        str | None, goal_option(help="An extractor (dinov2, clip, inception, digits) to see diversity by.")
     ] = None,
-    neighbours: Annotated[int, typer.Option(min=1, help="k of recall.", rich_help_panel=GOAL)] = 10,
+    neighbours: Annotated[int, goal_option(min=1, help="k of recall.")] = 10,
     weighted: Annotated[
         bool,
-        typer.Option(
+        goal_option(
             "--weighted",
-            rich_help_panel=GOAL,
             help="Search the retrained model's score, by importance weights. Needs 8 seeds of a prompt, guidance 1.",
         ),
     ] = False,
     nearby: Annotated[
         float | None,
-        typer.Option(
-            rich_help_panel=GOAL,
-            help="With --weighted: also use scores this far from every λ (0.05), estimated from its images.",
-        ),
+        goal_option(help="With --weighted: also use scores this far from every λ (0.05), estimated from its images."),
     ] = None,
     over: Annotated[
         str,
-        typer.Option(
-            help="lam; power, of an annealed λ; or knots:S,S,..., λ of a spline at those places (0 noise, 1 image).",
-            rich_help_panel=SPACE,
+        space_option(
+            help="lam; power, of an annealed λ; or knots:S,S,..., λ of a spline at those places (0 noise, 1 image)."
         ),
     ] = "lam",
     limits: Annotated[
-        str | None,
-        typer.Option(
-            "--range", help="LOW:HIGH of λ, at most 0:2 (0:1), or of the power (0.25:5).", rich_help_panel=SPACE
-        ),
+        str | None, space_option("--range", help="LOW:HIGH of λ, at most 0:2 (0:1), or of the power (0.25:5).")
     ] = None,
-    box: Annotated[
-        bool,
-        typer.Option("--box", help="λ of several anchors may sum to more than 1.", rich_help_panel=SPACE),
-    ] = False,
-    evaluations: Annotated[
-        int, typer.Option(help="Evaluations at most, end points included.", rich_help_panel=SPACE)
-    ] = 8,
-    search_seed: Annotated[int, typer.Option(min=0, help="Of the search itself.", rich_help_panel=SPACE)] = 0,
+    box: Annotated[bool, space_option("--box", help="λ of several anchors may sum to more than 1.")] = False,
+    evaluations: Annotated[int, space_option(help="Evaluations at most, end points included.")] = 8,
+    search_seed: Annotated[int, space_option(min=0, help="Of the search itself.")] = 0,
     prompt: options.Prompt = None,
     prompts: Annotated[
-        str | None,
-        typer.Option(
-            help="A file of prompts, a list by name (partiprompts, ...), or digits.", rich_help_panel=SAMPLING
-        ),
+        str | None, sampling_option(help="A file of prompts, a list by name (partiprompts, ...), or digits.")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="So many of --prompts, drawn at random.", rich_help_panel=SAMPLING)
-    ] = None,
+    count: Annotated[int | None, sampling_option(min=1, help="So many of --prompts, drawn at random.")] = None,
     seed: options.Seeds = ["0"],  # noqa: B006 (Typer never changes it)
     scheduler: options.Scheduler = None,
     steps: options.Steps = 25,
@@ -100,8 +75,7 @@ def search(
     width: options.Side = None,
     batch_size: options.BatchSize = 8,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes; one on a GPU, one per processor on a CPU.", rich_help_panel=MACHINE),
+        int | None, machine_option(min=1, help="Processes; one on a GPU, one per processor on a CPU.")
     ] = None,
     device: options.Device = "auto",
     allow_pickle: options.AllowPickle = False,
@@ -122,6 +96,7 @@ def search(
         from deradiff.search.goals import Goal
         from deradiff.search.loop import SearchState
         from deradiff.search.running import run
+        from deradiff.sweep.description import SamplingSettings
         from deradiff.sweep.pipelines import known_beta
         from deradiff.sweep.workers import cores
 
@@ -133,14 +108,7 @@ def search(
         space = _space(over, tuple(sources), limits, box)
         place = device_called(device)
         held = [name.strip() for name in held_out.split(",") if name.strip()]
-        chosen = {
-            "scheduler": scheduler,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "height": height,
-            "width": width,
-            "negative_prompt": negative_prompt,
-        }
+        sampling = arguments.values(context, SamplingSettings.model_fields)
         plan = parse_plan(
             {
                 "name": "search",
@@ -149,7 +117,7 @@ def search(
                 "allow_pickle": allow_pickle,
                 "models": {name: {"source": source, "beta": known_beta(source)} for name, source in sources.items()},
                 "prompts": {"prompts": _prompts(prompt or [], prompts, count) | {"seeds": seed}},
-                "sampling": {"sampling": {name: value for name, value in chosen.items() if value is not None}},
+                "sampling": {"sampling": {name: value for name, value in sampling.items() if value is not None}},
                 "methods": [{"method": "reference"}],
                 "scores": [*dict.fromkeys([*goal.scores, *held])],
                 "features": [features] if features else [],
@@ -160,8 +128,7 @@ def search(
         )
 
         def executor() -> "Executor":
-            size = workers or (cores() if place == "cpu" else 1)
-            return executors.InProcess(plan, place, 1) if size == 1 else executors.processes(plan, place, 1, size)
+            return executors.local(plan, place, 1, workers or (cores() if place == "cpu" else 1))
 
         def print_evaluation(state: SearchState) -> None:
             console.print(summary.evaluated(space, state))

@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 from deradiff.cli import arguments, options, terminal
-from deradiff.cli.options import MODELS
+from deradiff.cli.options import model_option, page_option
 from deradiff.worlds import find, find_anchor
-
-PAGES = "The page"
 
 
 def studio(
@@ -19,57 +17,40 @@ def studio(
     ] = "digits",
     anchor: Annotated[
         list[str] | None,
-        typer.Option(
-            "--anchor",
-            "-a",
-            rich_help_panel=MODELS,
-            help="The aligned model to open with, as for `deradiff generate`; may be repeated.",
+        model_option(
+            "--anchor", "-a", help="The aligned model to open with, as for `deradiff generate`; may be repeated."
         ),
     ] = None,
     models: Annotated[
         list[Path] | None,
-        typer.Option(
+        model_option(
             "--models",
             "-m",
-            rich_help_panel=MODELS,
             help="A folder of models that pages may choose from; may be repeated. Pages reach no other folder.",
         ),
     ] = None,
-    hub: Annotated[
-        bool,
-        typer.Option("--hub/--no-hub", rich_help_panel=MODELS, help="Whether pages may name models of the hub."),
-    ] = True,
+    hub: Annotated[bool, model_option("--hub/--no-hub", help="Whether pages may name models of the hub.")] = True,
     reward: Annotated[
         list[str] | None,
-        typer.Option(
+        model_option(
             "--reward",
             "-r",
-            rich_help_panel=MODELS,
             help="Score images by pickscore, hps-v2.1, clip, aesthetic, image-reward (NAME=FOLDER for your own copy); "
             "may be repeated. The digits have rewards of their own.",
         ),
     ] = None,
     allow_pickle: options.AllowPickle = False,
-    library: Annotated[
-        Path, typer.Option(rich_help_panel=PAGES, help="The folder for curves and presets that are kept by name.")
-    ] = Path("deradiff-studio"),
-    host: Annotated[
-        str,
-        typer.Option(rich_help_panel=PAGES, help=options.HOST),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, rich_help_panel=PAGES, help=options.PORT)] = 7860,
+    library: Annotated[Path, page_option(help="The folder for curves and presets that are kept by name.")] = Path(
+        "deradiff-studio"
+    ),
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 7860,
     token: Annotated[
-        str | None,
-        typer.Option(
-            envvar="DERADIFF_STUDIO_TOKEN", rich_help_panel=PAGES, help="Only who has the link with this token gets in."
-        ),
+        str | None, page_option(envvar="DERADIFF_STUDIO_TOKEN", help="Only who has the link with this token gets in.")
     ] = None,
-    root_path: Annotated[
-        str,
-        typer.Option(rich_help_panel=PAGES, help=options.ROOT_PATH),
-    ] = "",
+    root_path: options.RootPath = "",
     device: options.Device = "auto",
-    dtype: options.Dtype = options.NumberFormat.auto,
+    dtype: options.Dtype = "auto",
     offload: options.Offload = False,
 ) -> None:
     """Open the studio: turn the dial, draw the curve, compare, in a browser. Ctrl-C closes it."""
@@ -87,7 +68,8 @@ def studio(
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
                 from deradiff.studio import scenes, server
-                from deradiff.studio.models import MachineSettings
+                from deradiff.studio.image_requests import Desk
+                from deradiff.studio.models import LoadedModels, MachineSettings
                 from deradiff.studio.sources import Sources
 
                 terminal.pass_on_warnings()
@@ -98,11 +80,11 @@ def studio(
                 allowed = [reference, *sources_of.values()]
                 named = [source for source in allowed if not find(source) and not find_anchor(source)]
                 sources = Sources(models or (), named, hub)
-                machine = MachineSettings(device, dtype.value, offload, allow_pickle)
+                machine = MachineSettings(device, dtype, offload, allow_pickle)
                 prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
-                desk = server.desk_of(sources, machine, tuple(reward or ()))
+                desk = Desk(LoadedModels(sources, machine), tuple(reward or ()))
                 closing.callback(desk.close)
                 application = server.app(desk, start, library.resolve(), token, root)
             desk.warm_up(start)

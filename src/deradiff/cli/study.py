@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from deradiff.cli import options, terminal
+from deradiff.cli.options import page_option
 
 app = typer.Typer(
-    help="A preference study between methods of an experiment, in people's browsers.",
-    no_args_is_help=True,
+    help="A preference study between methods of an experiment, in people's browsers.", no_args_is_help=True
 )
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the study.")]
@@ -42,13 +42,13 @@ def plan(
 def serve(
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The study's folder. One that was begun there goes on.")],
-    host: Annotated[str, typer.Option(help=options.HOST)] = ("127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help=options.PORT)] = 8000,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
     token: Annotated[
         str | None,
-        typer.Option(envvar="DERADIFF_STUDY_TOKEN", help="Only who has the link with this token may take part."),
+        page_option(envvar="DERADIFF_STUDY_TOKEN", help="Only who has the link with this token may take part."),
     ] = None,
-    root_path: Annotated[str, typer.Option(help=options.ROOT_PATH)] = "",
+    root_path: options.RootPath = "",
 ) -> None:
     """Show participants their pairs and keep their votes, until it is stopped. Killed at any time, it loses none."""
     console = terminal.LiteralConsole(stderr=True)

@@ -45,9 +45,7 @@ messages = LiteralConsole(stderr=True, soft_wrap=True)
 
 
 @contextmanager
-def refusing_wrong_input(
-    out_of_memory: str = "try a smaller --batch-size, or --offload",
-) -> Iterator[None]:
+def refusing_wrong_input(out_of_memory: str = "try a smaller --batch-size, or --offload") -> Iterator[None]:
     """Print what the library says about a wrong input, in red and without a traceback, and exit with status 2.
 
     Of other errors only those that deradiff itself defines are for the user's eyes; the rest keeps its traceback. What

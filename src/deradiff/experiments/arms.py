@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any, Final, Literal, Protocol, runtime_checkable
 
 from pydantic import Field, field_validator, model_validator
@@ -114,6 +115,10 @@ class _OfAnchors(_Method):
             return tuple(notation.numbers(given, "lam"))
         return (given,) if isinstance(given, int | float) else given
 
+    def _each(self, plan: Models) -> Iterator[tuple[str, float]]:
+        """Every anchor at every λ."""
+        return product(plan.named(self.anchors), self.lam)
+
 
 class Realign(_OfAnchors):
     """DeRaDiff: one anchor at several λ, or at those λ that stand for the β of other models of its family."""
@@ -134,14 +139,8 @@ class Realign(_OfAnchors):
         suffix = f", {self.particles} particles" if self.particles else ""
         for name in plan.named(self.anchors):
             for lam in self.lam:
-                yield Arm(
-                    f"{name}, λ = {plain(lam)}{suffix}",
-                    self.method,
-                    ((name, lam),),
-                    "",
-                    self.particles,
-                    prompts=self.prompts,
-                )
+                named = f"{name}, λ = {plain(lam)}{suffix}"
+                yield Arm(named, self.method, ((name, lam),), "", self.particles, prompts=self.prompts)
             for target in plan.named(self.targets) if self.targets else ():
                 anchor, other = plan.models[name], plan.models[target]
                 if anchor.beta is None or other.beta is None or anchor.family != other.family:
@@ -189,11 +188,9 @@ class Anneal(_OfAnchors):
 
     def arms(self, plan: Models) -> Iterator[Arm]:
         """One for each anchor, λ and schedule."""
-        for name in plan.named(self.anchors):
-            for lam in self.lam:
-                for schedule in self.schedules:
-                    reach = "" if lam == 1 else f" up to {plain(lam)}"
-                    yield Arm(f"{name}, {schedule}{reach}", self.method, ((name, lam),), schedule, prompts=self.prompts)
+        for (name, lam), schedule in product(self._each(plan), self.schedules):
+            reach = "" if lam == 1 else f" up to {plain(lam)}"
+            yield Arm(f"{name}, {schedule}{reach}", self.method, ((name, lam),), schedule, prompts=self.prompts)
 
 
 class Interpolate(_OfAnchors):
@@ -204,9 +201,8 @@ class Interpolate(_OfAnchors):
 
     def arms(self, plan: Models) -> Iterator[Arm]:
         """One for each anchor and λ."""
-        for name in plan.named(self.anchors):
-            for lam in self.lam:
-                yield Arm(f"{name}, weights at {plain(lam)}", self.method, ((name, lam),), prompts=self.prompts)
+        for name, lam in self._each(plan):
+            yield Arm(f"{name}, weights at {plain(lam)}", self.method, ((name, lam),), prompts=self.prompts)
 
 
 class OptimizeNoise(_Method, NoiseOptimization):

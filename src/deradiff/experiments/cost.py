@@ -84,14 +84,11 @@ def denoiser_config(source: str) -> dict[str, Any]:
     """
     if world := find(source):
         source = str(world.reference)
-    config: Any = UNet2DConditionModel.load_config(source, subfolder=None if _is_unet(source) else "unet")
+    is_unet = (Path(source) / "config.json").is_file()
+    config: Any = UNet2DConditionModel.load_config(source, subfolder=None if is_unet else "unet")
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ValueError(f"{source} is a {config['_class_name']}; costs are counted for UNet2DConditionModel")
     return dict(config)
-
-
-def _is_unet(source: str) -> bool:
-    return (Path(source) / "config.json").is_file()
 
 
 def denoiser_cost(

@@ -49,6 +49,11 @@ def processes(plan: Plan, device: str, threads: int, size: int) -> Processes:
     return Processes(size, _do, _begin, plan, device, threads)
 
 
+def local(plan: Plan, device: str, threads: int, size: int) -> InProcess | Processes:
+    """So many workers on this machine; a single one is this process."""
+    return InProcess(plan, device, threads) if size == 1 else processes(plan, device, threads, size)
+
+
 _worker: Worker | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,17 +106,14 @@ class Plan(PlanPart):
 
     @model_validator(mode="after")
     def _complete(self) -> Plan:
-        for name in self.scores:
-            _require_score(name)
-        for name in self.features:
-            _require_extractor(name)
+        _require_measures(self.scores, self.features)
         wanted = self.report
         self.named(tuple(filter(None, (wanted.healthy, *wanted.hacked, wanted.unregularised))))
         if wanted.diversity_on is not None:
             self.sets((wanted.diversity_on,))
         for arm in self.arms():
             if arm.noise is not None:
-                _require_score(arm.noise.reward)
+                _require_measures([arm.noise.reward])
                 _require_plain_sampling(arm, self.sampling[arm.sampling])
                 if arm.noise.pipeline in self.models:
                     raise ValueError(f"a model and a pipeline are called {arm.noise.pipeline!r}: rename the model")
@@ -165,19 +162,16 @@ def _require_plain_sampling(arm: Arm, sampling: SamplingSettings) -> None:
         raise ValueError(f"{arm.name!r} needs a guidance_scale of 1 (none) or more, and {arm.sampling!r} has less")
 
 
-def _require_score(name: str) -> None:
-    from deradiff.rewards import COMPUTED, LEARNED
+def _require_measures(scores: Iterable[str], features: Iterable[str] = ()) -> None:
+    """Raise `ValueError` for a reward or an extractor that there is not."""
+    from deradiff import rewards
+    from deradiff.measures import features as extractors
 
-    if name.partition("=")[0] not in {*COMPUTED, *LEARNED}:
-        raise ValueError(f"there is no score {name!r}: choose among {', '.join([*LEARNED, *COMPUTED])}")
-
-
-def _require_extractor(name: str) -> None:
-    from deradiff.measures.features import COMPUTED, EXTRACTORS
-
-    known = (*EXTRACTORS, *COMPUTED)
-    if name.partition("=")[0] not in known:
-        raise ValueError(f"there is no feature extractor {name!r}: choose among {', '.join(known)}")
+    every = (*rewards.LEARNED, *rewards.COMPUTED), (*extractors.EXTRACTORS, *extractors.COMPUTED)
+    for names, known, what in zip((scores, features), every, ("score", "feature extractor"), strict=True):
+        for name in names:
+            if name.partition("=")[0] not in known:
+                raise ValueError(f"there is no {what} {name!r}: choose among {', '.join(known)}")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

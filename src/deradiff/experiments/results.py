@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,23 @@ class Pair:
     lam: float
     approximated: Arm
     retrained: Arm
+
+
+def by_prompt(table: Table) -> Float[np.ndarray, " prompt"]:
+    """The values of every prompt, averaged over the seeds that have one; NaN for a prompt without any."""
+    there = np.isfinite(table)
+    sums = np.where(there, table, 0.0).sum(1)
+    return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
+
+
+def over_prompts(table: Table) -> tuple[float, float]:
+    """Mean and standard error over prompts, each averaged over the seeds that have a value; NaN for none."""
+    values = by_prompt(table)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return float(values.mean()), float(error)
 
 
 class Results:
@@ -107,38 +124,20 @@ class Results:
 
     def scores(self, arm: Arm, prompts: str, name: str) -> Table:
         """A score of every image of an arm; NaN where there is none (yet)."""
-        return self._table(arm, prompts, lambda item: self._scores[name].get(item))
+        return self._table(arm, prompts, self._scores[name])
 
     def mean(self, arm: Arm, prompts: str, name: str) -> tuple[float, float]:
         """The mean score and its standard error over prompts, of those that have one; NaN for none."""
-        by_prompt = self.by_prompt(arm, prompts, name)
-        by_prompt = by_prompt[np.isfinite(by_prompt)]
-        if not len(by_prompt):
-            return float("nan"), float("nan")
-        error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else float("nan")
-        return float(by_prompt.mean()), float(error)
+        return over_prompts(self.scores(arm, prompts, name))
 
     def by_prompt(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, " prompt"]:
         """The score of every prompt, averaged over the seeds that have one; NaN for a prompt without any."""
-        table = self.scores(arm, prompts, name)
-        there = np.isfinite(table)
-        sums = np.where(there, table, 0.0).sum(1)
-        return np.where(there.any(1), sums / np.maximum(there.sum(1), 1), np.nan)
+        return by_prompt(self.scores(arm, prompts, name))
 
     def features(self, arm: Arm, prompts: str, name: str) -> Float[np.ndarray, "image feature"]:
         """The feature vectors of an arm's images, prompt after prompt; those that are there."""
-        known = self._features[name]
-        vectors = [known[item] for _, _, item in self._items(arm, prompts) if item in known]
+        vectors = list(self.features_by_place(arm, prompts, name).values())
         return np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
-
-    def feature_groups(self, arm: Arm, prompts: str, name: str) -> list[Float[np.ndarray, "seed feature"]]:
-        """The same, prompt by prompt."""
-        known = self._features[name]
-        groups: dict[int, list[Any]] = {}
-        for row, _, item in self._items(arm, prompts):
-            if item in known:
-                groups.setdefault(row, []).append(known[item])
-        return [np.stack(vectors) for vectors in groups.values()]
 
     def features_by_place(
         self, arm: Arm, prompts: str, name: str
@@ -152,25 +151,18 @@ class Results:
 
         0 for the reference; NaN where it is not known: deterministic samplers, interpolated weights, particles.
         """
-        if arm.method == "reference":
-            return self._table(arm, prompts, lambda item: 0.0 if item in self._diagnostics else None)
-        return self._table(
-            arm, prompts, lambda item: self._diagnostics[item][0].get("path_kl") if item in self._diagnostics else None
-        )
+        zero = arm.method == "reference"
+        known = {item: 0.0 if zero else told.get("path_kl") for item, (told, *_) in self._diagnostics.items()}
+        return self._table(arm, prompts, known)
 
     def seconds(self, arm: Arm) -> float:
         """Mean seconds that one image took, in its batch; NaN for none."""
-        seconds = [
-            self._diagnostics[item][1]
-            for name in self.plan.sets(arm.prompts)
-            for _, _, item in self._items(arm, name)
-            if item in self._diagnostics
-        ]
+        seconds = [self._diagnostics[item][1] for item in self._all_items(arm) if item in self._diagnostics]
         return float(np.mean(seconds)) if seconds else float("nan")
 
     def diagnostics(self, arm: Arm, prompts: str) -> list[dict[str, Any]]:
         """What is known of each of the arm's images that are there: weights, effective particles, evaluations."""
-        return [self._diagnostics[item][0] for _, _, item in self._items(arm, prompts) if item in self._diagnostics]
+        return list(self.diagnostics_by_place(arm, prompts).values())
 
     def diagnostics_by_place(self, arm: Arm, prompts: str) -> dict[tuple[int, int], dict[str, Any]]:
         """The same by the place (prompt, seed) of the image."""
@@ -208,12 +200,12 @@ class Results:
 
     def done(self, arm: Arm) -> tuple[int, int]:
         """How many images of an arm are there, and how many are planned."""
-        items = [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
+        items = self._all_items(arm)
         return sum(item in self._drawn for item in items), len(items)
 
     def measured(self, arm: Arm) -> dict[str, int]:
         """How many images of an arm have each score and each extractor's features."""
-        items = [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
+        items = self._all_items(arm)
         known: dict[str, Any] = self._scores | self._features
         return {name: sum(item in values for item in items) for name, values in known.items()}
 
@@ -230,10 +222,13 @@ class Results:
         for (row, column), item in sorted(self._index.get((arm, prompts), {}).items()):
             yield row, column, item
 
-    def _table(self, arm: Arm, prompts: str, value: Any) -> Table:
+    def _all_items(self, arm: Arm) -> list[str]:
+        return [item for name in self.plan.sets(arm.prompts) for _, _, item in self._items(arm, name)]
+
+    def _table(self, arm: Arm, prompts: str, values: Mapping[str, float | None]) -> Table:
         table = np.full((len(self.contents.texts[prompts]), len(self.plan.prompts[prompts].seeds)), np.nan)
         for row, column, item in self._items(arm, prompts):
-            number = value(item)
+            number = values.get(item)
             if number is not None:
                 table[row, column] = number
         return table

@@ -259,11 +259,11 @@ def _draw(
     if not batches:
         return
     report("drawing", done, planned, "")
-    todos = [
-        Todo(task.group, partial(_itself, task))
-        for number, members in batches.items()
-        for task in [_task(number, members, drawings, tried)]
-    ]
+    todos = []
+    for number, members in batches.items():
+        wanted = tuple(place for place, (item, drawn) in enumerate(members) if not drawn and item not in tried)
+        whole_batch = Draw(number, tuple(drawings[item] for item, _ in members), wanted)
+        todos.append(Todo(whole_batch.group, partial(lambda task: task, whole_batch)))
     for task, result in work(todos, executor()):
         assert isinstance(task, Draw)
         _warn(result)
@@ -278,17 +278,6 @@ def _draw(
 def _warn(result: Done) -> None:
     for line, category in result.warned:
         warnings.warn(line, category, stacklevel=2)
-
-
-def _itself(task: Draw) -> Draw:
-    return task
-
-
-def _task(
-    number: int, members: Sequence[tuple[str, bool]], drawings: dict[str, Drawing], tried: Collection[str]
-) -> Draw:
-    wanted = tuple(place for place, (item, drawn) in enumerate(members) if not drawn and item not in tried)
-    return Draw(number, tuple(drawings[item] for item, _ in members), wanted)
 
 
 def _score(
@@ -325,19 +314,13 @@ def _score(
 
 def _loaded(table: str, name: str, images: Sequence[Image], drawings: dict[str, Drawing], lost: set[str]) -> Score:
     """The task of scoring these images, without those that are not what was drawn: they go to `lost`."""
-    whole: list[tuple[Image, bytes]] = []
+    whole: dict[Image, bytes] = {}
     for image in images:
         try:
-            whole.append((image, image.read()))
+            whole[image] = image.read()
         except Missing:
             lost.add(image.id)
-    return Score(
-        table,
-        name,
-        tuple(png for _, png in whole),
-        tuple(drawings[image.id].prompt for image, _ in whole),
-        tuple(image for image, _ in whole),
-    )
+    return Score(table, name, tuple(whole.values()), tuple(drawings[image.id].prompt for image in whole), tuple(whole))
 
 
 __all__ = ["Contents", "Done", "Outcome", "contents", "identity", "in_batches", "run"]

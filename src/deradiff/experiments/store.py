@@ -33,12 +33,15 @@ SCHEMA = 1
 IMAGE = "the image"
 """What stands among the failures in place of a score, where an image could not be drawn."""
 
-_TABLES = """
+_DIAGNOSTICS = "told"
+"""The column of what is known of an image, as stores of version 0.1 call it."""
+
+_TABLES = f"""
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (number INTEGER PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE items (
     id TEXT PRIMARY KEY, batch INTEGER NOT NULL, place INTEGER NOT NULL, drawing TEXT NOT NULL,
-    sha256 TEXT, size INTEGER, mtime INTEGER, told TEXT, seconds REAL, run INTEGER REFERENCES runs
+    sha256 TEXT, size INTEGER, mtime INTEGER, {_DIAGNOSTICS} TEXT, seconds REAL, run INTEGER REFERENCES runs
 ) WITHOUT ROWID;
 CREATE INDEX batches ON items (batch, place);
 CREATE TABLE scores (
@@ -252,12 +255,14 @@ class Store:
             rows.append((*made, _json(diagnostics), seconds / len(drawn), self.run, item))
         with self._transaction():
             self._db.executemany(
-                "UPDATE items SET sha256 = ?, size = ?, mtime = ?, told = ?, seconds = ?, run = ? WHERE id = ?", rows
+                f"UPDATE items SET sha256 = ?, size = ?, mtime = ?, {_DIAGNOSTICS} = ?, seconds = ?, run = ? "
+                "WHERE id = ?",
+                rows,
             )
 
     def diagnostics(self) -> dict[str, tuple[dict[str, Any], float, int | None]]:
         """Of every image that is there: what is known of it, its seconds, and the number of its run."""
-        rows = self._rows("SELECT id, told, seconds, run FROM items WHERE sha256 IS NOT NULL")
+        rows = self._rows(f"SELECT id, {_DIAGNOSTICS}, seconds, run FROM items WHERE sha256 IS NOT NULL")
         known = {}
         for item, diagnostics, seconds, run in rows:
             if not isinstance(seconds, float) or not isinstance(run, int | None):
@@ -277,7 +282,7 @@ class Store:
 
     def unmade(self) -> dict[str, dict[str, Any]]:
         """What is known of every image that was drawn and is none: `blacked_out`, or why it `failed`."""
-        rows = self._rows("SELECT id, told FROM items WHERE sha256 IS NULL AND told IS NOT NULL")
+        rows = self._rows(f"SELECT id, {_DIAGNOSTICS} FROM items WHERE sha256 IS NULL AND {_DIAGNOSTICS} IS NOT NULL")
         known = {item: json.loads(diagnostics) for item, diagnostics in rows}
         return {item: why for item, why in known.items() if why.get("blacked_out") or why.get("failed")}
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -264,14 +265,8 @@ class Worker:
 
     def _scorer(self, table: str, name: str) -> Any:
         if (table, name) not in self._scorers:
-            if table == "features":
-                from deradiff.measures import features
-
-                self._scorers[table, name] = features.load(name, device=self.device)
-            else:
-                from deradiff import rewards
-
-                self._scorers[table, name] = rewards.load(name, device=self.device)
+            where = import_module("deradiff.measures.features" if table == "features" else "deradiff.rewards")
+            self._scorers[table, name] = where.load(name, device=self.device)
         return self._scorers[table, name]
 
 

@@ -87,8 +87,12 @@ def full(path: Path, needed: int = 0) -> str:
 
 def gone(path: Path) -> str:
     """That `path` is not there any more, and what of its folders is."""
-    left = next((folder for folder in path.absolute().parents if folder.exists()), path)
-    return f"{path} is gone ({left} is there): was a folder moved, or a disk taken away?"
+    return f"{path} is gone ({standing(path.absolute().parent)} is there): was a folder moved, or a disk taken away?"
+
+
+def standing(path: Path) -> Path:
+    """What is there of `path`: itself, or the nearest of the folders that it would lie in."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _size(count: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from deradiff.files.disks import DiskFull, naming_a_full_disk
+from deradiff.files.disks import DiskFull, naming_a_full_disk, standing
 from deradiff.files.locks import PRIVATE, discard, taken
 from deradiff.files.reading import Record, read
 from deradiff.files.records import read_png, versions, write_png
@@ -81,8 +81,7 @@ def _short(value: Any, longest: int = 200) -> str:
 
 def require_room(folder: Path, needed: int) -> None:
     """Raise `DiskFull` where the disk under `folder` has less than `needed` bytes free: before the work, not after."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(standing(folder)).free
     if free < needed:
         raise DiskFull(
             f"{folder} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: make room, or name a "

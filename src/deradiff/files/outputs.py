@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 from typing import Annotated
 
 from pydantic import Field
@@ -14,7 +13,7 @@ from pydantic import Field
 from deradiff.files import disks
 from deradiff.files.locks import HOLDER, LOCK, discard, taken
 from deradiff.files.reading import Record, read, sha256_of
-from deradiff.files.writing import write_json
+from deradiff.files.writing import atomic_file, write_json
 
 _NAME = r"[^/\\]*[^/\\.][^/\\]*"
 """A file in the folder itself."""
@@ -48,7 +47,7 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
     record = folder / f".deradiff-{kind}.json"
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder")
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    place = disks.standing(folder)
     if not disks.may_write(place):
         raise PermissionError(f"{place} may not be written to by you (permission denied): name another with --out")
     held = folder / f".deradiff-{kind}"  # not `folder`, which somebody else may hold, as the server of a study does
@@ -74,16 +73,12 @@ def replaced(folder: Path, kind: str, first: Collection[str] = ()) -> Iterator[P
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, which becomes that file when the block ends well.
 
-    Raises `FileExistsError` where there is one by that name, before the block and after it: nothing is replaced.
+    Raises `FileExistsError` where there is one by that name, before the block and after it: nothing is replaced;
+    `OSError` that names `path` where its disk is full.
     """
     require_new(path)
-    with disks.explained(path.parent):
-        temporary = path.with_name(f".{path.name[:100]}.{token_hex(8)}.partial")
-        try:
-            yield temporary
-            _place(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disks.explained(path.parent), atomic_file(path, put=_place) as temporary:
+        yield temporary
 
 
 def require_new(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,15 +90,8 @@ def _of_json_lines(path: Path) -> Iterator[_Raw]:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _of_csv(path: Path) -> Iterator[_Raw]:
-    return _of_rows(tables.read_csv(tables.read_text(path, WHAT), str(path)), path)
-
-
-def _of_tsv(path: Path) -> Iterator[_Raw]:
-    return _of_rows(tables.read_tsv(tables.read_text(path, WHAT), str(path)), path)
-
-
-def _of_rows(rows: list[tables.Row], path: Path) -> Iterator[_Raw]:
+def _of_table(read: Callable[[str, str], list[tables.Row]], path: Path) -> Iterator[_Raw]:
+    rows = read(tables.read_text(path, WHAT), str(path))
     return (_of_object(row.cells, f"{path}, line {row.line}") for row in rows)
 
 
@@ -173,8 +167,8 @@ _READERS: Mapping[str, Callable[[Path], Iterator[_Raw]]] = {
     "": _of_lines,
     ".txt": _of_lines,
     ".jsonl": _of_json_lines,
-    ".csv": _of_csv,
-    ".tsv": _of_tsv,
+    ".csv": partial(_of_table, tables.read_csv),
+    ".tsv": partial(_of_table, tables.read_tsv),
     ".parquet": _of_parquet,
     ".yaml": _of_yaml,
     ".yml": _of_yaml,

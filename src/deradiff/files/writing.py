@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,20 @@ from deradiff.files.disks import naming_a_full_disk
 
 
 @contextmanager
-def atomic_file(path: Path, within: Path | None = None) -> Iterator[Path]:
-    """Yield the name of a temporary file, renamed to `path` if the block succeeds and removed if it does not.
+def atomic_file(
+    path: Path, within: Path | None = None, put: Callable[[Path, Path], object] = os.replace
+) -> Iterator[Path]:
+    """Yield the name of a temporary file, which `put` renames to `path` if the block succeeds; else it is removed.
 
     It lies beside `path` or in the folder `within`, and no other process or thread has it.
 
     Raises `DiskFull`.
     """
-    temporary = (within or path.parent) / f".{path.name[-100:]}.{secrets.token_hex(6)}.partial"
+    temporary = _temporary(path, within)
     try:
         with naming_a_full_disk(path):
             yield temporary
-            os.replace(temporary, path)
+            put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -35,7 +37,7 @@ def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
     As `atomic_file` for files. Raises `DiskFull`, and `OSError` where `path` holds files meanwhile.
     """
-    temporary = (within or path.parent) / f".{path.name[-100:]}.{secrets.token_hex(6)}.partial"
+    temporary = _temporary(path, within)
     try:
         with naming_a_full_disk(path):
             temporary.mkdir(parents=True)
@@ -45,7 +47,16 @@ def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(path: Path, within: Path | None) -> Path:
+    return (within or path.parent) / f".{path.name[-100:]}.{secrets.token_hex(6)}.partial"
+
+
 def write_json(path: Path, record: Mapping[str, Any], within: Path | None = None) -> None:
     """Write `record` to `path` as indented JSON, whole or not at all."""
     with atomic_file(path, within) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(record), encoding="utf-8")
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """`record` as indented JSON."""
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -27,22 +27,16 @@ if TYPE_CHECKING:
     from deradiff.measures.statistics import Statistics as Statistics
 
 # torch, SciPy and transformers take seconds to import: a name is fetched from its module when somebody asks for it.
-_HOME = {
-    "agreement_by_lam": "deradiff.measures.agreement",
-    "agreement_of": "deradiff.measures.agreement",
-    "error_distribution": "deradiff.measures.agreement",
-    "frechet_distance": "deradiff.measures.frechet",
-    "mean_pairwise_distance": "deradiff.measures.diversity",
-    "non_dominated": "deradiff.measures.fronts",
-    "paired_difference": "deradiff.measures.agreement",
-    "precision_and_recall": "deradiff.measures.precision_recall",
-    "reference_mismatch": "deradiff.measures.spectral",
-    "scatter_of": "deradiff.measures.agreement",
-    "spectral_distance": "deradiff.measures.spectral",
-    "spectrum": "deradiff.measures.spectral",
-    "Statistics": "deradiff.measures.statistics",
-    "vendi_score": "deradiff.measures.diversity",
+_NAMES = {
+    "agreement": ("agreement_by_lam", "agreement_of", "error_distribution", "paired_difference", "scatter_of"),
+    "diversity": ("mean_pairwise_distance", "vendi_score"),
+    "frechet": ("frechet_distance",),
+    "fronts": ("non_dominated",),
+    "precision_recall": ("precision_and_recall",),
+    "spectral": ("reference_mismatch", "spectral_distance", "spectrum"),
+    "statistics": ("Statistics",),
 }
+_HOME = {name: f"deradiff.measures.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
     "Statistics",
     "agreement_by_lam",

@@ -53,18 +53,16 @@ Pool = Literal["average", "maximum", "halving"]
 class Block(nn.Module):
     """Layers side by side and one after another; the outputs are what no other layer reads, in their order."""
 
-    def __init__(self, before: int, pool: Pool, layers: list[Layer]) -> None:
+    def __init__(self, before: int, pool: Pool, *branches: list[Layer]) -> None:
         super().__init__()
-        self.pool, self.layers = pool, layers
+        self.pool, self.layers = pool, [layer for branch in branches for layer in branch]
         channels = {"input": before, "pool": before}
-        for layer in layers:
-            convolution = Convolution(
-                channels[layer.source], layer.channels, layer.kernel, layer.stride, padded=layer.stride == 1
-            )
-            self.add_module(layer.name, convolution)
+        for layer in self.layers:
+            size = channels[layer.source], layer.channels, layer.kernel, layer.stride
+            self.add_module(layer.name, Convolution(*size, padded=layer.stride == 1))
             channels[layer.name] = layer.channels
-        read = {"input", *(layer.source for layer in layers)}
-        self.outputs = [name for name in [*(layer.name for layer in layers), "pool"] if name not in read]
+        read = {"input", *(layer.source for layer in self.layers)}
+        self.outputs = [name for name in [*(layer.name for layer in self.layers), "pool"] if name not in read]
 
     def forward(self, x: Float[Tensor, "image before _ _"]) -> Float[Tensor, "image after _ _"]:
         """The outputs, along channels."""
@@ -103,25 +101,17 @@ def block_a(before: int, pool_channels: int) -> Block:
     return Block(
         before,
         "average",
-        [
-            *chain("branch1x1", (64, ONE)),
-            *chain("branch5x5", (48, ONE), (64, FIVE)),
-            *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
-            *chain("branch_pool", (pool_channels, ONE), source="pool"),
-        ],
+        chain("branch1x1", (64, ONE)),
+        chain("branch5x5", (48, ONE), (64, FIVE)),
+        chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE)),
+        chain("branch_pool", (pool_channels, ONE), source="pool"),
     )
 
 
 def block_b(before: int) -> Block:
     """From 35 x 35 to 17 x 17: figure 10."""
-    return Block(
-        before,
-        "halving",
-        [
-            *chain("branch3x3", (384, THREE), halved=True),
-            *chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), halved=True),
-        ],
-    )
+    double = chain("branch3x3dbl", (64, ONE), (96, THREE), (96, THREE), halved=True)
+    return Block(before, "halving", chain("branch3x3", (384, THREE), halved=True), double)
 
 
 def block_c(before: int, inner: int) -> Block:
@@ -129,41 +119,32 @@ def block_c(before: int, inner: int) -> Block:
     return Block(
         before,
         "average",
-        [
-            *chain("branch1x1", (192, ONE)),
-            *chain("branch7x7", (inner, ONE), (inner, WIDE), (192, TALL)),
-            *chain("branch7x7dbl", (inner, ONE), (inner, TALL), (inner, WIDE), (inner, TALL), (192, WIDE)),
-            *chain("branch_pool", (192, ONE), source="pool"),
-        ],
+        chain("branch1x1", (192, ONE)),
+        chain("branch7x7", (inner, ONE), (inner, WIDE), (192, TALL)),
+        chain("branch7x7dbl", (inner, ONE), (inner, TALL), (inner, WIDE), (inner, TALL), (192, WIDE)),
+        chain("branch_pool", (192, ONE), source="pool"),
     )
 
 
 def block_d(before: int) -> Block:
     """From 17 x 17 to 8 x 8."""
-    return Block(
-        before,
-        "halving",
-        [
-            *chain("branch3x3", (192, ONE), (320, THREE), halved=True),
-            *chain("branch7x7x3", (192, ONE), (192, WIDE), (192, TALL), (192, THREE), halved=True),
-        ],
-    )
+    long = chain("branch7x7x3", (192, ONE), (192, WIDE), (192, TALL), (192, THREE), halved=True)
+    return Block(before, "halving", chain("branch3x3", (192, ONE), (320, THREE), halved=True), long)
 
 
 def block_e(before: int, pool: Pool) -> Block:
     """At 8 x 8: figure 7. The last of the two pools by maximum, which is an oddity of these weights."""
-    fork = [("a", (1, 3)), ("b", (3, 1))]
+
+    def fork(name: str, source: str) -> list[Layer]:
+        return [Layer(f"{name}a", source, 384, (1, 3)), Layer(f"{name}b", source, 384, (3, 1))]
+
     return Block(
         before,
         pool,
-        [
-            *chain("branch1x1", (320, ONE)),
-            Layer("branch3x3_1", "input", 384, ONE),
-            *(Layer(f"branch3x3_2{letter}", "branch3x3_1", 384, kernel) for letter, kernel in fork),
-            *chain("branch3x3dbl", (448, ONE), (384, THREE)),
-            *(Layer(f"branch3x3dbl_3{letter}", "branch3x3dbl_2", 384, kernel) for letter, kernel in fork),
-            *chain("branch_pool", (192, ONE), source="pool"),
-        ],
+        chain("branch1x1", (320, ONE)),
+        [Layer("branch3x3_1", "input", 384, ONE), *fork("branch3x3_2", "branch3x3_1")],
+        [*chain("branch3x3dbl", (448, ONE), (384, THREE)), *fork("branch3x3dbl_3", "branch3x3dbl_2")],
+        chain("branch_pool", (192, ONE), source="pool"),
     )
 
 

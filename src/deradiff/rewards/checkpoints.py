@@ -4,7 +4,7 @@ import hashlib
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
+
+from deradiff.rewards.clip import folder_of
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -67,16 +69,37 @@ def write_model(tensors: dict[str, Tensor], config: Any, folder: Path) -> Path:
     return folder
 
 
-def converted(checkpoint: Path, convert: Callable[[Path, Path], Path]) -> Path:
-    """The folder that holds `checkpoint` converted, which `convert(checkpoint, folder)` does if it has not been."""
-    folder = kept_at(checkpoint)
+def opened(
+    model: str | Path,
+    checkpoint: str,
+    files: Sequence[str],
+    is_converted: Callable[[Path], bool],
+    convert: Callable[[Path, Path], Path],
+) -> tuple[Path, Path]:
+    """The folder of a converted model, and the one that a tokenizer would be in.
+
+    `model` is the `checkpoint` itself, a folder or hub id that has it, which `convert` converts once, or a folder or
+    hub id that `is_converted`, of these `files`. Raises `ValueError` where it is none of these.
+    """
+    path = Path(model).expanduser()
+    if not path.is_file():
+        path = folder_of(model, [checkpoint, *files])
+        if is_converted(path):
+            return path, path
+        path = path / checkpoint
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has neither {path.name}, the published checkpoint, nor the config.json and "
+            "model.safetensors of a converted one"
+        )
+    folder = kept_at(path)
     if not folder.is_dir():
         try:
-            convert(checkpoint, folder)
+            convert(path, folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster
                 raise
-    return folder
+    return folder, path.parent
 
 
 def kept_at(checkpoint: Path) -> Path:

@@ -57,16 +57,15 @@ class ClipReward:
     def embed_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "batch embedding"]:
         """Unit vectors of the prompts, cut at the model's context length, with a warning (`truncation.PromptCut`)."""
         # Attention is causal and padding is on the right: what pads, and how far, does not reach the end of the text.
-        with watched(self, {f"the reward {self.name}": self.tokenizer}):
-            tokens = self.tokenizer(
-                list(prompts),
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                return_tensors="pt",
-                max_length=self.model.config.text_config.max_position_embeddings,
-            )
+        tokens = tokens_of(self, prompts, self.model.config.text_config.max_position_embeddings)
         return unit(self.model.get_text_features(input_ids=tokens.input_ids.to(self.model.device)).pooler_output)
+
+
+def tokens_of(reward: Any, prompts: Sequence[str], longest: int) -> Any:
+    """The tokens of `prompts`, cut at `longest`, with a warning (`truncation.PromptCut`)."""
+    with watched(reward, {f"the reward {reward.name}": reward.tokenizer}):
+        form = {"padding": True, "padding_side": "right", "truncation": True, "return_tensors": "pt"}
+        return reward.tokenizer(list(prompts), max_length=longest, **form)
 
 
 def unit(embeddings: Float[Tensor, "batch embedding"]) -> Float[Tensor, "batch embedding"]:
@@ -133,31 +132,33 @@ def require_weights(folder: Path) -> None:
         )
 
 
-def tokenizer_of(*folders: Path) -> Any:
-    """The tokenizer of the first of `folders` that has one; that of `CLIP_H` where none has.
-
-    Raises `ValueError` if the hub does not give that either.
-    """
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in `folder`, that of `CLIP_H` where it has none. Raises as `tokenizer_in` does."""
     from transformers import CLIPTokenizer
 
-    here = next((folder for folder in folders if has_tokenizer(folder)), None)
-    if here is None:
-        looked = ", ".join(str(folder) for folder in folders)
+    return tokenizer_in(folder, CLIPTokenizer, CLIP_H, TOKENIZER_FILES, ("vocab.json", "merges.txt"))
+
+
+def tokenizer_in(folder: Path, kind: Any, model: str, files: Sequence[str], vocabulary: Sequence[str]) -> Any:
+    """The tokenizer of class `kind` in `folder`, that of the hub's `model` where it has none.
+
+    It is there with tokenizer.json or with the files of its `vocabulary`; without them transformers makes one that
+    knows no word. Raises `ValueError` if the hub does not give these `files` either.
+    """
+
+    def has_tokenizer(place: Path) -> bool:
+        return (place / "tokenizer.json").is_file() or all((place / name).is_file() for name in vocabulary)
+
+    if not has_tokenizer(folder):
         advice = (
-            f"no tokenizer in {looked}: there is neither tokenizer.json nor vocab.json with merges.txt. Copy these "
-            f"files there from {CLIP_H}, whose tokenizer all models of this family share"
+            f"no tokenizer in {folder}: there is neither tokenizer.json nor {' with '.join(vocabulary)}. Copy these "
+            f"files there from {model}"
         )
         try:
-            here = folder_of(CLIP_H, TOKENIZER_FILES)
+            folder = folder_of(model, files)
         except ValueError as error:
             raise ValueError(f"{advice}. It could not be had from the hub: {error}") from error
-        if not has_tokenizer(here):
-            raise ValueError(f"{advice}. The copy in the hub's cache, {here}, has none either.")
-    with reading_model(here):
-        return CLIPTokenizer.from_pretrained(here, local_files_only=True)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a CLIP tokenizer's files are there; without them transformers makes one that knows no word."""
-    together = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return together or (folder / "tokenizer.json").is_file()
+        if not has_tokenizer(folder):
+            raise ValueError(f"{advice}. The copy in the hub's cache, {folder}, has none either.")
+    with reading_model(folder):
+        return kind.from_pretrained(folder, local_files_only=True)

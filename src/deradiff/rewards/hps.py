@@ -5,7 +5,7 @@ CLIP and kept as safetensors.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
-from deradiff.rewards.clip import TOKENIZER_FILES, WEIGHT_FILES, ClipReward, clip_model, folder_of, tokenizer_of
-from deradiff.rewards.pixels import LEVELS, Images, batches, crop, normalized, rounded
+from deradiff.rewards.checkpoints import opened, read_checkpoint, require_fit, require_new, write_model
+from deradiff.rewards.clip import TOKENIZER_FILES, WEIGHT_FILES, ClipReward, clip_model, tokenizer_of
+from deradiff.rewards.pixels import LEVELS, clip_pixels, crop, rounded
 
 HPS = "xswu/HPSv2"
 CHECKPOINTS = {"hps-v2.0": "HPS_v2_compressed.pt", "hps-v2.1": "HPS_v2.1_compressed.pt"}
@@ -67,44 +67,29 @@ def load(name: str, model: str | Path | None, device: torch.device, dtype: torch
     beside it, or is that of `clip.CLIP_H`, the same. Raises `ValueError` where files are missing, or no ViT-H/14 of
     open_clip.
     """
-    path = Path(model or HPS).expanduser()
-    if not path.is_file():
-        path = folder_of(model or HPS, [CHECKPOINTS[name], *WEIGHT_FILES, *TOKENIZER_FILES])
-        published = path / CHECKPOINTS[name]
-        if published.is_file() or not (path / "config.json").is_file():
-            path = published
-    if path.is_dir():
-        return ClipReward(name, clip_model(path, device, dtype), tokenizer_of(path), hps_pixels)
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} has neither {path.name}, the published checkpoint, nor the config.json of a converted one"
-        )
-    return ClipReward(
-        name,
-        clip_model(converted(path, partial(convert, config=VIT_H_14)), device, dtype),
-        tokenizer_of(path.parent),
-        hps_pixels,
+    published, config = CHECKPOINTS[name], "config.json"
+    folder, beside = opened(
+        model or HPS,
+        published,
+        [*WEIGHT_FILES, *TOKENIZER_FILES],
+        lambda folder: (folder / config).is_file() and not (folder / published).is_file(),
+        partial(convert, config=VIT_H_14),
     )
+    return ClipReward(name, clip_model(folder, device, dtype), tokenizer_of(beside), hps_pixels)
 
 
-def hps_pixels(
-    images: Images,
-    side: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Float[Tensor, "batch 3 {side} {side}"]:
-    """What the authors' code makes of `images`; the arguments and errors are those of `pixels.clip_pixels`.
+def resized_exactly(images: Float[Tensor, "batch 3 _ _"], side: int) -> Float[Tensor, "batch 3 {side} {side}"]:
+    """Resized and cropped as the authors' code does it, in [0, 1].
 
     It resizes a float tensor, so that nothing is rounded or clipped after that: torchvision 0.17 or later, whose
     interpolation is antialiased. Half a pixel too much of a margin goes to the even side.
     """
-    small = []
-    for part in batches(images, torch.device(device)):
-        rows, columns = (weights.to(part) for weights in crop(part, side, lambda margin: round(margin / 2)))
-        small.append(rows @ (rounded(LEVELS * part) / LEVELS) @ columns.T)
-    return normalized(torch.cat(small), mean, std).to(dtype)
+    rows, columns = (weights.to(images) for weights in crop(images, side, lambda margin: round(margin / 2)))
+    return rows @ (rounded(LEVELS * images) / LEVELS) @ columns.T
+
+
+hps_pixels = partial(clip_pixels, resized=resized_exactly)
+"""What the authors' code makes of images; the arguments and errors are those of `pixels.clip_pixels`."""
 
 
 # -- from open_clip ---------------------------------------------------------------------------------------------------

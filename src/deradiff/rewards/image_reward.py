@@ -18,10 +18,17 @@ from torch import Tensor, nn
 
 from deradiff.files.models import reading_model
 from deradiff.rewards.aesthetic import LINEAR, rating_layers
-from deradiff.rewards.checkpoints import converted, read_checkpoint, require_fit, require_new, write_model
-from deradiff.rewards.clip import folder_of
-from deradiff.rewards.pixels import CLIP_MEAN, CLIP_STD, Images, batches, clip_pixels, require_pairs, resized_shape
-from deradiff.sampling.truncation import watched
+from deradiff.rewards.checkpoints import opened, read_checkpoint, require_fit, require_new, write_model
+from deradiff.rewards.clip import tokenizer_in, tokens_of
+from deradiff.rewards.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Images,
+    clip_pixels,
+    require_pairs,
+    resized_in_levels,
+    resized_shape,
+)
 
 IMAGE_REWARD = "THUDM/ImageReward"
 """The name that the authors' code asks for; the organisation now calls itself zai-org."""
@@ -96,19 +103,14 @@ class ImageReward:
 
         Raises `ValueError` where files are missing, or do not fit.
         """
-        path = Path(model or IMAGE_REWARD).expanduser()
-        if not path.is_file():
-            path = folder_of(model or IMAGE_REWARD, [CHECKPOINT, *CONVERTED, *TOKENIZER_FILES])
-            if not all((path / name).is_file() for name in CONVERTED):
-                path = path / CHECKPOINT
-        if path.is_dir():
-            return cls(*models(path, device, dtype), tokenizer_of(path))
-        if not path.is_file():
-            raise ValueError(
-                f"{path.parent} has neither {path.name}, the published checkpoint, nor the {' and '.join(CONVERTED)} "
-                "of a converted one"
-            )
-        return cls(*models(converted(path, partial(convert, config=BLIP_L)), device, dtype), tokenizer_of(path.parent))
+        folder, beside = opened(
+            model or IMAGE_REWARD,
+            CHECKPOINT,
+            [*CONVERTED, *TOKENIZER_FILES],
+            lambda folder: all((folder / name).is_file() for name in CONVERTED),
+            partial(convert, config=BLIP_L),
+        )
+        return cls(*models(folder, device, dtype), tokenizer_of(beside))
 
     def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " batch"]:
         """Score `images`, each with its prompt, in float32 at least; differentiable in a tensor of images.
@@ -119,15 +121,7 @@ class ImageReward:
         require_pairs(images, prompts)
         side = self.vision.config.image_size
         pixels = torchvision_pixels(images, side, CLIP_MEAN, CLIP_STD, self.vision.device, self.vision.dtype)
-        with watched(self, {f"the reward {self.name}": self.tokenizer}):
-            tokens = self.tokenizer(
-                list(prompts),
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=LONGEST,
-                return_tensors="pt",
-            ).to(self.text.device)
+        tokens = tokens_of(self, prompts, LONGEST).to(self.text.device)
         states = self.text(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -138,25 +132,20 @@ class ImageReward:
         return (self.layers(first)[:, 0] - SCORE_MEAN) / SCORE_STD
 
 
-def torchvision_pixels(
-    images: Images,
-    side: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Float[Tensor, "batch 3 {side} {side}"]:
-    """What torchvision, which the authors use, makes of PIL images; the arguments are those of `pixels.clip_pixels`.
+def resized_evenly(images: Float[Tensor, "batch 3 _ _"], side: int) -> Float[Tensor, "batch 3 {side} {side}"]:
+    """Resized and cropped as torchvision, which the authors use, does it with PIL images.
 
-    The two differ in half a pixel of margin: CLIP's processor gives it to the lower side, torchvision to the even one.
+    It differs from CLIP's processor in half a pixel of margin: that gives it to the lower side, torchvision to the even
+    one.
     """
-    converted = []
-    for part in batches(images, torch.device(device)):
-        # Where the even side is the upper one, it is the lower one in the picture's mirror image.
-        margins = (length - side for length in resized_shape(part, side))
-        mirrored = [axis for axis, margin in zip((2, 3), margins, strict=True) if margin % 4 == 3]
-        converted.append(clip_pixels(part.flip(mirrored), side, mean, std, device, dtype).flip(mirrored))
-    return torch.cat(converted)
+    # Where the even side is the upper one, it is the lower one in the picture's mirror image.
+    margins = (length - side for length in resized_shape(images, side))
+    mirrored = [axis for axis, margin in zip((2, 3), margins, strict=True) if margin % 4 == 3]
+    return resized_in_levels(images.flip(mirrored), side).flip(mirrored)
+
+
+torchvision_pixels = partial(clip_pixels, resized=resized_evenly)
+"""What torchvision makes of images; the arguments and errors are those of `pixels.clip_pixels`."""
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -189,23 +178,9 @@ def tokenizer_of(folder: Path) -> Any:
     """
     from transformers import BertTokenizer
 
-    if not has_tokenizer(folder):
-        advice = f"no tokenizer in {folder}: there is neither tokenizer.json nor vocab.txt. Copy them there from {BERT}"
-        try:
-            folder = folder_of(BERT, TOKENIZER_FILES)
-        except ValueError as error:
-            raise ValueError(f"{advice}. It could not be had from the hub: {error}") from error
-        if not has_tokenizer(folder):
-            raise ValueError(f"{advice}. The copy in the hub's cache, {folder}, has none either.")
-    with reading_model(folder):
-        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = tokenizer_in(folder, BertTokenizer, BERT, TOKENIZER_FILES, ("vocab.txt",))
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a BERT tokenizer's files are there; without them transformers makes one that knows no word."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
 
 
 # -- from the authors' modules ----------------------------------------------------------------------------------------

@@ -33,26 +33,6 @@ CHOOSES_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 """Whether the installed Pillow begins with the columns where that is faster, which older ones never did."""
 
 
-def clip_pixels(
-    images: Images,
-    side: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Float[Tensor, "batch 3 {side} {side}"]:
-    """What CLIP's processor makes of `images`, on `device`, in `dtype`: `(pixels - mean) / std`.
-
-    The shortest side is resized to `side` by antialiased bicubic interpolation, the middle of the longer one kept.
-    Tensors are rounded to 8 bits first, as when they are saved. Differentiable in a tensor; NaN stays NaN. On Apple's
-    GPUs, which have no float64, a few pixels may be one level off.
-
-    Raises `ValueError` for no images, for a tensor that is not in [0, 1], and for a list of anything but PIL images.
-    """
-    small = torch.cat([resized_in_levels(part, side) for part in batches(images, torch.device(device))])
-    return normalized(small, mean, std).to(dtype)
-
-
 # -- what was given ---------------------------------------------------------------------------------------------------
 
 
@@ -165,3 +145,25 @@ def normalized(
     """`(images - mean) / std`, channel by channel."""
     centre, spread = (torch.tensor(values).to(images)[:, None, None] for values in (mean, std))
     return (images - centre) / spread
+
+
+def clip_pixels(
+    images: Images,
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    resized: Callable[[Float[Tensor, "part 3 _ _"], int], Tensor] = resized_in_levels,
+) -> Float[Tensor, "batch 3 {side} {side}"]:
+    """What CLIP's processor makes of `images`, on `device`, in `dtype`: `(pixels - mean) / std`.
+
+    The shortest side is resized to `side` by antialiased bicubic interpolation, the middle of the longer one kept.
+    Tensors are rounded to 8 bits first, as when they are saved. Differentiable in a tensor; NaN stays NaN. On Apple's
+    GPUs, which have no float64, a few pixels may be one level off. Models that were trained on pixels by another
+    library have another `resized`.
+
+    Raises `ValueError` for no images, for a tensor that is not in [0, 1], and for a list of anything but PIL images.
+    """
+    small = torch.cat([resized(part, side) for part in batches(images, torch.device(device))])
+    return normalized(small, mean, std).to(dtype)

@@ -2,9 +2,8 @@
 
 Most tensors have it first, but not all: HiDream's text states are [layer, batch, ...], Flux's position tables have
 none, Z-Image takes lists with a tensor per image. A table in `batch_axes.json` says it per class and argument, found
-by running diffusers' own pipelines for one and for two images and comparing shapes (`python tests/conformance
---axes`). What is neither in the table nor in a class's own `batch_axes` is not guessed: such a batch is not repeated, divided or
-thinned out.
+by running diffusers' own pipelines for one and for two images (`python tests/conformance --axes`). What is neither in
+the table nor in a class's own `batch_axes` is not guessed: such a batch is not repeated, divided or thinned out.
 """
 
 from __future__ import annotations

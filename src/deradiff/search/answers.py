@@ -18,6 +18,9 @@ from deradiff.search.surrogate import Observed, Surrogate
 LEVEL = 0.9
 """The probability that lies in every interval."""
 
+ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
+"""The quantiles that an interval ends at."""
+
 MET = 0.8
 """A condition counts as met where it holds with this probability."""
 
@@ -188,10 +191,7 @@ def evaluations(goal: Goal, points: Sequence[Point], tables: Tables) -> tuple[Ev
 
 def _all(conditions: Sequence[Tensor], like: Tensor) -> Tensor:
     """Whether all hold, draw by draw."""
-    holds = torch.ones_like(like, dtype=torch.bool)
-    for condition in conditions:
-        holds &= condition
-    return holds
+    return torch.stack([torch.ones_like(like, dtype=torch.bool), *conditions]).all(0)
 
 
 def _nearest(models: Surrogates, at: Float[Tensor, "candidate coordinate"]) -> int:
@@ -201,18 +201,15 @@ def _nearest(models: Surrogates, at: Float[Tensor, "candidate coordinate"]) -> i
 
 
 def _interval(draws: Float[Tensor, " draw"]) -> Interval:
-    tail = (1 - LEVEL) / 2
-    low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=draws.dtype)).tolist()
-    return Interval(float(draws.mean()), low, high)
+    return Interval(float(draws.mean()), *torch.quantile(draws, draws.new_tensor(ENDS)).tolist())
 
 
 def _range(values: Float[Tensor, " draw"], value: float) -> tuple[float, float]:
     """The interval that holds a coordinate; the point itself where no draw meets the conditions."""
     if not len(values):
         return value, value
-    tail = (1 - LEVEL) / 2
-    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype), interpolation="nearest")
-    return float(low), float(high)
+    low, high = torch.quantile(values, values.new_tensor(ENDS), interpolation="nearest").tolist()
+    return low, high
 
 
 def _conditions(goal: Goal, draws: Sequence[Float[Tensor, " draw"]]) -> tuple[Condition, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from deradiff.experiments import running
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
-from deradiff.experiments.worker import Done, Task
 from deradiff.search.goals import Tables
 from deradiff.search.loop import PointRefused
 from deradiff.search.readings import TooFewScores, by_unit, nearby, require_measured
@@ -139,7 +139,11 @@ class PointEvaluator:
     def _share(self) -> Executor:
         if not self._made:
             self._made.append(self._make_executor())
-        return _SharedExecutor(self._made[0])
+        own = self._made[0]
+        # A run ends its workers, and the next one needs these again: models are loaded once in a search.
+        shared: Any = SimpleNamespace(size=own.size, submit=own.submit, wait=own.wait, result=own.result)
+        shared.close = lambda: None
+        return shared
 
     def _complete(self, plan: Plan) -> bool:
         """Whether a run would have nothing to do, of models whose weights are those of the last one."""
@@ -163,25 +167,3 @@ def _require_nearby(plan: Plan, space: SearchSpace, names: Sequence[str], weight
         raise ValueError("scores nearby are estimated along the λ of a single anchor")
     if others := [name for name in names if name not in plan.scores]:
         raise ValueError(f"of {', '.join(others)} nothing nearby can be estimated: only of the scores of single images")
-
-
-class _SharedExecutor:
-    """An executor that outlives single runs, so that models are loaded once in a search."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor, self.size = executor, executor.size
-
-    def submit(self, worker: int, task: Task) -> Any:
-        """Give a worker a task."""
-        return self._executor.submit(worker, task)
-
-    def wait(self, pending: Collection[Any]) -> Any:
-        """One that is done."""
-        return self._executor.wait(pending)
-
-    def result(self, ticket: Any) -> Done:
-        """What became of it."""
-        return self._executor.result(ticket)
-
-    def close(self) -> None:
-        """Nothing: the next run needs the workers."""

@@ -130,11 +130,6 @@ class Goal:
         """Those that are rewards."""
         return tuple(name for name in self.names if name not in MEASURES)
 
-    @property
-    def needs_features(self) -> bool:
-        """Whether images have to be compared by features."""
-        return bool({*self.names} & {RECALL, VENDI, DISTANCE})
-
 
 _TERM = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*?\s+|(?P<times>[0-9.eE+-]+)\*)?(?P<name>[A-Za-z][^\s*]*)")
 

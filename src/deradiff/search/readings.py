@@ -19,7 +19,7 @@ from deradiff.algorithm.estimates import normalized
 from deradiff.algorithm.verdict import ENOUGH as FEW
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.experiments.plan import Arm, Plan
-from deradiff.experiments.results import Results
+from deradiff.experiments.results import Results, by_prompt
 from deradiff.measures.diversity import mean_pairwise_distance, vendi_score
 from deradiff.measures.precision_recall import squared_distances, squared_radii
 from deradiff.measures.statistics import require_features
@@ -221,9 +221,7 @@ def _averaged(table: Table, kept: Kept) -> Float[Tensor, " unit"]:
     """The mean over seeds of each prompt that has any; the seeds of a single prompt."""
     if len(kept) == 1:
         return torch.from_numpy(table[kept])
-    rows = kept.any(1)
-    sums = np.where(kept, table, 0.0).sum(1)[rows]
-    return torch.from_numpy(sums / kept.sum(1)[rows])
+    return torch.from_numpy(by_prompt(np.where(kept, table, np.nan))[kept.any(1)])
 
 
 def _weighted(table: Table, log_weights: Table, kept: Kept) -> Float[Tensor, " unit"]:

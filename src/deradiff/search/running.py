@@ -236,16 +236,15 @@ def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: 
         "nearby": evaluator.nearby,
         "seed": seed,
         "answer": asdict(outcome.answer),
-        "checks": [_check_record(point, checked) for point, checked in outcome.checks.items()],
+        "checks": [
+            {"point": point, "compared": [asdict(number) for number in checked.compared], "words": checked.sentence}
+            for point, checked in outcome.checks.items()
+        ],
         "refused": [{"point": point, "why": why} for point, why in outcome.refused.items()],
         "verdict": outcome.verdict,
         "left_out": outcome.left_out,
         "versions": versions(),
     }
-
-
-def _check_record(point: Point, checked: Check) -> dict[str, Any]:
-    return {"point": point, "compared": [asdict(number) for number in checked.compared], "words": checked.sentence}
 
 
 def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) -> Image.Image:
@@ -256,7 +255,7 @@ def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) 
         columns[f"{space.text(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
             plan, point
         )
-    for point, name in zip(_alone(space), space.anchors, strict=False):
+    for point, name in zip(space.alone(), space.anchors, strict=False):
         if point in [evaluation.point for evaluation in outcome.answer.evaluations] and point not in outcome.checks:
             columns[f"{name}\nλ = 1"] = space.arm(plan, point)
     texts = results.contents.texts[evaluator.prompts][:SHOWN]
@@ -266,14 +265,6 @@ def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) 
     return contact_sheet(
         filled(rows), list(columns), labels, f"{plan.reference} → {', '.join(space.anchors)}; same noise"
     )
-
-
-def _alone(space: SearchSpace) -> list[Point]:
-    """Where each anchor acts alone."""
-    if space.kind not in ("lam", "lams"):
-        return []
-    count = len(space.coordinates)
-    return [tuple(1.0 if k == i else 0.0 for k in range(count)) for i in range(count)]
 
 
 def _opened(results: Results, arm: Arm, prompts: str, row: int) -> Image.Image | None:

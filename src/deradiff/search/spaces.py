@@ -86,13 +86,14 @@ class SearchSpace:
         if self.kind == "knots":
             highs = [coordinate.high for coordinate in self.coordinates]
             return [tuple(ends), tuple(highs), self._middle()]
-        alone = [
-            tuple(1.0 if k == i else 0.0 for k in range(len(ends))) for i in range(len(ends))
-        ]  # λ = 1 of one anchor, 0 of the others
-        points = [tuple(0.0 for _ in ends), *alone]
+        points = [tuple(0.0 for _ in ends), *self.alone()]
         if max(coordinate.high for coordinate in self.coordinates) > 1:
             points.append(tuple(coordinate.high for coordinate in self.coordinates))
         return list(dict.fromkeys(point for point in [*points, self._middle()] if self.holds(point)))
+
+    def alone(self) -> list[Point]:
+        """Where each anchor acts alone: its λ is 1, those of the others are 0."""
+        return [tuple(row) for row in np.eye(len(self.coordinates)).tolist()] if self.kind in ("lam", "lams") else []
 
     def _middle(self) -> Point:
         if self.simplex:
@@ -196,7 +197,7 @@ def lam(anchor: str, low: float | int = 0.0, high: float | int = 1.0) -> SearchS
 
     Raises `ValueError` for a range that is empty or reaches further.
     """
-    return SearchSpace("lam", (_range("λ", low, high, 0.0),), (anchor,))
+    return SearchSpace("lam", (_range("λ", low, high),), (anchor,))
 
 
 def lams(
@@ -212,9 +213,7 @@ def lams(
         raise ValueError(f"λ of several anchors needs two different ones at least, got {', '.join(anchors) or 'none'}")
     if simplex and high > 1:
         raise ValueError(f"λ that sum to at most 1 cannot reach {high:g}: search a box instead of the simplex")
-    return SearchSpace(
-        "lams", tuple(_range(f"λ of {name}", low, high, 0.0) for name in anchors), tuple(anchors), simplex
-    )
+    return SearchSpace("lams", tuple(_range(f"λ of {name}", low, high) for name in anchors), tuple(anchors), simplex)
 
 
 def power(anchor: str, low: float | int = 0.25, high: float | int = 5.0) -> SearchSpace:
@@ -238,11 +237,11 @@ def knots(
     at = tuple(finite(place, "a knot's place") for place in places)
     if len(at) < 2 or at[0] < 0 or at[-1] > 1 or any(b <= a for a, b in pairwise(at)):
         raise ValueError(f"a spline's knots are two places at least that rise from 0 to 1, got {list(at)}")
-    return SearchSpace("knots", tuple(_range(f"λ at s = {plain(s)}", low, high, 0.0) for s in at), (anchor,), places=at)
+    return SearchSpace("knots", tuple(_range(f"λ at s = {plain(s)}", low, high) for s in at), (anchor,), places=at)
 
 
-def _range(name: str, low: float | int, high: float | int, least: float) -> Coordinate:
+def _range(name: str, low: float | int, high: float | int) -> Coordinate:
     low, high = finite(low, f"the smallest {name}"), finite(high, f"the largest {name}")
-    if not least <= low < high <= LARGEST:
-        raise ValueError(f"{name} is searched within {least:g} to {LARGEST:g}, not from {low:g} to {high:g}")
+    if not 0 <= low < high <= LARGEST:
+        raise ValueError(f"{name} is searched within 0 to {LARGEST:g}, not from {low:g} to {high:g}")
     return Coordinate(name, low, high)

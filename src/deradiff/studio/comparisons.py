@@ -17,43 +17,37 @@ from deradiff.sweep.sheets import contact_sheet, covered
 MOST_STRIP = 25
 
 
-class Comparing:
+class Comparing(Session):
     """What happens on the strip's and the comparison's tabs."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
 
     def strip(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """The image at many λ, from the same noise."""
-        on = self.session.controls
-        yield {on.strip_status: gr.skip()}  # what yields nothing would empty the page
-        try:
-            lams = notation.numbers(data[on.strip_lams] or "", "λ")
-            if not 1 <= len(lams) <= MOST_STRIP or not all(0 <= lam <= scenes.LARGEST_LAM for lam in lams):
-                raise ValueError(f"a strip has 1 to {MOST_STRIP} λ from 0 to {scenes.LARGEST_LAM:g}")
-            settings = drawing.strip_of(self.session.scene(data), lams)
-            dials = [lam for column in settings.columns for lam in scenes.values_of(column.lam)]
-            if max(dials) > scenes.LARGEST_LAM:
-                raise ValueError(
-                    f"with several anchors λ multiplies what their dials say, and {max(dials):g} is above "
-                    f"{scenes.LARGEST_LAM:g}: lower the dials, or the strip's λ"
-                )
-        except ValueError as error:
-            yield {on.strip_status: html.wrong(error)}
+        status = self.page.strip_status
+        settings = yield from self.asked(status, lambda: self._strip_settings(data))
+        if settings is None:
             return
-        for news in self.session.updates(
-            self.session.desk.drawn(page_of(request), settings, kind="strip"), data, status=on.strip_status
-        ):
-            if isinstance(news, dict):
-                yield news
-            elif isinstance(news, list):
-                try:
-                    yield self._strip_finished(settings, news)
-                except OSError as error:
-                    yield {on.strip_status: html.wrong(f"the images could not be kept ({error.strerror})")}
+
+        def finished(images: Any) -> Updates:
+            return self._strip_finished(settings, images) if isinstance(images, list) else {status: gr.skip()}
+
+        work = self.desk.drawn(page_of(request), settings, kind="strip")
+        yield from self.updates(work, data, status, finished)
+
+    def _strip_settings(self, data: dict[Any, Any]) -> Settings:
+        lams = notation.numbers(data[self.page.strip_lams] or "", "λ")
+        if not 1 <= len(lams) <= MOST_STRIP or not all(0 <= lam <= scenes.LARGEST_LAM for lam in lams):
+            raise ValueError(f"a strip has 1 to {MOST_STRIP} λ from 0 to {scenes.LARGEST_LAM:g}")
+        settings = drawing.strip_of(self.scene(data), lams)
+        dials = [lam for column in settings.columns for lam in scenes.values_of(column.lam)]
+        if max(dials) > scenes.LARGEST_LAM:
+            raise ValueError(
+                f"with several anchors λ multiplies what their dials say, and {max(dials):g} is above "
+                f"{scenes.LARGEST_LAM:g}: lower the dials, or the strip's λ"
+            )
+        return settings
 
     def _strip_finished(self, settings: Settings, images: list[DrawnImage]) -> Updates:
-        on, first = self.session.controls, images[0]
+        page, first = self.page, images[0]
         labels = [column.label(settings.anchor_beta) for column in settings.columns]
         sheet = contact_sheet(
             [[covered(drawn.image) if drawn.blacked_out else drawn.image for drawn in images]],
@@ -62,18 +56,21 @@ class Comparing:
             caption(settings, first.record["scheduler"], first.record["guidance_scale"]),
         )
         record = first.record | {"settings": settings.model_dump(), "images": [drawn.record for drawn in images]}
-        file = str(self.session.desk.save("strip.png", sheet, record))
-        gallery = [
-            (str(self.session.desk.save(drawn.name, drawn.image, drawn.record)), label.partition("\n")[0])
-            for drawn, label in zip(images, labels, strict=True)
-        ]
+        try:
+            file = str(self.desk.save("strip.png", sheet, record))
+            gallery = [
+                (str(self.desk.save(drawn.name, drawn.image, drawn.record)), label.partition("\n")[0])
+                for drawn, label in zip(images, labels, strict=True)
+            ]
+        except OSError as error:
+            return {page.strip_status: html.wrong(f"the images could not be kept ({error.strerror})")}
         return {
-            on.strip: gallery,
-            on.strip_table: html.strip(images),
-            on.strip_status: html.status(f"{len(images)} images in {first.seconds:.2f} s")
+            page.strip: gallery,
+            page.strip_table: html.strip(images),
+            page.strip_status: html.status(f"{len(images)} images in {first.seconds:.2f} s")
             + "".join(map(html.wrong, dict.fromkeys(warning for drawn in images for warning in drawn.warned))),
-            on.strip_download: gr.update(value=file, interactive=True),
-            on.strip_lams_drawn: [scenes.strengths(drawn.settings) for drawn in images],
+            page.strip_download: gr.update(value=file, interactive=True),
+            page.strip_lams_drawn: [scenes.strengths(drawn.settings) for drawn in images],
         }
 
     def pick(self, event: gr.SelectData, drawn: list[list[float]], *lams: float) -> list[float]:

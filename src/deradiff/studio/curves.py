@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
-from deradiff.algorithm.schedules import ROUNDING, Power, Schedule, Sigmoid, Spline, Step, finite
+from deradiff.algorithm.schedules import ROUNDING, Schedule, Spline, Step, finite
+from deradiff.sweep import notation
 
 MOST_POINTS = 24
 MOST_STEPS = 200
@@ -43,12 +44,8 @@ def of_family(name: str, parameter: Any) -> Schedule | None:
     value = finite(parameter, f"{name}'s {letter}")
     if not least <= value <= most:
         raise ValueError(f"{name}'s {letter} goes from {least:g} to {most:g} here, got {value:g}")
-    match name:
-        case "power":
-            return Power(value)
-        case "step":
-            return Step(value)
-    return Sigmoid(value)
+    curve: Schedule = notation.FAMILIES[name][0](value)
+    return curve
 
 
 def through(points: Any, over: Any = "steps") -> Spline:
@@ -129,10 +126,10 @@ def read(record: Any) -> Schedule | None:
     schedule = Schedule.from_dict(record)
     if isinstance(schedule, Spline):
         return through(schedule.points, schedule.over)
-    if not isinstance(schedule, Power | Step | Sigmoid) or schedule.lam != 1:
+    family = notation.family_of(schedule)
+    if family is None:
         raise ValueError(f"the studio's curves are power, step, sigmoid and spline, up to λ = 1; got {schedule!r}")
-    name, parameter = _family(schedule)
-    of_family(name, parameter)
+    of_family(*family)
     return schedule
 
 
@@ -140,17 +137,10 @@ def family_of(schedule: Schedule | None) -> tuple[str, float | None]:
     """The family that a curve was started from, and its parameter; "spline" for one that was drawn."""
     if schedule is None:
         return "constant", None
-    return ("spline", None) if isinstance(schedule, Spline) else _family(schedule)
-
-
-def _family(schedule: Schedule) -> tuple[str, float]:
-    match schedule:
-        case Power(p=p):
-            return "power", float(p)
-        case Step(p=p):
-            return "step", float(p)
-        case Sigmoid(kappa=kappa):
-            return "sigmoid", float(kappa)
+    if isinstance(schedule, Spline):
+        return "spline", None
+    if family := notation.family_of(schedule):
+        return family
     raise ValueError(f"{schedule!r} is of no family that a curve can start from")
 
 

@@ -21,8 +21,9 @@ from deradiff.sampling.pictures import upcast
 from deradiff.sampling.reuse import Reuse
 from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import PageJob
-from deradiff.sweep import drawing
 from deradiff.sweep.batches import Diagnostics, sample
+from deradiff.sweep.description import metadata
+from deradiff.sweep.drawing import made_of
 from deradiff.sweep.settings import Column, Settings, file_name
 
 GLIMPSES = 0.15
@@ -71,7 +72,6 @@ class DrawnImage:
     verdict: str
     kind: str
     seconds: float
-    preview: bool = False
     warned: tuple[str, ...] = ()
     """What loading its models, and drawing it, warned about."""
     blacked_out: bool = False
@@ -133,8 +133,8 @@ def draw(
 
     sampled = list(sample(pipe, dial, settings.drawings, batch_size=settings.batch_size, on_step=on_step))
     seconds = time.perf_counter() - begun
-    made = drawing.made_of(settings, pipe, dial)
-    return [_drawn(settings, made, place, image, known, seconds, preview) for place, image, known in sampled]
+    made = made_of(settings, pipe, dial)
+    return [_drawn(settings, made, place, image, known, seconds) for place, image, known in sampled]
 
 
 def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
@@ -166,13 +166,7 @@ def _scores(
 
 
 def _drawn(
-    settings: Settings,
-    made: dict[str, Any],
-    place: int,
-    image: Image.Image,
-    diagnostics: Diagnostics,
-    seconds: float,
-    preview: bool,
+    settings: Settings, made: dict[str, Any], place: int, image: Image.Image, diagnostics: Diagnostics, seconds: float
 ) -> DrawnImage:
     column = settings.columns[place]
     own = settings.model_copy(update={"columns": (column,)})
@@ -182,24 +176,13 @@ def _drawn(
     reason, kind = judged.words, judged.kind
     if diagnostics.reused is not None and diagnostics.reused.error:
         reason, kind = diagnostics.reused.words, "approximate"  # type: ignore[assignment]
-    record = drawing.metadata(own.drawings[0], column.beta(own.anchor_beta), diagnostics, made)
+    record = made | metadata(own.drawings[0], made["settings"])
+    record |= {"beta": column.beta(own.anchor_beta)} | diagnostics.record()
     warned = tuple(cut.words for cut in diagnostics.cuts)
     if diagnostics.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
-    return DrawnImage(
-        image,
-        own,
-        record,
-        file_name(own, 0),
-        {},
-        kl,
-        reason,
-        kind,
-        seconds,
-        preview,
-        warned,
-        diagnostics.blacked_out,
-    )
+    name = file_name(own, 0)
+    return DrawnImage(image, own, record, name, {}, kl, reason, kind, seconds, warned, diagnostics.blacked_out)
 
 
 def judged(

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple
@@ -153,7 +153,7 @@ class Desk:
         with self.turns.taken(job, lambda ahead: report(Waiting(ahead))):
             if settings.reference not in self.models.references:
                 report(Loading(settings.reference))
-            own = settings.model_copy(update=self.models.machine.options())
+            own = settings.model_copy(update=asdict(self.models.machine))
             try:
                 yield own, *self.models.realigned(own)
             except (torch.OutOfMemoryError, MemoryError) as error:

@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -32,16 +32,12 @@ MOST_KEPT = 12
 
 @dataclass
 class MachineSettings:
-    """Where models are computed, and in which numbers; what the command line decides once."""
+    """Where models are computed, and in which numbers, as fields of `Settings`; the command line decides it once."""
 
     device: str = "auto"
     dtype: str = "auto"
     offload: bool = False
     allow_pickle: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """These as fields of `Settings`."""
-        return {"device": self.device, "dtype": self.dtype, "offload": self.offload, "allow_pickle": self.allow_pickle}
 
     def free(self) -> float:
         """The share of memory that is free where the models are."""
@@ -131,7 +127,7 @@ class LoadedModels:
     def _reference(self, settings: Settings) -> _LoadedReference:
         reference = settings.reference
         if reference not in self._kept:
-            own = Settings(**{**settings.model_dump(), **self.machine.options(), "scheduler": None})
+            own = Settings(**{**settings.model_dump(), **asdict(self.machine), "scheduler": None})
             self._make_room(None)
             pipe = loaded(own)
             place(pipe, own)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,23 @@ CANCELLED = "cancelled"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-class Keeping:
+@dataclass(frozen=True)
+class Keeping(Session):
     """What changes all of the page at once."""
 
-    def __init__(self, session: Session, kept: Library, kept_curves: Library, shipped: Mapping[str, Settings]) -> None:
-        self.session, self.presets, self.curves, self.shipped = session, kept, kept_curves, shipped
+    presets: Library
+    curves: Library
+    shipped: Mapping[str, Settings]
 
     def first(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """The page was opened, perhaps by a link with settings in it."""
-        on = self.session.controls
+        page, start = self.page, self.start
         lists = {
-            on.kept_curves: gr.update(choices=self.curves.names(), value=None),
-            on.presets: gr.update(choices=self._preset_names(), value=None),
+            page.kept_curves: gr.update(choices=self.curves.names(), value=None),
+            page.presets: gr.update(choices=self._preset_names(), value=None),
         }
         query = {name: value for name, value in request.query_params.items() if name not in ("token", "__theme")}
-        start = settings = self.session.start
+        settings = start
         if query:
             try:
                 settings = self._known(scenes.read(str(request.query_params)))
@@ -44,160 +47,152 @@ class Keeping:
                 gr.Warning(escape(str(error)), title="The link was not followed", duration=30)
         yield lists | self._fill(settings)  # so that the page is whole, whatever becomes of the models
         if settings != start:
-            models = {self.session.dial.models: [settings.reference, *settings.anchors.values()]}
+            models = {page.models: [settings.reference, *settings.anchors.values()]}
             try:
-                yield from self._take(settings, {**data, **models}, request, self.session.view.status)
+                yield from self._take(settings, {**data, **models}, request, page.status)
                 return
             except gr.Error as error:
                 if error.message == CANCELLED:
                     raise
                 gr.Warning(error.message, title="The link was not followed", duration=30)
                 yield self._fill(start)
-        yield from self._take(start, data, request, self.session.view.status)
+        yield from self._take(start, data, request, page.status)
 
     def load(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take the models that were chosen; where they cannot be had, the last ones stay."""
-        on = self.session.controls
-        reference, anchors = data[on.reference] or "", data[on.anchors] or []
-        dialled = dict(
-            zip(data[self.session.dial.models][1:], (data[lam] for lam in self.session.dial.lams), strict=False)
-        )
+        page = self.page
+        reference, anchors = data[page.reference] or "", data[page.anchors] or []
+        before, *sources = data[page.models]
+        dialled = dict(zip(sources, (data[lam] for lam in page.lams), strict=False))
         lams = [dialled.get(source, 0.0) for source in anchors]
         if anchors and not any(source in dialled for source in anchors):
-            lams[0] = data[self.session.dial.lams[0]]
-        if reference != data[self.session.dial.models][0]:  # what was usual for another model is not for this one
-            dial = self.session.dial
-            data = {**data, dial.guidance_scale: None, dial.width: None, dial.height: None, dial.scheduler: ""}
+            lams[0] = data[page.lams[0]]
+        if reference != before:  # what was usual for another model is not for this one
+            data = {**data, page.guidance_scale: None, page.width: None, page.height: None, page.scheduler: ""}
         try:
-            settings = self.session.scene(data, [reference, *anchors], lams)
+            settings = self.scene(data, [reference, *anchors], lams)
         except ValueError as error:
-            yield self._refused(data, error, on.models_status)
+            yield {**self._chosen(data[page.models]), page.models_status: html.wrong(error)}
             raise refusal(error) from None
-        yield from self._take(settings, data, request, on.models_status)
+        yield from self._take(settings, data, request, page.models_status)
 
     def use_paste(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take the settings of a link."""
-        yield from self._taken(lambda: scenes.read(data[self.session.controls.paste] or ""), data, request)
+        yield from self._taken(lambda: scenes.read(data[self.page.paste] or ""), data, request)
 
     def use_file(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take the settings of an image that deradiff wrote."""
-        file = data[self.session.controls.upload]
+        file = data[self.page.upload]
         if file is None:
-            yield {self.session.controls.share_status: gr.skip()}  # what yields nothing would empty the page
+            yield {self.page.share_status: gr.skip()}  # what yields nothing would empty the page
             return
         yield from self._taken(lambda: scenes.of_record(_in_png(Path(file))), data, request)
 
     def use_preset(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Take a preset."""
-        name = data[self.session.controls.presets] or ""
-        yield from self._taken(
-            lambda: self.shipped[name] if name in self.shipped else scenes.of_record(self.presets.load(name)),
-            data,
-            request,
-        )
+        name = data[self.page.presets] or ""
+        kept = self.shipped.get(name)
+        yield from self._taken(lambda: kept or scenes.of_record(self.presets.load(name)), data, request)
 
     def keep(self, data: dict[Any, Any]) -> Updates:
         """Keep the page's settings by name."""
-        on = self.session.controls
         with refusing():
-            name = self.presets.save(data[on.preset_name] or "", self.session.scene(data).model_dump())
-        return {
-            on.presets: gr.update(choices=self._preset_names(), value=name),
-            on.preset_name: "",
-            on.share_status: html.status(f"Kept the settings as {name}"),
-        }
+            name = self.presets.save(data[self.page.preset_name] or "", self.scene(data).model_dump())
+        return self._presets_now(name, f"Kept the settings as {name}") | {self.page.preset_name: ""}
 
     def delete(self, data: dict[Any, Any]) -> Updates:
         """Forget a preset of the person's own."""
-        on = self.session.controls
-        name = data[on.presets] or ""
+        name = data[self.page.presets] or ""
         with refusing():
             if name in self.shipped:
                 raise ValueError("this preset comes with the studio, and stays")
             self.presets.delete(name)
-        return {
-            on.presets: gr.update(choices=self._preset_names(), value=None),
-            on.share_status: html.status(f"Deleted the preset {name}"),
-        }
+        return self._presets_now(None, f"Deleted the preset {name}")
 
-    def _taken(self, find: Any, data: Mapping[Any, Any], request: gr.Request) -> Iterator[Updates]:
-        on = self.session.controls
+    def _presets_now(self, chosen: str | None, said: str) -> Updates:
+        presets = gr.update(choices=self._preset_names(), value=chosen)
+        return {self.page.presets: presets, self.page.share_status: html.status(said)}
+
+    def _taken(self, find: Callable[[], Settings], data: Mapping[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        status = self.page.share_status
         try:
             settings = find()
         except (ValueError, OSError) as error:
-            yield {on.share_status: html.wrong(error)}
+            yield {status: html.wrong(error)}
             raise refusal(error) from None
-        yield from self._take(settings, data, request, on.share_status)
+        yield from self._take(settings, data, request, status)
 
     def _take(self, settings: Settings, data: Mapping[Any, Any], request: gr.Request, status: Any) -> Iterator[Updates]:
         """Load what `settings` need and show them in every component. Raises `gr.Error` where it cannot be had."""
         try:
-            for news in self.session.desk.loaded(page_of(request), settings):
+            for news in self.desk.loaded(page_of(request), settings):
                 if (line := progress(news)) is not None:
                     yield {status: line}
         except Cancelled as stopped:
             if stopped.why == "cancelled":
-                yield {status: html.status("Cancelled"), **self._chosen(data[self.session.dial.models])}
+                yield {status: html.status("Cancelled"), **self._chosen(data[self.page.models])}
             raise gr.Error(CANCELLED, visible=False, print_exception=False) from None
         except Exception as error:
-            yield {**self._chosen(data[self.session.dial.models]), status: self.session.explanation(error)}
+            yield {**self._chosen(data[self.page.models]), status: self.explanation(error)}
             raise refusal(error) from None
         yield self._fill(settings) | {status: html.status("Ready")}
 
-    def _refused(self, data: Mapping[Any, Any], error: Exception, status: Any) -> Updates:
-        return {**self._chosen(data[self.session.dial.models]), status: html.wrong(error)}
-
     def _chosen(self, models: Sequence[str]) -> Updates:
         """The models that are in force, where a person chooses them."""
-        return {self.session.controls.reference: models[0], self.session.controls.anchors: list(models[1:])}
+        return {self.page.reference: models[0], self.page.anchors: list(models[1:])}
 
     def _fill(self, settings: Settings) -> Updates:
         """Every component as `settings` have it."""
-        dial, on, held = self.session.dial, self.session.controls, self.session.desk.models
+        page, held = self.page, self.desk.models
         models = [settings.reference, *settings.anchors.values()]
-        shape = scenes.curve(settings)
+        shape, lams = scenes.curve(settings), dict(zip(settings.anchors, scenes.strengths(settings), strict=True))
         family, parameter = curves.family_of(shape)
-        lams = scenes.strengths(settings)
-        sliders = {}
-        for i, slider in enumerate(dial.lams):
-            if i < len(lams):
-                named = list(settings.anchors)[i]
-                label = "λ" if len(lams) == 1 else f"λ of {named}"
-                sliders[slider] = gr.update(visible=True, value=lams[i], label=label)
-            else:
-                sliders[slider] = gr.update(visible=False)
+        dialled = [
+            gr.update(visible=True, value=lam, label="λ" if len(lams) == 1 else f"λ of {name}")
+            for name, lam in lams.items()
+        ]
+        unused = [gr.update(visible=False)] * (len(page.lams) - len(lams))
         fitting = [("the model's own", ""), *([settings.scheduler] if settings.scheduler else [])]
         if settings.reference in held.references:
             own = (f"the model's own ({held.usual(settings.reference)})", "")
             fitting = [own, *held.schedulers(settings.reference)]
         return {
-            dial.models: models,
+            page.models: models,
             **self._chosen(models),
-            **sliders,
-            dial.prompt: settings.prompts[0],
-            dial.negative_prompt: settings.negative_prompt or "",
-            dial.curve: {"schedule": None if shape is None else shape.to_dict(), "steps": settings.steps},
-            on.family: family,
-            on.parameter: gr.skip() if parameter is None else parameter,
-            on.curve_export: exported(shape),
-            dial.scheduler: gr.update(choices=fitting, value=settings.scheduler or ""),
-            dial.steps: settings.steps,
-            dial.guidance_scale: settings.guidance_scale,
-            dial.seed: settings.seeds[0],
-            dial.width: settings.width,
-            dial.height: settings.height,
-            self.session.view.meaning: self.session.meaning(settings),
+            **dict(zip(page.lams, [*dialled, *unused], strict=True)),
+            page.prompt: settings.prompts[0],
+            page.negative_prompt: settings.negative_prompt or "",
+            page.curve: {"schedule": None if shape is None else shape.to_dict(), "steps": settings.steps},
+            page.family: family,
+            page.parameter: gr.skip() if parameter is None else parameter,
+            page.curve_export: exported(shape),
+            page.scheduler: gr.update(choices=fitting, value=settings.scheduler or ""),
+            page.steps: settings.steps,
+            page.guidance_scale: settings.guidance_scale,
+            page.seed: settings.seeds[0],
+            page.width: settings.width,
+            page.height: settings.height,
+            page.meaning: self.meaning(settings),
         }
 
     def components(self) -> list[Any]:
         """Everything that a change of all settings reaches, but for the image."""
-        dial, on = self.session.dial, self.session.controls
-        own = [component for component in dial.components() if component is not dial.preview]
-        return [*own, on.reference, on.anchors, on.family, on.parameter, on.curve_export, on.kept_curves, on.presets]
+        page = self.page
+        own = [component for component in page.dial() if component is not page.preview]
+        return [
+            *own,
+            page.reference,
+            page.anchors,
+            page.family,
+            page.parameter,
+            page.curve_export,
+            page.kept_curves,
+            page.presets,
+        ]
 
     def _known(self, settings: Settings) -> Settings:
         """`settings` of a link, if all they load is listed here: a link alone makes nothing be downloaded."""
-        sources = self.session.desk.models.sources
+        sources = self.desk.models.sources
         for source, listed in (
             (settings.reference, sources.references()),
             *((source, sources.anchors()) for source in settings.anchors.values()),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from deradiff.algorithm.schedules import Power
 from deradiff.studio.scenes import scene
 from deradiff.sweep.settings import Settings
@@ -16,10 +14,12 @@ def shipped(hub: bool) -> dict[str, Settings]:
     digit = "a blue eight on white paper"
     quadratic = Power(2).to_dict()
     presets = {
-        "Digits: an over-aligned anchor at half strength": _digits(["digits:100"], digit, [0.5]),
+        "Digits: an over-aligned anchor at half strength": scene("digits", ["digits:100"], digit, [0.5]),
         "Digits: annealed, p = 2": scene("digits", ["digits:100"], digit, [1.0], schedule=quadratic),
-        "Digits: beyond the anchor": _digits(["digits:250"], "a red seven", [1.5]),
-        "Digits: a healthy and an over-aligned anchor": _digits(["digits:1000", "digits:100"], digit, [0.3, 0.3]),
+        "Digits: beyond the anchor": scene("digits", ["digits:250"], "a red seven", [1.5]),
+        "Digits: a healthy and an over-aligned anchor": scene(
+            "digits", ["digits:1000", "digits:100"], digit, [0.3, 0.3]
+        ),
     }
     if hub:
         typhoon = "a typhoon in a teacup"
@@ -30,7 +30,3 @@ def shipped(hub: bool) -> dict[str, Settings]:
             SDXL, [SDXL_DPO], typhoon, [1.0], schedule=quadratic, scheduler="euler-a", steps=50, guidance_scale=5.0
         )
     return presets
-
-
-def _digits(anchors: Sequence[str], prompt: str, lams: Sequence[float]) -> Settings:
-    return scene("digits", anchors, prompt, lams)

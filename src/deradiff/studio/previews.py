@@ -11,99 +11,86 @@ from deradiff.studio import drawing, html, scenes, snippets
 from deradiff.studio.drawing import DrawnImage
 from deradiff.studio.image_requests import REST, UnscoredImages
 from deradiff.studio.session import Session, Updates, page_of
-from deradiff.sweep.settings import Settings
 
 
-class Turning:
+class Turning(Session):
     """What happens to the page's image."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
 
     def preview(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """The dial moves: what λ means at once, then a cheap image."""
-        view = self.session.view
-        yield {view.status: gr.skip()}  # what yields nothing would empty the page
-        try:
-            settings = self.session.scene(data)
-        except ValueError as error:
-            self.session.desk.pages.begin(page_of(request))  # what is drawn is no longer what is asked for
-            yield {view.status: html.wrong(error)}
+        page, key = self.page, page_of(request)
+        settings = yield from self.asked(page.status, lambda: self.scene(data))
+        if settings is None:
+            self.desk.pages.begin(key)  # what is drawn is no longer what is asked for
             return
-        yield {view.meaning: self.session.meaning(settings), view.status: html.status("Drawing …")}
-        how = data[self.session.dial.preview]
+        yield {page.meaning: self.meaning(settings), page.status: html.status("Drawing …")}
+        how = data[page.preview]
         if how == "none":
-            self.session.desk.pages.begin(page_of(request))  # the last image makes way at once all the same
+            self.desk.pages.begin(key)  # the last image makes way at once all the same
             return
-        for news in self._images(drawing.preview_of(settings, how), request, data, preview=True):
-            if isinstance(news, dict):
-                yield news
-            elif isinstance(news, list):
-                yield {view.picture: news[0].image, view.status: html.status("Preview; the exact image follows")}
+
+        def finished(images: list[DrawnImage]) -> Updates:
+            return {page.picture: images[0].image, page.status: html.status("Preview; the exact image follows")}
+
+        work = self.desk.drawn(key, drawing.preview_of(settings, how), preview=True)
+        yield from self.updates(work, data, page.status, finished)
 
     def exact(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """The dial rests: the exact image, step by step."""
-        view = self.session.view
-        yield {view.status: gr.skip()}  # what yields nothing would empty the page
-        try:
-            settings = self.session.scene(data)
-        except ValueError as error:
-            yield {view.status: html.wrong(error)}
+        page = self.page
+        settings = yield from self.asked(page.status, lambda: self.scene(data))
+        if settings is None:
             return
-        early: list[DrawnImage] = []
-        for news in self._images(settings, request, data, rest=REST, goes_on=True):
-            if isinstance(news, dict):
-                yield news
-            elif isinstance(news, UnscoredImages):
-                early = news.images
-                yield self._finished(early[0], request) | {view.facts: html.facts(early[0], scoring=True)}
-            elif isinstance(news, list):
-                changed: Updates = {} if early else self._finished(news[0], request)
-                yield changed | {view.facts: html.facts(news[0])}
+
+        shown: list[DrawnImage] = []
+
+        def finished(drawn: UnscoredImages | list[DrawnImage]) -> Updates:
+            scoring = isinstance(drawn, UnscoredImages)
+            image = (drawn.images if isinstance(drawn, UnscoredImages) else drawn)[0]
+            changed = {} if shown else self._shown(image, request)
+            shown.append(image)
+            return changed | {page.facts: html.facts(image, scoring)}
+
+        work = self.desk.drawn(page_of(request), settings, rest=REST, goes_on=True)
+        yield from self.updates(work, data, page.status, finished)
 
     def judge(self, data: dict[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """A verdict from more images than one."""
-        view = self.session.view
-        try:
-            settings = self.session.scene(data)
-        except ValueError as error:
-            yield {view.judgement: html.wrong(error)}
+        place = self.page.judgement
+        settings = yield from self.asked(place, lambda: self.scene(data))
+        if settings is None:
             return
-        yield {view.judgement: html.status(f"Drawing {drawing.JUDGED} images …")}
-        steps = self.session.updates(self.session.desk.judged(page_of(request), settings), data, status=view.judgement)
-        for news in steps:
-            if isinstance(news, dict):
-                yield news
-            elif isinstance(news, list):
-                yield {view.judgement: html.judgement(news, settings, drawing.JUDGED)}
+        yield {place: html.status(f"Drawing {drawing.JUDGED} images …")}
+
+        def finished(verdicts: list[str]) -> Updates:
+            return {place: html.judgement(verdicts, settings, drawing.JUDGED)}
+
+        yield from self.updates(self.desk.judged(page_of(request), settings), data, place, finished)
 
     def cancel(self, request: gr.Request) -> None:
         """Stop this page's image; what it shows is said by whatever was drawing it."""
-        self.session.desk.pages.cancel(page_of(request))
+        self.desk.pages.cancel(page_of(request))
 
     def left(self, request: gr.Request) -> None:
         """The page was closed."""
-        self.session.desk.pages.leave(page_of(request))
+        self.desk.pages.leave(page_of(request))
 
-    def _images(self, settings: Settings, request: gr.Request, data: dict[Any, Any], **how: Any) -> Iterator[Any]:
-        return self.session.updates(self.session.desk.drawn(page_of(request), settings, **how), data)
-
-    def _finished(self, drawn: DrawnImage, request: gr.Request) -> Updates:
-        view, machine = self.session.view, self.session.desk.models.machine
+    def _shown(self, drawn: DrawnImage, request: gr.Request) -> Updates:
+        page, machine = self.page, self.desk.models.machine
         try:
-            file = str(self.session.desk.save(drawn.name, drawn.image, drawn.record))
+            file = str(self.desk.save(drawn.name, drawn.image, drawn.record))
         except OSError as error:
-            return {view.status: html.wrong(f"the image could not be kept ({error.strerror})")}
+            return {page.status: html.wrong(f"the image could not be kept ({error.strerror})")}
         device, dtype = drawn.record["device"], drawn.record["dtype"]
         warned = "".join(html.wrong(warning) for warning in drawn.warned)
         return {
-            view.picture: file,
-            view.status: html.status(f"Exact: {drawn.settings.steps} steps in {drawn.seconds:.2f} s") + warned,
-            view.download: gr.update(value=file, interactive=True),
-            view.shown: {"file": file, "caption": html.label(drawn.settings)},
-            view.python: snippets.program(drawn.settings, device, dtype),
-            view.shell: snippets.command(drawn.settings, machine.device, machine.dtype),
-            view.link: f"{_address(request)}?{scenes.written(drawn.settings)}",
+            page.picture: file,
+            page.status: html.status(f"Exact: {drawn.settings.steps} steps in {drawn.seconds:.2f} s") + warned,
+            page.download: gr.update(value=file, interactive=True),
+            page.shown: {"file": file, "caption": html.label(drawn.settings)},
+            page.python: snippets.program(drawn.settings, device, dtype),
+            page.shell: snippets.command(drawn.settings, machine.device, machine.dtype),
+            page.link: f"{_address(request)}?{scenes.written(drawn.settings)}",
         }
 
 

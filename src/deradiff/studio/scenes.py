@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -16,6 +16,7 @@ from deradiff.algorithm.schedules import Schedule, finite
 from deradiff.sampling.reuse import RESERVED
 from deradiff.studio import curves
 from deradiff.sweep import notation
+from deradiff.sweep.description import SamplingSettings
 from deradiff.sweep.pipelines import SCHEDULERS, known_beta
 from deradiff.sweep.settings import Column, Settings
 
@@ -170,7 +171,7 @@ def read(text: str) -> Settings:
         fields.setdefault(name, []).append(value)
     fields.pop("token", None)
     several = {"anchor", "lam"}
-    known = {"prompt", "reference", "schedule", "over", "seed", *several, *_OPTIONAL}
+    known = {"prompt", "reference", "schedule", "over", "seed", *several, *SamplingSettings.model_fields}
     if unknown := [name for name in fields if name not in known]:
         raise ValueError(f"the settings string has {unknown[0][:40]!r}, which the studio does not know")
     if twice := [name for name, values in fields.items() if len(values) > 1 and name not in several]:
@@ -189,7 +190,7 @@ def read(text: str) -> Settings:
         [_parsed("lam", lam) for lam in fields["lam"]],
         schedule=None if shape is None else shape.to_dict(),
         seed=_parsed("seed", single.get("seed", "0")),
-        **{name: kind(name, single[name]) for name, kind in _OPTIONAL.items() if name in single},
+        **{name: _parsed(name, single[name]) for name in SamplingSettings.model_fields if name in single},
     )
 
 
@@ -222,31 +223,12 @@ def of_record(record: Mapping[str, Any]) -> Settings:
         lams,
         schedule=shape,
         seed=seed,
-        scheduler=settings.scheduler,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        negative_prompt=settings.negative_prompt,
-        width=settings.width,
-        height=settings.height,
+        **settings.sampling.model_dump(),
     )
 
 
-def _text(name: str, value: str) -> Any:
-    return value
-
-
 def _parsed(name: str, value: str) -> Any:
-    return float(notation.decimal(value, value, name))
-
-
-_OPTIONAL: dict[str, Callable[[str, str], Any]] = {
-    "scheduler": _text,
-    "negative_prompt": _text,
-    "steps": _parsed,
-    "guidance_scale": _parsed,
-    "width": _parsed,
-    "height": _parsed,
-}
+    return value if name in ("scheduler", "negative_prompt") else float(notation.decimal(value, value, name))
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

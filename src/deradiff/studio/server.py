@@ -9,8 +9,6 @@ from pathlib import Path
 from deradiff.servers.access import HEADERS as EVERYWHERE
 from deradiff.servers.access import Admission
 from deradiff.studio.image_requests import Desk
-from deradiff.studio.models import LoadedModels, MachineSettings
-from deradiff.studio.sources import Sources
 from deradiff.sweep.settings import Settings
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
@@ -29,7 +27,7 @@ except ImportError as error:
         f"the studio needs {error.name}, a part of the studio extra: pip install 'deradiff[studio]'"
     ) from None
 
-__all__ = ["app", "desk_of", "serve"]
+__all__ = ["app", "serve"]
 
 MOST_QUEUED = 64
 """Things that pages have asked for and that were not begun."""
@@ -102,11 +100,6 @@ def app(desk: Desk, start: Settings, library: Path, token: str | None = None, ro
         root_path=root or None,
         app_kwargs={"openapi_url": None},
     )
-
-
-def desk_of(sources: Sources, machine: MachineSettings, scored_by: tuple[str, ...] = ()) -> Desk:
-    """A desk with no models in memory yet."""
-    return Desk(LoadedModels(sources, machine), scored_by)
 
 
 def _longest(path: str) -> int:

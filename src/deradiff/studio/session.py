@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -13,10 +13,10 @@ import gradio as gr
 
 from deradiff.servers.gate import without_values
 from deradiff.studio import html, scenes
-from deradiff.studio.components import Controls, DialComponents, View
 from deradiff.studio.drawing import StepReport
 from deradiff.studio.image_requests import Desk, Loading, Waiting
 from deradiff.studio.jobs import Cancelled
+from deradiff.studio.page import Page
 from deradiff.sweep.pipelines import known_beta
 from deradiff.sweep.settings import Settings
 
@@ -33,15 +33,13 @@ class Session:
 
     desk: Desk
     start: Settings
-    dial: DialComponents
-    view: View
-    controls: Controls
+    page: Page
 
     def scene(
         self, data: Mapping[Any, Any], models: Sequence[str] | None = None, lams: Sequence[float] | None = None
     ) -> Settings:
         """The settings that the page's values make; raises `ValueError` in words for the page."""
-        dial = self.dial
+        dial = self.page
         reference, *anchors = data[dial.models] if models is None else models
         if lams is None:
             lams = [data[lam] for lam in dial.lams[: len(anchors)]]
@@ -68,22 +66,32 @@ class Session:
             for lam, (name, source) in zip(scenes.strengths(settings), settings.anchors.items(), strict=True)
         )
 
-    def updates(self, news: Iterator[Any], data: Mapping[Any, Any], *, status: Any = None) -> Iterator[Any]:
-        """What the desk tells about work, in updates of `status` (the image's if None) but for what comes of it."""
-        own = status is None
-        status = self.view.status if own else status
+    def asked(self, status: Any, settings: Callable[[], Settings]) -> Generator[Updates, None, Settings | None]:
+        """What `settings` makes of the page's values; None, and why as an update of `status`, where they are none."""
+        yield {status: gr.skip()}  # what yields nothing would empty the page
         try:
-            for what in news:
-                if (line := progress(what)) is None:
-                    yield what
-                elif isinstance(what, StepReport) and what.glimpse is not None:
-                    yield {status: line, self.view.picture: what.glimpse}
+            return settings()
+        except ValueError as error:
+            yield {status: html.wrong(error)}
+            return None
+
+    def updates(
+        self, work: Iterator[Any], data: Mapping[Any, Any], status: Any, finished: Callable[[Any], Updates]
+    ) -> Iterator[Updates]:
+        """What the desk tells about work, as updates of `status`, and what `finished` makes of what comes of it."""
+        own = status is self.page.status
+        try:
+            for news in work:
+                if (line := progress(news)) is None:
+                    yield finished(news)
+                elif own and isinstance(news, StepReport) and news.glimpse is not None:
+                    yield {status: line, self.page.picture: news.glimpse}
                 else:
                     yield {status: line}
         except Cancelled as stopped:
             if stopped.why == "cancelled":
-                shown = data[self.view.shown]
-                restored = {self.view.picture: shown["file"]} if shown and own else {}
+                shown = data[self.page.shown]
+                restored = {self.page.picture: shown["file"]} if shown and own else {}
                 last = " The last finished image is shown." if restored else ""
                 yield {status: html.status(f"Cancelled.{last}"), **restored}
         except Exception as error:

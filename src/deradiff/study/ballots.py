@@ -64,22 +64,10 @@ def read(folder: Path, plan: StudyPlan) -> list[Ballot]:
         if question not in keys or answer not in ANSWERS:
             raise StudyError(f"the vote {question!r}: {answer!r} on the pair {pair!r} in {file} is none: {CURE}")
         configuration = plan.configurations[plan.cells[row.cell].configuration]
+        what = configuration.name, configuration.prompt_set, configuration.prompts[row.prompt]
+        shown = row.left, row.right, tuple(row.seeds)
         is_check = not (row.left and row.right) and question in checked
-        ballots.append(
-            Ballot(
-                row.participant,
-                row.position,
-                configuration.name,
-                configuration.prompt_set,
-                configuration.prompts[row.prompt],
-                row.left,
-                row.right,
-                tuple(row.seeds),
-                question,
-                answer,
-                is_check,
-            )
-        )
+        ballots.append(Ballot(row.participant, row.position, *what, *shown, question, answer, is_check))
     return sorted(ballots, key=lambda ballot: (ballot.participant, ballot.position, keys.index(ballot.question)))
 
 
@@ -92,8 +80,7 @@ def mistakes(ballots: Iterable[Ballot]) -> dict[int, tuple[int, int]]:
     for ballot in ballots:
         of_participant = checks.setdefault(ballot.participant, {})
         if ballot.checked:
-            wrong = not ballot.chosen
-            of_participant[ballot.position] = of_participant.get(ballot.position, False) or wrong
+            of_participant[ballot.position] = of_participant.get(ballot.position, False) or not ballot.chosen
     return {number: (sum(answered.values()), len(answered)) for number, answered in checks.items()}
 
 

@@ -8,6 +8,7 @@ since the votes of one person are alike.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ def preference_of(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) 
         votes=(int(total[0]), int(total[1]), int(total[2])),
         shares=_rates(total / total.sum(), pooled / pooled.sum(1, keepdims=True), people),
         normalised=_rates(own.mean(0), each, people),
-        wins=_rate(_share(int(total[0]), int(total[2])), won, people),
+        wins=_rate(float(total[0] / sides) if (sides := total[0] + total[2]) else math.nan, won, people),
         p_votes=sign_test(int(total[0]), int(total[2])),
         p_participants=sign_test(int((counts[:, 0] > counts[:, 2]).sum()), int((counts[:, 0] < counts[:, 2]).sum())),
     )
@@ -96,10 +97,7 @@ def counted(ballots: Iterable[Ballot], first: str, second: str) -> Counts:
 def votes_each(ballots: Iterable[Ballot]) -> Mapping[int, int]:
     """How many pairs every participant answered."""
     pairs = {(ballot.participant, ballot.position) for ballot in ballots}
-    counts: dict[int, int] = {}
-    for participant, _ in sorted(pairs):
-        counts[participant] = counts.get(participant, 0) + 1
-    return counts
+    return Counter(participant for participant, _ in sorted(pairs))
 
 
 def _rates(values: Float[np.ndarray, " answer"], resampled: np.ndarray, people: int) -> tuple[Rate, Rate, Rate]:
@@ -113,7 +111,3 @@ def _rate(value: float, resampled: np.ndarray, people: int) -> Rate:
         return Rate(value, math.nan, math.nan)
     low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Rate(value, float(low), float(high))
-
-
-def _share(first: int, second: int) -> float:
-    return first / (first + second) if first + second else math.nan

@@ -7,37 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deradiff.experiments.reporting.exhibits import Exhibit, write_exhibit
+from deradiff.experiments.reporting.exhibits import Exhibit, table, write_exhibit
 from deradiff.files.outputs import replaced
 from deradiff.files.pages import counted
 from deradiff.study import figures
 from deradiff.study.analysis import ALL, Analysis, Line
 from deradiff.study.preferences import Rate
-
-HEADER = (
-    "first",
-    "second",
-    "configuration",
-    "prompt_set",
-    "question",
-    "participants",
-    "votes",
-    "votes_first",
-    "votes_equal",
-    "votes_second",
-    *(
-        f"{kind}_{which}{end}"
-        for kind in ("share", "normalised")
-        for which in ("first", "equal", "second")
-        for end in ("", "_low", "_high")
-    ),
-    "wins_first",
-    "wins_first_low",
-    "wins_first_high",
-    "p_votes",
-    "p_participants",
-)
-"""Of a table: shares lie between 0 and 1, with the ends of their 95% intervals; `wins_first` leaves Equal out."""
 
 NOTES = """\
 In brackets stand 95% intervals, by bootstrap over participants. "by person" gives each participant the same weight.
@@ -67,43 +42,38 @@ def exhibits(analysis: Analysis) -> Iterator[Exhibit]:
         for normalised in (False, True):
             of = "mean of participants' shares" if normalised else "share of votes"
             yield Exhibit(
-                key=f"{key}-normalised" if normalised else key,
-                section="Preferences",
-                title=f"{key}, {of}",
-                caption=f"After AIG's figure {8 if normalised else number}; lines are 95% intervals over participants.",
-                header=HEADER,
-                rows=tuple(map(row, lines)),
-                figure=figures.shares(panels(lines, normalised), f"{of}, with 95% intervals"),
+                f"{key}-normalised" if normalised else key,
+                "Preferences",
+                f"{key}, {of}",
+                f"After AIG's figure {8 if normalised else number}; lines are 95% intervals over participants.",
+                *table(list(map(row, lines))),
+                figures.shares(panels(lines, normalised), f"{of}, with 95% intervals"),
             )
     yield Exhibit(
-        key="participants",
-        section="Preferences",
-        title="pairs that participants answered",
-        caption="After AIG's figure 8b.",
-        header=("pairs_answered",),
-        rows=tuple((count,) for count in sorted(analysis.pairs)),
-        figure=figures.histogram(analysis.pairs),
+        "participants",
+        "Preferences",
+        "pairs that participants answered",
+        "After AIG's figure 8b.",
+        ("pairs_answered",),
+        tuple((count,) for count in sorted(analysis.pairs)),
+        figures.histogram(analysis.pairs),
     )
 
 
-def row(line: Line) -> tuple[Any, ...]:
-    """A line of a table, after `HEADER`."""
-    preference = line.preference
-    rates = [
-        end
-        for rate in (*preference.shares, *preference.normalised, preference.wins)
-        for end in (rate.value, rate.low, rate.high)
-    ]
-    about = (line.first, line.second, line.configuration, line.prompt_set, line.question)
-    return (
-        *about,
-        preference.participants,
-        sum(preference.votes),
-        *preference.votes,
-        *rates,
-        preference.p_votes,
-        preference.p_participants,
-    )
+def row(line: Line) -> dict[str, Any]:
+    """A line of a table: shares lie between 0 and 1, with the ends of their 95% intervals; `wins` leave Equal out."""
+    preference, sides = line.preference, ("first", "equal", "second")
+    cells: dict[str, Any] = {
+        **{name: value for name, value in vars(line).items() if name != "preference"},
+        "participants": preference.participants,
+        "votes": sum(preference.votes),
+        **{f"votes_{side}": count for side, count in zip(sides, preference.votes, strict=True)},
+    }
+    rates = [*preference.shares, *preference.normalised, preference.wins]
+    names = [f"{kind}_{side}" for kind in ("share", "normalised") for side in sides] + ["wins_first"]
+    for name, rate in zip(names, rates, strict=True):
+        cells |= {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
+    return cells | {"p_votes": preference.p_votes, "p_participants": preference.p_participants}
 
 
 def panels(lines: Sequence[Line], normalised: bool) -> list[figures.SharesPanel]:

@@ -16,6 +16,9 @@ from deradiff.files.records import slug
 from deradiff.sampling.truncation import PromptCut
 from deradiff.study.plan import TILES, Configuration, StudyImage, StudyPlan, parse_plan
 
+LISTED = 30
+"""Names that a message has room for."""
+
 PAIRS = 20
 """Of a participant, where there are as many; about ten minutes."""
 
@@ -147,22 +150,20 @@ def _items(
         for cell, item in cells.items()
         if (cell.arm.sampling, cell.prompts) == (configuration.sampling, configuration.prompt_set)
     }
-    where = f"configuration {configuration.name!r}: the experiment in {folder}"
-    if configuration.sampling not in planned.sampling:
-        raise ValueError(f"{where} does not sample by {configuration.sampling!r}; it has {_listed(planned.sampling)}")
-    if configuration.prompt_set not in planned.prompts:
-        raise ValueError(f"{where} has no prompt set {configuration.prompt_set!r}; it has {_listed(planned.prompts)}")
-    arms = {arm for arm, _, _ in items}
-    if unknown := [arm for arm in configuration.methods.values() if arm not in arms]:
-        raise ValueError(
-            f"{where} has no arm {_listed(unknown)} for {configuration.prompt_set}; it has {_listed(arms)}"
-        )
-    if unknown := [prompt for prompt in configuration.prompts if prompt not in {prompt for _, prompt, _ in items}]:
-        raise ValueError(
-            f"{where} has no prompt {unknown[0][:80]!r} in {configuration.prompt_set} ({len(unknown)} are unknown)"
-        )
-    if strange := {*configuration.seeds} - {seed for _, _, seed in items}:
-        raise ValueError(f"{where} was not drawn with seed {_listed(sorted(strange))}")
+    arms, prompts, seeds = (dict.fromkeys(item[place] for item in items) for place in range(3))
+    inside = f" for {configuration.prompt_set}"
+    for wanted, known, lacks, end in (
+        ([configuration.sampling], planned.sampling, "does not sample by", ""),
+        ([configuration.prompt_set], planned.prompts, "has no prompt set", ""),
+        (configuration.methods.values(), arms, "has no arm", inside),
+        (configuration.prompts, prompts, "has no prompt", inside),
+        (configuration.seeds, seeds, "was not drawn with seed", inside),
+    ):
+        if unknown := [name for name in wanted if name not in known]:
+            raise ValueError(
+                f"configuration {configuration.name!r}: the experiment in {folder} {lacks} {_listed(unknown)}{end}; it "
+                f"has {_listed(known)}"
+            )
     return items
 
 
@@ -196,5 +197,6 @@ def _too_few(planned: experiments.Plan, names: Sequence[str], shared: Sequence[t
     )
 
 
-def _listed(names: Iterable[object]) -> str:
-    return ", ".join(repr(name) for name in names)
+def _listed(names: Collection[object]) -> str:
+    shown = [f"{name!r:.80}" for name in list(names)[:LISTED]]
+    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

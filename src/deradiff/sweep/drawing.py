@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,8 @@ from deradiff.sampling.devices import device_called
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.realignment import realign
 from deradiff.sampling.truncation import cuts
-from deradiff.sweep import description
 from deradiff.sweep.batches import Diagnostics, OnStep, default_of, sample
-from deradiff.sweep.description import Drawing, call_of
+from deradiff.sweep.description import about, call_of, metadata
 from deradiff.sweep.pipelines import DTYPES, anchor_source, load_pipeline
 from deradiff.sweep.prompt_embeddings import Remembering
 from deradiff.sweep.settings import Settings, caption, file_name
@@ -81,16 +80,6 @@ def made_of(settings: Settings, pipe: DiffusionPipeline, dial: Dial) -> dict[str
     }
 
 
-def about(drawing: Drawing, beta: float | None, diagnostics: Diagnostics) -> dict[str, Any]:
-    """What a record says about one image, at the strength `beta` (`Column.beta`), beside `made_of`."""
-    return description.about(drawing) | {"beta": beta} | diagnostics.record()
-
-
-def metadata(drawing: Drawing, beta: float | None, diagnostics: Diagnostics, made: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file of that image says, given what `made_of` found: the settings in it draw this image alone."""
-    return {**made, **description.metadata(drawing, made["settings"]), **about(drawing, beta, diagnostics)}
-
-
 def draw(
     settings: Settings,
     pipe: DiffusionPipeline,
@@ -112,8 +101,9 @@ def draw(
     listed: list[dict[str, Any]] = []
     for place, image, diagnostics in sample(pipe, dial, drawings, batch_size=settings.batch_size, on_step=on_step):
         drawing, beta = drawings[place], settings.columns[place % columns].beta(settings.anchor_beta)
-        file = folder.add(file_name(settings, place), image, metadata(drawing, beta, diagnostics, made))
-        listed.append({"file": file} | about(drawing, beta, diagnostics))
+        came_of_it = {"beta": beta} | diagnostics.record()
+        file = folder.add(file_name(settings, place), image, made | metadata(drawing, made["settings"]) | came_of_it)
+        listed.append({"file": file} | about(drawing) | came_of_it)
         images[place], known[place] = covered(image) if diagnostics.blacked_out else image, diagnostics
     sheet = contact_sheet(
         [[images[row + column] for column in range(columns)] for row in range(0, len(drawings), columns)],

@@ -4,12 +4,20 @@ Every refusal says what was written and what to write.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from deradiff.algorithm.schedules import Over, Power, Schedule, Sigmoid, Spline, Step, finite
 
 LONGEST_RANGE = 1000
+
+FAMILIES: Mapping[str, tuple[type[Any], str]] = {
+    "power": (Power, "p"),
+    "step": (Step, "p"),
+    "sigmoid": (Sigmoid, "kappa"),
+}
+"""The schedules that one number shapes, and what it is called there."""
 
 
 def numbers(text: str, what: str) -> list[float]:
@@ -84,11 +92,11 @@ def plain(number: float, digits: int = 6) -> str:
 def schedule(text: str, over: Over, what: str = "--schedule") -> Schedule | None:
     """Read `constant` (None), `power:P`, `step:P`, `sigmoid:KAPPA` or `spline:S/λ,S/λ,...`."""
     family, _, rest = text.partition(":")
-    families: Mapping[str, Callable[..., Schedule]] = {"power": Power, "step": Step, "sigmoid": Sigmoid}
     if family == "constant" and not rest:
         return None
-    if family in families:
-        return families[family](float(decimal(rest, text, what)), over=over)
+    if family in FAMILIES:
+        shaped: Schedule = FAMILIES[family][0](float(decimal(rest, text, what)), over=over)
+        return shaped
     if family == "spline":
         points = [point.split("/") for point in rest.split(",")]
         if any(len(point) != 2 for point in points):
@@ -99,20 +107,23 @@ def schedule(text: str, over: Over, what: str = "--schedule") -> Schedule | None
     )
 
 
+def family_of(shape: Schedule) -> tuple[str, float] | None:
+    """The family of `FAMILIES` that a schedule up to λ = 1 is of, and its number; None for other schedules."""
+    for name, (kind, number) in FAMILIES.items():
+        if isinstance(shape, kind) and shape.lam == 1:
+            return name, getattr(shape, number)
+    return None
+
+
 def written(shape: Schedule | None) -> str:
     """What `schedule` reads as `shape`: the inverse, but for `over` and for a `lam` other than 1.
 
     Raises `ValueError` for a schedule that has no such form.
     """
-    match shape:
-        case None:
-            return "constant"
-        case Power(p=p, lam=1.0):
-            return f"power:{p!r}"
-        case Step(p=p, lam=1.0):
-            return f"step:{p!r}"
-        case Sigmoid(kappa=kappa, lam=1.0):
-            return f"sigmoid:{kappa!r}"
-        case Spline(points=points):
-            return "spline:" + ",".join(f"{s!r}/{lam!r}" for s, lam in points)
+    if shape is None:
+        return "constant"
+    if isinstance(shape, Spline):
+        return "spline:" + ",".join(f"{s!r}/{lam!r}" for s, lam in shape.points)
+    if family := family_of(shape):
+        return f"{family[0]}:{family[1]!r}"
     raise ValueError(f"{shape!r} has no short form: write it as a spline through some of its points.")

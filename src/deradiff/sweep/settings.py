@@ -108,9 +108,14 @@ class Settings(SamplingSettings):
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     @property
+    def sampling(self) -> SamplingSettings:
+        """How every image is sampled, whatever its prompt, seed and λ."""
+        return SamplingSettings(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
+
+    @property
     def drawings(self) -> list[Drawing]:
         """Every image: row by row, the columns of a row beside each other."""
-        sampling = SamplingSettings(**{name: getattr(self, name) for name in SamplingSettings.model_fields})
+        sampling = self.sampling
         return [
             Drawing(
                 prompt=prompt,

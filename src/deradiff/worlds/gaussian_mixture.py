@@ -25,31 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deradiff.worlds.closed_form import (
-    GaussianMixture,
-    Noise,
-    QuadraticReward,
-    linear_reward,
-    mixture,
-    peaked_reward,
-)
-
-__all__ = [
-    "SCHEDULE",
-    "GaussianMixture",
-    "MixtureDenoiser",
-    "MixturePipeline",
-    "Noise",
-    "QuadraticReward",
-    "World",
-    "crossing",
-    "linear_reward",
-    "mixture",
-    "peaked_reward",
-    "prediction_of",
-    "random_world",
-    "variance_preserving",
-]
+from deradiff.worlds.closed_form import GaussianMixture, Noise, QuadraticReward, linear_reward, mixture, peaked_reward
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 """What a denoiser predicts: ε, v or x_0 on Stable Diffusion's schedule, the velocity ε - x_0 of flow matching, or the

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
+from deradiff.algorithm.estimates import Estimate
 from deradiff.experiments.reporting import agreement_figures, agreement_statistics
 from deradiff.experiments.reporting.agreement_pairs import Study, studies
-from deradiff.experiments.reporting.agreement_rows import BARS, COUNTS, NUMBERS, exhibit, images, names, numbers
+from deradiff.experiments.reporting.agreement_rows import BARS, exhibit, images, names, numbers
 from deradiff.experiments.reporting.agreement_statistics import PARTS, Numbers
 from deradiff.experiments.reporting.agreement_summaries import (
     particles,
@@ -23,9 +24,6 @@ from deradiff.experiments.reporting.agreement_summaries import (
 from deradiff.experiments.reporting.agreement_verdicts import Judged, judged
 from deradiff.experiments.reporting.exhibits import Exhibit
 from deradiff.experiments.results import Results
-
-POINTS = ("anchor", "target", "part", "log2_beta_ratio", *NUMBERS, "average")
-"""The columns of the scatter's and the Bland-Altman plot's CSV files."""
 
 
 def exhibits(results: Results) -> Iterator[Exhibit]:
@@ -92,14 +90,11 @@ def _made(part: partial[Any]) -> Exhibit | None:
 def heat_maps(results: Results, study: Study) -> Exhibit:
     """Figures 12 and 13, and their like in A.9 to A.11: every anchor for every target."""
     rows = [
-        (
-            *names(pair),
-            study.betas[pair.models.anchor],
-            study.betas[pair.models.target],
-            *numbers(pair),
-            *images(pair),
-            pair.percent,
-        )
+        names(pair)
+        | {"anchor_beta": study.betas[pair.models.anchor], "target_beta": study.betas[pair.models.target]}
+        | numbers(pair)
+        | images(pair)
+        | {"difference_percent": pair.percent}
         for pair in study.pairs
     ]
     short = sum(pair.images < pair.planned for pair in study.pairs)
@@ -112,32 +107,23 @@ def heat_maps(results: Results, study: Study) -> Exhibit:
     )
     if short:
         caption += f" {short} of {len(study.pairs)} cells lack images and give the number n that they have."
-    header = ("anchor", "target", "anchor_beta", "target_beta", *NUMBERS, *COUNTS, "difference_percent")
-    return exhibit(
-        results,
-        "heat",
-        study,
-        "Every anchor for every target",
-        caption,
-        header,
-        rows,
-        figure=agreement_figures.heat_maps(study),
-        one_score=True,
-    )
+    figure = agreement_figures.heat_maps(study)
+    return exhibit(results, "heat", study, "Every anchor for every target", caption, rows, figure)
 
 
 def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
     """Figures 5 and 9: reward against β of retrained and approximated models."""
-    rows: list[tuple[Any, ...]] = [
-        (None, name, "retrained", study.betas[name], None, None, estimate.value, None, estimate.error, None, None)
+    rows = [
+        names(pair) | {"method": label, "target_beta": study.betas[pair.models.target]} | numbers(pair)
+        for label, some in (("Algorithm 1", study), ("particles", particles))
+        for pair in (some.pairs if some is not None else ())
+    ]
+    means = [
+        {"target": name, "method": "retrained", "target_beta": study.betas[name]} | _mean(estimate)
         for name, estimate in study.retrained.items()
     ]
     if study.reference is not None:
-        value, error = study.reference
-        rows.append((None, None, "reference", None, 0.0, None, value, None, error, None, None))
-    for label, some in (("Algorithm 1", study), ("particles", particles)):
-        for pair in some.pairs if some is not None else ():
-            rows.append((*names(pair), label, study.betas[pair.models.target], *numbers(pair)))
+        means.append({"method": "reference", "lambda": 0.0} | _mean(study.reference))
     caption = (
         f"Mean {study.score} score against the target's β, retrained and approximated from one anchor a panel "
         f"(DeRaDiff, figures 5 and 9). Bars are {BARS}: one that does not reach the retrained model is a difference "
@@ -145,27 +131,32 @@ def lines(results: Results, study: Study, particles: Study | None) -> Exhibit:
         "all models share. Shaded: λ > 1. In the CSV file the standard error is that of the difference, of retrained "
         "models and the reference that of their mean."
     )
-    header = ("anchor", "target", "method", "target_beta", *NUMBERS)
+    figure = agreement_figures.lines(study, particles)
+    absent = dict.fromkeys(rows[0])
     return exhibit(
-        results,
-        "lines",
-        study,
-        "Score against β",
-        caption,
-        header,
-        rows,
-        figure=agreement_figures.lines(study, particles),
-        one_score=True,
+        results, "lines", study, "Score against β", caption, [*(absent | mean for mean in means), *rows], figure
     )
+
+
+def _mean(estimate: Estimate) -> dict[str, Any]:
+    return {"retrained": estimate.value, "standard_error": estimate.error}
 
 
 def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
     """Tables 6 to 17: all statistics of Table 5, at λ ≤ 1 and at λ > 1."""
-    columns = {part: dict(_statistics(study, part, numbers_of_part)) for part, numbers_of_part in known().items()}
+    columns = {part: _statistics(study, part, numbers_of_part) for part, numbers_of_part in known().items()}
     lines = dict.fromkeys(line for column in columns.values() for line in column)
     if not lines:
         return None
-    rows = [(line, *(x for part in PARTS for x in columns[part].get(line, (None, None)))) for line in lines]
+    rows = [
+        {"statistic": line}
+        | {
+            PARTS[part].label + suffix: value
+            for part in PARTS
+            for suffix, value in zip(("", ", % of mean"), columns[part].get(line, (None, None)), strict=True)
+        }
+        for line in lines
+    ]
     caption = (
         f"Agreement of mean {study.score} scores, approximated minus retrained (y − x), after DeRaDiff's Table 5, as "
         f"in its Tables 6 to 17; per cent of the mean over retrained models, {study.original_mean:.6g}, each counted "
@@ -174,40 +165,43 @@ def statistics(results: Results, study: Study, known: Known) -> Exhibit | None:
         "MAE's standard error, and the MAE that noise alone would make if every pair agreed. Of the linear fit "
         "(figure 6a) ± is one standard error."
     )
-    header = ("statistic", "λ ≤ 1", "λ ≤ 1, % of mean", "λ > 1", "λ > 1, % of mean")
-    return exhibit(results, "statistics", study, "Statistics of agreement", caption, header, rows, one_score=True)
+    return exhibit(results, "statistics", study, "Statistics of agreement", caption, rows)
 
 
-def _statistics(study: Study, part: bool, statistics_of_part: Numbers) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The lines of one part: name, value, per cent of the mean of retrained models."""
-    agreement, noise, fit = statistics_of_part.agreement, study.noise(part), statistics_of_part.scatter
+def _statistics(study: Study, part: bool, known: Numbers) -> dict[str, tuple[Any, Any]]:
+    """The lines of one part: by name a value, and per cent of the mean of retrained models."""
+    agreement, noise, fit = known.agreement, study.noise(part), known.scatter
     if agreement is None:
-        return
-
-    def line(name: str, value: float) -> tuple[str, tuple[float, float]]:
-        return name, (value, study.relative(value))
-
-    yield "pairs", (agreement.pairs, None)
-    yield line("mean absolute error (MAE)", agreement.mae)
-    yield line("MAE, bootstrap mean over pairs", agreement.mae_bootstrap)
-    yield line("MAE, 95% interval over pairs, lower", agreement.mae_interval[0])
-    yield line("MAE, 95% interval over pairs, upper", agreement.mae_interval[1])
-    yield line("MAE, standard error over prompts", noise.error)
-    yield line("MAE of the noise of prompts alone", noise.floor)
-    yield line("root mean squared error", agreement.rmse)
-    yield line("median absolute error", agreement.median_absolute_error)
-    yield line("Bland-Altman bias, mean of y − x", agreement.bias)
-    yield line("Bland-Altman SD of differences", agreement.sd)
-    yield line("limit of agreement, lower", agreement.limits[0])
-    yield line("limit of agreement, upper", agreement.limits[1])
-    if fit is not None:
-        yield "linear fit, slope", (fit.slope.value, None)
-        yield "linear fit, slope, ±", (fit.slope.error, None)
-        yield "linear fit, intercept", (fit.intercept.value, None)
-        yield "linear fit, intercept, ±", (fit.intercept.error, None)
-        yield "Pearson's correlation", (fit.correlation, None)
-        yield "Lin's concordance", (fit.concordance, None)
-        yield "R² of the identity", (fit.identity_r2, None)
+        return {}
+    scores = {
+        "mean absolute error (MAE)": agreement.mae,
+        "MAE, bootstrap mean over pairs": agreement.mae_bootstrap,
+        "MAE, 95% interval over pairs, lower": agreement.mae_interval[0],
+        "MAE, 95% interval over pairs, upper": agreement.mae_interval[1],
+        "MAE, standard error over prompts": noise.error,
+        "MAE of the noise of prompts alone": noise.floor,
+        "root mean squared error": agreement.rmse,
+        "median absolute error": agreement.median_absolute_error,
+        "Bland-Altman bias, mean of y − x": agreement.bias,
+        "Bland-Altman SD of differences": agreement.sd,
+        "limit of agreement, lower": agreement.limits[0],
+        "limit of agreement, upper": agreement.limits[1],
+    }
+    others = (
+        {}
+        if fit is None
+        else {
+            "linear fit, slope": fit.slope.value,
+            "linear fit, slope, ±": fit.slope.error,
+            "linear fit, intercept": fit.intercept.value,
+            "linear fit, intercept, ±": fit.intercept.error,
+            "Pearson's correlation": fit.correlation,
+            "Lin's concordance": fit.concordance,
+            "R² of the identity": fit.identity_r2,
+        }
+    )
+    relative = {name: (value, study.relative(value)) for name, value in scores.items()}
+    return {"pairs": (agreement.pairs, None), **relative, **{name: (value, None) for name, value in others.items()}}
 
 
 def distribution(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -233,18 +227,9 @@ def distribution(results: Results, study: Study, known: Known) -> Exhibit | None
         "would make at λ ≤ 1 if every pair agreed (bootstrap over prompts); errors well to the right of it are not "
         "explained by noise."
     )
-    header = ("part", "number", "error", "value")
-    return exhibit(
-        results,
-        "errors",
-        study,
-        "Distribution of absolute errors",
-        caption,
-        header,
-        rows,
-        figure=agreement_statistics.distribution(study, known()),
-        one_score=True,
-    )
+    named = [dict(zip(("part", "number", "error", "value"), row, strict=True)) for row in rows]
+    figure = agreement_statistics.distribution(study, known())
+    return exhibit(results, "errors", study, "Distribution of absolute errors", caption, named, figure)
 
 
 def scatter(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -257,17 +242,8 @@ def scatter(results: Results, study: Study, known: Known) -> Exhibit | None:
         "identity and the least-squares fit (DeRaDiff, figure 6a; slope ± one standard error, Pearson's r). Colour: "
         f"doublings of β from anchor to target. Bars are {BARS}: a pair whose bar crosses the identity may agree."
     )
-    return exhibit(
-        results,
-        "scatter",
-        study,
-        "Retrained against approximated",
-        caption,
-        POINTS,
-        rows,
-        figure=agreement_statistics.scatter(study, known()),
-        one_score=True,
-    )
+    figure = agreement_statistics.scatter(study, known())
+    return exhibit(results, "scatter", study, "Retrained against approximated", caption, rows, figure)
 
 
 def bland_altman(results: Results, study: Study, known: Known) -> Exhibit | None:
@@ -281,28 +257,16 @@ def bland_altman(results: Results, study: Study, known: Known) -> Exhibit | None
         f"the band between them shaded. Colour: doublings of β from anchor to target. Bars are {BARS}; the pairs "
         "farthest off are named by their β."
     )
-    return exhibit(
-        results,
-        "bland-altman",
-        study,
-        "Bland-Altman plot",
-        caption,
-        POINTS,
-        rows,
-        figure=agreement_statistics.bland_altman(study, known()),
-        one_score=True,
-    )
+    figure = agreement_statistics.bland_altman(study, known())
+    return exhibit(results, "bland-altman", study, "Bland-Altman plot", caption, rows, figure)
 
 
-def _points(study: Study) -> list[tuple[Any, ...]]:
+def _points(study: Study) -> list[dict[str, Any]]:
     return [
-        (
-            *names(pair),
-            PARTS[part].label,
-            agreement_statistics.doublings(study, pair),
-            *numbers(pair),
-            (pair.approximated + pair.retrained) / 2,
-        )
+        names(pair)
+        | {"part": PARTS[part].label, "log2_beta_ratio": agreement_statistics.doublings(study, pair)}
+        | numbers(pair)
+        | {"average": pair.average}
         for part in PARTS
         for pair in study.part(part)
     ]

@@ -63,25 +63,9 @@ def heat_maps(study: Study) -> Figure:
     cells = [[study.at(anchor, target) for target in columns] for anchor in rows]
     retrained = [study.retrained[target].value for target in columns]
 
-    means = _table(cells, lambda pair: pair.approximated)
-    both = np.vstack([means, retrained])
-    digits = _decimals(both, 4)
-    _paint(axes[0], both, "viridis", Normalize(np.nanmin(both), np.nanmax(both)), unit(study.score))
-    for i, row in enumerate(cells):
-        for j, pair in enumerate(row):
-            if pair is not None:
-                _write(
-                    axes[0],
-                    i,
-                    j,
-                    _counted(pair, f"{pair.approximated:.{digits}f}"),
-                    pair.certain and not pair.alone,
-                )
-    for j, value in enumerate(retrained):
-        _write(axes[0], len(rows), j, f"{value:.{digits}f}", False)
-    axes[0].axhline(len(rows) - 0.5, color="white", linewidth=5)
-    axes[0].set_title("approximated mean; below the bar: retrained")
-
+    means = np.vstack([_table(cells, lambda pair: pair.approximated), retrained])
+    digits = _decimals(means, 4)
+    _paint(axes[0], means, "viridis", Normalize(np.nanmin(means), np.nanmax(means)), unit(study.score))
     away = _table(cells, lambda pair: float("nan") if pair.alone else pair.difference.value)
     power = _power(away)
     away = away / 10.0**power
@@ -89,11 +73,15 @@ def heat_maps(study: Study) -> Figure:
     finest = _decimals(away, 4)
     scale = f", in 10{str(power).translate(SUPERSCRIPTS)}" if power else ""
     _paint(axes[1], away, "PuOr", Normalize(-limit, limit), f"approximated − retrained mean{scale}")
-    for i, row in enumerate(cells):
-        for j, pair in enumerate(row):
-            if pair is not None:
-                text = "anchor" if pair.alone else signed(away[i, j], most=finest)
-                _write(axes[1], i, j, _counted(pair, text), pair.certain and not pair.alone)
+    for (i, j), pair in np.ndenumerate(np.array(cells, dtype=object)):
+        if pair is not None:
+            difference = "anchor" if pair.alone else signed(float(away[i, j]), most=finest)
+            for ax, text in zip(axes, (f"{pair.approximated:.{digits}f}", difference), strict=True):
+                _write(ax, i, j, _counted(pair, text), pair.certain and not pair.alone)
+    for j, value in enumerate(retrained):
+        _write(axes[0], len(rows), j, f"{value:.{digits}f}", False)
+    axes[0].axhline(len(rows) - 0.5, color="white", linewidth=5)
+    axes[0].set_title("approximated mean; below the bar: retrained")
     axes[1].set_title(f"difference{scale}; below the orange line: λ > 1")
 
     for ax in axes:
@@ -143,12 +131,11 @@ def _counted(pair: ComparedPair, text: str) -> str:
 
 def _mark(ax: Axes, cells: Sequence[Sequence[ComparedPair | None]]) -> None:
     """A dashed frame inside the cells where an anchor stands for itself; hatching where there is no pair."""
-    for i, row in enumerate(cells):
-        for j, pair in enumerate(row):
-            if pair is None:
-                ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", ec="#D8D8D8", lw=0))
-            elif pair.alone:
-                ax.add_patch(Rectangle((j - 0.43, i - 0.41), 0.86, 0.82, fill=False, ls=(0, (3, 2)), ec="#B0B0B0"))
+    for (i, j), pair in np.ndenumerate(np.array(cells, dtype=object)):
+        if pair is None:
+            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="////", ec="#D8D8D8", lw=0))
+        elif pair.alone:
+            ax.add_patch(Rectangle((j - 0.43, i - 0.41), 0.86, 0.82, fill=False, ls=(0, (3, 2)), ec="#B0B0B0"))
 
 
 def _staircase(ax: Axes, inside: Sequence[Sequence[bool]]) -> None:
@@ -217,11 +204,8 @@ def lines(study: Study, particles: Study | None) -> Figure:
 
 
 def _retrained_line(ax: Axes, study: Study) -> None:
-    names = list(study.retrained)
-    names.sort(key=lambda name: study.betas[name])
-    betas = [study.betas[name] for name in names]
-    values = np.array([study.retrained[name].value for name in names])
-    errors = np.array([study.retrained[name].error for name in names])
+    ordered = sorted((study.betas[name], *mean) for name, mean in study.retrained.items())
+    betas, values, errors = np.array(ordered).T
     ax.plot(betas, values, "o-", color=RETRAINED, markersize=6, mfc="white", linewidth=1.4, label="retrained")
     ax.fill_between(betas, values - errors, values + errors, color=RETRAINED, alpha=0.12, linewidth=0, label="± 1 s.e.")
     if study.reference is not None:
@@ -277,12 +261,14 @@ def intervals(pairs: Sequence[ComparedPair]) -> np.ndarray:
     return np.maximum(np.nan_to_num(np.array(bars).T), 0.0)
 
 
+def legend_entries(axes: Iterable[Axes]) -> dict[str, Any]:
+    """What stands in the legends of some panels, each label once, with the handle of the last that has it."""
+    return {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """One legend above all panels."""
-    entries: dict[str, Any] = {}
-    for ax in axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+    entries = legend_entries(axes)
     figure.legend(
         entries.values(),
         entries.keys(),

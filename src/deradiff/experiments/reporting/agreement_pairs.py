@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from deradiff.algorithm.estimates import Estimate
-from deradiff.experiments.results import Pair, Results
+from deradiff.experiments.results import Pair, Results, by_prompt
 from deradiff.measures.agreement import HELD, RESAMPLES
 
 COSINES = ("pickscore", "hps-v2.0", "hps-v2.1", "clip")
@@ -36,6 +36,11 @@ class ComparedPair:
     def alone(self) -> bool:
         """Whether the anchor stands for itself: λ = 1, and nothing is approximated."""
         return self.models.anchor == self.models.target
+
+    @property
+    def average(self) -> float:
+        """The mean of both, across in a Bland-Altman plot."""
+        return (self.approximated + self.retrained) / 2
 
     @property
     def percent(self) -> float:
@@ -104,12 +109,18 @@ class Study:
 
     def noise(self, interpolated: bool) -> PromptNoise:
         """How much of these pairs' MAE is noise of the prompts; NaN without pairs, or where one has a single prompt."""
-        places = self.places(interpolated)
-        if not places or any(self.pairs[place].prompts < 2 for place in places):
+        chance = self.chance(interpolated)
+        if chance is None:
             return PromptNoise(float("nan"), float("nan"))
-        resampled = self.resampled[:, places]
-        centred = resampled - [self.pairs[place].difference.value for place in places]
-        return PromptNoise(float(np.nanstd(np.abs(resampled).mean(1), ddof=1)), float(np.nanmean(np.abs(centred))))
+        resampled = self.resampled[:, self.places(interpolated)]
+        return PromptNoise(float(np.nanstd(np.abs(resampled).mean(1), ddof=1)), float(np.nanmean(np.abs(chance))))
+
+    def chance(self, interpolated: bool) -> Float[np.ndarray, "resample part"] | None:
+        """How far resampling prompts alone moves these pairs' differences; None where `noise` is NaN."""
+        pairs = self.part(interpolated)
+        if not pairs or any(pair.prompts < 2 for pair in pairs):
+            return None
+        return self.resampled[:, self.places(interpolated)] - [pair.difference.value for pair in pairs]
 
     def label(self, model: str) -> str:
         """A model's name and strength, on two lines."""
@@ -131,10 +142,7 @@ class Study:
 
     def at(self, anchor: str, target: str) -> ComparedPair | None:
         """The pair of these two; None where there is none."""
-        return next(
-            (pair for pair in self.pairs if (pair.models.anchor, pair.models.target) == (anchor, target)),
-            None,
-        )
+        return next((p for p in self.pairs if (p.models.anchor, p.models.target) == (anchor, target)), None)
 
     def shift(self, model: str) -> float | None:
         """How far retraining moved the mean score from the reference's; None where that was not drawn."""
@@ -160,7 +168,7 @@ def study(results: Results, pairs: Sequence[Pair], family: str, prompts: str, sc
         tables = [results.scores(arm, prompts, score) for arm in (pair.approximated, pair.retrained)]
         both = np.isfinite(tables[0]) & np.isfinite(tables[1])
         if both.any():
-            columns.append((pair, both, *(_by_prompt(table, both) for table in tables)))
+            columns.append((pair, both, *(by_prompt(np.where(both, table, np.nan)) for table in tables)))
     if all(pair.anchor == pair.target for pair, *_ in columns):
         return None
     away = np.stack([first - second for _, _, first, second in columns], axis=1)
@@ -217,12 +225,6 @@ def resampled_means(
         with np.errstate(invalid="ignore"):  # 0/0 where none of a pair's few prompts was drawn
             rows[:] = (times @ known) / (times @ there)
     return means
-
-
-def _by_prompt(table: Float[np.ndarray, "prompt seed"], both: np.ndarray) -> Float[np.ndarray, " prompt"]:
-    """Averages over the images that both models have; NaN for a prompt without any."""
-    sums, counts = np.where(both, table, 0.0).sum(1), both.sum(1)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _spread(means: Float[np.ndarray, " resample"]) -> tuple[float, tuple[float, float]]:

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.verdict import TRUSTED
 from deradiff.experiments.reporting.agreement_figures import dressed, intervals, is_cosine, signed, unit
 from deradiff.experiments.reporting.agreement_pairs import ComparedPair, Study
@@ -135,10 +136,9 @@ def distribution(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
 
 def noise_distribution(study: Study, errors: np.ndarray) -> np.ndarray | None:
     """The ECDF at `errors` that resampling prompts alone would make of pairs at λ ≤ 1 that agree perfectly."""
-    places = study.places(True)
-    if not places or any(study.pairs[place].prompts < 2 for place in places):
+    away = study.chance(True)
+    if away is None:
         return None
-    away = study.resampled[:, places] - [study.pairs[place].difference.value for place in places]
     known = np.sort(np.abs(away[np.isfinite(away)]))
     return np.searchsorted(known, errors, side="right") / len(known)
 
@@ -199,7 +199,7 @@ def _shown(name: str, value: float) -> str:
 def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6a: retrained means against approximations, with the identity and a linear fit."""
 
-    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> None:
+    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> tuple[np.ndarray, np.ndarray]:
         x, y = (np.array([getattr(pair, name) for pair in pairs]) for name in ("approximated", "retrained"))
         bars = intervals(pairs)[::-1]  # upright is the retrained mean: approximated - difference
         ax.errorbar(x, y, bars, fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
@@ -220,17 +220,18 @@ def scatter(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         ax.set_xlabel(f"approximated: {unit(study.score)}")
         ax.set_ylabel(f"retrained: {unit(study.score)}")
         ax.legend(loc="best", fontsize=9)
+        return x, y
 
-    return _by_part(study, panel, lambda pair: (pair.approximated, pair.retrained), height=4.6)
+    return _by_part(study, panel)
 
 
 @dressed
 def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
     """DeRaDiff's figure 6b: differences against the means of both models, with bias and limits of agreement."""
 
-    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> None:
-        x = [(pair.approximated + pair.retrained) / 2 for pair in pairs]
-        y = [pair.difference.value for pair in pairs]
+    def panel(ax: Axes, interpolated: bool, pairs: Sequence[ComparedPair]) -> tuple[np.ndarray, np.ndarray]:
+        x = np.array([pair.average for pair in pairs])
+        y = np.array([pair.difference.value for pair in pairs])
         ax.errorbar(x, y, intervals(pairs), fmt="none", ecolor="#777777", elinewidth=1, capsize=2, zorder=2)
         ax.axhline(0, color="#222222", linewidth=0.9, zorder=1)
         agreement = parts[interpolated].agreement
@@ -257,33 +258,26 @@ def bland_altman(study: Study, parts: Mapping[bool, Numbers]) -> Figure:
         ax.set_ylabel("approximated − retrained")
         ax.margins(x=0.1)
         _name_farthest(ax, study, pairs, x, y)
+        return x, y
 
-    return _by_part(
-        study,
-        panel,
-        lambda pair: ((pair.approximated + pair.retrained) / 2, pair.difference.value),
-        height=4.6,
-    )
+    return _by_part(study, panel)
 
 
 def _by_part(
-    study: Study,
-    panel: Callable[[Axes, bool, Sequence[ComparedPair]], None],
-    place: Callable[[ComparedPair], tuple[float, float]],
-    height: float,
+    study: Study, panel: Callable[[Axes, bool, Sequence[ComparedPair]], tuple[np.ndarray, np.ndarray]]
 ) -> Figure:
-    """A panel for λ ≤ 1 and one for λ > 1, points coloured by how far apart the strengths of anchor and target are."""
+    """A panel for λ ≤ 1 and one for λ > 1, points coloured by how far apart the strengths of anchor and target are.
+
+    `panel` draws what belongs to the points of some pairs, and returns where these are.
+    """
     parts = {interpolated: pairs for interpolated in PARTS if (pairs := study.part(interpolated))}
-    figure = Figure(figsize=(11.5 if len(parts) > 1 else 7, height), layout="constrained")
+    figure = Figure(figsize=(11.5 if len(parts) > 1 else 7, 4.6), layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, len(parts), squeeze=False).flat)
     largest = max(abs(doublings(study, pair)) for pairs in parts.values() for pair in pairs) or 1.0
     for ax, (interpolated, pairs) in zip(axes, parts.items(), strict=True):
-        panel(ax, interpolated, pairs)
         style = PARTS[interpolated]
-        where = np.array([place(pair) for pair in pairs])
         points = ax.scatter(
-            where[:, 0],
-            where[:, 1],
+            *panel(ax, interpolated, pairs),
             s=48,
             c=[doublings(study, pair) for pair in pairs],
             cmap="PuOr_r",
@@ -299,12 +293,10 @@ def _by_part(
     return figure
 
 
-def _name_farthest(
-    ax: Axes, study: Study, pairs: Sequence[ComparedPair], x: Sequence[float], y: Sequence[float]
-) -> None:
+def _name_farthest(ax: Axes, study: Study, pairs: Sequence[ComparedPair], x: np.ndarray, y: np.ndarray) -> None:
     """The β of the pairs that are farthest off, where a label has room beside its point."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
-    across, upright = (np.array(x) - left) / (right - left), (np.array(y) - low) / (high - low)
+    across, upright = (x - left) / (right - left), (y - low) / (high - low)
     labels: list[tuple[float, float]] = []
     for i in sorted(range(len(pairs)), key=lambda i: -abs(y[i]))[:LABELLED]:
         for side in (-1, 1) if across[i] > 0.5 else (1, -1):
@@ -340,19 +332,15 @@ OTHER = Style("other", "#8A8A8A", "x")
 
 
 @dressed
-def verdicts(known: Mapping[str, Sequence[Judged]]) -> Figure:
+def verdicts(claims: Sequence[Judged]) -> Figure:
     """The error that the verdict estimates against the true one: a panel for each score, dots by kind of verdict.
 
     Those whose errors are not known are left out.
     """
-    shown = {
-        score: [
-            (claim.kind, claim.estimated, claim.true)
-            for claim in some
-            if claim.estimated is not None and claim.true is not None
-        ]
-        for score, some in known.items()
-    }
+    shown: dict[str, list[tuple[str, Estimate, Estimate]]] = {}
+    for claim in claims:
+        if claim.estimated is not None and claim.true is not None:
+            shown.setdefault(claim.score, []).append((claim.kind, claim.estimated, claim.true))
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(3.8 * columns + 0.6, 3.8 * rows + 0.5), layout="constrained")
@@ -365,11 +353,12 @@ def verdicts(known: Mapping[str, Sequence[Judged]]) -> Figure:
         ax.plot([-end, end], [-end, end], color="#888888", linewidth=1)
         for kind in dict.fromkeys(kind for kind, _, _ in points):
             style = KINDS.get(kind, OTHER)
-            some = [(estimated, true) for other, estimated, true in points if other == kind]
+            some = [(estimated.value, *true) for other, estimated, true in points if other == kind]
+            estimates, truths, errors = np.array(some).T
             entries[kind] = ax.errorbar(
-                [estimated.value for estimated, _ in some],
-                [true.value for _, true in some],
-                [1.96 * true.error for _, true in some],
+                estimates,
+                truths,
+                1.96 * errors,
                 fmt=style.marker,
                 color=style.colour,
                 markersize=6,

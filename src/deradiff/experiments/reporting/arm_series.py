@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -142,6 +141,12 @@ class Change(NamedTuple):
     high: float
     prompts: int
 
+    @property
+    def cells(self) -> dict[str, Any]:
+        """The cells of a table, by column."""
+        columns = ("difference to the reference", "95% from", "95% to", "prompts (n)")
+        return dict(zip(columns, self, strict=True))
+
 
 def change(results: Results, by_prompt: ByPrompt, prompts: str, score: str) -> Change | None:
     """How far scores (one for each prompt) are from the reference's: a paired bootstrap over the prompts of both.
@@ -156,17 +161,6 @@ def change(results: Results, by_prompt: ByPrompt, prompts: str, score: str) -> C
         return None
     difference = paired_difference(torch.from_numpy(by_prompt[both, None]), torch.from_numpy(known[both, None]))
     return Change(difference.estimate.value, *difference.interval, difference.prompts)
-
-
-def over_prompts(table: Float[np.ndarray, "prompt seed"]) -> tuple[float, float]:
-    """Mean and standard error over prompts, each averaged over the seeds that have a value; NaN for none."""
-    there = np.isfinite(table)
-    rows = there.any(1)
-    by_prompt = np.where(there, table, 0.0).sum(1)[rows] / there.sum(1)[rows]
-    if not len(by_prompt):
-        return math.nan, math.nan
-    error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else math.nan
-    return float(by_prompt.mean()), float(error)
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import unit
-from deradiff.experiments.reporting.arm_series import ByPrompt, change, distinct, keys, series_of, short, substitutes
+from deradiff.experiments.reporting.arm_series import (
+    ByPrompt,
+    Change,
+    change,
+    distinct,
+    keys,
+    series_of,
+    short,
+    substitutes,
+)
 from deradiff.experiments.reporting.cost_figures import GainAtCost, equal_cost
-from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.exhibits import Exhibit, table
 from deradiff.experiments.reporting.front_figures import STYLES, extrapolates
-from deradiff.experiments.results import Results, Table
+from deradiff.experiments.results import Results, Table, over_prompts
 from deradiff.measures import non_dominated
 from deradiff.sweep import notation
 
@@ -122,8 +131,8 @@ def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
             costs.append(ArmCost(arm.name, *labels[arm], extrapolates(arm), by_prompt, cost, results.seconds(arm)))
     plain = evaluations(results, reference, prompts)
     assert plain is not None
-    table = results.scores(reference, prompts, score)
-    for power in range(1, 1 + int(math.log2(table.shape[1]))):
+    scores = results.scores(reference, prompts, score)
+    for power in range(1, 1 + int(math.log2(scores.shape[1]))):
         count = 2**power
         best = ArmCost(
             f"reference, best of {count}",
@@ -131,7 +140,7 @@ def offers(results: Results, prompts: str, score: str) -> list[ArmCost]:
             STYLES["best-of"].label,
             0,
             False,
-            best_of(table, count),
+            best_of(scores, count),
             EvaluationsPerImage(count * plain.forward),
             count * results.seconds(reference),
         )
@@ -168,55 +177,38 @@ def at_equal_cost(results: Results, prompts: str, slug: str) -> Iterator[Exhibit
     ]
     if not known:
         return
-    plane = torch.tensor([[gain.value, offer.evaluations.total] for offer, gain in known], dtype=torch.float64)
-    best = non_dominated(torch.cat([plane, torch.tensor([[0.0, plain.total]])]), (True, False)).tolist()
-    mean, error = results.mean(reference, prompts, score)
-    count = int(np.isfinite(results.by_prompt(reference, prompts, score)).sum())
-    own = ("reference", "reference", *plain, 1.0, second, 1.0, mean, error, 0.0, 0.0, 0.0, count)
-    rows: list[tuple[Any, ...]] = [(*own, "yes" if best[-1] else "")]
-    bought = []
-    for (offer, gain), is_best in zip(known, best, strict=False):
+    plane = [[0.0, plain.total], *([gain.value, offer.evaluations.total] for offer, gain in known)]
+    best = non_dominated(torch.tensor(plane, dtype=torch.float64), (True, False)).tolist()
+    by_prompt = results.by_prompt(reference, prompts, score)
+    own = ArmCost("reference", "reference", "", 0, False, by_prompt, plain, second)
+    unchanged = Change(0.0, 0.0, 0.0, int(np.isfinite(by_prompt).sum()))
+    rows, bought = [], []
+    for (offer, gain), is_best in zip([(own, unchanged), *known], best, strict=True):
+        mean, error = over_prompts(offer.by_prompt[:, None])
         relative = offer.evaluations.total / plain.total, offer.seconds / second
-        finite = offer.by_prompt[np.isfinite(offer.by_prompt)]
-        spread = float(finite.std(ddof=1)) / len(finite) ** 0.5
+        bought.append(GainAtCost(*offer[1:5], *gain[:3], *relative, is_best))
         rows.append(
-            (
-                offer.name,
-                offer.kind,
-                *offer.evaluations,
-                relative[0],
-                offer.seconds,
-                relative[1],
-                float(finite.mean()),
-                spread,
-                *gain,
-                "yes" if is_best else "",
-            )
+            {
+                "arm": offer.name,
+                "method": offer.kind,
+                "forward evaluations": offer.evaluations.forward,
+                "backward evaluations": offer.evaluations.backward,
+                "evaluations / reference's": relative[0],
+                "seconds": offer.seconds,
+                "seconds / reference's": relative[1],
+                "mean score": mean,
+                "s.e. of mean score": error,
+                **gain.cells,
+                "non-dominated": "yes" if is_best else "",
+            }
         )
-        bought.append(GainAtCost(offer.kind, offer.label, offer.look, offer.hollow, *gain[:3], *relative, is_best))
     yield Exhibit(
-        key=f"equal-cost-{slug}",
-        section=SECTION,
-        title=f"What methods gain at equal cost, {prompts}",
-        caption=_cost_caption(results, prompts, score),
-        header=(
-            "arm",
-            "method",
-            "forward evaluations",
-            "backward evaluations",
-            "evaluations / reference's",
-            "seconds",
-            "seconds / reference's",
-            "mean score",
-            "s.e. of mean score",
-            "difference to the reference",
-            "95% from",
-            "95% to",
-            "prompts (n)",
-            "non-dominated",
-        ),
-        rows=tuple(rows),
-        figure=equal_cost(bought, f"{unit(short(score))},\ndifference to the reference"),
+        f"equal-cost-{slug}",
+        SECTION,
+        f"What methods gain at equal cost, {prompts}",
+        _cost_caption(results, prompts, score),
+        *table(rows),
+        equal_cost(bought[1:], f"{unit(short(score))},\ndifference to the reference"),
     )
 
 
@@ -266,26 +258,26 @@ def savings(results: Results) -> Iterator[Exhibit]:
         extra = float(np.mean([results.seconds(arm) for arm in mixing])) - results.seconds(reference)
         twice = models_at(mixing[0], 0.5) / models_at(reference, 0.5)
     counts = [*([(targets, "targets of this plan")] if targets > 1 else []), *((n, "DeRaDiff, §6") for n in SWEEPS)]
-    rows = tuple(
-        (
-            count,
-            which,
-            count * hours,
-            hours,
-            (count - 1) * hours,
-            100 * saved(count),
-            (count - 1) * paper.exaflops,
-            twice,
-            extra,
-            (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,
-        )
+    rows = [
+        {
+            "N": count,
+            "which": which,
+            "GPU hours, sweep": count * hours,
+            "GPU hours, aligned once": hours,
+            "GPU hours saved": (count - 1) * hours,
+            "saved, %": 100 * saved(count),
+            "EFLOP saved": (count - 1) * paper.exaflops,
+            "evaluations per image / reference's": twice,
+            "extra seconds per image": extra,
+            "images that use up the saving": (count - 1) * hours * 3600 / extra if extra > 0 else math.nan,
+        }
         for count, which in counts
-    )
+    ]
     yield Exhibit(
-        key="compute-saved",
-        section=SECTION,
-        title="Compute saved by aligning once",
-        caption=(
+        "compute-saved",
+        SECTION,
+        "Compute saved by aligning once",
+        (
             f"N strengths by aligning at each of them, {hours:g} GPU hours each, against aligning once and realigning "
             "(DeRaDiff, §6): the share saved is 1 - 1/N. EFLOP as the paper counts them, on A100s at half of their 312 "
             "TFLOP/s. What it costs is a second model evaluated at every step of every image: twice the evaluations, "
@@ -293,17 +285,5 @@ def savings(results: Results) -> Iterator[Exhibit]:
             "measured in their batches). The last column is how many images use up what was saved, if alignment and "
             "sampling ran on the same hardware."
         ),
-        header=(
-            "N",
-            "which",
-            "GPU hours, sweep",
-            "GPU hours, aligned once",
-            "GPU hours saved",
-            "saved, %",
-            "EFLOP saved",
-            "evaluations per image / reference's",
-            "extra seconds per image",
-            "images that use up the saving",
-        ),
-        rows=rows,
+        *table(rows),
     )

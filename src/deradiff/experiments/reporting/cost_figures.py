@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -75,18 +76,9 @@ def equal_cost(bought: Sequence[GainAtCost], gain: str) -> Figure:
 
 def by_cost(bought: Sequence[GainAtCost]) -> list[tuple[float, list[GainAtCost]]]:
     """The arms of each cost, the cheapest first; in each, methods together, by gain."""
-    costs = sorted({round(arm.evaluations, 2) for arm in bought})
     kinds = list(STYLES)
-    return [
-        (
-            cost,
-            sorted(
-                (arm for arm in bought if round(arm.evaluations, 2) == cost),
-                key=lambda arm: (kinds.index(arm.kind), arm.gain),
-            ),
-        )
-        for cost in costs
-    ]
+    ordered = sorted(bought, key=lambda arm: (round(arm.evaluations, 2), kinds.index(arm.kind), arm.gain))
+    return [(cost, list(arms)) for cost, arms in groupby(ordered, lambda arm: round(arm.evaluations, 2))]
 
 
 def _side_by_side(ax: Axes, groups: Sequence[tuple[float, Sequence[GainAtCost]]]) -> list[tuple[GainAtCost, float]]:

@@ -27,6 +27,7 @@ from deradiff.experiments.reporting.arm_series import (
 )
 from deradiff.experiments.reporting.diversity_figures import SpectrumCurve, illustration, spectra_figure
 from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.exhibits import table as tabulated
 from deradiff.experiments.results import Results
 from deradiff.measures import (
     Statistics,
@@ -231,26 +232,28 @@ def exhibits(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> I
 def table(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measured]) -> Exhibit:
     """All measures of all arms."""
     where, k = results.diversity_on, results.plan.report.neighbours
-    rows = []
-    for arm, of_arm in by_arm.items():
-        numbers = [number for measure in MEASURES for number in (of_arm.values[measure], of_arm.errors[measure])]
-        rows.append(
-            (
-                arm.name,
-                kind_of(arm),
-                of_arm.images,
-                of_arm.prompts,
-                of_arm.features,
-                of_arm.compared,
-                *numbers,
-                " ".join(of_arm.refusals),
-            )
-        )
+    rows = [
+        {
+            "arm": arm.name,
+            "method": kind_of(arm),
+            "images": of_arm.images,
+            "prompts": of_arm.prompts,
+            "features": of_arm.features,
+            "eigenvalues in LSCD": of_arm.compared,
+        }
+        | {
+            f"{what}{measure.name}": numbers[measure]
+            for measure in MEASURES
+            for what, numbers in (("", of_arm.values), ("s.e. of ", of_arm.errors))
+        }
+        | {"not measured": " ".join(of_arm.refusals)}
+        for arm, of_arm in by_arm.items()
+    ]
     return Exhibit(
-        key=f"diversity-{slug}",
-        section=SECTION,
-        title=f"Diversity of every arm, by {short(extractor)} features",
-        caption=(
+        f"diversity-{slug}",
+        SECTION,
+        f"Diversity of every arm, by {short(extractor)} features",
+        (
             f"Images of the prompts “{where}”, compared with the reference's images of the same prompts and seeds by "
             f"{short(extractor)} features: Fréchet distance (FID where the features are Inception's), precision and "
             f"recall with k = {k}, spectral covariance distance and its logarithmic form, which compares as many "
@@ -260,17 +263,7 @@ def table(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measure
             "compared with its own images, and other arms start from the same noise as it does: independent images "
             f"would be farther apart. {_on_errors(by_arm)}{_on_few(by_arm)}" + substitutes(results.plan, [where])
         ),
-        header=(
-            "arm",
-            "method",
-            "images",
-            "prompts",
-            "features",
-            "eigenvalues in LSCD",
-            *(column for measure in MEASURES for column in (measure.name, f"s.e. of {measure.name}")),
-            "not measured",
-        ),
-        rows=tuple(rows),
+        *tabulated(rows),
     )
 
 
@@ -313,15 +306,13 @@ def spectra(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measu
             ranks = min(len(base), len(eigenvalues))
             ratio = eigenvalues[:ranks] / base[:ranks]
             panels.setdefault(labels[kind], []).append(SpectrumCurve(short_label(results.plan, arm), ratio.tolist()))
-            rows += [
-                (arm.name, rank + 1, float(eigenvalues[rank]), float(base[rank]), float(ratio[rank]))
-                for rank in range(ranks)
-            ]
+            columns = range(1, ranks + 1), eigenvalues.tolist(), base.tolist(), ratio.tolist()
+            rows += [(arm.name, *numbers) for numbers in zip(*columns, strict=False)]
     return Exhibit(
-        key=f"spectra-{slug}",
-        section=SECTION,
-        title=f"Eigenvalue spectra against the reference's, by {short(extractor)} features",
-        caption=(
+        f"spectra-{slug}",
+        SECTION,
+        f"Eigenvalue spectra against the reference's, by {short(extractor)} features",
+        (
             "Eigenvalues of the covariance of the features, largest first: at the left the reference's, then each "
             "arm's divided by the reference's of the same rank, for the longest series of each method that has one. 1 "
             "is as spread as the reference; LSCD sums the squares of these ratios' logarithms over all ranks, SCD the "
@@ -329,9 +320,9 @@ def spectra(results: Results, extractor: str, slug: str, by_arm: dict[Arm, Measu
             f"Images of the prompts “{where}”; ranks that both numbers of images allow. No error bars: eigenvalues of "
             "one sample are not independent." + substitutes(results.plan, [where])
         ),
-        header=("arm", "rank", "eigenvalue", "reference's", "ratio"),
-        rows=tuple(rows),
-        figure=spectra_figure(base.tolist(), panels),
+        ("arm", "rank", "eigenvalue", "reference's", "ratio"),
+        tuple(rows),
+        spectra_figure(base.tolist(), panels),
     )
 
 
@@ -350,37 +341,35 @@ def _eigenvalues(results: Results, arm: Arm, extractor: str) -> Float[np.ndarray
 def spectral_illustration() -> Exhibit:
     """Three Gaussians that FID and the spectral distances rank differently."""
     clouds = reference_mismatch()
-    numbers = {
-        name: (cloud.frechet.value, cloud.spectral.scd, cloud.spectral.lscd)
-        for name, cloud in clouds.items()
-        if name != "base"
-    }
+    rows = []
+    for name, cloud in clouds.items():
+        (x, y), (first, second) = cloud.mean.tolist(), cloud.spectrum.tolist()
+        is_base = name == "base"  # at 0 from itself but for rounding
+        rows.append(
+            {
+                "distribution": NAMES[name],
+                "mean x": x,
+                "mean y": y,
+                "eigenvalue 1": first,
+                "eigenvalue 2": second,
+                "FID to D1": 0.0 if is_base else cloud.frechet.value,
+                "SCD to D1": 0.0 if is_base else cloud.spectral.scd,
+                "LSCD to D1": 0.0 if is_base else cloud.spectral.lscd,
+            }
+        )
     return Exhibit(
-        key="spectral-distance",
-        section=SECTION,
-        title="What spectral distances see that FID does not",
-        caption=(
+        "spectral-distance",
+        SECTION,
+        "What spectral distances see that FID does not",
+        (
             "Three Gaussians in the plane, after Annealed Importance Guidance, figure 5: the base D1; D2, close to it "
             "but tighter (collapsed); D3, spread as D1 but shifted and rotated by 60° (reference mismatch). Ellipses "
             "hold one and two standard deviations. FID finds D2 nearer to D1, SCD and LSCD find D3, whose covariance "
             "has the same eigenvalues. The paper prints no numbers; these are of our distributions, by the same "
             "functions that measure the arms. 500 points each, whose means and covariances are exactly those drawn."
         ),
-        header=(
-            "distribution",
-            "mean x",
-            "mean y",
-            "eigenvalue 1",
-            "eigenvalue 2",
-            "FID to D1",
-            "SCD to D1",
-            "LSCD to D1",
-        ),
-        rows=tuple(
-            (label, *clouds[name].mean.tolist(), *clouds[name].spectrum.tolist(), *numbers.get(name, (0.0, 0.0, 0.0)))
-            for name, label in NAMES.items()
-        ),
-        figure=illustration({NAMES[name]: cloud for name, cloud in clouds.items()}),
+        *tabulated(rows),
+        illustration({NAMES[name]: cloud for name, cloud in clouds.items()}),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,11 @@ class WrittenExhibit:
     """How many pixels wide it is meant to be seen."""
     warnings: tuple[str, ...]
     """What was warned of while it was made."""
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+    """The header and the rows of a table, one row at least, whose rows all name the same cells in the same order."""
+    return tuple(rows[0]), tuple(tuple(row.values()) for row in rows)
 
 
 def write_exhibit(exhibit: Exhibit, warnings: tuple[str, ...], out: Path) -> WrittenExhibit:

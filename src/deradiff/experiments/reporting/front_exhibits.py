@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from deradiff.experiments.reporting.arm_series import (
     keys,
     kind_of,
     model_label,
-    over_prompts,
     series_of,
     short,
     substitutes,
@@ -34,9 +34,9 @@ from deradiff.experiments.reporting.diversity_exhibits import (
     Measured,
     diversity,
 )
-from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.exhibits import Exhibit, table
 from deradiff.experiments.reporting.front_figures import ArmPoint, Strip, TradeOffPanel, attributes, trade_offs
-from deradiff.experiments.results import Results
+from deradiff.experiments.results import Results, over_prompts
 from deradiff.measures import non_dominated
 
 SECTION = "Trade-offs"
@@ -75,18 +75,14 @@ def fronts(results: Results, diversities: dict[str, dict[Arm, Measured]]) -> Ite
             grid = {prompts: front(results, prompts, score, by_arm) for prompts in results.plan.prompts}
             grid = {prompts: row for prompts, row in grid.items() if row}
             if grid:
+                rows = [_front_rows(results, prompts, score, by_arm, panels) for prompts, panels in grid.items()]
                 yield Exhibit(
-                    key=f"front-{scores[score]}-{extractors[extractor]}",
-                    section=SECTION,
-                    title=f"{short(score)} against diversity, by {short(extractor)} features",
-                    caption=_front_caption(results, score, extractor, by_arm, list(grid)),
-                    header=_FRONT_HEADER,
-                    rows=tuple(
-                        row
-                        for prompts, panels in grid.items()
-                        for row in _front_rows(results, prompts, score, by_arm, panels)
-                    ),
-                    figure=trade_offs([list(row.values()) for row in grid.values()]),
+                    f"front-{scores[score]}-{extractors[extractor]}",
+                    SECTION,
+                    f"{short(score)} against diversity, by {short(extractor)} features",
+                    _front_caption(results, score, extractor, by_arm, list(grid)),
+                    *table(list(chain(*rows))),
+                    trade_offs([list(row.values()) for row in grid.values()]),
                 )
 
 
@@ -144,40 +140,18 @@ def panel_of(
     )
 
 
-_FRONT_HEADER = (
-    "prompts",
-    "arm",
-    "method",
-    "series",
-    "λ",
-    "mean score",
-    "s.e. of mean score",
-    "prompts (n)",
-    *(
-        column
-        for measure in FRONTS
-        for column in (measure.name, f"s.e. of {measure.name}", f"non-dominated in {measure.name}")
-    ),
-    "images for diversity",
-)
-
-
 def _front_rows(
     results: Results, prompts: str, score: str, by_arm: Mapping[Arm, Measured], row: Mapping[Measure, TradeOffPanel]
-) -> list[tuple[Any, ...]]:
+) -> list[dict[str, Any]]:
     rows = []
     for arm in sorted({point.arm for panel in row.values() for point in _points(panel)}, key=results.arms.index):
         of_arm = by_arm[arm]
-        numbers = [
-            value
-            for measure in FRONTS
-            for value in (
-                of_arm.values[measure],
-                of_arm.errors[measure],
-                _yes(measure in row and arm in row[measure].front),
-            )
-        ]
-        rows.append((*_about(results, prompts, arm, score), *numbers, of_arm.images))
+        about = _about(results, prompts, arm, score)
+        for measure in FRONTS:
+            about[measure.name] = of_arm.values[measure]
+            about[f"s.e. of {measure.name}"] = of_arm.errors[measure]
+            about[f"non-dominated in {measure.name}"] = _yes(measure in row and arm in row[measure].front)
+        rows.append(about | {"images for diversity": of_arm.images})
     return rows
 
 
@@ -185,19 +159,20 @@ def _points(panel: TradeOffPanel) -> list[ArmPoint]:
     return [panel.base, *(point for _, points in panel.series for point in points)]
 
 
-def _about(results: Results, prompts: str, arm: Arm, score: str) -> tuple[Any, ...]:
+def _about(results: Results, prompts: str, arm: Arm, score: str) -> dict[str, Any]:
     """The first columns of a trade-off's rows."""
     series = next((line.label for line in series_of(results) if arm in line.arms), "reference")
-    by_prompt = results.by_prompt(arm, prompts, score)
-    return (
-        prompts,
-        arm.name,
-        kind_of(arm),
-        series,
-        arm.lam,
-        *results.mean(arm, prompts, score),
-        int(np.isfinite(by_prompt).sum()),
-    )
+    mean, error = results.mean(arm, prompts, score)
+    return {
+        "prompts": prompts,
+        "arm": arm.name,
+        "method": kind_of(arm),
+        "series": series,
+        "λ": arm.lam,
+        "mean score": mean,
+        "s.e. of mean score": error,
+        "prompts (n)": int(np.isfinite(results.by_prompt(arm, prompts, score)).sum()),
+    }
 
 
 def _yes(is_so: bool) -> str:
@@ -259,16 +234,17 @@ def divergence(results: Results) -> Iterator[Exhibit]:
         if panel is not None:
             panels.append(panel)
             rows += [
-                (*_about(results, prompts, arm, score), point.x, point.dx, _yes(arm in panel.front))
+                _about(results, prompts, arm, score)
+                | {"path KL, nats": point.x, "s.e. of path KL": point.dx, "non-dominated": _yes(arm in panel.front)}
                 for arm, point in points.items()
             ]
     if panels:
         sets = [panel.title for panel in panels]
         yield Exhibit(
-            key="front-path-kl",
-            section=SECTION,
-            title=f"{short(score)} against the divergence from the reference",
-            caption=(
+            "front-path-kl",
+            SECTION,
+            f"{short(score)} against the divergence from the reference",
+            (
                 f"Mean {short(score)} against the KL divergence of the arm's sampling paths from the reference's, the "
                 "sum over steps of the divergence of one step's Gaussian, averaged over the arm's own paths; an upper "
                 "bound of the images' KL. Where aligning is a gentle tilt, the gain is in proportion to the square "
@@ -279,9 +255,8 @@ def divergence(results: Results) -> Iterator[Exhibit]:
                 "and the reward-divergence fronts that DeRaDiff's reviewers asked "
                 "for." + substitutes(results.plan, sets)
             ),
-            header=(*_FRONT_HEADER[:8], "path KL, nats", "s.e. of path KL", "non-dominated"),
-            rows=tuple(rows),
-            figure=trade_offs([panels[start : start + 3] for start in range(0, len(panels), 3)]),
+            *table(rows),
+            trade_offs([panels[start : start + 3] for start in range(0, len(panels), 3)]),
         )
 
 
@@ -295,64 +270,38 @@ def returning(results: Results) -> Iterator[Exhibit]:
     for prompts in results.plan.prompts:
         for score in results.plan.scores:
             for anchor, arms in strips(results, prompts).items():
-                changes = [change(results, results.by_prompt(arm, prompts, score), prompts, score) for _, arm in arms]
                 known = [
-                    (lam, arm, moved) for (lam, arm), moved in zip(arms, changes, strict=True) if moved is not None
+                    (lam, arm, moved)
+                    for lam, arm in arms
+                    if (moved := change(results, results.by_prompt(arm, prompts, score), prompts, score)) is not None
                 ]
                 if sum(0 < lam < 1 for lam, *_ in known) < 2:
                     continue
                 whole = next((moved.value for lam, _, moved in known if lam == 1), math.nan)
                 label = model_label(results.plan, anchor)
-                panels.setdefault(prompts, {}).setdefault(short(score), []).append(
-                    Strip(
-                        label,
-                        [lam for lam, *_ in known],
-                        [moved.value for *_, moved in known],
-                        [moved.low for *_, moved in known],
-                        [moved.high for *_, moved in known],
-                    )
-                )
+                strip = Strip(label, [lam for lam, *_ in known], [moved for *_, moved in known])
+                panels.setdefault(prompts, {}).setdefault(short(score), []).append(strip)
                 rows += [
-                    (
-                        prompts,
-                        score,
-                        anchor,
-                        lam,
-                        arm.name,
-                        *results.mean(arm, prompts, score),
-                        *moved,
-                        moved.value / whole if whole else math.nan,
-                    )
+                    {"prompts": prompts, "score": score, "anchor": anchor, "λ": lam, "arm": arm.name}
+                    | dict(zip(("mean", "s.e. of mean"), results.mean(arm, prompts, score), strict=True))
+                    | moved.cells
+                    | {"share of the anchor's difference": moved.value / whole if whole else math.nan}
                     for lam, arm, moved in known
                 ]
     if rows:
         yield Exhibit(
-            key="attributes-by-lambda",
-            section=SECTION,
-            title="How attributes come back as λ falls",
-            caption=(
+            "attributes-by-lambda",
+            SECTION,
+            "How attributes come back as λ falls",
+            (
                 "Every score of realigned models minus the reference's on the same prompts and seeds, against λ: 0 is "
                 "the reference, 1 the anchor, beyond lies extrapolation. Mixing the reference in brings its attributes "
                 "back, wanted ones and biases alike, as a reviewer of DeRaDiff remarked; the scores show at which λ "
                 "each does. The last column of the numbers is what is left of the anchor's own change. Bars: 95% "
                 "intervals by a paired bootstrap over prompts." + substitutes(results.plan, list(panels))
             ),
-            header=(
-                "prompts",
-                "score",
-                "anchor",
-                "λ",
-                "arm",
-                "mean",
-                "s.e. of mean",
-                "difference to the reference",
-                "95% from",
-                "95% to",
-                "prompts (n)",
-                "share of the anchor's difference",
-            ),
-            rows=tuple(rows),
-            figure=attributes(panels),
+            *table(rows),
+            attributes(panels),
         )
 
 

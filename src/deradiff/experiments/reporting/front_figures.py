@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deradiff.experiments.plan import Arm
-from deradiff.experiments.reporting.agreement_figures import dressed
-from deradiff.experiments.reporting.arm_series import Series
+from deradiff.experiments.reporting.agreement_figures import dressed, legend_entries
+from deradiff.experiments.reporting.arm_series import Change, Series
 from deradiff.files.figure_styles import Style
 
 WIDTH = 11.0
@@ -128,7 +127,7 @@ def _trade_off(ax: Axes, panel: TradeOffPanel) -> None:
     ringed(ax, [(point.x, point.y) for arm, point in every.items() if arm in panel.front])
     ax.margins(0.09)
     if panel.squared:
-        ax.set_xscale("function", functions=(_signed_root, _signed_square))
+        ax.set_xscale("function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: x * np.abs(x)))
         ax.set_xticks(root_ticks(max(point.x for point in every.values())))
         ax.xaxis.set_major_formatter(plain)
     ax.set_xlabel(panel.across)
@@ -206,22 +205,9 @@ def fill_of(kind: str, look: int) -> Fill:
     return "full" if kind == "model" else FILLS[look % len(FILLS)]
 
 
-def _signed_root(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    root: Float[np.ndarray, "..."] = np.sign(values) * np.sqrt(np.abs(values))
-    return root
-
-
-def _signed_square(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    square: Float[np.ndarray, "..."] = values * np.abs(values)
-    return square
-
-
 def legend(figure: Figure) -> None:
     """One legend above all panels, no wider than they; what has the same label is there once."""
-    entries: dict[str, Any] = {}
-    for ax in figure.axes:
-        handles, labels = ax.get_legend_handles_labels()
-        entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
+    entries = legend_entries(figure.axes)
     # A character of the legend's 10 points is 0.07 inches wide on average, the marker and the gap six of them.
     columns = max(1, int(figure.get_figwidth() / (0.07 * (6 + max(map(len, entries))))))
     figure.legend(
@@ -252,9 +238,7 @@ class Strip(NamedTuple):
 
     anchor: str
     lams: list[float]
-    values: list[float]
-    lows: list[float]
-    highs: list[float]
+    changes: list[Change]
 
 
 @dressed
@@ -271,11 +255,11 @@ def attributes(panels: Mapping[str, Mapping[str, Sequence[Strip]]]) -> Figure:
             for strip in strips:
                 number = anchors.index(strip.anchor)
                 colour = graded(number, len(anchors))
-                bars = [np.subtract(strip.values, strip.lows), np.subtract(strip.highs, strip.values)]
+                values, lows, highs, _ = zip(*strip.changes, strict=True)
                 ax.errorbar(
                     strip.lams,
-                    strip.values,
-                    yerr=bars,
+                    values,
+                    yerr=[np.subtract(values, lows), np.subtract(highs, values)],
                     color=colour,
                     fmt=MODEL_MARKERS[number % len(MODEL_MARKERS)],
                     linestyle=LINES[number % len(LINES)],

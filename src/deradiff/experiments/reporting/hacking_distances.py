@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.results import Results
@@ -68,26 +69,21 @@ def distances(results: Results, undoing: Undoing, prompts: str, features: str) -
     places = sorted(set.intersection(*map(set, known)))
     if len(places) < 2:
         return None
-    hacked, realigned, healthy = (np.stack([vectors[place] for place in places]) for vectors in known)
+    hacked, realigned, healthy = (torch.from_numpy(np.stack([of[place] for place in places])) for of in known)
     rows, columns = (np.asarray(side) for side in zip(*places, strict=True))
     count = len(np.unique(rows))
     return Distances(
         undoing,
         prompts,
-        distance(healthy, hacked),
-        distance(healthy, realigned),
+        frechet_distance(healthy, hacked),
+        frechet_distance(healthy, realigned),
         bootstrapped(hacked, realigned, healthy, rows),
         count,
         apart(hacked, realigned, healthy, columns),
     )
 
 
-Vectors = Float[np.ndarray, "image feature"]
-
-
-def distance(healthy: Vectors, other: Float[np.ndarray, "other feature"]) -> Frechet:
-    """Of two sets of features, of as many images or not."""
-    return frechet_distance(torch.from_numpy(healthy), torch.from_numpy(other))
+Vectors = Float[Tensor, "image feature"]
 
 
 def bootstrapped(
@@ -115,8 +111,8 @@ def bootstrapped(
 
 def repeated(vectors: Vectors, times: Int[np.ndarray, " image"]) -> Statistics:
     """The statistics of a set in which each vector stands so often, at the price of the distinct ones."""
-    there = times > 0
-    x, counts = torch.from_numpy(vectors[there]).double(), torch.from_numpy(times[there]).double()[:, None]
+    there = torch.from_numpy(times > 0)
+    x, counts = vectors[there].double(), torch.from_numpy(times)[there].double()[:, None]
     total = counts.sum()
     mean = (counts * x).sum(0) / total
     return Statistics(mean, compressed((counts / (total - 1)).sqrt() * (x - mean)), int(total))
@@ -131,10 +127,10 @@ def apart(
     """
     seeds = np.unique(columns)
     half = len(seeds) // 2
-    first, second = np.isin(columns, seeds[:half]), np.isin(columns, seeds[half : 2 * half])
-    if first.sum() < 2 or second.sum() < 2:
+    halves = [torch.from_numpy(np.isin(columns, some)) for some in (seeds[:half], seeds[half : 2 * half])]
+    if min(int(rows.sum()) for rows in halves) < 2:
         return dict.fromkeys(("hacked", "realigned", "healthy"), math.nan)
     return {
-        name: (distance(healthy[first], other[second]).value + distance(healthy[second], other[first]).value) / 2
+        name: sum(frechet_distance(healthy[a], other[b]).value for a, b in (halves, halves[::-1])) / 2
         for name, other in (("hacked", hacked), ("realigned", realigned), ("healthy", healthy))
     }

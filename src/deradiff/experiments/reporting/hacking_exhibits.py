@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from deradiff.experiments.reporting.exhibits import Exhibit
+from deradiff.experiments.reporting.agreement_figures import legend_entries
+from deradiff.experiments.reporting.exhibits import Exhibit, table
 from deradiff.experiments.reporting.hacking_distances import RESAMPLES, Distances, Undoing, distances
 from deradiff.experiments.reporting.picture_sheets import (
     SAME_NOISE,
@@ -24,10 +27,6 @@ from deradiff.experiments.reporting.picture_sheets import (
 )
 from deradiff.experiments.results import Results
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 SECTION = "Reward hacking"
 
 INK, VERMILLION, BLUE, GREY = "#222222", "#D55E00", "#0072B2", "#777777"  # Okabe and Ito's, but for the greys
@@ -37,7 +36,7 @@ def exhibits(results: Results) -> Iterator[Exhibit]:
     """Those that the plan names hacked models and a healthy one for, and has their images."""
     yield from triples(results)
     for features in results.plan.features:
-        yield from table(results, features)
+        yield from distance_exhibits(results, features)
 
 
 def undoings(results: Results) -> list[Undoing]:
@@ -92,7 +91,7 @@ def triples(results: Results) -> Iterator[Exhibit]:
 # -- distances --------------------------------------------------------------------------------------------------------
 
 
-def table(results: Results, features: str) -> Iterator[Exhibit]:
+def distance_exhibits(results: Results, features: str) -> Iterator[Exhibit]:
     """DeRaDiff's Table 3, and its figure 10, by one feature extractor."""
     rows = [
         row
@@ -104,68 +103,36 @@ def table(results: Results, features: str) -> Iterator[Exhibit]:
         return
     name = "FID" if features == "inception" else f"Fréchet distance in {features} features"
     caption = _caption(results, rows, name)
-    cells = tuple(_cells(features, row) for row in rows)
+    cells = table([_cells(features, row) for row in rows])
     title = f"Undoing reward hacking by {name}"
-    yield Exhibit(key("hacking-table", features), SECTION, title, f"{caption} After DeRaDiff, Table 3.", HEADER, cells)
-    yield Exhibit(
-        key("hacking-distance", features),
-        SECTION,
-        title,
-        f"{caption} After DeRaDiff, figure 10.",
-        HEADER,
-        cells,
-        figure=draw(rows, name),
-    )
+    yield Exhibit(key("hacking-table", features), SECTION, title, f"{caption} After DeRaDiff, Table 3.", *cells)
+    figure = draw(rows, name)
+    caption += " After DeRaDiff, figure 10."
+    yield Exhibit(key("hacking-distance", features), SECTION, title, caption, *cells, figure)
 
 
-HEADER = (
-    "features",
-    "prompts",
-    "hacked",
-    "realigned",
-    "healthy",
-    "λ",
-    "distance of hacked",
-    "s.e. (hacked)",
-    "distance of realigned",
-    "s.e. (realigned)",
-    "Δ",
-    "s.e. (Δ)",
-    "Δ in %",
-    "s.e. (Δ in %)",
-    "prompts (n)",
-    "images (n)",
-    "hacked, other seeds",
-    "realigned, other seeds",
-    "healthy, other seeds",
-    "few samples",
-)
-
-
-def _cells(features: str, row: Distances) -> tuple[Any, ...]:
+def _cells(features: str, row: Distances) -> dict[str, Any]:
     undoing, errors = row.undoing, row.errors
-    return (
-        features,
-        row.prompts,
-        undoing.hacked.name,
-        undoing.realigned.name,
-        undoing.healthy.name,
-        undoing.realigned.lam,
-        row.hacked.value,
-        errors["hacked"],
-        row.realigned.value,
-        errors["realigned"],
-        row.undone,
-        errors["undone"],
-        row.percent,
-        errors["percent"],
-        row.prompt_count,
-        row.hacked.samples[0],
-        row.apart["hacked"],
-        row.apart["realigned"],
-        row.apart["healthy"],
-        row.caveat,
-    )
+    return {
+        "features": features,
+        "prompts": row.prompts,
+        "hacked": undoing.hacked.name,
+        "realigned": undoing.realigned.name,
+        "healthy": undoing.healthy.name,
+        "λ": undoing.realigned.lam,
+        "distance of hacked": row.hacked.value,
+        "s.e. (hacked)": errors["hacked"],
+        "distance of realigned": row.realigned.value,
+        "s.e. (realigned)": errors["realigned"],
+        "Δ": row.undone,
+        "s.e. (Δ)": errors["undone"],
+        "Δ in %": row.percent,
+        "s.e. (Δ in %)": errors["percent"],
+        "prompts (n)": row.prompt_count,
+        "images (n)": row.hacked.samples[0],
+        **{f"{which}, other seeds": distance for which, distance in row.apart.items()},
+        "few samples": row.caveat,
+    }
 
 
 def _caption(results: Results, rows: Sequence[Distances], name: str) -> str:
@@ -211,8 +178,6 @@ LEGEND = (
 
 def draw(rows: Sequence[Distances], name: str) -> Figure:
     """A panel for every prompt set; in it, a line for every realignment from the hacked model's distance to its own."""
-    from matplotlib.figure import Figure
-
     sets = _first(rows)
     most = max(sum(row.prompts == each.prompts for row in rows) for each in sets)
     figure = Figure(figsize=(4.2 * len(sets) + 1.4, 0.8 * most + 1.9), layout="constrained")
@@ -221,13 +186,10 @@ def draw(rows: Sequence[Distances], name: str) -> Figure:
         _panel(axes, [row for row in rows if row.prompts == each.prompts])
         axes.set_title(f"{each.prompts}, {each.hacked.samples[0]} images", fontsize=10)
     figure.supxlabel(f"{name} from {rows[0].undoing.healthy.name}", fontsize=10)
-    named: dict[str, Any] = {}
-    for axes in grid[0]:
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    order = sorted(named, key=LEGEND.index)
+    entries = legend_entries(grid[0])
+    order = sorted(entries, key=LEGEND.index)
     figure.legend(
-        [named[labels] for labels in order],
+        [entries[label] for label in order],
         order,
         loc="outside upper center",
         ncols=3 if len(sets) > 1 else 2,
@@ -274,6 +236,3 @@ def _panel(axes: Axes, rows: Sequence[Distances]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)
-
-
-__all__ = ["exhibits"]

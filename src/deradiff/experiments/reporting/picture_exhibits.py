@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting import hacking_exhibits
@@ -61,23 +61,16 @@ def strips(results: Results) -> Iterator[Exhibit]:
     for anchor in results.plan.models:
         steps = by_lam(results, anchor)
         inner = [arm for lam, arm in steps if lam not in (0.0, 1.0)]
-        if not inner:
-            continue
-        prompts = best_set(results, inner)
-        of = shots(results, prompts)
-        there = drawn(results, [arm for _, arm in steps], of)
-        if not any(arm in inner for arm in there):
-            continue
-        columns = [SheetColumn(_at(results, anchor, lam), arm) for lam, arm in steps if arm in there]
-        yield sheet(
+        yield from _compared(
             results,
+            [SheetColumn(_at(results, anchor, lam), arm) for lam, arm in steps],
+            inner,
+            best_set(results, inner),
             key("strip", anchor),
             f"{anchor} at every λ",
             f"The reference (λ = 0), the anchor {anchor} (λ = 1) and DeRaDiff between and beyond them, with the KL "
-            f"strength β/λ that a λ stands for; beyond λ = 1 it extrapolates. {SAME_NOISE}. "
-            f"{uncurated(results, prompts, of)} After DeRaDiff, figure 3.",
-            columns,
-            of,
+            "strength β/λ that a λ stands for; beyond λ = 1 it extrapolates.",
+            "DeRaDiff, figure 3",
         )
 
 
@@ -154,9 +147,9 @@ def combinations(results: Results) -> Iterator[Exhibit]:
     for anchors, arms in groups.items():
         yield from _compared(
             results,
-            [results.reference, *map(results.model, anchors)],
-            [SheetColumn(label(results.plan, arm), arm) for arm in arms],
-            [],
+            _labelled(results, [results.reference, *map(results.model, anchors), *arms]),
+            arms,
+            None,
             key("combined", *anchors),
             f"{' and '.join(anchors)} at once",
             "The reference, each anchor alone, and several at once, each with its λ.",
@@ -168,11 +161,12 @@ def annealings(results: Results) -> Iterator[Exhibit]:
     """For each anchor, its pictures under every schedule (AIG, section 3.3 and appendix A.7.3)."""
     for anchor in results.plan.models:
         arms = sorted(_of(results, anchor, "anneal"), key=mean_lam)
+        inner = [SheetColumn("\n".join(shape_of(arm).split(", ")), arm) for arm in arms]
         yield from _compared(
             results,
-            [results.reference],
-            [SheetColumn("\n".join(shape_of(arm).split(", ")), arm) for arm in arms],
-            [results.model(anchor)],
+            [*_labelled(results, [results.reference]), *inner, *_labelled(results, [results.model(anchor)])],
+            arms,
+            None,
             key("annealed", anchor),
             f"Annealed guidance of {anchor}",
             f"From the reference to the anchor {anchor}: annealed importance guidance, whose λ grows along a schedule "
@@ -188,26 +182,27 @@ def mean_lam(arm: Arm) -> float:
     return arm.lam * sum(shape((step + 0.5) / 100) for step in range(100)) / 100
 
 
+def _labelled(results: Results, arms: Iterable[Arm | None]) -> list[SheetColumn]:
+    return [SheetColumn(label(results.plan, arm), arm) for arm in arms if arm is not None]
+
+
 def _compared(
     results: Results,
-    before: Sequence[Arm | None],
     columns: Sequence[SheetColumn],
-    after: Sequence[Arm | None],
+    inner: Sequence[Arm],
+    prompts: str | None,
     name: str,
     title: str,
     caption: str,
     source: str,
 ) -> Iterator[Exhibit]:
-    """A sheet of `columns` between what they are to be compared with, if any of them has pictures."""
-    ends = [[SheetColumn(label(results.plan, arm), arm) for arm in side if arm is not None] for side in (before, after)]
-    columns = [*ends[0], *columns, *ends[1]]
-    prompts = best_set(results, [column.arm for column in columns])
+    """A sheet of `columns`, if any of the `inner` ones has pictures: the others are what these are compared with."""
+    prompts = prompts or best_set(results, [column.arm for column in columns])
     of = shots(results, prompts)
     there = drawn(results, [column.arm for column in columns], of)
-    if all(arm.method in ("reference", "model") for arm in there):
-        return
-    text = f"{caption} {noise_of(there)}. {uncurated(results, prompts, of)} After {source}."
-    yield sheet(results, name, title, text, [column for column in columns if column.arm in there], of)
+    if any(arm in inner for arm in there):
+        text = f"{caption} {noise_of(there)}. {uncurated(results, prompts, of)} After {source}."
+        yield sheet(results, name, title, text, [column for column in columns if column.arm in there], of)
 
 
 # -- every method -----------------------------------------------------------------------------------------------------
@@ -282,7 +277,7 @@ def methods(results: Results) -> Iterator[Exhibit]:
             f"Every method, {anchor}",
             f"One image by every method. {CHOICE.format(anchor=anchor)} {noise_of(arms)}. "
             f"{uncurated(results, prompts, of)} After Annealed Importance Guidance, figures 11 and 12.",
-            [SheetColumn(label(results.plan, arm), arm) for arm in arms],
+            _labelled(results, arms),
             of,
         )
 
@@ -307,7 +302,7 @@ def grids(results: Results) -> Iterator[Exhibit]:
                 f"Images of the same {len(seeds)} seeds, in the same places, by every method: look at how much varies "
                 f"within a panel. {CHOICE.format(anchor=anchor)} {noise_of(there)}. {uncurated(results, prompts, of)} "
                 "After Annealed Importance Guidance, figures 2 and 13 to 16.",
-                [SheetColumn(label(plan, arm), arm) for arm in there],
+                _labelled(results, there),
                 of,
             )
 
@@ -320,6 +315,3 @@ def noise_of(arms: Sequence[Arm]) -> str:
     if any(arm.noise is not None for arm in arms):
         apart.append("noise that is optimised")
     return SAME_NOISE + (f", but for {' and '.join(apart)}" if apart else "")
-
-
-__all__ = ["exhibits"]

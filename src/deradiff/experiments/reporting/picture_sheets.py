@@ -152,11 +152,6 @@ def substitute(plan: Plan, prompts: str) -> str:
 # -- exhibits ---------------------------------------------------------------------------------------------------------
 
 
-def header(plan: Plan) -> tuple[str, ...]:
-    """What `listed` tells of every picture."""
-    return "prompt", "seed", "arm", "file", *plan.scores
-
-
 def listed(results: Results, columns: Sequence[SheetColumn], of: Sequence[SheetImage]) -> tuple[tuple[Any, ...], ...]:
     """A row for every picture that is there: whose it is, its file and its scores, NaN for one that it has not."""
     rows = []
@@ -164,10 +159,8 @@ def listed(results: Results, columns: Sequence[SheetColumn], of: Sequence[SheetI
         for _, arm in columns:
             place = stored_picture(results, arm, shot)
             if place is not None:
-                scores = (
-                    float(results.scores(arm, place.prompts, name)[place.row, place.column])
-                    for name in results.plan.scores
-                )
+                tables = (results.scores(arm, place.prompts, name) for name in results.plan.scores)
+                scores = (float(table[place.row, place.column]) for table in tables)
                 rows.append((shot.prompt, shot.seed, arm.name, place.file, *scores))
     return tuple(rows)
 
@@ -195,9 +188,8 @@ def sheet(
     labels = [column.label for column in columns]
     names = [shot.prompt if upright else f"{shot.prompt}\nseed {shot.seed}" for shot in of]
     if upright:
-        picture = contact_sheet([list(row) for row in zip(*grid, strict=True)], names, labels)
-    else:
-        picture = contact_sheet(grid, labels, names)
+        grid, labels, names = [list(row) for row in zip(*grid, strict=True)], names, labels
+    picture = contact_sheet(grid, labels, names)
     return _exhibit(results, key, section, title, caption, columns, of, picture, planned)
 
 
@@ -221,10 +213,10 @@ def _exhibit(
     picture: Image.Image,
     planned: int,
 ) -> Exhibit:
-    rows = listed(results, columns, of)
+    header, rows = ("prompt", "seed", "arm", "file", *results.plan.scores), listed(results, columns, of)
     if len(rows) < planned:
         caption += f" {planned - len(rows)} of {planned} pictures are not there: they are crossed out or left out."
-    return Exhibit(key, section, title, caption, header(results.plan), rows, picture=picture)
+    return Exhibit(key, section, title, caption, header, rows, picture=picture)
 
 
 def key(*parts: str) -> str:
