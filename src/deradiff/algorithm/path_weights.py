@@ -28,7 +28,7 @@ from deradiff.algorithm.gaussian import kl
 from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
 from deradiff.algorithm.step import RealignedPosterior, StepRecord, mixed, realigned_posterior
 
-Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse"]
+Obstacle = Literal["guidance", "annealing", "partial", "renoising", "unknown noise", "reuse", "several schedulers"]
 """Why the weights of a run have no model's distribution as their target; `verdict.OBSTACLES` says it in words."""
 
 
@@ -197,6 +197,10 @@ class PathWeights:
             else:
                 self._densities = _gaussians(step.models, _in_single_precision(scheduler, step, realigned))
 
+    def add_obstacle(self, obstacle: Obstacle) -> None:
+        """Something else keeps these weights from having a target."""
+        self._obstacles.add(obstacle)
+
     def add_first_half(self, until: float) -> None:
         """Count the first half of the interval to the clock's `until`, once."""
         if not self._first_half_added:
@@ -228,6 +232,11 @@ class PathWeights:
 
     def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
+        if self._evaluation is None and "several schedulers" in self._obstacles:
+            raise RuntimeError(
+                "this pipeline copies its scheduler and steps every part of a sample with a copy: what the steps leave "
+                "out is not known of it"
+            )
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
         nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")

@@ -38,6 +38,7 @@ OBSTACLES: dict[Obstacle, str] = {
     "renoising": "this scheduler's stochastic step noises its estimate anew each time and is no discretised diffusion; "
     "FlowMatchSDEScheduler is one",
     "unknown noise": "this scheduler does not tell its signal-to-noise ratio",
+    "several schedulers": "several schedulers step parts of each sample, and only one part is weighed",
     "reuse": "some predictions were estimated from earlier steps (reuse), and with them the weights",
 }
 

@@ -31,6 +31,7 @@ from deradiff.anchors.checks import unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.per_model import PerModel, is_divided, merged
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
@@ -389,12 +390,26 @@ class Dial:
                 return own_step(**arguments)
             else:
                 prediction = prediction[None]
+            if evaluation.run is not run:
+                self._require_one_scheduler(evaluation)
             output = evaluation.component.steps.take(run, evaluation, prediction, own_step, arguments)
+            if evaluation.run.fresh:  # all its steps are taken by copies of its scheduler
+                evaluation.run.last = run.last
         run.path_weights.after_step(output[0])
         if self.population is not None:
             chosen = self.population(run.path_weights, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
+
+    def _require_one_scheduler(self, evaluation: StepEvaluation) -> None:
+        """A further scheduler steps another part of the sample, as LTX-2's audio: what follows one run has to end."""
+        if self.population is not None or evaluation.estimator is not None:
+            what = "particles weigh and reorder" if self.population is not None else "reuse carries over"
+            raise DialError(
+                f"{what} what one scheduler steps, and this pipeline steps parts of its samples by several: draw "
+                "without"
+            )
+        evaluation.run.path_weights.add_obstacle("several schedulers")
 
 
 def dial_of(pipe: DiffusionPipeline) -> Dial | None:
