@@ -38,10 +38,10 @@ class PerModel(Tensor):
 
     @staticmethod
     def of(parts: Mapping[int, Tensor], origin: Any) -> PerModel:
-        """The tensors of `parts` as one. Raises `DialError` where their shapes differ."""
-        shapes = {part.shape for part in parts.values()}
-        if len(shapes) > 1:
-            _refuse(f"tensors of different shapes come out ({' and '.join(str(tuple(shape)) for shape in shapes)})")
+        """The tensors of `parts` as one. Raises `DialError` where their shapes or precisions differ."""
+        kinds = {(tuple(part.shape), part.dtype) for part in parts.values()}
+        if len(kinds) > 1:
+            _refuse(f"their tensors differ: {' and '.join(f'{list(shape)} in {dtype}' for shape, dtype in kinds)}")
         return _with_parts(next(iter(parts.values())).detach(), dict(parts), origin)
 
     def stacked(self) -> Tensor:

@@ -86,8 +86,8 @@ def realign(
     Raises:
         ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
             with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
-            or reuse where posteriors are mixed;
-            `anchors.AnchorError` for an anchor that cannot be used, a pipeline without a denoiser, and one anchor for several.
+            or reuse where posteriors are mixed; `anchors.AnchorError` for an anchor that cannot be used, a pipeline
+            without a denoiser, and one anchor for several.
         DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
     for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
