@@ -195,7 +195,11 @@ def _first_run(case: Case) -> Arrays:
 
 
 def perturbed(denoisers: Mapping[str, nn.Module], strength: float) -> dict[str, nn.Module]:
-    """Copies whose weights are moved by noise."""
+    """Copies whose weights are moved by noise.
+
+    They are frozen, as `realign` freezes its anchors: torch multiplies by a matrix that requires a gradient in another
+    order (`at::matmul` folds the batch), also where none is taken, and the last bits depend on it.
+    """
     generator = torch.Generator().manual_seed(1)
     others = copied(denoisers)
     with torch.no_grad():
@@ -204,4 +208,5 @@ def perturbed(denoisers: Mapping[str, nn.Module], strength: float) -> dict[str, 
                 spread = float(weight.float().std()) if weight.numel() > 1 else 0.0
                 noise = torch.randn(weight.shape, generator=generator) * (0.1 * spread + 0.01) * strength
                 weight.add_(noise.to(weight.dtype))
+            weight.requires_grad_(False)
     return others
