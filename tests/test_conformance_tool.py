@@ -10,6 +10,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 
+WITH_ORACLES = {"half", "per_image", "sweep", "lora"}
+
 FAKE = '''
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -72,6 +74,20 @@ class OwnSingleStepTests(OwnStepsTests):
         return super().get_dummy_components()
 
 
+class MistakenPipeline(StableDiffusionPipeline):
+    pass
+
+
+class MistakenTests(OrdinaryTests):
+    pipeline_class = MistakenPipeline
+
+    def get_dummy_components(self):
+        from deradiff.algorithm import step
+
+        step.mixed = lambda predictions, weights: predictions[-1]  # in this class's own process
+        return super().get_dummy_components()
+
+
 class NoPipelineTests:
     def test_nothing(self):
         pass
@@ -111,9 +127,15 @@ def test_a_pipeline_that_takes_steps_by_itself_does_not_pass(out: Path, pipeline
     assert any("cannot be realigned" in reason for reason in record["reasons"])
 
 
+def test_a_mistake_of_the_library_is_found(out: Path) -> None:
+    record = json.loads((out / "pipelines.json").read_text())["pipelines"]["MistakenPipeline"]
+    assert record["verdict"] == "wrong" and record["checks"]["reference"] == ["passes", 0.0]
+    assert {name for name, (outcome, *_) in record["checks"].items() if outcome == "wrong"} == WITH_ORACLES
+
+
 def test_the_summary_counts_verdicts_and_tells_versions_and_what_was_not_imported(out: Path) -> None:
     record = json.loads((out / "pipelines.json").read_text())
-    assert record["counts"] == {"wrong": 0, "crashes": 0, "refused": 2, "passes": 1, "not tried": 0}
+    assert record["counts"] == {"wrong": 1, "crashes": 0, "refused": 2, "passes": 1, "not tried": 0}
     assert set(record["versions"]) == {"deradiff", "diffusers", "torch", "transformers", "peft"}
     assert list(record["not imported"]) == ["tiny.test_broken"]
     assert not list((out / "results").glob("*.log"))
