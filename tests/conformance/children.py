@@ -54,12 +54,12 @@ class _Child:
         fork = multiprocessing.get_context("fork")
         self.process: BaseProcess = fork.Process(target=_in_child, args=(test_class, self.file, self.log, limits))
         self.process.start()
-        self.end = time.monotonic() + limits.seconds
+        self.began = time.monotonic()
         self.late = False
 
     def is_over(self) -> bool:
         """Whether it has ended; ends it where its time is over."""
-        if self.process.is_alive() and time.monotonic() > self.end:
+        if self.process.is_alive() and time.monotonic() > self.began + self.limits.seconds:
             self.late = True
             self.process.kill()
         if self.process.is_alive():
@@ -76,6 +76,7 @@ class _Child:
             where = f" in {at}" if result.checks and at else ""
             why = f"{self.limits.seconds:g} s were over" if self.late else f"its process died ({self._death()})"
             result.stopped = f"{why}{where}"
+            result.seconds = round(time.monotonic() - self.began, 1)
             result.save(self.file)
         else:
             self.log.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 - lock_step: two untouched pipelines whose guided predictions are mixed where they meet at a scheduler's step; where the
   step is not affine in the prediction, their posteriors are.
-- wrapper: a module in the denoiser's place that returns the mixed prediction. The same where guidance is affine; it
-  judges where the other cannot be had.
+- wrapper: a module in the denoiser's place that returns the mixed prediction. The same where guidance and step are
+  affine in it; it judges where the other cannot be had.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Oracles:
 
     def __init__(self, case: Case, anchors: Mapping[str, nn.Module], path: str):
         self.case, self.anchors = case, anchors
-        self._combined = (of_posteriors if path == "posterior" else of_predictions)(HALF)
+        posterior = path == "posterior"
+        self._combined = (of_posteriors if posterior else of_predictions)(HALF)
+        self._oracles: tuple[Oracle, ...] = ("lock_step",) if posterior else get_args(Oracle)
         self.steps: list[str] = []
 
     def anchor_pipeline(self) -> Any:
@@ -57,7 +59,7 @@ class Oracles:
         """Whether `output` is what the first oracle gives that can be had; where `both`, the other is told as well."""
         numbers: dict[str, Any] = {}
         decided: float | None = None
-        for name in get_args(Oracle):
+        for name in self._oracles:
             if decided is not None and not both:
                 break
             try:

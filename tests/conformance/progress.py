@@ -13,9 +13,9 @@ from cases import Case, scheduler_classes
 
 
 class Step(NamedTuple):
-    """A step's progress, 0 at noise: `dial.last`'s, and that of its timestep among the scheduler's."""
+    """A step's progress, 0 at noise: `dial.last`'s, where there is one, and that of its timestep in the scheduler's."""
 
-    told: float
+    told: float | None
     expected: float
 
 
@@ -32,7 +32,8 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
         expected = progress_of(scheduler, timestep)
         output = own(*args, **kwargs)
         kept.append(scheduler)
-        runs.setdefault(id(scheduler), []).append(Step(dial.last.progress.steps, expected))
+        told = None if dial.last is None else round(dial.last.progress.steps, 4)
+        runs.setdefault(id(scheduler), []).append(Step(told, round(expected, 4)))
         return output
 
     with ExitStack() as stack:
