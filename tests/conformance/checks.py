@@ -87,8 +87,7 @@ class Checks:
         """λ for either image of two that begin with one noise."""
         if self.base.seconds > SLOW:
             raise NotTried("left out, for the pipeline is slow")
-        two = self._two()
-        return self._images(lambda: two() | {"generator": [torch.Generator().manual_seed(5) for _ in range(2)]})
+        return self._images(with_noise(self._two(), 5, 5))
 
     def micro_batch(self) -> Check:
         """The rows of a batch one by one, where there are two images or guidance makes two of one."""
@@ -126,6 +125,17 @@ class Checks:
             return "two images do not come out the same twice"
         return ""
 
+    def _images_depend(self, changes: Changes) -> bool:
+        """Whether the plain pipeline's first image becomes another one where the second begins with other noise."""
+        firsts = []
+        for seed in (6, 7):
+            try:
+                both = self.case.run(self.case.build(), with_noise(changes, 5, seed))
+            except Exception:  # it takes one generator only
+                return False
+            firsts.append(halves(both)[0])
+        return not equal(*firsts)
+
     def _images(self, changes: Changes) -> Check:
         if problem := self._problem_with(changes):
             raise NotTried(problem)
@@ -146,6 +156,8 @@ class Checks:
             "[·, 0]": difference(falling[1], halves(reference)[1]) / scale,
         }
         away = max(numbers.values())
+        if away >= TOLERANCE and self._images_depend(changes):
+            raise NotTried("in the plain pipeline an image depends on the others of its batch")
         judged = self.oracles.judged(half, scale, changes)
         numbers |= judged.numbers
         if away >= TOLERANCE:
@@ -164,3 +176,8 @@ def two_images(case: Case) -> Changes | None:
     if "prompt" not in prompts:
         return None
     return lambda: {name: [prompt] * 2 for name, prompt in prompts.items()}
+
+
+def with_noise(changes: Changes, *seeds: int) -> Changes:
+    """The same with a generator for every image."""
+    return lambda: changes() | {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}

@@ -26,7 +26,7 @@ FILE = "pytorch_lora_weights.safetensors"
 _USUAL_LAYERS = ("to_q", "to_k", "to_v")
 _OTHER_LAYERS = (
     *("q", "k", "v", "qkv", "wq", "wk", "wv", "q_proj", "k_proj", "v_proj", "to_qkv", "img_attn_qkv", "qkv_proj"),
-    *("query", "key", "value"),
+    *("query", "key", "value", "to_query", "to_key", "to_value"),
 )
 
 
