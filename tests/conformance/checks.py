@@ -39,6 +39,7 @@ class Checks:
         self.path: str = self.dial.path
         self.oracles = Oracles(case, base.anchors, self.path)
         self.two = two_images(case)
+        self._problems: dict[Changes, str] = {}
 
     @contextmanager
     def realigned(self, lam: Any) -> Iterator[tuple[Any, Any]]:
@@ -114,6 +115,11 @@ class Checks:
 
     def _problem_with(self, changes: Changes) -> str:
         """What keeps the plain pipeline from drawing two images that can be told apart; empty where nothing does."""
+        if changes not in self._problems:
+            self._problems[changes] = self._found_problem(changes)
+        return self._problems[changes]
+
+    def _found_problem(self, changes: Changes) -> str:
         try:
             plain = self.case.run(self.case.build(), changes)
         except Exception as error:
