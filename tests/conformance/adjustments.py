@@ -25,6 +25,12 @@ def adjust_inputs(pipeline: str, inputs: dict[str, Any], call: Mapping[str, Any]
     return inputs
 
 
+def adjust_pipeline(pipe: Any) -> None:
+    """Let a pipeline that has a list of sizes, all of them megapixels, draw small ones (Kandinsky 5)."""
+    if hasattr(pipe, "resolutions"):
+        pipe.resolutions = [(128, 128)]
+
+
 def adjust_pipelines() -> None:
     """Change the modules of diffusers that have been imported by now and need it; once for each."""
     for name, change in _PIPELINE_MODULES.items():

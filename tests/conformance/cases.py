@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from adjustments import adjust_inputs
+from adjustments import adjust_inputs, adjust_pipeline
 from arrays import Arrays, arrays_of, difference, equal, is_finite, largest
 from results import NotTried, described
 
@@ -63,6 +63,7 @@ class Case:
             if isinstance(component, nn.Module):
                 component.eval()
         pipe.set_progress_bar_config(disable=True)
+        adjust_pipeline(pipe)
         parts = [part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline)]
         for name, denoiser in (denoisers or {}).items():
             own = getattr(pipe, name)
