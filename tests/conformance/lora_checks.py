@@ -46,15 +46,18 @@ class _LoraCheck:
         self.case, self.path, self.two = checks.case, checks.path, checks.two
         self.folder, self.reference = folder, checks.base.reference
         self.modes = (True, False) if checks.base.seconds < SLOW else (True,)
-        write_lora(self.case, folder)
-        try:
-            plain = self._loaded()
-            self.anchor = self.case.run(plain)
-        except Exception as error:
-            raise NotTried(f"the plain pipeline cannot load this LoRA: {described(error)}") from error
-        self.scale = difference(self.reference, self.anchor)
-        if self.scale < 1e-7:
-            raise NotTried(f"the LoRA has no effect in the plain pipeline ({self.scale:g})")
+        for layers in layers_of(self.case.denoisers[self.case.main]):
+            write_lora(self.case, folder, layers)
+            try:
+                plain = self._loaded()
+                self.anchor = self.case.run(plain)
+            except Exception as error:
+                raise NotTried(f"the plain pipeline cannot load this LoRA: {described(error)}") from error
+            self.scale = difference(self.reference, self.anchor)
+            if self.scale > 1e-7:
+                break
+        else:
+            raise NotTried("no LoRA has an effect in the plain pipeline")
         self.oracles = _LoraOracles(self.case, {self.case.main: getattr(plain, self.case.main)}, self.path, self)
 
     def _loaded(self) -> Any:
@@ -128,14 +131,14 @@ class _LoraOracles(Oracles):
         return self._known["lock_step"]
 
 
-def write_lora(case: Case, folder: str) -> None:
-    """A random LoRA of the denoiser's attention, written by the pipeline itself. Raises `NotTried`."""
+def write_lora(case: Case, folder: str, layers: list[str]) -> None:
+    """A random LoRA of these layers, written by the pipeline itself. Raises `NotTried`."""
     pipe = case.build()
     denoiser: Any = getattr(pipe, case.main)
     if not hasattr(denoiser, "add_adapter"):
         raise NotTried("the denoiser takes no adapter")
     torch.manual_seed(3)
-    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=_layers_of(denoiser), init_lora_weights=False))
+    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False))
     with torch.no_grad():
         for name, weight in denoiser.named_parameters():
             if "lora_B" in name:
@@ -151,10 +154,9 @@ def write_lora(case: Case, folder: str) -> None:
         raise NotTried(f"the plain pipeline cannot save this LoRA: {described(error)}") from error
 
 
-def _layers_of(denoiser: nn.Module) -> list[str]:
-    """The names of its attention's projections."""
-    ends = {name.rpartition(".")[2] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
-    for known in (_USUAL_LAYERS, _OTHER_LAYERS):
-        if layers := [name for name in known if name in ends]:
-            return layers
-    raise NotTried(f"no attention projections among {', '.join(sorted(ends)[:12])}")
+def layers_of(denoiser: nn.Module) -> list[list[str]]:
+    """The names of layers for a LoRA: its attention's projections; all, for attention may be shut off at the start."""
+    linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    ends = {name.rpartition(".")[2] for name in linear}
+    known = [[name for name in names if name in ends] for names in (_USUAL_LAYERS, _OTHER_LAYERS)]
+    return [layers for layers in (*known, linear) if layers]
