@@ -1,4 +1,4 @@
-"""`python tests/conformance` on a checkout of its own making: what works passes, what cannot be realigned never does."""
+"""`python tests/conformance` on a checkout of its own: what works passes, what cannot be realigned never does."""
 
 import json
 import os
@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 WITH_ORACLES = {"half", "per_image", "sweep", "lora"}
 
-FAKE = '''
+FAKE = """
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
@@ -91,7 +91,7 @@ class MistakenTests(OrdinaryTests):
 class NoPipelineTests:
     def test_nothing(self):
         pass
-'''
+"""
 
 
 @pytest.fixture(scope="module")
