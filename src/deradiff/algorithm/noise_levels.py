@@ -256,8 +256,11 @@ def _sigma(scheduler: SchedulerMixin, i: int) -> float:
 
 
 def first(timestep: Timestep) -> float:
-    """The timestep as a number; pipelines give one number, or one per image, all the same."""
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    """The timestep as a number; pipelines give one number, or one per image, all the same.
+
+    Video models are told one per token, of which those of a given frame are without noise: the others' is meant.
+    """
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
 
 
 def _log(x: float) -> float:

@@ -58,5 +58,10 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def written_to(arguments: Any) -> list[int]:
+    """How often each tensor among the arguments has been written to."""
+    return [tensor._version for tensor in tensors_of(arguments) if not tensor.is_inference()]
+
+
 def _is_list_of_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(entry, Tensor) for entry in value)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument
+from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument, written_to
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
@@ -157,7 +157,15 @@ class Denoisers:
                 self.batched = False
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
-        predicted = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
+        before = written_to((args, kwargs))
+        predicted = {}
+        for model in elsewhere:
+            predicted[model] = self._predict_one(model, args, kwargs)
+            if len(models) > 1 and written_to((args, kwargs)) != before:
+                raise UnmirroredState(
+                    f"{type(self.reference).__name__} writes into what it is handed, as into a cache that the pipeline "
+                    "made, and the models of a mixture would write into the same: λ = 0 and 1 alone are possible here"
+                )
         home = self.argument("input", args, kwargs)[0].device
         outputs = {}
         for model in models:

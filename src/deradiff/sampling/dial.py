@@ -32,7 +32,7 @@ from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.evaluation import StepEvaluation
-from deradiff.sampling.per_model import PerModel, is_divided, merged
+from deradiff.sampling.per_model import PerModel, alone, is_divided, merged
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
@@ -301,7 +301,8 @@ class Dial:
             share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
             try:
                 outputs = denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
-                return merged(outputs, evaluation) if len(outputs) > 1 else next(iter(outputs.values()))
+                ((model, output),) = outputs.items() if len(outputs) == 1 else ((None, None),)
+                return merged(outputs, evaluation) if model is None else alone(output, model, evaluation)
             except NonFinitePrediction as error:
                 run.pending, problem = None, str(error)
         raise FloatingPointError(

@@ -77,6 +77,9 @@ class ModelsOwn:
     def __init__(self, parts: Mapping[int, Any], origin: Any):
         self.parts, self.origin = dict(parts), origin
 
+    def __getitem__(self, index: Any) -> Any:
+        return merged({k: part[index] for k, part in self.parts.items()}, self.origin, "[]")
+
     def __getattr__(self, name: str) -> Any:
         own = {k: getattr(part, name) for k, part in self.parts.items()}
         if not all(callable(value) for value in own.values()):
@@ -116,9 +119,28 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
 
 
 @torch.compiler.disable
+@torch.compiler.disable
+def alone(output: Any, model: int, origin: Any) -> Any:
+    """What the one model that was evaluated returned: tensors as they are, other things `ModelsOwn`, of it alone."""
+
+    def own(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, (Tensor, *_PLAIN)) else ModelsOwn({model: leaf}, origin)
+
+    return pytree.tree_map(own, output)
+
+
+@torch.compiler.disable
 def of_model(value: Any, model: int) -> Any:
-    """`value` as the model with this number has it: lists, tuples and dictionaries of its own, in these its tensors."""
+    """`value` as the model with this number has it: lists, tuples and dictionaries of its own, in these its tensors.
+
+    Raises `DialError` for what comes from a step at which this model was not evaluated.
+    """
     if isinstance(value, (PerModel, ModelsOwn)):
+        if model not in value.parts:
+            raise DialError(
+                "the denoiser is handed what it returned at an earlier step, as a cache of keys, and one of the models "
+                "was not evaluated there: set dial.watching = True, so that every model is at every step, and no reuse"
+            )
         return value.parts[model]
     if type(value) in (list, tuple):
         return type(value)([of_model(entry, model) for entry in value])
