@@ -21,7 +21,7 @@ from deradiff.algorithm.schedules import Progress
 Timestep = float | int | Tensor
 
 ROUNDING = 2**-8
-"""By how much of the longest time half precision may round a timestep."""
+"""By how much of itself half precision may round a timestep."""
 
 
 class _Clock(NamedTuple):
@@ -193,9 +193,10 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep | None) -> int:
         scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
         distances = min(distances, scaled, key=min)
     least = min(distances)
-    if counts and least > ROUNDING * max(timesteps):
+    nearest = timesteps[distances.index(least)]
+    if counts and least > ROUNDING * max(abs(nearest), least):
         return 0
-    return places[timesteps[distances.index(least)]]
+    return places[nearest]
 
 
 def _timesteps(scheduler: SchedulerMixin) -> Tensor:

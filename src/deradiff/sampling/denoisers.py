@@ -14,11 +14,17 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument, written_to
+from deradiff.sampling.call_arguments import (
+    joined_outputs,
+    output_rows,
+    tensors_of,
+    timestep_argument,
+    written_to,
+)
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
-from deradiff.sampling.per_model import of_model
+from deradiff.sampling.per_model import keeps_more_than_tensors, of_model
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror, UnmirroredState
 
@@ -41,6 +47,7 @@ class Denoisers:
         self._timestep = timestep_argument(self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
         self.micro_batch: int | None = None
+        self._keeps = False
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -101,7 +108,8 @@ class Denoisers:
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
                 outputs = self.predict(models, *batch.chosen(chosen))
-                return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
+                if not self._keeps_rows(outputs):
+                    return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
@@ -114,13 +122,18 @@ class Denoisers:
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
-        if splits_batches(self.reference):
+        if self._keeps or splits_batches(self.reference):
             return None
         rows = len(self.argument("input", args, kwargs))
         try:
             return Batch(type(self.reference), self._parameters, args, kwargs, rows)
         except UnknownBatch:
             return None
+
+    def _keeps_rows(self, outputs: Mapping[int, Any]) -> bool:
+        """Whether the models return what is no tensor, as a cache, and holds rows of the batch that they were given."""
+        self._keeps |= any(keeps_more_than_tensors(output) for output in outputs.values())
+        return self._keeps
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
@@ -138,6 +151,8 @@ class Denoisers:
             weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
             parts.append(self._predict(models, *batch.chosen(part), weights))
             sizes.append(len(part))
+            if self._keeps_rows(parts[-1]):
+                return self._predict_in_parts(models, args, kwargs, blend, rows)  # which refuses
         return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
 
     def _predict(
@@ -150,7 +165,9 @@ class Denoisers:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs) and (batch := self._batch(args, kwargs)):
             try:
-                return self._predict_batched(models, batch)
+                outputs = self._predict_batched(models, batch)
+                if not self._keeps_rows(outputs):
+                    return outputs
             except ValueError as error:
                 if "adapter_names" not in str(error):
                     raise

@@ -120,6 +120,12 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
 
 @torch.compiler.disable
 @torch.compiler.disable
+def keeps_more_than_tensors(output: Any) -> bool:
+    """Whether something in what a model returned is no tensor and no plain value."""
+    return not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(output))
+
+
+@torch.compiler.disable
 def alone(output: Any, model: int, origin: Any) -> Any:
     """What the one model that was evaluated returned: tensors as they are, other things `ModelsOwn`, of it alone."""
 
