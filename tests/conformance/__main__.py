@@ -23,6 +23,9 @@ def main(
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one test class.")] = 90,
     memory: Annotated[float, typer.Option(min=1, help="Gigabytes for one test class.")] = 8,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Test classes at once, of one thread each.")] = 1,
+    axes: Annotated[
+        Path | None, typer.Option(help="Write the table of batch axes too, as src/deradiff/sampling/batch_axes.json.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out tests whose results lie in OUT.")] = False,
 ) -> None:
     """Hold deradiff against diffusers' own pipeline tests: 225 of them, about an hour on one core."""
@@ -35,6 +38,7 @@ def main(
         console.width = 160
     with console.status("Importing the tests …"):
         classes, problems = _prepared(checkout, parts or [])
+        from batch_axes import write_table
         from children import Limits, run_all
         from discovery import date_of
         from results import Result
@@ -45,7 +49,10 @@ def main(
         classes = [c for c in classes if not (results / f"{name_of(c)}.json").exists()]
     console.print(f"{len(classes)} test classes; {len(problems)} modules do not import", *problems.values(), sep="\n")
     run_all(classes, results, Limits(limit, memory), jobs, lambda result: console.print(line(result)))
-    record = summary([Result.load(file) for file in sorted(results.glob("*.json"))], date_of(checkout), problems)
+    known = [Result.load(file) for file in sorted(results.glob("*.json"))]
+    record = summary(known, date_of(checkout), problems)
+    if axes is not None:
+        write_table(known, axes)
     write(record, out / "pipelines.json")
     show(record, console)
     console.print(f"{out / 'pipelines.json'}, {results}")

@@ -22,7 +22,11 @@ from results import NotTried, described
 Changes = Callable[[], dict[str, Any]]
 """Makes arguments of a call that take the place of the test's own; `dict` makes none."""
 
-DENOISERS = (("unet",), ("transformer", "transformer_2", "unconditional_transformer"))
+DENOISERS = (
+    ("unet",),
+    ("transformer", "transformer_2", "unconditional_transformer"),
+    ("prior", "prior_prior", "decoder"),
+)
 """The attributes that hold denoisers: the first family of which a pipeline has one."""
 
 _SHARED = ("text_encoder", "vae", "image_encoder", "prior", "vocoder", "safety")

@@ -60,6 +60,8 @@ class Result:
     stopped: str = ""
     refused: str = ""
     seconds: float = 0.0
+    axes: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """Where the batch is in the denoisers' arguments: see `batch_axes`."""
 
     @property
     def verdict(self) -> Outcome:

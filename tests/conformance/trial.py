@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from torch import nn
 import deradiff
 from adjustments import adjust_pipelines
 from arrays import ShapesDiffer
+from batch_axes import batch_axes
 from cases import Case, baseline
-from checks import Checks
+from checks import Checks, two_images
 from lora_checks import lora
 from results import CHECKS, Check, NotTried, Result, described, is_refusal
 
@@ -59,6 +61,10 @@ def _try(test_class: type, result: Result, save: Callable[[], None]) -> None:
         "seconds a run": round(base.seconds, 2),
         "anchor's effect": base.scale,
     }
+    two = two_images(case)
+    if two is not None:
+        with contextlib.suppress(Exception):  # what is not shown is not known
+            result.axes = batch_axes(case, two)
     try:
         checks = Checks(case, base)
     except Exception as error:
