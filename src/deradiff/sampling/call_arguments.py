@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Among which a pipeline hands over the scale of LoRAs."""
 
-_TIMESTEP = ("timestep", "timesteps")
+_TIMESTEP = ("timestep", "timesteps", "timestep_ratio")
 
 
 def timestep_argument(parameters: Collection[str]) -> str | None:
@@ -51,6 +51,11 @@ def joined_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
         return torch.cat(parts) if isinstance(parts[0], Tensor) else [row for part in parts for row in part]
 
     return pytree.tree_map(joined, *outputs, is_leaf=_is_list_of_rows)
+
+
+def is_only_rows(output: Any) -> bool:
+    """Whether a model returned only tensors (and numbers): of an object, as a cache of keys, no rows are known."""
+    return all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in pytree.tree_leaves(output))
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument
+from deradiff.sampling.call_arguments import is_only_rows, joined_outputs, output_rows, tensors_of, timestep_argument
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
@@ -101,7 +101,8 @@ class Denoisers:
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
                 outputs = self.predict(models, *batch.chosen(chosen))
-                return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
+                if all(map(is_only_rows, outputs.values())):
+                    return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)

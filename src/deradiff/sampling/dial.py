@@ -361,9 +361,9 @@ class Dial:
             self._start(scheduler)
             yield
 
-    def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+    def _start(self, scheduler: SchedulerMixin, *, own: bool = True, copied: bool = False) -> None:
         """Whatever an earlier or interrupted run left behind is void."""
-        self._runs.begin(scheduler, self._reuse, own=own)
+        self._runs.begin(scheduler, self._reuse, own=own, copied=copied)
         for component in self._components.values():
             component.denoisers.begin()
 
@@ -372,7 +372,7 @@ class Dial:
         if self._runs.is_called():
             with self._runs.lock:
                 self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
-                self._start(scheduler, own=False)
+                self._start(scheduler, own=False, copied=True)
 
     def _require_present(self, scheduler: SchedulerMixin) -> None:
         self._runs.require_present(scheduler)
