@@ -24,6 +24,18 @@ READ: dict[str, dict[str, int | None]] = {
     "UNet2DModel": {"sample": 0, "timestep": 0, "class_labels": 0},
     "DiTTransformer2DModel": {"hidden_states": 0, "timestep": 0, "class_labels": 0},
     "FluxTransformer2DModel": {"guidance": 0},
+    "CogVideoXTransformer3DModel": {"image_rotary_emb.*": None, "ofs": None},
+    "StableCascadeUNet": {"clip_text": 0, "clip_img": 0, "effnet": 0, "pixels": 0},
+    "HunyuanVideo15Transformer3DModel": {
+        "hidden_states": 0,
+        "timestep": 0,
+        "timestep_r": 0,
+        "encoder_hidden_states": 0,
+        "encoder_hidden_states_2": 0,
+        "encoder_attention_mask": 0,
+        "encoder_attention_mask_2": 0,
+        "image_embeds": 0,
+    },
     "PixArtTransformer2DModel": {"added_cond_kwargs.resolution": 0, "added_cond_kwargs.aspect_ratio": 0},
     "WanVACETransformer3DModel": {
         "hidden_states": 0,

@@ -55,7 +55,8 @@ def progress(scheduler: SchedulerMixin, timestep: Timestep) -> Progress:
 def progress_at(scheduler: SchedulerMixin, i: int) -> Progress:
     """`progress` at the i-th of the scheduler's timesteps."""
     clock = _clock(_timesteps(scheduler))
-    return Progress(steps=clock.ranks[i] / (clock.ranks[-1] + 1), time=_time(scheduler, i, clock.timesteps[i]))
+    steps = clock.ranks[-1] + (0 if _lists_the_end(scheduler) else 1)
+    return Progress(steps=clock.ranks[i] / steps, time=_time(scheduler, i, clock.timesteps[i]))
 
 
 def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
@@ -244,6 +245,11 @@ def _duration(scheduler: SchedulerMixin) -> float:
 def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
     """Whether timesteps are angles, as in TrigFlow: `x_t = cos(t) x_0 + sin(t) z` (Lu and Song 2024, of SCM)."""
     return not hasattr(scheduler, "sigmas") and "sigma_data" in scheduler.config
+
+
+def _lists_the_end(scheduler: SchedulerMixin) -> bool:
+    """Whether the last timestep is only where the last step leads to: SCM's and Würstchen's, which no pipeline visits."""
+    return _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config
 
 
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:

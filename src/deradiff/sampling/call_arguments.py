@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Among which a pipeline hands over the scale of LoRAs."""
 
-_TIMESTEP = ("timestep", "timesteps")
+_TIMESTEP = ("timestep", "timesteps", "timestep_ratio")
 
 
 def timestep_argument(parameters: Collection[str]) -> str | None:

@@ -363,9 +363,9 @@ class Dial:
             self._start(scheduler)
             yield
 
-    def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+    def _start(self, scheduler: SchedulerMixin, *, own: bool = True, copied: bool = False) -> None:
         """Whatever an earlier or interrupted run left behind is void."""
-        self._runs.begin(scheduler, self._reuse, own=own)
+        self._runs.begin(scheduler, self._reuse, own=own, copied=copied)
         for component in self._components.values():
             component.denoisers.begin()
 
@@ -374,7 +374,7 @@ class Dial:
         if self._runs.is_called():
             with self._runs.lock:
                 self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
-                self._start(scheduler, own=False)
+                self._start(scheduler, own=False, copied=True)
 
     def _require_present(self, scheduler: SchedulerMixin) -> None:
         self._runs.require_present(scheduler)
@@ -403,12 +403,11 @@ class Dial:
         return output
 
     def _require_one_scheduler(self, evaluation: StepEvaluation) -> None:
-        """A further scheduler steps another part of the sample, as LTX-2's audio: what follows one run has to end."""
-        if self.population is not None or evaluation.estimator is not None:
-            what = "particles weigh and reorder" if self.population is not None else "reuse carries over"
+        """A further scheduler steps another part of the sample, as LTX-2's audio: particles cannot follow there."""
+        if self.population is not None:
             raise DialError(
-                f"{what} what one scheduler steps, and this pipeline steps parts of its samples by several: draw "
-                "without"
+                "particles weigh and reorder what one scheduler steps, and this pipeline steps parts of its samples by "
+                "several: draw without particles"
             )
         evaluation.run.path_weights.add_obstacle("several schedulers")
 
