@@ -103,7 +103,7 @@ def realign(
     if reused is not None:
         for scheduler in schedulers_of(pipe):
             require_affine(scheduler, path)
-    sources, shared = _by_component(anchor, pipe)
+    sources, shared = sources_by_component(anchor, pipe)
     lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else ()}
@@ -135,7 +135,7 @@ def _require_free(pipe: DiffusionPipeline) -> None:
         )
 
 
-def _by_component(anchor: Any, pipe: DiffusionPipeline) -> tuple[dict[str, dict[str, Source]], bool]:
+def sources_by_component(anchor: Any, pipe: DiffusionPipeline) -> tuple[dict[str, dict[str, Source]], bool]:
     """The anchors' sources by component and name, and whether each of them is to serve all components."""
     components = [*denoisers_of(pipe)]
     if len(components) == 1:
