@@ -76,7 +76,8 @@ def test_it_holds_for_a_lora(lora: Path) -> None:
 
 def test_it_holds_for_a_lora_and_a_whole_model(lora: Path) -> None:
     pipe, module, call = make("sd")
-    report = examine(pipe, {"file": lora, "whole": module}, call | {"num_inference_steps": 2}, 0.6)
+    anchors: dict[str, Any] = {"file": lora, "whole": module}
+    report = examine(pipe, anchors, call | {"num_inference_steps": 2}, 0.6)
     assert report.holds and set(held(report).values()) == {True}
     ends = ("λ of file = 1 is the anchor's plain pipeline, to the bit", "λ of whole = 1")
     assert all(any(name.startswith(end) for name in held(report)) for end in ends)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from deradiff.algorithm.posterior_families import learns_variance
 from deradiff.algorithm.schedules import finite
 from deradiff.algorithm.step import Space
 from deradiff.anchors import AnchorError, AnchorNotFound, denoisers_of, load_anchor
-from deradiff.anchors.checks import unwrapped
+from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.call_arguments import tensors_of
@@ -76,7 +76,7 @@ class _Realigned:
 
 
 def examine(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     anchors: Sources,
     call: Mapping[str, Any],
     lam: float = 0.5,
@@ -275,7 +275,7 @@ def _between(
     return [close(by_hand, output, expected, effect, rounding), apart]
 
 
-def _mixture(realigned: _Realigned, twins: list[Any], draw: Draw, lams: tuple[float, ...]) -> Tensor:
+def _mixture(realigned: _Realigned, twins: Sequence[Any], draw: Draw, lams: tuple[float, ...]) -> Tensor:
     if realigned.space == "posterior" and learns_variance(twins[0].scheduler):
         raise NoLockStep("posteriors are mixed here whose variances the models predict, so that samples do not show it")
     return in_lock_step(twins, draw, [1 - sum(lams), *lams], realigned.space)

@@ -17,10 +17,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from deradiff.algorithm.step import Space
+from deradiff.anchors.checks import Pipeline
 
 Draw = Callable[[Any], Tensor]
 """Draws with a pipeline, with the same seed every time."""
@@ -30,11 +31,11 @@ class NoLockStep(RuntimeError):
     """These pipelines cannot be run side by side; the message says why."""
 
 
-def plain_pipeline(pipe: DiffusionPipeline, denoisers: Mapping[str, nn.Module]) -> Any:
+def plain_pipeline(pipe: Pipeline, denoisers: Mapping[str, nn.Module]) -> Any:
     """A pipeline as `pipe` around other `denoisers`, by component; schedulers and guiders are its own."""
     twin = copy.copy(pipe)
     for name, part in vars(pipe).items():
-        if isinstance(part, ConfigMixin) and not isinstance(part, (nn.Module, DiffusionPipeline)):
+        if isinstance(part, ConfigMixin) and not isinstance(part, (nn.Module, Pipeline)):
             vars(twin)[name] = copy.deepcopy(part)
     for name, module in denoisers.items():
         setattr(twin, name, module)
@@ -147,7 +148,7 @@ class _PausedRun:
         """Within, the pipeline's schedulers step from the mixture."""
         schedulers = [part for part in vars(self._pipe).values() if isinstance(part, SchedulerMixin)]
         for scheduler in schedulers:
-            vars(scheduler)["step"] = self._meeting(scheduler.step)  # type: ignore[attr-defined]
+            vars(scheduler)["step"] = self._meeting(scheduler.step)
         try:
             yield
         finally:
