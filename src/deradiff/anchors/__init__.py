@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from deradiff.anchors import adapters, checks, full_weights, reading, sources
-from deradiff.anchors.checks import denoiser_of, denoisers_of
+from deradiff.anchors.checks import Pipeline, denoiser_of, denoisers_of
 from deradiff.anchors.errors import (
     AnchorError,
     AnchorNotFound,
@@ -66,7 +65,7 @@ class Anchor:
 
 def load_anchor(
     source: Source,
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     *,
     name: str = "anchor",
     component: str | None = None,
@@ -120,7 +119,7 @@ def load_anchor(
         return Anchor(name, f"a loaded {type(module).__name__}", module=module, _restore=restore)
 
     if not isinstance(source, str | os.PathLike):
-        hint = f", its .{component} for instance" if isinstance(source, DiffusionPipeline) else ""
+        hint = f", its .{component} for instance" if isinstance(source, Pipeline) else ""
         raise AnchorError(
             f"the anchor must be a denoiser, a path or a hub id, got a {type(source).__name__}: pass a denoiser{hint}"
         )
@@ -160,7 +159,7 @@ def _kind(component: str) -> str:
     return next((kind for kind in ("unet", "transformer") if kind in component), component)
 
 
-def _check_pipeline(folder: Path, label: str, pipe: DiffusionPipeline) -> None:
+def _check_pipeline(folder: Path, label: str, pipe: Pipeline) -> None:
     """What else a whole pipeline says about its denoiser: what it predicts, and the encoders it was trained with."""
     predicted = checks.scheduler_prediction(folder)
     if predicted is not None:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from deradiff.anchors.checks import require_numbers
+from deradiff.anchors.checks import Pipeline, require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
 from deradiff.anchors.lora_files import PEFT_PREFIX, read_lora, require_places
 from deradiff.anchors.reading import read_json, read_lora_metadata
@@ -30,7 +30,7 @@ _DROPOUTS = ("lora_dropout", "rank_dropout", "module_dropout")
 def load_adapter(
     tensors: Mapping[str, Tensor],
     files: Files,
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     component: str,
     denoiser: ModelMixin,
     name: str,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from torch import Tensor, nn
 
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor, PipelineWithoutDenoiser
@@ -19,6 +19,9 @@ _NEUTRAL = {"upcast_attention", "dropout"}
 _SHOWN = 5
 
 
+Pipeline = DiffusionPipeline | ModularPipeline
+"""What denoises by components: diffusers' pipelines, and modular ones, whose blocks share theirs."""
+
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")
 """What pipelines call what they denoise images with: one, or two that share the steps (Wan 2.2) or the guidance
 (Ideogram 4)."""
@@ -29,7 +32,7 @@ STAGES = ("prior", "prior_prior", "decoder")
 _TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}
 
 
-def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+def denoisers_of(pipe: Pipeline) -> dict[str, nn.Module]:
     """The modules that `pipe` denoises with, by the names of its components.
 
     Raises `PipelineWithoutDenoiser`, naming the pipeline's class and components.
@@ -45,7 +48,7 @@ def denoisers_of(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     )
 
 
-def denoiser_of(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+def denoiser_of(pipe: Pipeline) -> tuple[str, nn.Module]:
     """The name and module of the one that `pipe` denoises with.
 
     Raises `PipelineWithoutDenoiser`, and `AnchorError` for a pipeline with several, such as Wan 2.2's.
@@ -163,7 +166,7 @@ def _no_numbers(tensor: Tensor) -> str | None:
     return None
 
 
-def require_same_prediction(given: str, label: str, pipe: DiffusionPipeline) -> None:
+def require_same_prediction(given: str, label: str, pipe: Pipeline) -> None:
     """Raise `IncompatibleAnchor` if an anchor predicts something else than the pipeline expects."""
     own = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
     if given != own:
@@ -188,7 +191,7 @@ def scheduler_prediction(folder: Path) -> str | None:
     return prediction_type(str(config.get("_class_name", "")), config)
 
 
-def differing_text_encoders(folder: Path, pipe: DiffusionPipeline) -> list[str]:
+def differing_text_encoders(folder: Path, pipe: Pipeline) -> list[str]:
     """Names of the pipeline's text encoders that a pipeline folder holds with other weights.
 
     Reads tensor by tensor and stops at the first difference; an encoder the folder does not hold counts as the same.

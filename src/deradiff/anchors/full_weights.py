@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from deradiff.anchors.checks import (
+    Pipeline,
     base_tensors,
     require_class,
     require_numbers,
@@ -79,7 +80,7 @@ def as_anchor(module: Any, reference: ModelMixin) -> tuple[ModelMixin, Callable[
 
 
 def load_denoiser(
-    tensors: Mapping[str, Tensor], config_file: Path | None, label: str, pipe: DiffusionPipeline, reference: ModelMixin
+    tensors: Mapping[str, Tensor], config_file: Path | None, label: str, pipe: Pipeline, reference: ModelMixin
 ) -> ModelMixin:
     """A new denoiser with these weights, which may be in diffusers' or in the original layout.
 
@@ -149,7 +150,7 @@ def warn_if_equal(module: nn.Module, label: str, reference: ModelMixin) -> None:
 
 
 def _from_original_layout(
-    tensors: Mapping[str, Tensor], label: str, pipe: DiffusionPipeline, reference: ModelMixin
+    tensors: Mapping[str, Tensor], label: str, pipe: Pipeline, reference: ModelMixin
 ) -> ModelMixin:
     """Convert a checkpoint in the original layout to the reference's configuration: diffusers' `from_single_file`."""
     cls = type(reference)

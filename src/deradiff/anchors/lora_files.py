@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
-from deradiff.anchors.checks import require_numbers
+from deradiff.anchors.checks import Pipeline, require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
 from deradiff.anchors.sources import some
 
@@ -65,7 +65,7 @@ def is_adapter(names: Iterable[str]) -> bool:
 
 
 def read_lora(
-    tensors: Mapping[str, Tensor], label: str, pipe: DiffusionPipeline, component: str, denoiser: ModelMixin
+    tensors: Mapping[str, Tensor], label: str, pipe: Pipeline, component: str, denoiser: ModelMixin
 ) -> dict[str, Tensor]:
     """The LoRA in a file, in diffusers', kohya's or another trainer's form, under PEFT's names for `denoiser`.
 
@@ -224,7 +224,7 @@ def _own_names(
 
 
 def _converted(
-    tensors: Mapping[str, _Followed], label: str, pipe: DiffusionPipeline, component: str, denoiser: ModelMixin
+    tensors: Mapping[str, _Followed], label: str, pipe: Pipeline, component: str, denoiser: ModelMixin
 ) -> dict[str, _Followed]:
     """The tensors under diffusers' names, by the converter of the pipeline's class; those it drops are missing."""
     # Some pipelines (T2I-Adapter's) load no LoRA themselves; their UNet is Stable Diffusion's all the same.

@@ -51,6 +51,11 @@ class Denoisers:
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The anchors that have weights of their own."""
+        return [anchor.module for anchor in self.anchors if anchor.module is not None]
+
     def begin(self) -> None:
         """A run begins. Weights may have been loaded since the last one."""
         self.forget_blend()

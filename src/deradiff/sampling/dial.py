@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,11 +27,12 @@ from deradiff.algorithm.schedules import Schedule
 from deradiff.algorithm.step import Space, StepRecord, space_of
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoisers_of
-from deradiff.anchors.checks import unwrapped
+from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.evaluation import StepEvaluation
+from deradiff.sampling.guider_hook import guiding_all
 from deradiff.sampling.per_model import PerModel, alone, is_divided, merged
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
@@ -60,7 +61,7 @@ class Dial:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         denoisers: Mapping[str, Denoisers],
         lam: Any,
         method: Method,
@@ -72,7 +73,7 @@ class Dial:
         self._path = path
         self._runs = Runs()
         self._own = threading.local()
-        self._pipes: list[weakref.ref[DiffusionPipeline]] = []
+        self._pipes: list[weakref.ref[Pipeline]] = []
         self._undo: list[Callable[[], None]] = []
         self._removed = False
         self._reuse = reuse
@@ -217,7 +218,7 @@ class Dial:
         """Why `path` is what it is, in words."""
         return space_of(self._scheduler, self._path)[1]
 
-    def attach(self, pipe: DiffusionPipeline) -> None:
+    def attach(self, pipe: Pipeline) -> None:
         """Also serve `pipe`, another pipeline around the same denoiser (`from_pipe`) with a scheduler of its own.
 
         Raises `DialError` for a pipeline around another denoiser, and where the dial was removed.
@@ -250,7 +251,7 @@ class Dial:
         if self._removed:
             raise DialError("this dial was removed, and its pipeline is realigned no more: call realign() again")
 
-    def _require_references(self, pipe: DiffusionPipeline) -> None:
+    def _require_references(self, pipe: Pipeline) -> None:
         """Raise `DialError` for a pipeline without the denoisers that were realigned."""
         own = {name: unwrapped(denoiser) for name, denoiser in denoisers_of(pipe).items()}
         for name, component in self._components.items():
@@ -326,15 +327,16 @@ class Dial:
                 for scheduler in schedulers_of(pipe):
                     self._hook(scheduler)
 
-    def _living_pipes(self) -> list[DiffusionPipeline]:
+    def _living_pipes(self) -> list[Pipeline]:
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]
 
     @contextmanager
-    def _calling(self, pipe: DiffusionPipeline) -> Iterator[None]:
+    def _calling(self, pipe: Pipeline) -> Iterator[None]:
         """A call of `pipe`, however it ends."""
         copies = self._own.__dict__.setdefault("copies", [])
         before = len(copies)
-        with self._runs.call(pipe):
+        own = [component.denoisers for component in self._components.values()]
+        with self._runs.call(pipe), guiding_all(pipe, {one.reference: one.modules for one in own}):
             self._hook_new()
             try:
                 yield
@@ -412,7 +414,7 @@ class Dial:
         evaluation.run.path_weights.add_obstacle("several schedulers")
 
 
-def dial_of(pipe: DiffusionPipeline) -> Dial | None:
+def dial_of(pipe: Pipeline) -> Dial | None:
     """The dial of a realigned pipeline, None for another."""
     dials = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
     return next((dial for dial in dials if dial is not None), None)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, SupportsFloat, get_args
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from deradiff.algorithm.schedules import finite
 from deradiff.algorithm.step import space_of
 from deradiff.anchors import Anchor, denoisers_of, load_anchor
-from deradiff.anchors.checks import unwrapped
+from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
@@ -36,7 +35,7 @@ Sources = Source | Mapping[str, Source] | Mapping[str, Mapping[str, Source]]
 
 
 def realign(
-    pipe: DiffusionPipeline,
+    pipe: Pipeline,
     anchor: Sources,
     lam: Lam | Mapping[str, Lam] | Mapping[str, Mapping[str, Lam]] = 1.0,
     *,
@@ -103,7 +102,7 @@ def realign(
     if reused is not None:
         for scheduler in schedulers_of(pipe):
             require_affine(scheduler, path)
-    sources, shared = _by_component(anchor, pipe)
+    sources, shared = sources_by_component(anchor, pipe)
     lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else ()}
@@ -124,7 +123,7 @@ def realign(
         raise
 
 
-def _require_free(pipe: DiffusionPipeline) -> None:
+def _require_free(pipe: Pipeline) -> None:
     """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already."""
     if (dial := dial_of(pipe)) is not None:
         raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
@@ -135,7 +134,7 @@ def _require_free(pipe: DiffusionPipeline) -> None:
         )
 
 
-def _by_component(anchor: Any, pipe: DiffusionPipeline) -> tuple[dict[str, dict[str, Source]], bool]:
+def sources_by_component(anchor: Any, pipe: Pipeline) -> tuple[dict[str, dict[str, Source]], bool]:
     """The anchors' sources by component and name, and whether each of them is to serve all components."""
     components = [*denoisers_of(pipe)]
     if len(components) == 1:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.path_weights import PathWeights
 from deradiff.algorithm.step import StepRecord
+from deradiff.anchors.checks import Pipeline
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.reuse import PredictionEstimator, Reuse
@@ -62,7 +63,7 @@ class Runs:
         self.lock = threading.RLock()
         self._latest: Run | None = None
         self._by_scheduler: dict[int, Run] = {}
-        self._calls: list[tuple[int, DiffusionPipeline]] = []
+        self._calls: list[tuple[int, Pipeline]] = []
         """The calls of pipelines that are in progress, and their threads."""
         self._own = threading.local()
 
@@ -128,7 +129,7 @@ class Runs:
         )
 
     @contextmanager
-    def call(self, pipe: DiffusionPipeline) -> Iterator[None]:
+    def call(self, pipe: Pipeline) -> Iterator[None]:
         """A call of `pipe` in this thread, however it ends. Raises `DialError` while another thread is in one."""
         me = threading.get_ident()
         with self.lock:
@@ -148,7 +149,7 @@ class Runs:
                 if run is not None and not self._is_busy(me):
                     run.over, run.pending = True, None
 
-    def is_called(self, pipe: DiffusionPipeline | None = None) -> bool:
+    def is_called(self, pipe: Pipeline | None = None) -> bool:
         """Whether this thread is in a call of `pipe`, or of any pipeline."""
         me = threading.get_ident()
         return any(thread == me and pipe in (None, other) for thread, other in self._calls)

@@ -17,17 +17,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import SchedulerMixin
 
+from deradiff.anchors.checks import Pipeline
 from deradiff.anchors.full_weights import DIAL
 
 
-def owner_of(hooked: SchedulerMixin | DiffusionPipeline) -> Any:
+def owner_of(hooked: SchedulerMixin | Pipeline) -> Any:
     """The dial that a scheduler or a pipeline asks, None for one that nobody realigned."""
     return vars(hooked).get(DIAL) or getattr(type(hooked), DIAL, None)
 
 
-def schedulers_of(pipe: DiffusionPipeline) -> list[SchedulerMixin]:
+def schedulers_of(pipe: Pipeline) -> list[SchedulerMixin]:
     """All schedulers of a pipeline, the one called `scheduler` last."""
     own = {name: part for name, part in vars(pipe).items() if isinstance(part, SchedulerMixin)}
     return [own[name] for name in sorted(own, key=lambda name: name == "scheduler")]
@@ -81,12 +82,12 @@ def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
     return unhook
 
 
-def hook_pipeline(pipe: DiffusionPipeline, dial: Any) -> Callable[[], None]:
+def hook_pipeline(pipe: Pipeline, dial: Any) -> Callable[[], None]:
     """From now on `pipe` tells `dial` when a call of it begins and ends; returns what undoes this."""
     own_class: Any = type(pipe)
 
     @functools.wraps(own_class.__call__)
-    def call(self: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
         with dial._calling(self):
             return own_class.__call__(self, *args, **kwargs)
 
