@@ -66,7 +66,7 @@ CACHES: dict[str, Callable[[nn.Module], None]] = {
         model,
         PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
     ),
-    "FasterCacheBlockHook": lambda model: apply_faster_cache(
+    "FasterCacheDenoiserHook": lambda model: apply_faster_cache(
         model,
         FasterCacheConfig(
             spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500, is_guidance_distilled=True

@@ -66,7 +66,8 @@ class Denoisers:
                 anchor.module.to(self.reference.device)
             anchor.unload(self.reference)
         self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
-        self._mirrors = {}
+        self._mirrors, self._synced = {}, []
+        self._hooks.begin()
         self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,28 +23,33 @@ class LayerPair(NamedTuple):
 
 
 def layer_pairs(reference: nn.Module, anchor: nn.Module) -> list[LayerPair]:
-    """Every layer that both models have at one place and do not share, the models themselves first."""
-    counterparts = dict(_layers(anchor))
-    return [
-        LayerPair(path, original, counterparts[path])
-        for path, original in _layers(reference)
-        if path in counterparts and counterparts[path] is not original
-    ]
+    """Every layer that both models have at one place and do not share, the models themselves first.
+
+    Compiled layers and those with a LoRA are taken as what they are without.
+    """
+    pairs = []
+    waiting: list[tuple[str, Any, Any]] = [("", reference, anchor)]
+    while waiting:
+        path, original, counterpart = waiting.pop()
+        original, counterpart = _bare(original), _bare(counterpart)
+        if original is counterpart:
+            continue
+        pairs.append(LayerPair(path, original, counterpart))
+        others = counterpart._modules
+        for name, child in reversed(original._modules.items()):
+            if child is not None and others.get(name) is not None:
+                waiting.append((f"{path}.{name}" if path else name, child, others[name]))
+    return pairs
 
 
-def _layers(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """`module` and all that is in it, by path: compiled layers and those with a LoRA as what they are without."""
+def _bare(layer: Any) -> Any:
     while True:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        elif "_orig_mod" in module._modules:
-            module = module._modules["_orig_mod"]
+        if isinstance(layer, BaseTunerLayer):
+            layer = layer.get_base_layer()
+        elif "_orig_mod" in layer._modules:
+            layer = layer._modules["_orig_mod"]
         else:
-            break
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _layers(child, f"{path}.{name}" if path else name)
+            return layer
 
 
 def place(path: str) -> str:
@@ -61,6 +65,8 @@ def hooks_of(module: Any) -> dict[str, Any]:
 
 def require_same_kind(pair: LayerPair, anchor: str) -> None:
     """Raise `UnmirroredState` where a layer is of another class, as quantised ones and patched ones are."""
+    if type(pair.original) is type(pair.counterpart):
+        return
     original, counterpart = (_class_of(layer) for layer in (pair.original, pair.counterpart))
     if original != counterpart and pair.path:  # the models' own classes were compared when the anchor was loaded
         raise UnmirroredState(
@@ -74,23 +80,23 @@ def require_same_tensors(pair: LayerPair, anchor: str) -> None:
 
     Another order in memory says nothing about the values: the anchor's is made the reference's.
     """
-    if all(any(isinstance(hook, LayerwiseCastingHook) for hook in hooks_of(layer).values()) for layer in pair[1:]):
-        return  # stored in either precision, according to whether the layer has run
-    for table in ("_parameters", "_buffers"):
-        own = getattr(pair.counterpart, table)
-        for name, tensor in getattr(pair.original, table).items():
-            other = own.get(name)
+    original, counterpart = pair.original, pair.counterpart
+    for tensors, others in (
+        (original._parameters, counterpart._parameters),
+        (original._buffers, counterpart._buffers),
+    ):
+        for name, tensor in tensors.items():
+            other = others.get(name)
             if tensor is None or other is None or tensor is other:
                 continue
-            kinds = [(type(each).__name__, str(each.dtype)) for each in (tensor, other)]
-            if kinds[0] != kinds[1]:
-                (cls, dtype), (other_cls, other_dtype) = kinds
+            if type(tensor) is not type(other) or (tensor.dtype != other.dtype and not _both_cast(pair)):
                 raise UnmirroredState(
-                    f"{name} of {place(pair.path)} is a {cls} in {dtype} in the reference and a {other_cls} in "
-                    f"{other_dtype} in the anchor {anchor!r}: bring both models to one precision, the whole pipeline "
-                    "with pipe.to(dtype), single layers or quantised ones on both"
+                    f"{name} of {place(pair.path)} is a {type(tensor).__name__} in {tensor.dtype} in the reference and "
+                    f"a {type(other).__name__} in {other.dtype} in the anchor {anchor!r}: bring both models to one "
+                    "precision, the whole pipeline with pipe.to(dtype), single layers or quantised ones on both"
                 )
-            _lay_out_like(tensor, other)
+            if tensor.ndim == 4 and tensor.stride() != other.stride():
+                _lay_out_like(tensor, other)
     if (
         isinstance(pair.original, _DropoutNd)
         and pair.original.p
@@ -102,9 +108,14 @@ def require_same_tensors(pair: LayerPair, anchor: str) -> None:
         )
 
 
+def _both_cast(pair: LayerPair) -> bool:
+    """Whether both layers are cast layer by layer: each is then stored in either precision, if it has run or not."""
+    return all(any(isinstance(hook, LayerwiseCastingHook) for hook in hooks_of(layer).values()) for layer in pair[1:])
+
+
 def _lay_out_like(tensor: Tensor, other: Tensor) -> None:
     """The memory format (channels last, or not) of `tensor` for `other`."""
-    if tensor.ndim == 4 and tensor.stride() != other.stride() and tensor.shape == other.shape:
+    if tensor.shape == other.shape:
         for form in (torch.channels_last, torch.contiguous_format):
             if tensor.is_contiguous(memory_format=form) and not other.is_meta:
                 other.data = torch.empty_like(other, memory_format=form).copy_(other.data)

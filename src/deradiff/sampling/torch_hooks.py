@@ -24,7 +24,14 @@ _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
 def hooked(pairs: Sequence[LayerPair]) -> list[LayerPair]:
     """Those of `pairs` in which either layer has forward hooks."""
-    return [pair for pair in pairs if any(getattr(layer, table) for layer in pair[1:] for table in _TABLES)]
+    return [
+        pair
+        for pair in pairs
+        if pair.original._forward_hooks
+        or pair.original._forward_pre_hooks
+        or pair.counterpart._forward_hooks
+        or pair.counterpart._forward_pre_hooks
+    ]
 
 
 @contextmanager

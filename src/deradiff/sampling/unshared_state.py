@@ -41,6 +41,9 @@ _PLACING = (GroupOffloadingHook, LazyPrefetchGroupOffloadingHook, LayerExecution
 _PERTURBING = (AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook, SmoothedEnergyGuidanceHook)
 """What guiders hook: without a memory, and of one layer's input alone, so that a copy does the same on another."""
 
+_QUERIES = ("to_q", "query", "q_proj")
+"""What diffusers names as the projections that smoothed energy guidance hooks."""
+
 
 class HookWatch:
     """Notices that hooks of diffusers came or went on a model, and refuses those that remember earlier calls."""
@@ -54,20 +57,23 @@ class HookWatch:
         """Whether a hook drops values at random, as AutoGuidance's with a dropout below 1 do."""
 
     def begin(self) -> None:
-        """A run begins: layers may have been replaced since the last one."""
-        self._tables = None
+        """A run begins, or it is all over: layers may have been replaced since the last one, and are let go of."""
+        self._modules, self._tables, self._forwards = [], None, []
 
     def changed(self) -> bool:
         """Whether there are other hooks than at the last look, or a run has begun since.
 
-        A hook sets the `forward` of its layer's instance. Leaves but those with weights have none of a guider's.
+        A hook sets the `forward` of its layer's instance. Guiders hook no leaves but projections to queries; what else
+        is on a leaf is found when a run begins.
         Raises `UnmirroredState` for a hook that remembers earlier calls: models that take turns would be handed one
         another's memory, and those with weights of their own would not have it at all.
         """
         began = self._tables is None
         if self._tables is None:
             self._modules = list(self._model.named_modules())
-            self._tables = tuple(one.__dict__ for _, one in self._modules if one._modules or one._parameters)
+            self._tables = tuple(
+                one.__dict__ for path, one in self._modules if one._modules or path.rpartition(".")[2] in _QUERIES
+            )
         forwards = [table["forward"] for table in self._tables if "forward" in table]
         if not began and forwards == self._forwards:
             return False
