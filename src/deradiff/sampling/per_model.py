@@ -11,7 +11,7 @@ What leaves torch on the way, or asks for a value in which the models differ, ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -189,11 +189,15 @@ def _in_place(operation: Callable[..., Any]) -> bool:
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-@contextmanager
-def _same_noise(operation: Callable[..., Any], generator: Any) -> Iterator[Callable[[], None]]:
-    """Yields what to call before each model's turn: an operation that draws noise draws the same for all of them."""
+def _same_noise(operation: Callable[..., Any], generator: Any) -> AbstractContextManager[Callable[[], None]]:
     name = getattr(operation, "__name__", "")
-    if not any(random in name for random in _RANDOM):
+    return same_noise(any(random in name for random in _RANDOM), generator)
+
+
+@contextmanager
+def same_noise(draws: bool, generator: Any = None) -> Iterator[Callable[[], None]]:
+    """Yields what to call before each model's turn, so that what draws noise draws the same for all of them."""
+    if not draws:
         yield lambda: None
     elif generator is not None:
         state = generator.get_state()
