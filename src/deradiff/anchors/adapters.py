@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deradiff.anchors.checks import require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
-from deradiff.anchors.lora_files import PEFT_PREFIX, read_lora, require_places
+from deradiff.anchors.lora_files import PEFT_PREFIX, parts_of, read_lora, require_places, warn_left_out
+from deradiff.anchors.merging import as_lora, layers_of, merged_copy
 from deradiff.anchors.reading import read_json, read_lora_metadata
 from deradiff.anchors.sources import Files, some
 
@@ -34,30 +35,64 @@ def load_adapter(
     component: str,
     denoiser: ModelMixin,
     name: str,
-) -> str:
-    """Load a LoRA into `denoiser` as an inactive adapter: in PEFT's form (of `files.config`), or any of `read_lora`.
+) -> str | ModelMixin:
+    """Load a LoRA into `denoiser` as an inactive adapter: in PEFT's form (of `files.config`), or in any other.
 
-    Returns the adapter's name there, made from `name`. Raises `AnchorError` for what would be applied in part only, for
-    tensors without a place or of other sizes; the denoiser is then as it was.
+    Returns the adapter's name there, made from `name`; or, for what PEFT has no layers for, a copy of the denoiser with
+    the changes merged. Raises `AnchorError` for what would be applied in part only, for tensors without a place or of
+    other sizes; the denoiser is then as it was.
     """
     label = files.label
     _require_ready(denoiser, label)
     adapter = _free_name(name, denoiser)
     if files.kind == "peft" and files.config is not None:
-        config = _peft_config(files.config, label)
-        weights = _without_prefix(tensors, label)
-        require_numbers(weights, label)
-        require_places(weights, label, component, denoiser)
-        with _unobtrusive(denoiser, adapter, weights, label):
-            inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
-            set_peft_model_state_dict(denoiser, weights, adapter, low_cpu_mem_usage=True)
-            if hasattr(type(denoiser), "_hf_peft_config_loaded"):
-                denoiser._hf_peft_config_loaded = True
-            _require_complete(weights, denoiser, adapter, label)
+        _load_peft(tensors, files.config, label, component, denoiser, adapter)
         return adapter
 
     metadata = _stated(files.weights, tensors, label, component)
-    weights = read_lora(tensors, label, pipe, component, denoiser)
+    try:
+        weights = read_lora(tensors, label, pipe, component, denoiser)
+    except IncompatibleAnchor:
+        parts = parts_of(tensors, label, denoiser)
+        layers = None if metadata else layers_of(parts, denoiser, label)
+        if layers is None:
+            raise
+        placed = as_lora(layers, label) if hasattr(denoiser, "load_lora_adapter") else None
+        if placed is None:
+            module = merged_copy(layers, denoiser, label)
+            warn_left_out(parts, label)
+            return module
+        weights = placed
+        warn_left_out(parts, label)
+    _insert(weights, metadata, label, component, denoiser, adapter)
+    return adapter
+
+
+def _load_peft(
+    tensors: Mapping[str, Tensor], path: Path, label: str, component: str, denoiser: ModelMixin, adapter: str
+) -> None:
+    """Load an adapter in PEFT's form."""
+    config = _peft_config(path, label)
+    weights = _without_prefix(tensors, label)
+    require_numbers(weights, label)
+    require_places(weights, label, component, denoiser)
+    with _unobtrusive(denoiser, adapter, weights, label):
+        inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(denoiser, weights, adapter, low_cpu_mem_usage=True)
+        if hasattr(type(denoiser), "_hf_peft_config_loaded"):
+            denoiser._hf_peft_config_loaded = True
+        _require_complete(weights, denoiser, adapter, label)
+
+
+def _insert(
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any] | None,
+    label: str,
+    component: str,
+    denoiser: ModelMixin,
+    adapter: str,
+) -> None:
+    """Load a LoRA under PEFT's names, as `read_lora` gives it."""
     if any(key.endswith(".lora_B.bias") for key in weights):  # PEFT then gives every layer one
         for key in [key for key in weights if key.endswith(".lora_B.weight")]:
             bias = key.removesuffix("weight") + "bias"
@@ -71,7 +106,6 @@ def load_adapter(
             metadata=metadata,
         )
         _require_complete(weights, denoiser, adapter, label)
-    return adapter
 
 
 def remove_adapter(denoiser: ModelMixin, adapter: str) -> None:
