@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import OFTConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anchor_files import lora, lora_weights
+from anchor_files import lora, lora_weights, trained
 from lora_families import FAMILIES, Family
 from tiny_parts import noise
 
@@ -87,8 +88,10 @@ UNET, COMFY = flat("lora_unet_"), dotted("diffusion_model.")
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def lora_file(names: Names, named: Named, ends: tuple[str, str], alpha: bool = True) -> Callable[[File], None]:
-    """Writes a LoRA with these names of layers and of factors, and a scale for each layer or none."""
+def lora_file(
+    names: Names, named: Named, ends: tuple[str, str], alpha: bool = True, scale: float = 1.0
+) -> Callable[[File], None]:
+    """Writes a LoRA with these names of layers and factors, a scale for each layer or none; then it is `scale`."""
 
     def write(file: File) -> None:
         for k, (name, paths) in enumerate(names(file.family).items()):
@@ -99,7 +102,7 @@ def lora_file(names: Names, named: Named, ends: tuple[str, str], alpha: bool = T
             file.tensors |= {f"{named(name)}.{ends[0]}": down, f"{named(name)}.{ends[1]}": up}
             if alpha:
                 file.tensors[f"{named(name)}.alpha"] = torch.tensor(own)
-            file.put(name, paths, weight + (own / rank if alpha else 1.0) * low_rank(down, up))
+            file.put(name, paths, weight + (own / rank if alpha else scale) * low_rank(down, up))
 
     return write
 
@@ -261,6 +264,10 @@ def norms(file: File) -> None:
     changed_norms(file, UNET, ("w_norm", "b_norm"))
 
 
+def peft_oft(file: File) -> None:
+    """PEFT's own writer is used in the test."""
+
+
 def rest(end: str, *shape: int) -> Callable[[Tensor, int], tuple[State, Tensor]]:
     return lambda weight, seed: ({end: noise(*shape, seed=seed)}, weight)
 
@@ -319,9 +326,9 @@ DIALECTS: dict[str, Dialect] = {
         lora_file(published, COMFY, PEFT, alpha=False), "Flux.2, Qwen-Image, Chroma, HiDream, Wan, LTX-2"
     ),
     "diffusion-pipe": Dialect(
-        lora_file(published, COMFY, PEFT, alpha=False),
+        lora_file(published, COMFY, PEFT, alpha=False, scale=2.0),
         "Flux.2, Qwen-Image, Chroma, Lumina2, HiDream, Wan, LTX-2, HunyuanVideo",
-        folder={"peft_type": "LORA", "r": 4, "lora_alpha": 4},
+        folder={"peft_type": "LORA", "r": 4, "lora_alpha": 8},
     ),
     "DiffSynth-Studio": Dialect(
         lora_file(published, dotted(""), DEFAULT, alpha=False), "Flux.2, Qwen-Image, Z-Image, Wan, LTX-2"
@@ -340,6 +347,7 @@ DIALECTS: dict[str, Dialect] = {
     "DoRA by rows": Dialect(changed_file(dora(True), published, UNET), copy=LYCORIS),
     "DoRA by columns": Dialect(changed_file(dora(False), published, UNET), copy=LYCORIS),
     "OFT (kohya's, LyCORIS')": Dialect(changed_file(oft, published, flat("oft_unet_")), copy=LYCORIS),
+    "PEFT folder of OFT": Dialect(peft_oft, copy="SD, SDXL, SD3, Flux, Qwen-Image"),
     "OFT of OneTrainer": Dialect(
         changed_file(rest("oft_R.weight", 2, 3), own_names, flat("lora_unet_")),
         refused="SD, SDXL",
@@ -373,6 +381,10 @@ def write(dialect: Dialect, family: str, denoiser: Any, folder: Path) -> tuple[P
             down, up = (weights[f"{path}.lora_{side}.weight"] for side in "AB")
             own[f"{path}.weight"] += 0.5 * low_rank(down, up)
         return folder, own
+    if dialect.write is peft_oft:
+        adapted = trained(denoiser, OFTConfig(oft_block_size=2, target_modules=list(FAMILIES[family].layers)))
+        adapted.save_pretrained(folder)
+        return folder, adapted.merge_and_unload().state_dict()
     dialect.write(file)
     name = "adapter_model.safetensors" if dialect.folder else "file.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in file.tensors.items()}, folder / name)

@@ -227,7 +227,7 @@ def _empty_module(reference: ModelMixin, config: Mapping[str, Any] | None, label
 
 def empty_copy(reference: ModelMixin, config: Mapping[str, Any] | None = None) -> ModelMixin:
     """A denoiser of the reference's class without weights (parameters on the meta device)."""
-    with init_empty_weights():
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
         return type(reference).from_config(_config(reference) if config is None else dict(config)).eval()
 
 

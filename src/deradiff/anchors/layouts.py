@@ -7,7 +7,7 @@ a layer of the file. That holds for any kind of change of the layer, and for fil
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,30 @@ _LISTS = {
 _SIZE_EMBEDDINGS = ("label_emb.0.0", "label_emb.0.2")
 _MOST_CANDIDATES = 1024
 
+# ComfyUI's names for HunyuanVideo's layers, and those of its own code.
+_HUNYUAN_IN_COMFY = {
+    r"_attn\.(qkv|proj)\.": r"_attn_\1.",
+    r"_attn\.norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)$": r"_attn_\1_norm.weight",
+    r"_mlp\.0\.": "_mlp.fc1.",
+    r"_mlp\.2\.": "_mlp.fc2.",
+    r"(_mod|modulation)\.lin\.": r"\1.linear.",
+}
+# From HunyuanVideo 1.5's own code to diffusers'.
+_HUNYUAN_15 = {
+    r"^double_blocks\.": "transformer_blocks.",
+    r"\.img_attn_([qkv])\.": r".attn.to_\1.",
+    r"\.txt_attn_([qkv])\.": r".attn.add_\1_proj.",
+    r"\.img_attn_proj\.": ".attn.to_out.0.",
+    r"\.txt_attn_proj\.": ".attn.to_add_out.",
+    r"\.img_attn_([qk])_norm\.": r".attn.norm_\1.",
+    r"\.txt_attn_([qk])_norm\.": r".attn.norm_added_\1.",
+    r"\.img_mlp\.fc1\.": ".ff.net.0.proj.",
+    r"\.img_mlp\.fc2\.": ".ff.net.2.",
+    r"\.txt_mlp\.fc1\.": ".ff_context.net.0.proj.",
+    r"\.txt_mlp\.fc2\.": ".ff_context.net.2.",
+    r"\.img_mod\.linear\.": ".norm1.linear.",
+    r"\.txt_mod\.linear\.": ".norm1_context.linear.",
+}
 
 Shapes = Mapping[str, tuple[int, ...]]
 Way = tuple[tuple[int, int], ...]
@@ -183,12 +207,14 @@ def _converted(names: Sequence[str], denoiser: ModelMixin, shapes: Shapes) -> di
 
 def _convert(names: Sequence[str], denoiser: ModelMixin, shapes: Shapes) -> dict[str, list[Rows]] | None:
     """As `_converted`; None where the converter fails."""
-    converter = SINGLE_FILE_LOADABLE_CLASSES.get(type(denoiser).__name__, {}).get("checkpoint_mapping_fn")
+    kind = type(denoiser).__name__
+    converter = _CONVERTERS.get(kind) or SINGLE_FILE_LOADABLE_CLASSES.get(kind, {}).get("checkpoint_mapping_fn")
     if converter is None or not names:
         return {}
     prefix = _ORIGINAL if _is_unet(denoiser) else ""
     checkpoint = _Checkpoint({prefix + name: _Symbol() for name in _blocks(denoiser)})
-    checkpoint |= {prefix + name: _Symbol((name, ())) for name in names}
+    renamed = _HUNYUAN_IN_COMFY if kind.startswith("HunyuanVideo") else {}
+    checkpoint |= {prefix + _replaced(name, renamed): _Symbol((name, ())) for name in names}
     try:
         converted = converter(checkpoint=checkpoint, config=dict(denoiser.config))
     except Exception:  # a converter raises whatever it stumbles over
@@ -200,6 +226,29 @@ def _convert(names: Sequence[str], denoiser: ModelMixin, shapes: Shapes) -> dict
             for part, (name, way) in enumerate(symbol.pieces):
                 pieces.setdefault(name, {})[way] = Rows(parameter, _rows(shapes[parameter]) // parts, part, parts)
     return {name: [ways[way] for way in sorted(ways)] for name, ways in pieces.items() if _whole(ways)}
+
+
+def _replaced(name: str, patterns: Mapping[str, str]) -> str:
+    for pattern, new in patterns.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _hunyuan_video_15(checkpoint: Mapping[str, _Symbol], **_: Any) -> dict[str, _Symbol]:
+    """The blocks of HunyuanVideo 1.5, for which diffusers has no converter; others are left as they are."""
+    converted: dict[str, _Symbol] = {}
+    for name, symbol in checkpoint.items():
+        plain = _replaced(name, _HUNYUAN_15)
+        fused = re.search(r"(.*\.)(img|txt)_attn_qkv\.(\w+)$", plain)
+        if fused is None:
+            converted[plain] = symbol
+            continue
+        to = ("to_q", "to_k", "to_v") if fused[2] == "img" else ("add_q_proj", "add_k_proj", "add_v_proj")
+        converted |= {f"{fused[1]}attn.{own}.{fused[3]}": part for own, part in zip(to, symbol.chunk(3), strict=True)}
+    return converted
+
+
+_CONVERTERS: dict[str, Callable[..., dict[str, _Symbol]]] = {"HunyuanVideo15Transformer3DModel": _hunyuan_video_15}
 
 
 def _rows(shape: tuple[int, ...]) -> int:

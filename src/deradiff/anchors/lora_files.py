@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -24,7 +25,7 @@ from deradiff.anchors.layouts import PREFIX
 from deradiff.anchors.sources import some
 
 PEFT_PREFIX = "base_model.model."
-MARK = re.compile(r"(?:^|[._])(?:lora\d*|lokr|hada|dora)[._]")
+MARK = re.compile(r"(?:^|[._])(?:lora\d*|lokr|hada|dora|b?oft|hra)[._]")
 """What ends a layer's name in the names of its factors."""
 
 _FILE_MARK = re.compile(MARK.pattern + r"|\.(?:diff|diff_b|set_weight|[wb]_norm|oft_\w+|boft_\w+)$")
@@ -131,6 +132,13 @@ def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) ->
         )
     require_numbers({name: t for name, t in own.items() if not name.endswith(".alpha")}, label)
     return Parts(own, shared, idle)
+
+
+def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The tensors with a scale for every layer of a LoRA, where it stands beside the file."""
+    factors = {name: match for name in tensors if (match := _FACTOR.fullmatch(name)) and match["up"] is None}
+    alphas = {f"{match['layer']}.alpha": torch.tensor(scale * len(tensors[name])) for name, match in factors.items()}
+    return {**tensors, **alphas}
 
 
 def _require_readable(tensors: Mapping[str, Tensor], label: str) -> None:
