@@ -248,7 +248,7 @@ def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
 
 
 def _lists_the_end(scheduler: SchedulerMixin) -> bool:
-    """Whether the last timestep is only where the last step leads to: SCM's and Würstchen's, which no pipeline visits."""
+    """Whether the last timestep is only where the last step leads to, never visited: SCM's and Würstchen's."""
     return _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from accelerate.utils.operations import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
