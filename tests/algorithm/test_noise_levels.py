@@ -191,7 +191,7 @@ def test_a_scheduler_with_no_noise_levels_has_no_snr():
     ids=["epsilon", "v", "sample", "flow", "edm"],
 )
 def test_the_clock_of_log_weights_runs_with_what_an_output_is_worth_in_noise(scheduler, squared):
-    for log_snr in (-6.0, -1.0, 0.5, 4.0):
+    for level in (-6.0, -1.0, 0.5, 4.0):
         step = 1e-4
-        slope = (weight_clock(scheduler, log_snr + step) - weight_clock(scheduler, log_snr - step)) / (2 * step)
-        assert slope == pytest.approx(squared(math.exp(log_snr)) / 2, rel=1e-5)
+        slope = (weight_clock(scheduler, level + step) - weight_clock(scheduler, level - step)) / (2 * step)
+        assert slope == pytest.approx(squared(math.exp(level)) / 2, rel=1e-5)
