@@ -62,7 +62,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Parts:
+class LoraParts:
     """The tensors of a file, by what they are for."""
 
     own: Mapping[str, Tensor]
@@ -116,7 +116,7 @@ def read_lora(
     return {key: tensor.as_subclass(Tensor).clone() for key, tensor in weights.items()}
 
 
-def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) -> Parts:
+def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) -> LoraParts:
     """Sort the tensors of a file by what they are for. Raises `AnchorError` where none is for the denoiser."""
     plain = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
     tensors = plain if len(plain) == len(tensors) else tensors
@@ -131,7 +131,7 @@ def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) ->
             "are mixed; text encoders serve both models."
         )
     require_numbers({name: t for name, t in own.items() if not name.endswith(".alpha")}, label)
-    return Parts(own, shared, idle)
+    return LoraParts(own, shared, idle)
 
 
 def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def _no_place(
     )
 
 
-def warn_left_out(parts: Parts, label: str) -> None:
+def warn_left_out(parts: LoraParts, label: str) -> None:
     """Warn about what serves both models, and about changes that are none."""
     if parts.shared:
         warnings.warn(

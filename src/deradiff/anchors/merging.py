@@ -17,14 +17,14 @@ from deradiff.anchors.checks import base_tensors
 from deradiff.anchors.errors import IncompatibleAnchor
 from deradiff.anchors.full_weights import copy_of
 from deradiff.anchors.layouts import Rows, locate
-from deradiff.anchors.lora_files import Parts, in_part, scaled
+from deradiff.anchors.lora_files import LoraParts, in_part, scaled
 from deradiff.anchors.sources import some
 
 _OF_BIAS = {"diff_b", "alpha"}
 
 
 @dataclass(frozen=True)
-class Layer:
+class MergedLayer:
     """What a file holds for one of its layers, and where that layer is."""
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Layer:
     bias: tuple[Rows, ...]
 
 
-def layers_of(parts: Parts, denoiser: ModelMixin, label: str) -> dict[str, Layer] | None:
+def layers_of(parts: LoraParts, denoiser: ModelMixin, label: str) -> dict[str, MergedLayer] | None:
     """The layers that a file changes, by its own names; None where none of them is the denoiser's.
 
     Raises `IncompatibleAnchor` naming tensors without a place, and a parameter that is changed twice.
@@ -57,7 +57,7 @@ def layers_of(parts: Parts, denoiser: ModelMixin, label: str) -> dict[str, Layer
         if (of_weight and not weight) or ("diff_b" in factors and not bias) or factors.keys() <= {"alpha"}:
             lost += factors.values()
             continue
-        layers[layer] = Layer(
+        layers[layer] = MergedLayer(
             tuple(factors.values()),
             {factor: parts.own[name] for factor, name in factors.items()},
             tuple(weight if of_weight else ()),
@@ -78,7 +78,7 @@ def _split(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _require_once(layers: Mapping[str, Layer], label: str) -> None:
+def _require_once(layers: Mapping[str, MergedLayer], label: str) -> None:
     changed: dict[Rows, str] = {}
     whole: dict[str, str] = {}
     for layer in layers.values():
@@ -92,7 +92,7 @@ def _require_once(layers: Mapping[str, Layer], label: str) -> None:
                 whole[rows.parameter] = layer.names[0]
 
 
-def as_lora(layers: Mapping[str, Layer], label: str) -> dict[str, Tensor] | None:
+def as_lora(layers: Mapping[str, MergedLayer], label: str) -> dict[str, Tensor] | None:
     """The factors under PEFT's names, scales multiplied in (`lora_B @ lora_A`); None where not all are of a LoRA."""
     downs: dict[str, Tensor] = {}
     ups: dict[str, dict[int, Tensor]] = {}
@@ -115,7 +115,7 @@ def as_lora(layers: Mapping[str, Layer], label: str) -> dict[str, Tensor] | None
 
 
 @torch.no_grad()
-def merged_copy(layers: Mapping[str, Layer], denoiser: ModelMixin, label: str) -> ModelMixin:
+def merged_copy(layers: Mapping[str, MergedLayer], denoiser: ModelMixin, label: str) -> ModelMixin:
     """A denoiser of its own: `denoiser` with every layer changed by its factors.
 
     A layer of several parameters (queries, keys and values in one) is changed as the one matrix that it was trained as.

@@ -27,7 +27,7 @@ class RealignedSteps:
     """The steps of a dial's runs, by its `method` and `path` (see `realignment.realign`)."""
 
     def __init__(self, denoisers: Denoisers, method: Method, path: Where) -> None:
-        self._denoisers, self._method, self._path = denoisers, method, path
+        self._denoisers, self.method, self._path = denoisers, method, path
 
     @torch.compiler.disable
     def evaluation(
@@ -69,7 +69,7 @@ class RealignedSteps:
         )
         if len(models) == 1:
             return step
-        if self._method == "interpolate":
+        if self.method == "interpolate":
             return step.blended()
         if run.reuse is None:
             return step
