@@ -247,7 +247,7 @@ def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
 
 
 def _lists_the_end(scheduler: SchedulerMixin) -> bool:
-    """Whether the last timestep is only where the last step leads to: SCM's and Würstchen's, which no pipeline visits."""
+    """Whether the last timestep is only where the last step leads to, SCM's and Würstchen's: no pipeline visits it."""
     return _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config
 
 
