@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from types import MethodType
 from typing import Any
 
 import torch
@@ -168,11 +169,11 @@ def stepping_through(
     def meeting(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip([*parameters][1:], args, strict=False)) | kwargs
         output, timestep, sample = (given.pop(name) for name in ("model_output", "timestep", "sample"))
-        arrived[k] = (output, timestep, sample, given, step.__get__(scheduler))
+        arrived[k] = (output, timestep, sample, given, MethodType(step, scheduler))
         barrier.wait()
         return leaving[k]
 
-    pipe.scheduler.step = meeting.__get__(pipe.scheduler)  # a copy of the scheduler has its own
+    pipe.scheduler.step = MethodType(meeting, pipe.scheduler)  # a copy of the scheduler has its own
     try:
         yield
     finally:
