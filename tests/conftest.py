@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector the libraries, which stay: walking through them was a fifth of what tests that train cost."""
+    """Spare the garbage collector the libraries, which stay: a fifth of what tests that train cost was walking them."""
     gc.collect()
     gc.freeze()
 
