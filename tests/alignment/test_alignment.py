@@ -24,7 +24,7 @@ from tiny import make
 from two_processes import run_by_two
 
 PLAN = TrainingPlan(
-    steps=6, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
+    steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 
 
@@ -267,16 +267,27 @@ def test_micro_batches_only_round_differently(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path: Path) -> None:
+    def fit(stop_at: int = 0) -> None:
+        """One weight: what a checkpoint is asked does not depend on what is trained."""
+
+        def report(done: int, planned: int, line: str) -> None:
+            if done == stop_at:
+                raise Interrupted
+
+        run = TrainingRun(seed=7, checkpoint=tmp_path / "checkpoint", report=report, identity="β = 500")
+        train(nn.Linear(1, 1), lambda model, *_: model(torch.ones(1, 1)).sum(), lambda _: 0.0, PLAN, run=run)
+
     with pytest.raises(Interrupted):
-        aligned(tmp_path, 2, stop_at=4)
+        fit(stop_at=4)
     progress = tmp_path / "checkpoint" / "progress.json"
-    progress.write_text(progress.read_text().replace("500", "600"))
+    good = progress.read_text()
+    progress.write_text(good.replace("500", "600"))
     with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", 500, 600)):
-        aligned(tmp_path, 2)
-    for content in ("{", "[]", "{}", progress.read_text().replace('"step": 3', '"step": 300')):
+        fit()
+    for content in ("{", "[]", "{}", good.replace('"step": 3', '"step": 300')):
         progress.write_text(content)
         with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", CURE)):
-            aligned(tmp_path, 2)
+            fit()
 
 
 GOOD = {
