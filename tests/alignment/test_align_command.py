@@ -23,7 +23,7 @@ from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
 from messages import naming
 
-SMALL = ["--cpu", "--count", "24", "--held-out", "4", "--steps", "3", "--batch", "4"]
+SMALL = ["--cpu", "--count", "12", "--held-out", "4", "--steps", "3", "--batch", "4", "--sampling-steps", "2"]
 
 
 def command(*arguments: object) -> Result:
