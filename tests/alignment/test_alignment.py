@@ -1,4 +1,4 @@
-"""Diffusion-DPO on Stable Diffusion and SDXL: the loss by hand, a LoRA's reference, resuming, two processes."""
+"""Diffusion-DPO on Stable Diffusion and SDXL: the loss by hand, a LoRA's reference, resuming."""
 
 import json
 import math
@@ -21,7 +21,6 @@ from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from messages import naming
 from tiny import make
-from two_processes import run_by_two
 
 PLAN = TrainingPlan(
     steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
@@ -339,28 +338,3 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
             ),
         )
     assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
-
-
-TWO = """
-from test_alignment import PLAN, InMemory, base_of
-from deradiff.alignment.base import Policy
-from deradiff.alignment.dpo import train_dpo
-from deradiff.alignment.training import TrainingRun
-base = base_of()
-policy = Policy(base, 2, seed=4)
-curve = train_dpo(
-    base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
-    run=TrainingRun(7, folder / "checkpoint", lambda *_: None, accelerator, "two"),
-)
-weights = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
-result = {"weights": weights, "held_out": curve.held_out}
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    found = run_by_two(TWO, tmp_path)
-    alone, curve = aligned(tmp_path / "alone", 2)
-    assert found["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
-    start = {name: p for name, p in Policy(base_of(), 2, seed=4).model.named_parameters() if p.requires_grad}
-    moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
-    assert max((found["weights"][name] - alone[name]).abs().max().item() for name in alone) < 0.05 * moved
