@@ -1,4 +1,4 @@
-"""Diffusion-DPO on Stable Diffusion and SDXL: the loss by hand, a LoRA's reference, resuming, two processes."""
+"""Diffusion-DPO on Stable Diffusion and SDXL: the loss by hand, a LoRA's reference, resuming."""
 
 import json
 import math
@@ -21,10 +21,9 @@ from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from messages import naming
 from tiny import make
-from two_processes import run_by_two
 
 PLAN = TrainingPlan(
-    steps=6, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
+    steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 
 
@@ -267,16 +266,27 @@ def test_micro_batches_only_round_differently(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_a_broken_one_named(tmp_path: Path) -> None:
+    def fit(stop_at: int = 0) -> None:
+        """One weight: what a checkpoint is asked does not depend on what is trained."""
+
+        def report(done: int, planned: int, line: str) -> None:
+            if done == stop_at:
+                raise Interrupted
+
+        run = TrainingRun(seed=7, checkpoint=tmp_path / "checkpoint", report=report, identity="β = 500")
+        train(nn.Linear(1, 1), lambda model, *_: model(torch.ones(1, 1)).sum(), lambda _: 0.0, PLAN, run=run)
+
     with pytest.raises(Interrupted):
-        aligned(tmp_path, 2, stop_at=4)
+        fit(stop_at=4)
     progress = tmp_path / "checkpoint" / "progress.json"
-    progress.write_text(progress.read_text().replace("500", "600"))
+    good = progress.read_text()
+    progress.write_text(good.replace("500", "600"))
     with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", 500, 600)):
-        aligned(tmp_path, 2)
-    for content in ("{", "[]", "{}", progress.read_text().replace('"step": 3', '"step": 300')):
+        fit()
+    for content in ("{", "[]", "{}", good.replace('"step": 3', '"step": 300')):
         progress.write_text(content)
         with pytest.raises(ValueError, match=naming(tmp_path / "checkpoint", CURE)):
-            aligned(tmp_path, 2)
+            fit()
 
 
 GOOD = {
@@ -328,28 +338,3 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(tmp_path: Path) -> No
             ),
         )
     assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
-
-
-TWO = """
-from test_alignment import PLAN, InMemory, base_of
-from deradiff.alignment.base import Policy
-from deradiff.alignment.dpo import train_dpo
-from deradiff.alignment.training import TrainingRun
-base = base_of()
-policy = Policy(base, 2, seed=4)
-curve = train_dpo(
-    base, policy, InMemory(base, 17, held_out=5), 500.0, PLAN, batch=4, dropout=0.1, per_pass=2,
-    run=TrainingRun(7, folder / "checkpoint", lambda *_: None, accelerator, "two"),
-)
-weights = {name: p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
-result = {"weights": weights, "held_out": curve.held_out}
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    found = run_by_two(TWO, tmp_path)
-    alone, curve = aligned(tmp_path / "alone", 2)
-    assert found["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
-    start = {name: p for name, p in Policy(base_of(), 2, seed=4).model.named_parameters() if p.requires_grad}
-    moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
-    assert max((found["weights"][name] - alone[name]).abs().max().item() for name in alone) < 0.05 * moved

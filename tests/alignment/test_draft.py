@@ -24,7 +24,7 @@ from messages import naming
 from test_sampling_gradients import PROMPTS, base_of
 
 PLAN = TrainingPlan(
-    steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
+    steps=4, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 SAMPLING = SamplerSettings("ddim", 3, 2.0)
 
@@ -203,7 +203,7 @@ def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> No
 def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:
     prompts, reward = captions.sample_prompts(60, 5), BoldReward()
     sampling = SamplerSettings("ddim", 5, 1.0)
-    plan = TrainingPlan(steps=12, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=12)
+    plan = TrainingPlan(steps=8, learning_rate=2e-3, warmup=0, average=0.0, evaluate_every=8)
 
     def rewards(base: Base, model: Any) -> torch.Tensor:
         generators = row_generators(9, range(20))
@@ -213,10 +213,10 @@ def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_pa
             )
             return reward(decode(base, drawn.latents), prompts[:20])
 
-    gained = {}
+    base = Base(digits.load_pipeline())
+    before, gained = rewards(base, base.denoiser), {}
     for kl in (0, 4.0):
         base = Base(digits.load_pipeline())
-        before = rewards(base, base.denoiser)
         policy = Policy(base, 8, WIDER_TARGETS)
         run = TrainingRun(1, tmp_path / f"{kl}", lambda *_: None)
         train_draft(RewardTask(base, policy, prompts[20:], prompts[:4], reward, kl, plan, run, 8, sampling))

@@ -32,7 +32,6 @@ from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from messages import naming
 from tiny import make
-from two_processes import run_by_two
 
 PROMPTS = ["a red fox", "two blue owls", "a fox", "an owl"]
 PLAN = TrainingPlan(steps=4, learning_rate=1e-3, warmup=2, average=0.5, evaluate_every=2, checkpoint_seconds=0)
@@ -256,23 +255,6 @@ def test_interrupted_alignment_ends_with_the_same_bits(tmp_path: Path, rank: int
     assert again == curve and all(torch.equal(weights[name], whole[name]) for name in whole)
     start = Policy(base_of(), rank, seed=4).model.state_dict()
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
-
-
-TWO = """
-from test_policy_gradient import PLAN, aligned
-weights, curve = aligned(folder / "two", 2, replace(PLAN, steps=2), accelerator=accelerator)
-result = {"weights": weights, "held_out": curve.held_out}
-"""
-
-
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    found = run_by_two(TWO, tmp_path)
-    alone, curve = aligned(tmp_path / "alone", 2, replace(PLAN, steps=2))
-    assert found["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
-    start = {name: p for name, p in Policy(base_of(), 2, seed=4).model.named_parameters() if p.requires_grad}
-    moved = max((alone[name] - start[name]).abs().max().item() for name in alone)
-    assert moved > 0
-    assert max((found["weights"][name] - alone[name]).abs().max().item() for name in alone) < 0.05 * moved
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.01])

@@ -21,7 +21,7 @@ from messages import naming
 from test_sampling_gradients import PROMPTS, base_of
 
 PLAN = TrainingPlan(
-    steps=6, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
+    steps=4, learning_rate=1e-3, warmup=0, average=0.5, evaluate_every=2, patience=4, checkpoint_seconds=0, max_norm=1.0
 )
 
 # --- weights

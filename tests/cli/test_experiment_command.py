@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from deradiff.cli import app
 from deradiff.experiments.plan import read_plan
+from deradiff.experiments.reporting import exhibits
 from small_experiment import SMALL, files
 
 PLAN = SMALL | {
@@ -81,7 +82,8 @@ def test_the_export_has_a_row_for_every_cell(done: Path) -> None:
     assert list(csv.DictReader((done / "tables" / "images.csv").open())) == rows
 
 
-def test_the_report_has_all_of_it(done: Path) -> None:
+def test_the_report_has_all_of_it(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exhibits, "DPI", 30)  # nobody looks at them here
     said = deradiff("report", done / "run")
     page = (done / "run" / "report" / "report.html").read_text()
     assert "report.html" in said

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import written_files
 from damaging import damage, is_sentence
 from deradiff.cli import app
+from deradiff.experiments.reporting import exhibits
 from deradiff.files import reading, tensors
 from deradiff.files.plans import PlanPart
 from deradiff.files.plans import read as read_plan
@@ -230,7 +231,8 @@ def command(*arguments: object) -> str:
     return " ".join(done.output.split())
 
 
-def test_commands_say_what_is_wrong_with_a_store_and_a_study(room: Any) -> None:
+def test_commands_say_what_is_wrong_with_a_store_and_a_study(room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exhibits, "rendered", lambda *_: b"")  # figures would take most of the time, and read no file
     files = room("databases")
     for file in files:
         name = file.folder.name

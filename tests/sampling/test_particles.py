@@ -17,6 +17,8 @@ from messages import naming
 from tiny import KINDS, Counter, denoiser, make
 
 LAMS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+# Every λ where the anchor is strongest; elsewhere the ends of its range.
+PAIRS = [*((0.5, lam) for lam in LAMS), *((beta, lam) for beta in (1.0, 2.0) for lam in (LAMS[0], LAMS[-1]))]
 
 
 def ddim(**changes: Any) -> DDIMScheduler:
@@ -46,11 +48,13 @@ def run(
         )
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("lam", LAMS)
+@pytest.mark.parametrize(("beta", "lam"), PAIRS)
 def test_particles_are_exact_where_algorithm_1_is_off_by_a_third(beta, lam):
-    """All 18 pairs: the reward within 2% of the exact shift and modes within 0.01, beyond Monte Carlo error."""
-    world, reward, count = crossing(), crossing().rewards["slope"], 20_000
+    """The reward within 2% of the exact shift and modes within 0.01, beyond Monte Carlo error.
+
+    Where the anchor is strongest, 6000 particles see an error of 5% of the shift; Algorithm 1's is 30% at λ = 0.25.
+    """
+    world, reward, count = crossing(), crossing().rewards["slope"], 6000
     particles = run(world, {"a": {"slope": 1 / beta}}, lam, count)
     exact = world.aligned({"slope": lam / beta})
     estimate, truth = particles.mean(reward(particles.images)), exact.expected(reward)

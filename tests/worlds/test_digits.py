@@ -201,7 +201,7 @@ PLAN = TrainingPlan(
 
 
 def test_training_stops_when_the_held_out_loss_is_flat_and_keeps_the_best(tmp_path: Path) -> None:
-    weights, curve = quadratic(tmp_path, PLAN, lambda *_: None)
+    weights, curve = quadratic(tmp_path, replace(PLAN, checkpoint_seconds=1000), lambda *_: None)
     assert curve.stopped == "flat" and curve.step[-1] < 400
     assert curve.kept_step == curve.step[curve.held_out.index(min(curve.held_out))]
     assert weights == pytest.approx([1.0, -2.0, 0.5, 3.0], abs=0.1)
@@ -216,11 +216,12 @@ def test_interrupted_training_continues_with_the_same_bits(tmp_path: Path) -> No
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    whole = quadratic(tmp_path / "whole", PLAN, lambda *_: None)
+    plan = replace(PLAN, steps=90)
+    whole = quadratic(tmp_path / "whole", plan, lambda *_: None)
     with pytest.raises(Interrupted):
-        quadratic(tmp_path / "broken", PLAN, interrupt)
+        quadratic(tmp_path / "broken", plan, interrupt)
     assert (tmp_path / "broken" / "state").exists()
-    assert quadratic(tmp_path / "broken", PLAN, lambda *_: None) == whole
+    assert quadratic(tmp_path / "broken", plan, lambda *_: None) == whole
 
 
 def miniature() -> Settings:
@@ -254,20 +255,27 @@ def miniature() -> Settings:
     )
 
 
-def test_miniature_build_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_miniature_build_is_interrupted_everywhere_and_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How good the digits are is measured three times here, and nobody asks: two steps, and few real ones to compare.
+    draw = quality.draw
+    monkeypatch.setattr(quality, "draw", lambda pipe, prompts, seed, *_, **__: draw(pipe, prompts, seed, steps=2))
+    monkeypatch.setattr(quality, "render", lambda split, count, seed: data.render(split, count // 20, seed))
     build(tmp_path / "whole", miniature(), lambda *_: None)
     seen: set[tuple[str, int]] = set()
 
     def interrupt_once(stage: str, done: int, planned: int, line: str) -> None:
-        if done == 2 and (stage, done) not in seen:
+        # The second anchor is trained by the code of the first.
+        if done == 2 and stage != "anchor β = 2000" and (stage, done) not in seen:
             seen.add((stage, done))
             raise Interrupted
 
-    for _ in range(7):
+    for _ in range(6):
         with pytest.raises(Interrupted):
             build(tmp_path / "broken", miniature(), interrupt_once)
     files = build(tmp_path / "broken", miniature(), interrupt_once)
-    assert len(seen) == 7  # autoencoder, reference, pairs, two anchors, LoRA, export
+    assert len(seen) == 6  # autoencoder, reference, pairs, an anchor, LoRA, export
 
     for path in (tmp_path / "whole" / "files").rglob("*"):
         if path.is_file():
