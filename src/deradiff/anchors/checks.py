@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
@@ -19,7 +19,7 @@ _NEUTRAL = {"upcast_attention", "dropout"}
 _SHOWN = 5
 
 
-Pipeline = DiffusionPipeline | ModularPipeline
+Pipeline: TypeAlias = DiffusionPipeline | ModularPipeline
 """What denoises by components: diffusers' pipelines, and modular ones, whose blocks share theirs."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer")

@@ -160,9 +160,9 @@ class _Mixture(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
-        output = self.denoisers.predict(models, args, kwargs)
-        predictions = output.sample.unflatten(0, (-1, len(models))).movedim(1, 0)
-        return type(output)(sample=mixed(predictions, self.mixture_weights[models]))
+        outputs = [*self.denoisers.predict(models, args, kwargs).values()]
+        predictions = torch.stack([output.sample for output in outputs])
+        return type(outputs[0])(sample=mixed(predictions, self.mixture_weights[models]))
 
 
 class Teacher:
