@@ -29,12 +29,14 @@ demo: $(STAMP) ## turn the dial on the digits model that ships with the package;
 
 test: lint types docs tests ## everything that has to hold: format, lint, types, documentation, tests
 
-lint: $(STAMP) ## ruff (rules and formatting), and import-linter (which room may import which)
+lint: $(STAMP) ## ruff (rules and formatting), import-linter (which room may import which), vermin (no newer Python)
 	@echo "==> ruff"
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports --no-logo --no-cache
+	@echo "==> vermin"
+	@$(BIN)/vermin --quiet --no-tips --violations --target=3.11- src studies benchmarks tests
 
 types: $(STAMP) ## mypy
 	@echo "==> mypy"

@@ -89,7 +89,7 @@ def trained(model: nn.Module, config: PeftConfig, seed: int = 1) -> Any:
     torch.manual_seed(seed)
     wrapped = get_peft_model(copy.deepcopy(model), config).eval()
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name or "hada_" in name or "lokr_" in name:
+        if any(mark in name for mark in ("lora_", "hada_", "lokr_", "oft_")):
             parameter.data = parameter.data.abs() if "magnitude" in name else torch.randn_like(parameter) * 0.2
     return wrapped
 

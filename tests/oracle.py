@@ -2,13 +2,17 @@
 
 `algorithm_1` is the paper's listing, loop and all, for Stable Diffusion under DDPM, DDIM and Euler ancestral sampling.
 `lock_step` reaches every other pipeline and scheduler: the models' untouched pipelines run side by side, one thread
-each, and meet in `scheduler.step`, where lines 9 to 14 are done on the predictions they bring.
+each, and meet in `scheduler.step`, where lines 9 to 14 are done on the predictions they bring; copies of the scheduler
+that a pipeline makes in a call meet too.
 """
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
+from types import MethodType
 from typing import Any
 
 import torch
@@ -82,9 +86,12 @@ def lock_step(
     lam: Lams | Callable[[int], Lams],
     posterior: Posterior | None = None,
     seed: int = 11,
+    read: Callable[[Any], Any] = attrgetter("images"),
     **changes: Any,
-) -> Tensor:
+) -> Any:
     """Latents of a realigned run: `pipes` are pristine, the reference's first, and share nothing that has state.
+
+    `read` takes them out of what the pipelines return: a tensor or several.
 
     Without a `posterior` the guided predictions are mixed and the scheduler takes the step; with one (for DDPM and
     DDIM, which keep no count of their steps), means and variances are mixed and the step is drawn by hand. `lam` may be
@@ -128,7 +135,7 @@ def lock_step(
         try:
             with stepping_through(pipes[k], k, arrived, leaving, barrier):
                 generator = torch.Generator().manual_seed(seed)
-                latents[k] = pipes[k](generator=generator, **(call | changes)).images
+                latents[k] = read(pipes[k](generator=generator, **(call | changes)))
         except threading.BrokenBarrierError:
             pass
         except BaseException as error:
@@ -143,7 +150,10 @@ def lock_step(
             thread.join()
     if errors:
         raise errors[0]
-    assert calls > 0 and all(torch.equal(x, latents[0]) for x in latents), "the models must end at the same latents"
+    everything = [x if isinstance(x, tuple) else (x,) for x in latents]
+    assert calls > 0
+    for own in everything:
+        assert all(map(torch.equal, own, everything[0])), "the models must end at the same latents"
     return latents[0]
 
 
@@ -152,15 +162,18 @@ def stepping_through(
     pipe: DiffusionPipeline, k: int, arrived: list[Any], leaving: list[Any], barrier: threading.Barrier
 ) -> Iterator[None]:
     """Within, `pipe.scheduler.step` brings its arguments to the barrier and returns what was decided there."""
-    step = type(pipe.scheduler).step.__get__(pipe.scheduler)
+    step = type(pipe.scheduler).step
+    parameters = inspect.signature(step).parameters
 
     @functools.wraps(step)  # pipelines read its signature: who takes `eta`, who a `generator`
-    def meeting(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        arrived[k] = (model_output, timestep, sample, kwargs, step)
+    def meeting(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip([*parameters][1:], args, strict=False)) | kwargs
+        output, timestep, sample = (given.pop(name) for name in ("model_output", "timestep", "sample"))
+        arrived[k] = (output, timestep, sample, given, MethodType(step, scheduler))
         barrier.wait()
         return leaving[k]
 
-    pipe.scheduler.step = meeting
+    pipe.scheduler.step = MethodType(meeting, pipe.scheduler)  # a copy of the scheduler has its own
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """What is true of the package as a whole: it imports quickly, ships what it needs, and says one version everywhere."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -29,6 +30,30 @@ def modules_after(code: str) -> set[str]:
         check=True,
     ).stdout
     return {name.partition(".")[0] for name in printed.rpartition("MODULES")[2].split()}
+
+
+GONE = {
+    *("asynchat", "asyncore", "distutils", "imp", "smtpd"),  # from Python 3.12 on
+    *("aifc", "audioop", "cgi", "cgitb", "chunk", "crypt", "imghdr", "mailcap", "msilib", "nis", "nntplib"),  # 3.13
+    *("ossaudiodev", "pipes", "sndhdr", "spwd", "sunau", "telnetlib", "uu", "xdrlib", "lib2to3"),
+}
+
+
+@pytest.mark.parametrize("folder", ["src", "studies", "benchmarks", "tests"])
+def test_nothing_is_imported_that_newer_pythons_have_not(folder: str) -> None:
+    imported = {
+        name.partition(".")[0]
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    }
+    assert "pathlib" in imported and not imported & GONE
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

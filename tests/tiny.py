@@ -260,6 +260,11 @@ def sample(pipe: DiffusionPipeline, call: dict[str, Any], seed: int = 11, **chan
         return pipe(generator=torch.Generator().manual_seed(seed), **(call | changes)).images
 
 
+def tensors_in(output: Any) -> tuple[Tensor, ...]:
+    """All tensors that a pipeline returned, in its order."""
+    return tuple(value for value in output.to_tuple() if isinstance(value, Tensor))
+
+
 def trio(kind: str = "sd") -> tuple[DiffusionPipeline, nn.Module, dict[str, Any], list[DiffusionPipeline]]:
     """`make(kind)`, and beside it the reference's and the anchor's own pipelines, which share nothing with it."""
     return *make(kind), [make(kind)[0], with_denoiser(kind, make(kind)[1])]
@@ -289,8 +294,8 @@ class Counter:
     def __exit__(self, *_: object) -> None:
         self.hook.remove()
 
-    def count(self, *_: object) -> None:
-        self.number += 1
+    def count(self, module: nn.Module, *_: object) -> None:
+        self.number += module is self.layer
 
 
 def distance(one: Tensor, other: Tensor) -> float:

@@ -311,3 +311,10 @@ def test_variances_must_be_variances(variances):
     with pytest.raises(ValueError, match=naming("variances", variances)) as error:
         geometric_mixture(torch.zeros(2, 1), torch.tensor(variances).reshape(2, 1), torch.tensor([0.5, 0.5]))
     assert not isinstance(error.value, IllConditionedMixture)
+
+
+def test_large_weights_may_round_more_than_small_ones():
+    means, variances = torch.zeros(2, 1, 3), torch.ones(2, 1, 3)
+    assert geometric_mixture(means, variances, torch.tensor([[-39.0], [40.02]])).mean.shape == (1, 3)
+    with pytest.raises(ValueError, match=naming(1.02)):
+        geometric_mixture(means, variances, torch.tensor([[0.5], [0.52]], dtype=torch.float64))

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from deradiff.algorithm.noise_levels import index_of, log_snr, progress
+from deradiff.algorithm.noise_levels import index_of, log_snr, progress, weight_clock
 from messages import naming
 from scheduler_cases import make, model_input, prediction, start, started
 
@@ -177,3 +177,21 @@ def test_a_scheduler_with_no_noise_levels_has_no_snr():
     scheduler = diffusers.IPNDMScheduler()
     scheduler.set_timesteps(4)
     assert math.isnan(log_snr(scheduler, scheduler.timesteps[0]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "squared"),
+    [
+        (diffusers.DDPMScheduler(), lambda snr: 1.0),
+        (diffusers.DDPMScheduler(prediction_type="v_prediction"), lambda snr: snr / (1 + snr)),
+        (diffusers.DDPMScheduler(prediction_type="sample"), lambda snr: snr),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), lambda snr: (snr**0.5 / (1 + snr**0.5)) ** 2),
+        (diffusers.EDMEulerScheduler(sigma_data=0.5), lambda snr: 0.25 * snr / (1 + 0.25 * snr)),
+    ],
+    ids=["epsilon", "v", "sample", "flow", "edm"],
+)
+def test_the_clock_of_log_weights_runs_with_what_an_output_is_worth_in_noise(scheduler, squared):
+    for level in (-6.0, -1.0, 0.5, 4.0):
+        step = 1e-4
+        slope = (weight_clock(scheduler, level + step) - weight_clock(scheduler, level - step)) / (2 * step)
+        assert slope == pytest.approx(squared(math.exp(level)) / 2, rel=1e-5)

@@ -251,3 +251,18 @@ def test_variances_that_cannot_be_are_refused_with_the_reason():
         UnsupportedScheduler, match=naming("EulerAncestralDiscreteScheduler", "prediction_type='sample'")
     ):
         posteriors.posterior(scheduler, x, scheduler.timesteps[0], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "eta", "share"),
+    [
+        ("DDIMScheduler", {}, 0.3, 0.3),
+        ("DDPMScheduler", {}, 0.3, 1.0),
+        ("EulerAncestralDiscreteScheduler", {}, 0.0, 1.0),
+        ("EulerDiscreteScheduler", {}, 0.3, 0.0),
+    ],
+)
+def test_how_much_of_a_step_is_noise(name, config, eta, share):
+    scheduler = started(name, config, steps=4)
+    assert posteriors.share_of_noise(scheduler, eta) == share
+    assert posteriors.memoryless(scheduler, eta) == (share == 1)

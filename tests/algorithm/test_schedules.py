@@ -308,3 +308,7 @@ def test_a_lambda_of_any_library_is_read():
         assert parse_lam(lam, ["a"]).raw == 0.5
     for lams in (torch.tensor([0.5, 2]), np.array([0.5, 2]), [torch.tensor(0.5), 2], torch.tensor([0.5, 2]).bfloat16()):
         assert parse_lam(lams, ["a"]).raw == (0.5, 2.0)
+
+
+def test_a_schedule_says_how_far_it_goes_unless_that_is_one():
+    assert "1.5" in str(Power(2, 1.5)) and "λ = 1" not in str(Power(2))

@@ -184,3 +184,18 @@ def test_other_lam_of_two_anchors_and_refusals():
     ):
         with pytest.raises(ValueError, match="memoryless"):
             asked()
+
+
+def test_the_error_of_a_derivative_is_the_spread_of_repeated_runs_over_prompts_of_different_size():
+    groups = torch.tensor([0] * 60 + [1] * 20)
+    generator = torch.Generator().manual_seed(3)
+    values, errors = [], []
+    for _ in range(400):
+        ratio, noise = torch.randn(2, 80, generator=generator, dtype=torch.float64)
+        run = run_of(torch.zeros(80), log_ratios={"anchor": ratio}, memoryless=True)
+        made = slope(run, ratio + noise, groups)["anchor"]
+        values.append(made.value)
+        errors.append(made.error)
+    spread = torch.tensor(values).std().item()  # known to 4% from 400 runs
+    assert sum(values) / 400 == pytest.approx(1, abs=4 * spread / 20)
+    assert sum(errors) / 400 == pytest.approx(spread, rel=0.15)

@@ -21,7 +21,7 @@ from deradiff.algorithm.schedules import Progress
 Timestep = float | int | Tensor
 
 ROUNDING = 2**-8
-"""By how much of the longest time half precision may round a timestep."""
+"""By how much of itself half precision may round a timestep."""
 
 
 class _Clock(NamedTuple):
@@ -55,7 +55,8 @@ def progress(scheduler: SchedulerMixin, timestep: Timestep) -> Progress:
 def progress_at(scheduler: SchedulerMixin, i: int) -> Progress:
     """`progress` at the i-th of the scheduler's timesteps."""
     clock = _clock(_timesteps(scheduler))
-    return Progress(steps=clock.ranks[i] / (clock.ranks[-1] + 1), time=_time(scheduler, i, clock.timesteps[i]))
+    steps = clock.ranks[-1] + (0 if _lists_the_end(scheduler) else 1)
+    return Progress(steps=clock.ranks[i] / steps, time=_time(scheduler, i, clock.timesteps[i]))
 
 
 def log_snr(scheduler: SchedulerMixin, timestep: Timestep) -> float:
@@ -193,9 +194,10 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep | None) -> int:
         scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
         distances = min(distances, scaled, key=min)
     least = min(distances)
-    if counts and least > ROUNDING * max(timesteps):
+    nearest = timesteps[distances.index(least)]
+    if counts and least > ROUNDING * max(abs(nearest), least):
         return 0
-    return places[timesteps[distances.index(least)]]
+    return places[nearest]
 
 
 def _timesteps(scheduler: SchedulerMixin) -> Tensor:
@@ -245,6 +247,11 @@ def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
     return not hasattr(scheduler, "sigmas") and "sigma_data" in scheduler.config
 
 
+def _lists_the_end(scheduler: SchedulerMixin) -> bool:
+    """Whether the last timestep is only where the last step leads to, never visited: SCM's and Würstchen's."""
+    return _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config
+
+
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:
     """σ of the sample that is held: in the second stage of KDPM2 and DPM-Solver SDE, that of the point in between."""
     if not getattr(scheduler, "state_in_first_order", True):
@@ -256,8 +263,11 @@ def _sigma(scheduler: SchedulerMixin, i: int) -> float:
 
 
 def first(timestep: Timestep) -> float:
-    """The timestep as a number; pipelines give one number, or one per image, all the same."""
-    return float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+    """The timestep as a number; pipelines give one number, or one per image, all the same.
+
+    Video models are told one per token, of which those of a given frame are without noise: the others' is meant.
+    """
+    return float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
 
 
 def _log(x: float) -> float:

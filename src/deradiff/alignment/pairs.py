@@ -123,7 +123,8 @@ class PairFolder:
         self._train, self._set_aside = split_held_out(len(self._rows), held_out)
 
     def _checked(self, place: str, row: Any) -> UndecodedPair:
-        listed = reading.fit(_Listed, row, place, "pair of texts: prompt, winner and loser")
+        known = f"it has {', '.join(map(repr, row))}" if isinstance(row, dict) else f"it is {row!r:.80}"
+        listed = reading.fit(_Listed, row, place, "pair of texts: prompt, winner and loser", known)
         if not listed.prompt.strip():
             raise ValueError(f"{place} has an empty prompt")
         for role, name in (("winner", listed.winner), ("loser", listed.loser)):

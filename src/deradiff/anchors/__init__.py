@@ -131,9 +131,12 @@ def load_anchor(
     if stages and files.pipeline is None:
         tensors = _of_stage(tensors, component, stages, files.label)
     if files.kind == "peft" or is_adapter(tensors):
-        adapter = adapters.load_adapter(tensors, files, pipe, _kind(component), reference, name)
-        adapters.warn_if_zero(reference, adapter, files.label)
-        return Anchor(name, files.label, adapter=adapter)
+        loaded = adapters.load_adapter(tensors, files, pipe, _kind(component), reference, name)
+        if isinstance(loaded, str):
+            adapters.warn_if_zero(reference, loaded, files.label)
+            return Anchor(name, files.label, adapter=loaded)
+        full_weights.warn_if_equal(loaded, files.label, reference)
+        return Anchor(name, files.label, module=loaded)
     module = full_weights.load_denoiser(tensors, files.config, files.label, pipe, reference)
     full_weights.warn_if_equal(module, files.label, reference)
     return Anchor(name, files.label, module=module)

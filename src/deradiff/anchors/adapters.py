@@ -3,6 +3,7 @@
 The reference predicts bit for bit what it did before; the one copy of its weights serves both models.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,24 @@ from torch import Tensor
 
 from deradiff.anchors.checks import Pipeline, require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
-from deradiff.anchors.lora_files import PEFT_PREFIX, read_lora, require_places
+from deradiff.anchors.full_weights import copy_of
+from deradiff.anchors.lora_files import (
+    MARK,
+    PEFT_PREFIX,
+    parts_of,
+    read_lora,
+    require_places,
+    warn_left_out,
+    with_scale,
+)
+from deradiff.anchors.merging import as_lora, layers_of, merged_copy
 from deradiff.anchors.reading import read_json, read_lora_metadata
 from deradiff.anchors.sources import Files, some
 
 # Initialisations that subtract from the base weights; the file then holds less than the whole change.
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What multiplies the base weights instead of adding to them.
+_ROTATIONS = (PeftType.OFT.value, PeftType.BOFT.value, PeftType.HRA.value)
 _DROPOUTS = ("lora_dropout", "rank_dropout", "module_dropout")
 
 
@@ -34,30 +47,100 @@ def load_adapter(
     component: str,
     denoiser: ModelMixin,
     name: str,
-) -> str:
-    """Load a LoRA into `denoiser` as an inactive adapter: in PEFT's form (of `files.config`), or any of `read_lora`.
+) -> str | ModelMixin:
+    """Load a LoRA into `denoiser` as an inactive adapter: in PEFT's form (of `files.config`), or in any other.
 
-    Returns the adapter's name there, made from `name`. Raises `AnchorError` for what would be applied in part only, for
-    tensors without a place or of other sizes; the denoiser is then as it was.
+    Returns the adapter's name there, made from `name`; or, for what PEFT has no layers for, a copy of the denoiser with
+    the changes merged. Raises `AnchorError` for what would be applied in part only, for tensors without a place or of
+    other sizes; the denoiser is then as it was.
     """
     label = files.label
     _require_ready(denoiser, label)
     adapter = _free_name(name, denoiser)
     if files.kind == "peft" and files.config is not None:
-        config = _peft_config(files.config, label)
-        weights = _without_prefix(tensors, label)
-        require_numbers(weights, label)
-        require_places(weights, label, component, denoiser)
-        with _unobtrusive(denoiser, adapter, weights, label):
-            inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
-            set_peft_model_state_dict(denoiser, weights, adapter, low_cpu_mem_usage=True)
-            if hasattr(type(denoiser), "_hf_peft_config_loaded"):
-                denoiser._hf_peft_config_loaded = True
-            _require_complete(weights, denoiser, adapter, label)
-        return adapter
-
+        if _in_peft_names(tensors, denoiser):
+            return _load_peft(tensors, files.config, label, component, denoiser, adapter)
+        tensors = with_scale(tensors, _scale_beside(files.config, label))
     metadata = _stated(files.weights, tensors, label, component)
-    weights = read_lora(tensors, label, pipe, component, denoiser)
+    try:
+        weights = read_lora(tensors, label, pipe, component, denoiser)
+    except IncompatibleAnchor:
+        parts = parts_of(tensors, label, denoiser)
+        layers = None if metadata else layers_of(parts, denoiser, label)
+        if layers is None:
+            raise
+        placed = as_lora(layers, label) if hasattr(denoiser, "load_lora_adapter") else None
+        if placed is None:
+            module = merged_copy(layers, denoiser, label)
+            warn_left_out(parts, label)
+            return module
+        weights = placed
+        warn_left_out(parts, label)
+    _insert(weights, metadata, label, component, denoiser, adapter)
+    return adapter
+
+
+def _in_peft_names(tensors: Mapping[str, Tensor], denoiser: ModelMixin) -> bool:
+    """Whether a file is named as PEFT does; diffusion-pipe writes ComfyUI's names beside PEFT's configuration."""
+    modules = {path.replace(".base_layer", "") for path, _ in denoiser.named_modules()}
+    return any(name.startswith(PEFT_PREFIX) or MARK.split(name)[0] in modules for name in tensors)
+
+
+def _scale_beside(path: Path, label: str) -> float:
+    """What a LoRA's product is multiplied by, of PEFT's configuration beside a file in other names."""
+    stated = read_json(path)
+    _require_addition(stated, label, path.name)
+    kind, rank, alpha = str(stated.get("peft_type")), stated.get("r"), stated.get("lora_alpha")
+    varied = [key for key in ("rank_pattern", "alpha_pattern") if stated.get(key)]
+    if kind != PeftType.LORA or varied or not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+        raise AnchorError(
+            f"{label} is in other names than PEFT's, with a scale that they cannot be given: {path.name} has "
+            f"peft_type={kind!r}, r={rank!r}, lora_alpha={alpha!r}{''.join(f', {key}' for key in varied)}."
+        )
+    return alpha / (math.sqrt(rank) if stated.get("use_rslora") else rank)
+
+
+def _load_peft(
+    tensors: Mapping[str, Tensor], path: Path, label: str, component: str, denoiser: ModelMixin, adapter: str
+) -> str | ModelMixin:
+    """Load an adapter in PEFT's form: into `denoiser`, or merged into a copy of it where it rotates the weights."""
+    config = _peft_config(path, label)
+    weights = _without_prefix(tensors, label)
+    require_numbers(weights, label)
+    require_places(weights, label, component, denoiser)
+    if config.peft_type in _ROTATIONS:
+        module = copy_of(denoiser, label)
+        with _unobtrusive(module, adapter, weights, label):
+            _inject(config, weights, module, adapter, label)
+            for _, layer in adapter_layers(module):
+                layer.merge(adapter_names=[adapter])
+        for layer_path, layer in list(adapter_layers(module)):
+            parent, _, child = layer_path.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer.base_layer)
+        module.__dict__.pop("peft_config", None)
+        return module
+    with _unobtrusive(denoiser, adapter, weights, label):
+        _inject(config, weights, denoiser, adapter, label)
+        if hasattr(type(denoiser), "_hf_peft_config_loaded"):
+            denoiser._hf_peft_config_loaded = True
+    return adapter
+
+
+def _inject(config: PeftConfig, weights: Mapping[str, Tensor], denoiser: ModelMixin, adapter: str, label: str) -> None:
+    inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(denoiser, dict(weights), adapter, low_cpu_mem_usage=True)
+    _require_complete(weights, denoiser, adapter, label)
+
+
+def _insert(
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any] | None,
+    label: str,
+    component: str,
+    denoiser: ModelMixin,
+    adapter: str,
+) -> None:
+    """Load a LoRA under PEFT's names, as `read_lora` gives it."""
     if any(key.endswith(".lora_B.bias") for key in weights):  # PEFT then gives every layer one
         for key in [key for key in weights if key.endswith(".lora_B.weight")]:
             bias = key.removesuffix("weight") + "bias"
@@ -71,7 +154,6 @@ def load_adapter(
             metadata=metadata,
         )
         _require_complete(weights, denoiser, adapter, label)
-    return adapter
 
 
 def remove_adapter(denoiser: ModelMixin, adapter: str) -> None:
@@ -156,9 +238,10 @@ def _peft_config(path: Path, label: str) -> PeftConfig:
     """The configuration of a PEFT adapter, for use and not for training."""
     stated = read_json(path)
     kind = str(stated.get("peft_type", "")).upper()
-    if kind not in (PeftType.LORA, PeftType.LOHA, PeftType.LOKR):
+    if kind not in (PeftType.LORA, PeftType.LOHA, PeftType.LOKR, *_ROTATIONS):
         raise AnchorError(
-            f"{label} is a PEFT adapter of type {kind or 'unknown'!r}; LORA (with DoRA), LOHA and LOKR can be anchors. "
+            f"{label} is a PEFT adapter of type {kind or 'unknown'!r}; LORA (with DoRA), LOHA, LOKR, "
+            f"{' and '.join(_ROTATIONS)} can be anchors. "
             "Merge it into its base model and save that as the anchor."
         )
     _require_addition(stated, label, path.name)

@@ -228,8 +228,30 @@ def _empty_module(reference: ModelMixin, config: Mapping[str, Any] | None, label
 
 def empty_copy(reference: ModelMixin, config: Mapping[str, Any] | None = None) -> ModelMixin:
     """A denoiser of the reference's class without weights (parameters on the meta device)."""
-    with init_empty_weights():
+    with torch.random.fork_rng(devices=[]), init_empty_weights():
         return type(reference).from_config(_config(reference) if config is None else dict(config)).eval()
+
+
+def copy_of(reference: ModelMixin, label: str) -> ModelMixin:
+    """A denoiser of its own with the reference's weights, without the adapters around its layers.
+
+    Raises `AnchorError` naming `label`, what the copy is for, where the weights are out of reach or quantised.
+    """
+    module = empty_copy(reference)
+    stored, dtypes = set(module.state_dict()), _dtypes(reference)
+    weights = {name: tensor.detach() for name, tensor in base_tensors(reference) if name in stored}
+    odd = [
+        name
+        for name, tensor in module.state_dict().items()
+        if name not in weights or weights[name].is_meta or weights[name].shape != tensor.shape
+    ]
+    if odd:
+        raise AnchorError(
+            f"{label} has to be merged into a copy of the reference's weights, and those are quantised or out of reach "
+            f"(sequential CPU offload): {some(odd)}. Load the reference in full precision."
+        )
+    module.load_state_dict({name: t.to(dtypes[name], copy=True) for name, t in weights.items()}, assign=True)
+    return _conform(module, reference)
 
 
 def _config(reference: ModelMixin) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 
 from deradiff.anchors.checks import Pipeline, require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
+from deradiff.anchors.layouts import PREFIX
 from deradiff.anchors.sources import some
 
 PEFT_PREFIX = "base_model.model."
-MARK = re.compile(r"(?:^|[._])(?:lora\d*|lokr|hada|dora)[._]")
+MARK = re.compile(r"(?:^|[._])(?:lora\d*|lokr|hada|dora|b?oft|hra)[._]")
 """What ends a layer's name in the names of its factors."""
 
 _FILE_MARK = re.compile(MARK.pattern + r"|\.(?:diff|diff_b|set_weight|[wb]_norm|oft_\w+|boft_\w+)$")
@@ -38,8 +41,7 @@ _PEFT_ENDS = (
 )
 # What training with several processes, or compiled, puts into names.
 _WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
-# How trainers begin the names of a denoiser's layers, and of the parts that serve both models.
-_OWN = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_|(?:diffusion_model|model|unet|transformer)\.)?")
+# How the names of the parts begin that serve both models.
 _SHARED = re.compile(
     r"(?:lora_(?:prior_)?)?(?:te\d?|text_encoders\.\w+|text_encoder(?:_\d)?|text_model|clip_[lgh]|t5xxl|bundle_emb)"
     r"(?=[._])"
@@ -59,6 +61,18 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class LoraParts:
+    """The tensors of a file, by what they are for."""
+
+    own: Mapping[str, Tensor]
+    """Of the denoiser."""
+    shared: Mapping[str, str]
+    """Of parts that serve both models; by name, which part."""
+    idle: Sequence[str]
+    """The names of changes that are zero."""
+
+
 def is_adapter(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a LoRA (or LoKr, LoHa, DoRA, changes of biases) rather than a model."""
     return any(_FILE_MARK.search(name) for name in names)
@@ -72,22 +86,16 @@ def read_lora(
     Its scales (alpha) are multiplied in: a layer's change is `lora_B @ lora_A`, and `lora_B.bias` of its bias. Parts
     for text encoders are left out with a warning. Raises `AnchorError` naming the tensors without a place.
     """
-    plain = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
-    tensors = plain if len(plain) == len(tensors) else tensors
-    _require_readable(tensors, label, denoiser)
-    tensors = {name: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for name, t in tensors.items()}
-    shared = {name: match[0] for name in tensors if (match := _SHARED.match(name))}
-    idle = [name for name in tensors if name.endswith((".diff", ".diff_b")) and not tensors[name].any()]
-    own = {name: tensor for name, tensor in tensors.items() if name not in shared and name not in idle}
-    if not own:
+    parts = parts_of(tensors, label, denoiser)
+    own, shared = parts.own, dict(parts.shared)
+    if not hasattr(denoiser, "load_lora_adapter"):
         raise IncompatibleAnchor(
-            f"{label} changes nothing of the reference's {type(denoiser).__name__}: {some(tensors)}. Only denoisers "
-            "are mixed; text encoders serve both models."
+            f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
+            "form (adapter_config.json with adapter_model.safetensors)."
         )
-    require_numbers({name: t for name, t in own.items() if not name.endswith(".alpha")}, label)
     if lone := _without_partner(own):
         raise in_part(lone, label, denoiser)
-    followed = {name: _Followed.named(name, tensor) for name, tensor in _scaled(own, label).items()}
+    followed = {name: _Followed.named(name, tensor) for name, tensor in scaled(own, label).items()}
     state = _own_names(followed, label, component, denoiser)
     if state is None:
         state = _converted(followed, label, pipe, component, denoiser)
@@ -101,24 +109,44 @@ def read_lora(
     for key in _usable(weights):
         arrived.update(dict.fromkeys(_sources(weights[key], key), int(weights[key].count_nonzero())))
     placed = shared.keys() | {name for name in arrived if arrived[name] >= int(followed[name].count_nonzero())}
-    scaled = {f"{_layer(name)}.alpha" for name in placed}
-    if lost := [name for name in own if name not in placed and name not in scaled]:
+    scales = {f"{_layer(name)}.alpha" for name in placed}
+    if lost := [name for name in own if name not in placed and name not in scales]:
         raise in_part(lost, label, denoiser)
-    _warn_left_out(shared, idle, label)
+    warn_left_out(replace(parts, shared=shared), label)
     return {key: tensor.as_subclass(Tensor).clone() for key, tensor in weights.items()}
 
 
-def _require_readable(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) -> None:
-    """Raise `AnchorError` for a form that says too little, and for a denoiser that diffusers loads no LoRA into."""
+def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) -> LoraParts:
+    """Sort the tensors of a file by what they are for. Raises `AnchorError` where none is for the denoiser."""
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
+    tensors = plain if len(plain) == len(tensors) else tensors
+    _require_readable(tensors, label)
+    tensors = {name: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for name, t in tensors.items()}
+    shared = {name: match[0] for name in tensors if (match := _SHARED.match(name))}
+    idle = [name for name in tensors if name.endswith((".diff", ".diff_b")) and not tensors[name].any()]
+    own = {name: tensor for name, tensor in tensors.items() if name not in shared and name not in idle}
+    if not own:
+        raise IncompatibleAnchor(
+            f"{label} changes nothing of the reference's {type(denoiser).__name__}: {some(tensors)}. Only denoisers "
+            "are mixed; text encoders serve both models."
+        )
+    require_numbers({name: t for name, t in own.items() if not name.endswith(".alpha")}, label)
+    return LoraParts(own, shared, idle)
+
+
+def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The tensors with a scale for every layer of a LoRA, where it stands beside the file."""
+    factors = {name: match for name in tensors if (match := _FACTOR.fullmatch(name)) and match["up"] is None}
+    alphas = {f"{match['layer']}.alpha": torch.tensor(scale * len(tensors[name])) for name, match in factors.items()}
+    return {**tensors, **alphas}
+
+
+def _require_readable(tensors: Mapping[str, Tensor], label: str) -> None:
+    """Raise `AnchorError` for a form that says too little."""
     if any(name.startswith(PEFT_PREFIX) for name in tensors) and not any("double_blocks." in name for name in tensors):
         raise AnchorError(
             f"{label} is a PEFT adapter without its adapter_config.json, which holds its scale: put that file beside "
             "it, under PEFT's names (adapter_config.json, adapter_model.safetensors)."
-        )
-    if not hasattr(denoiser, "load_lora_adapter"):
-        raise AnchorError(
-            f"{label} is a LoRA in a form that diffusers cannot load into {type(denoiser).__name__}: save it in PEFT's "
-            "form (adapter_config.json with adapter_model.safetensors)."
         )
 
 
@@ -174,7 +202,7 @@ def _within(value: Any) -> Iterator[Tensor]:
             yield from _within(entry)
 
 
-def _scaled(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+def scaled(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
     """The tensors with every layer's alpha/rank multiplied into its two factors.
 
     So no scale depends on whether a converter minds it. One that insists on finding alphas, kohya's, finds the rank.
@@ -213,7 +241,7 @@ def _own_names(
         if name.endswith(".alpha"):
             continue
         match = _FACTOR.fullmatch(name)
-        layer = match and layers.get(match["layer"], layers.get(_OWN.sub("", match["layer"], count=1)))
+        layer = match and layers.get(match["layer"], layers.get(PREFIX.sub("", match["layer"], count=1)))
         if not match or not layer:
             return None
         key = f"{component}.{layer}.{'lora_B' if match['up'] else 'lora_A'}.{match['kind']}"
@@ -254,7 +282,7 @@ def _converted(
 
 def require_places(weights: Mapping[str, Tensor], label: str, component: str, denoiser: ModelMixin) -> None:
     """Raise `IncompatibleAnchor` for tensors that belong to no module of the denoiser, by their names in the file."""
-    modules = {path.replace(".base_layer", "") for path, _ in denoiser.named_modules()}
+    modules = {path.replace(".base_layer", "") for path, _ in denoiser.named_modules() if path}
     strange = [key for key in weights if MARK.split(key)[0] not in modules]
     if strange or not weights:
         names = list(dict.fromkeys(name for key in strange for name in sorted(_sources(weights[key], key))))
@@ -289,17 +317,19 @@ def _no_place(
     )
 
 
-def _warn_left_out(shared: Mapping[str, str], idle: list[str], label: str) -> None:
-    if shared:
+def warn_left_out(parts: LoraParts, label: str) -> None:
+    """Warn about what serves both models, and about changes that are none."""
+    if parts.shared:
         warnings.warn(
-            f"{label} also changes {', '.join(sorted(set(shared.values())))}, which is left out: a text encoder serves "
-            f"both models, only denoisers are mixed. Load that part on the pipeline if both should have it. "
-            f"({len(shared)} tensors: {some(shared)}.)",
+            f"{label} also changes {', '.join(sorted(set(parts.shared.values())))}, which is left out: a text encoder "
+            "serves both models, only denoisers are mixed. Load that part on the pipeline if both should have it. "
+            f"({len(parts.shared)} tensors: {some(parts.shared)}.)",
             stacklevel=6,
         )
-    if idle:
+    if parts.idle:
         warnings.warn(
-            f"{label} holds {len(idle)} changes that are zero and so are left out: {some(idle)}.", stacklevel=6
+            f"{label} holds {len(parts.idle)} changes that are zero and so are left out: {some(parts.idle)}.",
+            stacklevel=6,
         )
 
 
@@ -315,7 +345,7 @@ def _layer(name: str) -> str:
 
 def _plain(name: str) -> str:
     """A name as it may stand in a message of a converter, which has changed its beginning and its dots."""
-    return _OWN.sub("", name, count=1).replace(".", "_")
+    return PREFIX.sub("", name, count=1).replace(".", "_")
 
 
 def _kind(name: str) -> str | None:

@@ -160,7 +160,7 @@ class _Mixture(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
-        outputs = [*self.denoisers.predict(models, args, kwargs).values()]
+        outputs = list(self.denoisers.predict(models, args, kwargs).values())
         predictions = torch.stack([output.sample for output in outputs])
         return type(outputs[0])(sample=mixed(predictions, self.mixture_weights[models]))
 

@@ -74,7 +74,7 @@ class Batch:
             numbers.append(torch.unique(flat, dim=0, return_inverse=True)[1].tolist())
             return tensor
 
-        def number_list(entries: Sequence[Tensor]) -> Sequence[Tensor]:
+        def number_list(entries: Sequence[Any]) -> Sequence[Any]:
             same = [next(j for j, other in enumerate(entries) if _equal(entry, other)) for entry in entries]
             numbers.append(same)
             return entries
@@ -124,7 +124,9 @@ class Batch:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
 @cache

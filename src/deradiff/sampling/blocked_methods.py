@@ -9,6 +9,10 @@ class DialError(RuntimeError):
     """A realigned pipeline, or its dial, is used in a way that cannot be served; the message says what to do."""
 
 
+class UnmirroredState(RuntimeError):
+    """The reference is in a state that its anchor cannot be given, or the anchor in one that is its own."""
+
+
 def saving(*_: Any, **__: Any) -> NoReturn:
     """`save_pretrained` beside a LoRA anchor."""
     raise DialError("this denoiser carries a LoRA anchor, which would be saved with it: call dial.remove() first")

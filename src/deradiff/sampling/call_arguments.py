@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Among which a pipeline hands over the scale of LoRAs."""
 
-_TIMESTEP = ("timestep", "timesteps")
+_TIMESTEP = ("timestep", "timesteps", "timestep_ratio")
 
 
 def timestep_argument(parameters: Collection[str]) -> str | None:
@@ -56,6 +56,11 @@ def joined_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors in what a model returned."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def written_to(arguments: Any) -> list[int]:
+    """How often each tensor among the arguments has been written to."""
+    return [tensor._version for tensor in tensors_of(arguments) if not tensor.is_inference()]
 
 
 def _is_list_of_rows(value: Any) -> bool:

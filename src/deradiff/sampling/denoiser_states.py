@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.hooks import CpuOffload
 
-from deradiff.sampling.shared_settings import UnmirroredState
+from deradiff.sampling.blocked_methods import UnmirroredState
 
 
 def bring_in(reference: Any) -> None:

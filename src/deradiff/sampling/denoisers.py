@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,13 +15,21 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.call_arguments import joined_outputs, output_rows, tensors_of, timestep_argument
+from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.call_arguments import (
+    joined_outputs,
+    output_rows,
+    tensors_of,
+    timestep_argument,
+    written_to,
+)
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
-from deradiff.sampling.per_model import of_model
+from deradiff.sampling.per_model import keeps_more_than_tensors, of_model, same_noise
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
-from deradiff.sampling.shared_settings import Mirror, UnmirroredState
+from deradiff.sampling.shared_settings import Mirror
+from deradiff.sampling.unshared_state import HookWatch
 
 
 class Denoisers:
@@ -40,7 +49,10 @@ class Denoisers:
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
         self._timestep = timestep_argument(self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
+        self._hooks = HookWatch(reference)
+        self._synced: list[Mirror] = []
         self.micro_batch: int | None = None
+        self._keeps = False
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -52,6 +64,7 @@ class Denoisers:
     def begin(self) -> None:
         """A run begins. Weights may have been loaded since the last one."""
         self.forget_blend()
+        self._hooks.begin()
         for mirror in self._mirrors.values():
             mirror.begin()
 
@@ -65,7 +78,8 @@ class Denoisers:
                 anchor.module.to(self.reference.device)
             anchor.unload(self.reference)
         self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
-        self._mirrors = {}
+        self._mirrors, self._synced = {}, []
+        self._hooks.begin()
         self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -98,15 +112,18 @@ class Denoisers:
         which guidance repeats along the batch: those whose inputs are all equal are evaluated once, as are those of a
         sweep at its first step.
 
-        Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it.
+        Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it, and `UnmirroredState`
+        before anything is evaluated.
         """
-        self._make_ready()
+        self._make_ready({*models, *(blend or ())})
         rows = len(self.argument("input", args, kwargs))
+        share = None if self._hooks.draws else share
         if share and share > 1 and rows % share == 0 and blend is None and (batch := self._batch(args, kwargs)):
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
                 outputs = self.predict(models, *batch.chosen(chosen))
-                return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
+                if not self._keeps_rows(outputs):
+                    return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
@@ -119,13 +136,18 @@ class Denoisers:
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
-        if splits_batches(self.reference):
+        if self._keeps or splits_batches(self.reference):
             return None
         rows = len(self.argument("input", args, kwargs))
         try:
             return Batch(type(self.reference), self._parameters, args, kwargs, rows)
         except UnknownBatch:
             return None
+
+    def _keeps_rows(self, outputs: Mapping[int, Any]) -> bool:
+        """Whether the models return what is no tensor, as a cache, and holds rows of the batch that they were given."""
+        self._keeps |= any(keeps_more_than_tensors(output) for output in outputs.values())
+        return self._keeps
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
@@ -143,26 +165,32 @@ class Denoisers:
             weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
             parts.append(self._predict(models, *batch.chosen(part), weights))
             sizes.append(len(part))
+            if self._keeps_rows(parts[-1]):
+                return self._predict_in_parts(models, args, kwargs, blend, rows)  # which refuses
         return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
 
     def _predict(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
     ) -> dict[int, Any]:
         outputs = self._predict_models(models, args, kwargs) if models else {}
-        return outputs if blend is None else outputs | {BLEND: self._predict_blend(blend, args, kwargs)}
+        return (
+            outputs if blend is None else outputs | {BLEND: self._predict_blend(blend, args, kwargs, 0 not in models)}
+        )
 
     def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs) and (batch := self._batch(args, kwargs)):
             try:
-                return self._predict_batched(models, batch)
+                outputs = self._predict_batched(models, batch)
+                if not self._keeps_rows(outputs):
+                    return outputs
             except ValueError as error:
                 if "adapter_names" not in str(error):
                     raise
                 self.batched = False
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
-        predicted = {model: self._predict_one(model, args, kwargs) for model in elsewhere}
+        predicted = self._predict_each(elsewhere, args, kwargs)
         home = self.argument("input", args, kwargs)[0].device
         outputs = {}
         for model in models:
@@ -171,15 +199,30 @@ class Denoisers:
             _require_finite(outputs[model], self.names[model])
         return outputs
 
-    def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _predict_each(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
+        alone, before, predicted = 0 not in models, written_to((args, kwargs)), {}
+        with same_noise(self._hooks.draws) as rewind:
+            for model in models:
+                rewind()
+                predicted[model] = self._predict_one(model, args, kwargs, alone)
+                if len(models) > 1 and written_to((args, kwargs)) != before:
+                    raise UnmirroredState(
+                        f"{type(self.reference).__name__} writes into what it is handed, as into a cache that the "
+                        "pipeline made, and the models of a mixture would write into the same: λ = 0 and 1 alone are "
+                        "possible here"
+                    )
+        return predicted
+
+    def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
         args, kwargs = of_model(args, BLEND), of_model(kwargs, BLEND)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
                 carrier, theta = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
-                output = torch.func.functional_call(carrier, theta, args, kwargs)
+                with carrier.layers.like_the_reference(alone):
+                    output = torch.func.functional_call(carrier.anchor, theta, args, kwargs)
             else:
-                output = self._reference_call(*args, **kwargs)
+                output = self._call_reference(args, kwargs)
         _require_finite(output, "weight-interpolated model")
         return output
 
@@ -216,51 +259,69 @@ class Denoisers:
         self._loras.load_style(*args, **kwargs)
 
     @torch.compiler.disable
-    def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[nn.Module, dict[str, Tensor]]:
-        """A module to run, and the parameters to run it with: kept while λ stays."""
+    def _blend(self, weights: tuple[tuple[Anchor, float], ...]) -> tuple[Mirror, dict[str, Tensor]]:
+        """An anchor to run, and the parameters to run it with: kept while λ stays."""
         modules: list[tuple[Any, float]] = [(anchor.module, weight) for anchor, weight in weights]
-        for anchor, _ in weights:
-            self._mirrors[anchor.name].sync()
         if self._blended is None or self._blended[0] != weights:
             parameters = [(dict(module.named_parameters()), weight) for module, weight in modules]
             rest = 1 - sum(weight for _, weight in modules)  # LoRA anchors live on the reference's weights
             blend = {}
             for name, theta in self.reference.named_parameters():
                 if any(own[name] is not theta for own, _ in parameters):  # a style LoRA's are shared
+                    _require_numbers(name, theta)
                     wide = rest * theta.float() + sum(weight * own[name].float() for own, weight in parameters)
                     blend[name] = wide.to(theta.dtype)
             self._blended = (weights, blend)
-        return modules[0][0], self._blended[1]
+        return self._mirrors[weights[0][0].name], self._blended[1]
 
-    def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
         args, kwargs = of_model(args, model), of_model(kwargs, model)
         if model == 0:
-            return self._reference_call(*args, **kwargs)
+            return self._call_reference(args, kwargs)
         anchor = self.anchors[model - 1]
         if anchor.module is not None:
-            self._mirrors[anchor.name].sync()
             if anchor.device is not None:
                 args, kwargs = send_to_device((args, kwargs), anchor.device, non_blocking=True)
-            return anchor.module(*args, **kwargs)
+            layers = self._mirrors[anchor.name].layers
+            if not layers.differ:
+                return anchor.module(*args, **kwargs)
+            with layers.like_the_reference(alone):
+                return anchor.module(*args, **kwargs)
         with self._loras.active({anchor.adapter: 1.0}, kwargs) as kwargs:
+            return self._call_reference(args, kwargs)
+
+    def _call_reference(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not any(mirror.layers.differ for mirror in self._synced):
+            return self._reference_call(*args, **kwargs)
+        with ExitStack() as stack:
+            for mirror in self._synced:
+                stack.enter_context(mirror.layers.reference_watched())
             return self._reference_call(*args, **kwargs)
 
     @torch.compiler.disable
-    def _make_ready(self) -> None:
+    def _make_ready(self, models: Collection[int]) -> None:
+        """What has to be right before any of `models` is evaluated."""
         bring_in(self.reference)
         if self._loras.find():
             self.forget_blend()
+        if self._hooks.changed():
+            for mirror in self._mirrors.values():
+                mirror.layers.hooks_changed()
+        names = [anchor.name for k, anchor in enumerate(self.anchors, 1) if k in models and anchor.module is not None]
+        self._synced = [self._mirrors[name] for name in names]
+        for mirror in self._synced:
+            mirror.sync()
 
     def _can_batch(self, models: Sequence[int], kwargs: Mapping[str, Any]) -> bool:
         loras = all(not k or self.anchors[k - 1].adapter for k in models)
-        return self.batched and loras and self._loras.can_batch(kwargs)
+        return self.batched and loras and not self._hooks.draws and self._loras.can_batch(kwargs)
 
     def _predict_batched(self, models: Sequence[int], batch: Batch) -> dict[int, Any]:
         copies = len(models)
         adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * batch.rows
         args, kwargs = batch.repeated(copies)
         with self._loras.by_row(adapters, kwargs) as kwargs:
-            output = self._reference_call(*args, **kwargs)
+            output = self._call_reference(args, kwargs)
         rows = batch.rows * copies
         outputs = {k: output_rows(output, rows, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
         for model in models:
@@ -274,6 +335,16 @@ class NonFinitePrediction(FloatingPointError):
     def __init__(self, model: str):
         super().__init__(f"the prediction of the {model} contains NaN or infinity")
         self.model = model
+
+
+def _require_numbers(name: str, theta: Tensor) -> None:
+    """Raise `UnmirroredState` for weights that are stored in a form in which their mean says nothing."""
+    if not theta.is_floating_point() or theta.element_size() == 1 or type(theta.data) is not Tensor:
+        raise UnmirroredState(
+            f"interpolated weights need weights that can be averaged, and {name} is stored as a "
+            f"{type(theta.data).__name__} in {theta.dtype} (quantised, or cast for storage by layerwise casting): use "
+            "method='mixture'"
+        )
 
 
 @torch.compiler.disable

@@ -30,10 +30,10 @@ from deradiff.anchors import denoisers_of
 from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
-from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.guider_hook import guiding_all
-from deradiff.sampling.per_model import PerModel, is_divided, merged
+from deradiff.sampling.per_model import PerModel, is_divided
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
@@ -41,9 +41,6 @@ from deradiff.sampling.runs import Runs
 from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, schedulers_of
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
-
-_DISTILLED = ("guidance", "timestep_cond")
-"""What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
 
 
 class Dial:
@@ -281,11 +278,7 @@ class Dial:
 
     def _call(self, component: RealignedComponent, *args: Any, **kwargs: Any) -> Any:
         """Answers for a component's reference whenever a pipeline calls it."""
-        denoisers = component.denoisers
-        timestep = denoisers.argument("timestep", args, kwargs)
-        distilled = any(kwargs.get(name) is not None for name in _DISTILLED)
-        latents = denoisers.argument("input", args, kwargs)
-        if is_divided(latents):
+        if is_divided(component.denoisers.argument("input", args, kwargs)):
             raise DialError(
                 "the models' predictions came back to the denoiser without having passed a scheduler's step that the "
                 "dial takes: a second pipeline uses this denoiser with a scheduler of its own (call "
@@ -293,23 +286,7 @@ class Dial:
             )
         with self._runs.lock:
             self._hook_new()
-            run = self._runs.present()
-            evaluation = component.steps.evaluation(
-                run, component, timestep, rows=len(latents), distilled=distilled, watching=self.watching
-            )
-            if self.method == "mixture" or len(evaluation.models) == 1:
-                run.pending = evaluation
-            share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
-            try:
-                outputs = denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
-                return merged(outputs, evaluation) if len(outputs) > 1 else next(iter(outputs.values()))
-            except NonFinitePrediction as error:
-                run.pending, problem = None, str(error)
-        raise FloatingPointError(
-            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep "
-            f"{run.scheduler.timesteps[evaluation.at]:g}): sampling stopped. In half precision, try bfloat16 or "
-            "float32; with λ outside [0, 1], one nearer to it"
-        )
+            return component.answer(self._runs.present(), self.watching, args, kwargs)
 
     # -- the scheduler: mix, and take the step ------------------------------------------------------------------------
 
@@ -364,9 +341,9 @@ class Dial:
             self._start(scheduler)
             yield
 
-    def _start(self, scheduler: SchedulerMixin, *, own: bool = True) -> None:
+    def _start(self, scheduler: SchedulerMixin, *, own: bool = True, copied: bool = False) -> None:
         """Whatever an earlier or interrupted run left behind is void."""
-        self._runs.begin(scheduler, self._reuse, own=own)
+        self._runs.begin(scheduler, self._reuse, own=own, copied=copied)
         for component in self._components.values():
             component.denoisers.begin()
 
@@ -375,7 +352,7 @@ class Dial:
         if self._runs.is_called():
             with self._runs.lock:
                 self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
-                self._start(scheduler, own=False)
+                self._start(scheduler, own=False, copied=True)
 
     def _require_present(self, scheduler: SchedulerMixin) -> None:
         self._runs.require_present(scheduler)
@@ -404,12 +381,11 @@ class Dial:
         return output
 
     def _require_one_scheduler(self, evaluation: StepEvaluation) -> None:
-        """A further scheduler steps another part of the sample, as LTX-2's audio: what follows one run has to end."""
-        if self.population is not None or evaluation.estimator is not None:
-            what = "particles weigh and reorder" if self.population is not None else "reuse carries over"
+        """A further scheduler steps another part of the sample, as LTX-2's audio: particles cannot follow there."""
+        if self.population is not None:
             raise DialError(
-                f"{what} what one scheduler steps, and this pipeline steps parts of its samples by several: draw "
-                "without"
+                "particles weigh and reorder what one scheduler steps, and this pipeline steps parts of its samples by "
+                "several: draw without particles"
             )
         evaluation.run.path_weights.add_obstacle("several schedulers")
 

@@ -55,7 +55,7 @@ class PipelineReport:
 
 
 @dataclass
-class _DenoiserCalls:
+class _SeenSteps:
     """The calls of a pipeline's denoisers: how many passes through them, and the last call's arguments by component."""
 
     passes: int = 0
@@ -211,8 +211,8 @@ def _with_adapter(module: nn.Module, adapter: str | None) -> nn.Module:
 
 
 @contextmanager
-def _observed(denoisers: Mapping[str, Any]) -> Iterator[_DenoiserCalls]:
-    seen = _DenoiserCalls()
+def _observed(denoisers: Mapping[str, Any]) -> Iterator[_SeenSteps]:
+    seen = _SeenSteps()
 
     def see(name: str, _: Any, args: Any, kwargs: Any) -> None:
         seen.passes += 1

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
+from deradiff.algorithm.step import with_reference_weight
 from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 _SERIAL = itertools.count()
@@ -68,6 +69,14 @@ class StepEvaluation:
         further = replace(self, rows=rows)
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, calls=self.calls + 1, blend=blend, serial=next(_SERIAL))
+
+    def at_progress(self, progress: Progress) -> StepEvaluation:
+        """The same predictions for a step at another progress: frames may each be stepped at their own (SkyReels)."""
+        lams = self.run.lams
+        if lams.is_constant or progress == self.progress:
+            return replace(self, progress=progress)
+        weights = with_reference_weight(lams.at(progress, lams.images or 1))
+        return replace(self, progress=progress, mixture_weights=weights[list(self.models)], lams=weights[1:])
 
     def with_reuse(self, estimator: PredictionEstimator) -> StepEvaluation:
         """All models at this timestep, or the carrier alone where predictions are carried over."""

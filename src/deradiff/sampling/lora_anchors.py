@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers, same_objects
+from deradiff.sampling.blocked_methods import UnmirroredState
 from deradiff.sampling.call_arguments import ATTENTION_KWARGS, without_scale
-from deradiff.sampling.shared_settings import UnmirroredState
 
 
 class LoraAnchors:

@@ -11,7 +11,7 @@ What leaves torch on the way, or asks for a value in which the models differ, ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -38,10 +38,10 @@ class PerModel(Tensor):
 
     @staticmethod
     def of(parts: Mapping[int, Tensor], origin: Any) -> PerModel:
-        """The tensors of `parts` as one. Raises `DialError` where their shapes differ."""
-        shapes = {part.shape for part in parts.values()}
-        if len(shapes) > 1:
-            _refuse(f"tensors of different shapes come out ({' and '.join(str(tuple(shape)) for shape in shapes)})")
+        """The tensors of `parts` as one. Raises `DialError` where their shapes or precisions differ."""
+        kinds = {(tuple(part.shape), part.dtype) for part in parts.values()}
+        if len(kinds) > 1:
+            _refuse(f"their tensors differ: {' and '.join(f'{list(shape)} in {dtype}' for shape, dtype in kinds)}")
         return _with_parts(next(iter(parts.values())).detach(), dict(parts), origin)
 
     def stacked(self) -> Tensor:
@@ -76,6 +76,9 @@ class ModelsOwn:
 
     def __init__(self, parts: Mapping[int, Any], origin: Any):
         self.parts, self.origin = dict(parts), origin
+
+    def __getitem__(self, index: Any) -> Any:
+        return merged({k: part[index] for k, part in self.parts.items()}, self.origin, "[]")
 
     def __getattr__(self, name: str) -> Any:
         own = {k: getattr(part, name) for k, part in self.parts.items()}
@@ -116,9 +119,34 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
 
 
 @torch.compiler.disable
+@torch.compiler.disable
+def keeps_more_than_tensors(output: Any) -> bool:
+    """Whether something in what a model returned is no tensor and no plain value."""
+    return not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(output))
+
+
+@torch.compiler.disable
+def alone(output: Any, model: int, origin: Any) -> Any:
+    """What the one model that was evaluated returned: tensors as they are, other things `ModelsOwn`, of it alone."""
+
+    def own(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, (Tensor, *_PLAIN)) else ModelsOwn({model: leaf}, origin)
+
+    return pytree.tree_map(own, output)
+
+
+@torch.compiler.disable
 def of_model(value: Any, model: int) -> Any:
-    """`value` as the model with this number has it: lists, tuples and dictionaries of its own, in these its tensors."""
+    """`value` as the model with this number has it: lists, tuples and dictionaries of its own, in these its tensors.
+
+    Raises `DialError` for what comes from a step at which this model was not evaluated.
+    """
     if isinstance(value, (PerModel, ModelsOwn)):
+        if model not in value.parts:
+            raise DialError(
+                "the denoiser is handed what it returned at an earlier step, as a cache of keys, and one of the models "
+                "was not evaluated there: set dial.watching = True, so that every model is at every step, and no reuse"
+            )
         return value.parts[model]
     if type(value) in (list, tuple):
         return type(value)([of_model(entry, model) for entry in value])
@@ -161,11 +189,15 @@ def _in_place(operation: Callable[..., Any]) -> bool:
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-@contextmanager
-def _same_noise(operation: Callable[..., Any], generator: Any) -> Iterator[Callable[[], None]]:
-    """Yields what to call before each model's turn: an operation that draws noise draws the same for all of them."""
+def _same_noise(operation: Callable[..., Any], generator: Any) -> AbstractContextManager[Callable[[], None]]:
     name = getattr(operation, "__name__", "")
-    if not any(random in name for random in _RANDOM):
+    return same_noise(any(random in name for random in _RANDOM), generator)
+
+
+@contextmanager
+def same_noise(draws: bool, generator: Any = None) -> Iterator[Callable[[], None]]:
+    """Yields what to call before each model's turn, so that what draws noise draws the same for all of them."""
+    if not draws:
         yield lambda: None
     elif generator is not None:
         state = generator.get_state()

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
 from deradiff.sampling.denoiser_hook import hook_denoiser
-from deradiff.sampling.denoisers import Denoisers
+from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.per_model import alone, merged
 from deradiff.sampling.realigned_steps import RealignedSteps
+from deradiff.sampling.runs import Run
+
+_DISTILLED = ("guidance", "timestep_cond")
+"""What tells a denoiser a guidance scale: Flux's argument, and that of latent consistency models."""
 
 
 @dataclass(eq=False)
@@ -39,6 +44,36 @@ class RealignedComponent:
         loras = any(anchor.adapter for anchor in self.denoisers.anchors)
         load_style = self.denoisers.load_style if loras else None
         return hook_denoiser(self.reference, dial, call, self._apply, load_style)
+
+    def answer(self, run: Run, watching: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the reference is called for, of every model that has a weight at this step of `run`.
+
+        Raises `FloatingPointError` where a prediction is not finite.
+        """
+        evaluation = self.steps.evaluation(
+            run,
+            self,
+            self.denoisers.argument("timestep", args, kwargs),
+            rows=len(self.denoisers.argument("input", args, kwargs)),
+            distilled=any(kwargs.get(name) is not None for name in _DISTILLED),
+            watching=watching,
+        )
+        if self.steps.method == "mixture" or len(evaluation.models) == 1:
+            run.pending = evaluation
+        share = evaluation.images if run.fresh else None  # all λ of one noise begin alike
+        try:
+            outputs = self.denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
+            if len(outputs) > 1:
+                return merged(outputs, evaluation)
+            ((model, output),) = outputs.items()
+            return alone(output, model, evaluation)
+        except NonFinitePrediction as error:
+            run.pending, problem = None, str(error)
+        raise FloatingPointError(
+            f"{problem} at {evaluation.progress.steps:.0%} of the sampling steps (timestep "
+            f"{run.scheduler.timesteps[evaluation.at]:g}): sampling stopped. In half precision, try bfloat16 or "
+            "float32; with λ outside [0, 1], one nearer to it"
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""

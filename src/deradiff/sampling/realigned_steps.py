@@ -27,7 +27,7 @@ class RealignedSteps:
     """The steps of a dial's runs, by its `method` and `path` (see `realignment.realign`)."""
 
     def __init__(self, denoisers: Denoisers, method: Method, path: Where) -> None:
-        self._denoisers, self._method, self._path = denoisers, method, path
+        self._denoisers, self.method, self._path = denoisers, method, path
 
     @torch.compiler.disable
     def evaluation(
@@ -53,7 +53,8 @@ class RealignedSteps:
             # How many images the batch holds, only `step` knows.
             run.mixture_weights = with_reference_weight(lams.at(progress, lams.images or 1))
         weights = run.mixture_weights
-        models = tuple(k for k in range(len(weights)) if watching or weights[k].any())
+        elsewhere = run.copied and not lams.is_constant  # steps of other copies are at another λ, and need their models
+        models = tuple(k for k in range(len(weights)) if watching or elsewhere or weights[k].any())
         step = StepEvaluation(
             at=at,
             progress=progress,
@@ -68,7 +69,7 @@ class RealignedSteps:
         )
         if len(models) == 1:
             return step
-        if self._method == "interpolate":
+        if self.method == "interpolate":
             return step.blended()
         if run.reuse is None:
             return step
@@ -83,6 +84,23 @@ class RealignedSteps:
             assert run.lams is not None
             along = strengths(run.lams, run.scheduler)
             run.estimator = PredictionEstimator(reuse, carrier, self._denoisers.names, impacts(run.scheduler), along)
+        return run.estimator
+
+    def _own_estimator(self, run: Run, evaluation: StepEvaluation) -> PredictionEstimator:
+        """What carries over what this run's scheduler steps, of an evaluation for several schedulers (video and audio).
+
+        That of the run which the evaluation is of decides for all when every model is evaluated.
+        """
+        estimator = evaluation.estimator
+        assert estimator is not None
+        if run is evaluation.run:
+            return estimator
+        if run.estimator is None:
+            settings = (estimator.reuse, estimator.carrier, estimator.names, estimator.impacts, estimator.strengths)
+            run.estimator = PredictionEstimator(*settings)
+        elif run.estimator.strengths is not estimator.strengths:
+            run.estimator.renew(estimator.strengths)
+        run.estimator.wants(evaluation.at, estimator.kind)
         return run.estimator
 
     def take(
@@ -103,11 +121,14 @@ class RealignedSteps:
                 f"the scheduler got predictions for {predictions.shape[1]} images and {len(sample)} latents: this "
                 "pipeline rearranges its batch in a way that realignment cannot follow"
             )
+        at = evaluation.at
+        if run.copied or run is not evaluation.run:
+            at = index_of(run.scheduler, timestep)
+            evaluation = evaluation.at_progress(progress_at(run.scheduler, at))
         evaluation = evaluation.for_batch(len(sample))
-        at = evaluation.at if run is evaluation.run else index_of(run.scheduler, timestep)
         estimated = evaluation.evaluated != evaluation.models
         if evaluation.estimator is not None:
-            predictions = evaluation.estimator.complete(
+            predictions = self._own_estimator(run, evaluation).complete(
                 evaluation.at, predictions, evaluation.models, evaluation.evaluated, evaluation.mixture_weights
             )
         run.last = StepRecord(

@@ -85,22 +85,17 @@ def realign(
     Raises:
         ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
             with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
-            or reuse where posteriors are mixed;
-            `anchors.AnchorError` for an anchor that cannot be used, and a pipeline with two denoisers or none.
+            or reuse where posteriors are mixed; `anchors.AnchorError` for an anchor that cannot be used, a pipeline
+            without a denoiser, and one anchor for several.
         DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
-    for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
-    if method == "interpolate" and path != "auto":
-        raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
+    _require_known(method, path)
     _require_free(pipe)
-    for scheduler in schedulers_of(pipe):
-        space_of(scheduler, path)
     elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
-    if reused is not None:
-        for scheduler in schedulers_of(pipe):
+    for scheduler in schedulers_of(pipe):
+        space_of(scheduler, path)
+        if reused is not None:
             require_affine(scheduler, path)
     sources, shared = sources_by_component(anchor, pipe)
     lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
@@ -109,11 +104,7 @@ def realign(
     references = {component: unwrapped(getattr(pipe, component)) for component in sources}
     anchors: dict[str, list[Anchor]] = {component: [] for component in sources}
     try:
-        for component, named in sources.items():
-            for name, source in named.items():
-                anchors[component].append(load_anchor(source, pipe, name=name, component=component, **where))
-            if elsewhere is not None:
-                anchors[component] = [_placed(anchor, elsewhere) for anchor in anchors[component]]
+        _load(anchors, sources, pipe, elsewhere, where)
         denoisers = {one: Denoisers(reference, anchors[one], batched) for one, reference in references.items()}
         return Dial(pipe, denoisers, lam, method, path, reused)
     except BaseException:
@@ -121,6 +112,29 @@ def realign(
             while loaded:  # emptied, for whoever keeps the error keeps what is in reach of it
                 loaded.pop().unload(references[component])
         raise
+
+
+def _load(
+    anchors: dict[str, list[Anchor]],
+    sources: Mapping[str, Mapping[str, Source]],
+    pipe: Pipeline,
+    elsewhere: torch.device | None,
+    where: Mapping[str, Any],
+) -> None:
+    """Load the anchors of every component into `anchors`, where what is loaded can be found if another one fails."""
+    for component, named in sources.items():
+        for name, source in named.items():
+            anchors[component].append(load_anchor(source, pipe, name=name, component=component, **where))
+        if elsewhere is not None:
+            anchors[component] = [_placed(anchor, elsewhere) for anchor in anchors[component]]
+
+
+def _require_known(method: str, path: str) -> None:
+    for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    if method == "interpolate" and path != "auto":
+        raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
 
 
 def _require_free(pipe: Pipeline) -> None:

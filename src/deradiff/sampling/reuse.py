@@ -209,8 +209,9 @@ class PredictionEstimator:
     predictions: int = 0
     evaluations: int = 0
     told: bool = False
+    kind: Any = None
+    """What the predictions are of, see `wants`."""
     _kept: list[_FullEvaluation] = field(default_factory=list)
-    _kind: Any = None
     _last: int = 0
     """The timestep of the last prediction."""
     _effect: Tensor = field(default_factory=lambda: torch.zeros(1))
@@ -235,10 +236,10 @@ class PredictionEstimator:
         `kind` is what must be the same for differences to be carried over: which models, how many rows. Nor are they
         carried over steps that mixed nothing, as where an annealed λ passes through 0.
         """
-        if self._kept and (kind != self._kind or i > self._last + 1):
+        if self._kept and (kind != self.kind or i > self._last + 1):
             self._close(self._rate)
             self._kept = []
-        self._kind = kind
+        self.kind = kind
         if not self._wants_all(i):
             return "carrier"
         early = self._kept and self.predictions - self._kept[0].number < self._patience

@@ -49,6 +49,8 @@ class Run:
     """The λ that `mixture_weights` are for, which the dial may have left behind since."""
     mixture_weights: Float[Tensor, "model #image"] | None = None
     over: bool = False
+    copied: bool = False
+    """Whether the pipeline copied the scheduler in the middle of a call: it may be elsewhere than the others are."""
 
 
 class Runs:
@@ -65,8 +67,11 @@ class Runs:
         """The calls of pipelines that are in progress, and their threads."""
         self._own = threading.local()
 
-    def begin(self, scheduler: SchedulerMixin, reuse: Reuse | None, *, own: bool = True) -> Run:
-        """A new run of `scheduler`, this thread's if it is its `own`. `DialError` in the middle of another thread's."""
+    def begin(self, scheduler: SchedulerMixin, reuse: Reuse | None, *, own: bool = True, copied: bool = False) -> Run:
+        """A new run of `scheduler`, this thread's if it is its `own`. `DialError` in the middle of another thread's.
+
+        `copied` is said once of a scheduler, and is so of its later runs too.
+        """
         me = threading.get_ident()
         before = self._by_scheduler.get(id(scheduler))
         if before is not None:
@@ -74,9 +79,10 @@ class Runs:
         for earlier in (before, getattr(self._own, "run", None)):
             if earlier is not None and earlier.estimator is not None:
                 earlier.estimator.tell()
-        run = self._latest = self._by_scheduler[id(scheduler)] = Run(scheduler, me, reuse)
+        copied = copied or (before is not None and before.copied)
+        run = self._latest = self._by_scheduler[id(scheduler)] = Run(scheduler, me, reuse, copied=copied)
         if own:
-            self._own.run = run
+            self._own.run, self._own.stepped = run, run
         return run
 
     def present(self) -> Run:
@@ -103,6 +109,8 @@ class Runs:
         self.require_present(scheduler)
         run = self._by_scheduler[id(scheduler)]
         self._require_free(run)
+        if run.copied:
+            self._own.stepped = run
         return run
 
     def forget(self, scheduler: SchedulerMixin) -> None:
@@ -157,10 +165,10 @@ class Runs:
 
     @property
     def shown(self) -> Run:
-        """The present or last run: this thread's, or else the latest of any."""
+        """The present or last run: this thread's, or else the latest of any; of those of copies, which stepped last."""
         run: Run | None = getattr(self._own, "run", None) or self._latest
         assert run is not None  # the dial begins one when it is made
-        return run
+        return self._own.stepped if run.copied and hasattr(self._own, "stepped") else run
 
     def detach(self) -> None:
         """Let go of the models: where gradients are taken, predictions hold on to the weights that they came from."""

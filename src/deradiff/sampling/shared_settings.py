@@ -4,7 +4,8 @@ A pipeline knows one denoiser. Attention processors, an IP-Adapter, FreeU, a sty
 the reference alone, and two models that differ in more than their alignment must not be mixed. `Mirror` brings one
 anchor in line before it is evaluated. It compares by identity and does nothing in the usual case, so that it can run at
 every step, and whatever was set before or after `realign` is treated alike. (Device and dtype follow on another way:
-`realignment.Dial` passes every `.to(...)` of the reference on.)
+`realignment.Dial` passes every `.to(...)` of the reference on. What is no setting that has a name, hooks and the like,
+`unshared_state` finds.)
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks.layerwise_casting import PeftInputAutocastDisableHook
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from deradiff.anchors.adapters import adapter_layers, same_objects
+from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.layer_pairs import hooks_of
+from deradiff.sampling.unshared_state import Counterparts
 
 _FREEU = ("s1", "s2", "b1", "b2")
 _IMAGE_PROMPT = (
@@ -41,21 +46,18 @@ _GROUP_OFFLOAD = (
 )
 
 
-class UnmirroredState(RuntimeError):
-    """The reference is in a state that its anchor cannot be given."""
-
-
 class Mirror:
     """Keeps `anchor` in the state of `reference`, weights apart.
 
-    `sync` raises `UnmirroredState` where that is impossible: a LoRA fused into the reference's weights, or a style LoRA
-    beside an anchor that carries LoRA layers of its own.
+    `sync` raises `UnmirroredState` where that is impossible: a LoRA fused into the reference's weights, a style LoRA
+    beside an anchor that carries LoRA layers of its own, or what `unshared_state` finds. `layers` compares them.
     """
 
     def __init__(self, reference: ModelMixin, anchor: ModelMixin, name: str):
         self.reference: Any = reference
         self.anchor: Any = anchor
         self.name = name
+        self.layers = Counterparts(reference, anchor, name)
         modules = dict(anchor.named_modules())
         self._attention: list[tuple[Any, Any]] = [
             (module, modules[path])
@@ -74,14 +76,16 @@ class Mirror:
     def begin(self) -> None:
         """A run begins. Group offload may have been set up since the last one; looking for it at every step shows."""
         self._asked_for_offload = self._offloaded
+        self.layers.begin()
 
     @torch.compiler.disable
     def sync(self) -> None:
-        """Bring the anchor in line; called before each of its evaluations."""
+        """Bring the anchor in line; called before every evaluation of models that it is among."""
         self._sync_image_prompt()
         self._sync_attention()
         self._sync_freeu()
         self._sync_adapters()
+        self.layers.compare()  # before the offload: layers that are cast for storage have to be so when it is set up
         self._sync_offload()
 
     def undo(self) -> None:
@@ -157,6 +161,12 @@ class Mirror:
                 )
             counterpart = copy.copy(original)
             counterpart._modules = {**original._modules, "base_layer": base}
+            # Hooks of diffusers set a `forward` that is bound to the original, and would run the reference's weights.
+            for own in ("forward", "_diffusers_hook"):
+                counterpart.__dict__.pop(own, None)
+            for name, hook in hooks_of(original).items():
+                if isinstance(hook, PeftInputAutocastDisableHook):
+                    HookRegistry.check_if_exists_or_initialize(counterpart).register_hook(type(hook)(), name)
             parent._modules[child] = counterpart
             self._borrowed.append((original, counterpart))
 

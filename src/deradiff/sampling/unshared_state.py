@@ -1,0 +1,215 @@
+"""State that is on one of two models only: mirrored for a call where that is exact, refused by name where it is not.
+
+`shared_settings.Mirror` passes on what diffusers keeps as settings. What remains is found here, layer by layer: hooks
+of diffusers (those of its guiders, of layerwise casting, of caches), forward hooks of torch, replaced `forward`s,
+quantised or patched layers, layers in another precision. All of it is compared when a run begins. Guiders put hooks on
+the reference and take them off around single calls: they show in the `forward`s of its layers, which are looked at
+before each call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingHook,
+    LayerExecutionTrackerHook,
+    LazyPrefetchGroupOffloadingHook,
+)
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook
+from diffusers.hooks.layerwise_casting import LayerwiseCastingHook, apply_layerwise_casting_hook
+from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
+from torch import nn
+
+from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.layer_pairs import (
+    LayerPair,
+    hooks_of,
+    layer_pairs,
+    place,
+    require_same_forward,
+    require_same_kind,
+    require_same_tensors,
+)
+from deradiff.sampling.torch_hooks import guarded, hooked, tried_on
+
+_PLACING = (GroupOffloadingHook, LazyPrefetchGroupOffloadingHook, LayerExecutionTrackerHook)
+_PERTURBING = (AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook, SmoothedEnergyGuidanceHook)
+"""What guiders hook: without a memory, and of one layer's input alone, so that a copy does the same on another."""
+
+_QUERIES = ("to_q", "query", "q_proj")
+"""What diffusers names as the projections that smoothed energy guidance hooks."""
+
+
+class HookWatch:
+    """Notices that hooks of diffusers came or went on a model, and refuses those that remember earlier calls."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._tables: tuple[dict[str, Any], ...] | None = None
+        self._forwards: list[Any] = []
+        self.draws = False
+        """Whether a hook drops values at random, as AutoGuidance's with a dropout below 1 do."""
+
+    def begin(self) -> None:
+        """A run begins, or it is all over: layers may have been replaced since the last one, and are let go of."""
+        self._modules, self._tables, self._forwards = [], None, []
+
+    def changed(self) -> bool:
+        """Whether there are other hooks than at the last look, or a run has begun since.
+
+        A hook sets the `forward` of its layer's instance. Guiders hook no leaves but projections to queries; what else
+        is on a leaf is found when a run begins.
+        Raises `UnmirroredState` for a hook that remembers earlier calls: models that take turns would be handed one
+        another's memory, and those with weights of their own would not have it at all.
+        """
+        began = self._tables is None
+        if self._tables is None:
+            self._modules = list(self._model.named_modules())
+            self._tables = tuple(
+                one.__dict__ for path, one in self._modules if one._modules or path.rpartition(".")[2] in _QUERIES
+            )
+        forwards = [table["forward"] for table in self._tables if "forward" in table]
+        if not began and forwards == self._forwards:
+            return False
+        self.draws = False
+        for path, module in self._modules:
+            for name, hook in hooks_of(module).items():
+                require_no_memory(hook, name, path, "reference")
+                self.draws |= isinstance(hook, _PERTURBING) and 0 < getattr(hook, "dropout", 0) < 1
+        self._forwards = forwards
+        return True
+
+
+def require_no_memory(hook: Any, name: str, path: str, owner: str) -> None:
+    """Raise `UnmirroredState` for a hook of diffusers that keeps something from one call to the next: a cache's."""
+    if hook._is_stateful:
+        raise UnmirroredState(
+            f"a cache is on the denoiser: {type(hook).__name__} on {place(path)} of the {owner} remembers earlier "
+            "calls, and would hand one model what it remembers of another. Take it off to realign, with "
+            "disable_cache() where enable_cache() has set it, and else "
+            f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook({name!r})"
+        )
+
+
+class Counterparts:
+    """The layers of `reference` and those of `anchor`, called `name`, that stand beside them."""
+
+    def __init__(self, reference: nn.Module, anchor: nn.Module, name: str):
+        self._reference, self._anchor, self._name = reference, anchor, name
+        self._pairs: list[LayerPair] | None = None
+        self._compared = False
+        self._looked_on: list[LayerPair] = []
+        self._perturbed: list[tuple[Any, str, Any]] = []
+
+    def begin(self) -> None:
+        """A run begins: everything may have changed since the last one."""
+        self._pairs, self._compared = None, False
+
+    def hooks_changed(self) -> None:
+        """Hooks of the reference came or went since the last comparison."""
+        self._compared = False
+
+    def compare(self) -> None:
+        """Raise `UnmirroredState` for what is on one of the two alone; layerwise casting is set on the anchor, too.
+
+        All of it is looked at once in a run, hooks of diffusers and replaced `forward`s again where they changed.
+        """
+        if self._compared:
+            return
+        began = self._pairs is None
+        if self._pairs is None:
+            self._pairs = layer_pairs(self._reference, self._anchor)
+            for pair in self._pairs:
+                require_same_kind(pair, self._name)
+            self._looked_on = hooked(self._pairs)
+        self._perturbed = []
+        for pair in self._pairs:
+            if "forward" in pair.original.__dict__ or "forward" in pair.counterpart.__dict__:
+                self._compare_hooks(pair)
+                require_same_forward(pair, self._name)
+        if began:
+            for pair in self._pairs:
+                require_same_tensors(pair, self._name)
+        self._compared = True
+
+    def _compare_hooks(self, pair: LayerPair) -> None:
+        own, others = hooks_of(pair.original), hooks_of(pair.counterpart)
+        for name, hook in others.items():
+            require_no_memory(hook, name, pair.path, f"anchor {self._name!r}")
+            if not isinstance(hook, _PLACING) and name not in own:
+                raise self._one_sided(hook, pair.path, f"anchor {self._name!r}", "reference")
+        for name, hook in own.items():
+            if isinstance(hook, _PLACING):
+                continue
+            if name in others:
+                self._require_same_settings(pair.path, hook, others[name])
+            elif isinstance(hook, LayerwiseCastingHook):
+                dtypes = hook.storage_dtype, hook.compute_dtype
+                apply_layerwise_casting_hook(pair.counterpart, *dtypes, hook.non_blocking)
+            elif isinstance(hook, _PERTURBING):
+                self._perturbed.append((pair.counterpart, name, hook))
+            else:
+                raise self._one_sided(hook, pair.path, "reference", f"anchor {self._name!r}")
+
+    def _one_sided(self, hook: Any, path: str, owner: str, other: str) -> UnmirroredState:
+        return UnmirroredState(
+            f"the hook {type(hook).__name__} is on {place(path)} of the {owner} and not of the {other}, which would go "
+            "without it: apply it to both (dial.modules has the anchors), or remove it"
+        )
+
+    def _require_same_settings(self, path: str, hook: Any, other: Any) -> None:
+        settings, others = (
+            {k: v for k, v in vars(one).items() if k[0] != "_" and k != "fn_ref"} for one in (hook, other)
+        )
+        if type(hook) is not type(other) or settings != others:
+            raise UnmirroredState(
+                f"the hooks on {place(path)} differ: {type(hook).__name__} with {settings} in the reference and "
+                f"{type(other).__name__} with {others} in the anchor {self._name!r}. Apply the same to both"
+            )
+
+    @property
+    def differ(self) -> bool:
+        """Whether the evaluation of either model needs `reference_watched` or `like_the_reference` around it."""
+        return bool(self._perturbed or self._looked_on)
+
+    @contextmanager
+    def reference_watched(self) -> Iterator[None]:
+        """The reference is evaluated: forward hooks of torch that it alone has may look on."""
+        with guarded(self._looked_on, 1, "reference", f"anchor {self._name!r}"):
+            yield
+
+    @contextmanager
+    def like_the_reference(self, alone: bool) -> Iterator[None]:
+        """The anchor is evaluated: it has the guider's hooks that the reference has now.
+
+        Forward hooks of torch that it alone has may look on; so may the reference's, where the anchor is `alone`.
+        """
+        names = f"anchor {self._name!r}", "reference"
+        with ExitStack() as stack:
+            stack.enter_context(guarded(self._looked_on, 2, *names))
+            if alone:
+                stack.enter_context(tried_on(self._looked_on, *reversed(names)))
+            for layer, name, hook in self._perturbed:
+                stack.enter_context(_with_hook(layer, name, copy.copy(hook)))
+            yield
+
+
+@contextmanager
+def _with_hook(layer: Any, name: str, hook: Any) -> Iterator[None]:
+    """`layer` with a hook of diffusers, and then as it was."""
+    own = layer.__dict__
+    before = {key: own[key] for key in ("forward", "_diffusers_hook") if key in own}
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+    registry.register_hook(hook, name)
+    try:
+        yield
+    finally:
+        registry.remove_hook(name, recurse=False)
+        for key in {"forward", "_diffusers_hook"} - {*before}:
+            own.pop(key, None)

@@ -1,0 +1,72 @@
+"""Where in its run the dial says each step is, and where the scheduler's own timesteps say it is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+
+from cases import Case, scheduler_classes
+
+
+class Step(NamedTuple):
+    """A step's progress, 0 at noise: `dial.last`'s, where there is one, and that of its timestep in the scheduler's."""
+
+    told: float | None
+    expected: float
+
+
+def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
+    """The steps of one call of the realigned `pipe`, by scheduler: its own, and the copies that it makes in the call.
+
+    Copies are seen at the scheduler's class, for they know nothing of what their original was given.
+    """
+    runs: dict[int, list[Step]] = {}
+    kept = []  # for an id is one object's only as long as it lives
+
+    def seen(own: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        timestep = inspect.signature(own).bind(*args, **kwargs).arguments["timestep"]
+        expected = progress_of(scheduler, timestep)
+        output = own(*args, **kwargs)
+        kept.append(scheduler)
+        told = None if dial.last is None else round(dial.last.progress.steps, 4)
+        runs.setdefault(id(scheduler), []).append(Step(told, round(expected, 4)))
+        return output
+
+    with ExitStack() as stack:
+        for scheduler_class in scheduler_classes(pipe):
+            stack.callback(_watched(scheduler_class, seen))
+        pipe.scheduler.step = functools.wraps(pipe.scheduler.step)(
+            functools.partial(seen, pipe.scheduler.step, pipe.scheduler)
+        )
+        case.run(pipe)
+    return list(runs.values())
+
+
+def _watched(scheduler_class: Any, seen: Any) -> Any:
+    """Let the class's steps be seen; returns what undoes this."""
+    own, inherited = scheduler_class.step, "step" not in vars(scheduler_class)
+
+    @functools.wraps(own)
+    def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        return seen(own.__get__(scheduler), scheduler, *args, **kwargs)
+
+    def undo() -> None:
+        if inherited:
+            del scheduler_class.step
+        else:
+            scheduler_class.step = own
+
+    scheduler_class.step = step
+    return undo
+
+
+def progress_of(scheduler: Any, timestep: Any) -> float:
+    """The share of a scheduler's distinct timesteps that come before this one."""
+    distinct = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    now = float(torch.as_tensor(timestep).flatten()[0])
+    nearest = min(range(len(distinct)), key=lambda i: abs(distinct[i] - now))
+    return nearest / len(distinct)
