@@ -27,8 +27,9 @@ def weights_of(anchor: Anchor, reference: Any) -> dict[str, Tensor]:
     assert anchor.adapter is not None
     own = {name: t for name, t in reference.state_dict().items() if anchor.adapter not in name}
     weights = {name.replace(".base_layer.", "."): tensor.clone() for name, tensor in own.items()}
-    for path, layer in reference.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+    for path, module in reference.named_modules():
+        layer: Any = module
+        if isinstance(module, BaseTunerLayer):
             weights[f"{path}.weight"] += layer.get_delta_weight(anchor.adapter)
     return weights
 
@@ -56,7 +57,7 @@ def test_a_file_is_the_merged_model_or_is_refused(name: str, family: str, outcom
     changed = 0
     for key, tensor in expected.items():
         torch.testing.assert_close(
-            weights[key], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            weights[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{key} is not that of the merged model"
         )
         changed += not torch.equal(tensor, before[key])
     assert changed, "the file changes nothing: no test"

@@ -93,7 +93,7 @@ def test_noise_is_the_same_for_all_models(generator: torch.Generator | None) -> 
 
 def test_gradients_reach_every_models_own() -> None:
     weight = torch.ones(3, requires_grad=True)
-    both = PerModel.of({0: weight * 2, 1: weight * 5}, ORIGIN)
+    both: Any = PerModel.of({0: weight * 2, 1: weight * 5}, ORIGIN)
     (both * torch.tensor([1.0, 10.0, 100.0])).stacked().sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [7, 70, 700]
 
@@ -137,7 +137,8 @@ def test_predictions_of_other_models_are_not_combined() -> None:
 def test_the_latest_origin_counts() -> None:
     both, one, other = pair()
     later = SimpleNamespace(serial=2)
-    assert (both + PerModel.of({0: one, 1: other}, later)).origin is later
+    latest: Any = both + PerModel.of({0: one, 1: other}, later)
+    assert latest.origin is later
 
 
 class Cache:

@@ -52,13 +52,15 @@ def test_nan_in_a_prediction_stops_the_run(culprit, lam):
         lam = 0.0
     calls = 0
 
+    models: list[Any] = [denoiser(pipe), anchor]
+
     def poison(module, _, output):
         nonlocal calls
         calls += module is model.conv_out
         return output * float("nan") if calls == 3 and module is model.conv_out else output
 
     with realign(pipe, anchor, lam):
-        handles = [each.conv_out.register_forward_hook(poison) for each in (denoiser(pipe), anchor)]
+        handles = [each.conv_out.register_forward_hook(poison) for each in models]
         with pytest.raises(FloatingPointError, match=naming(culprit, 251)):
             sample(pipe, call)
         for handle in handles:

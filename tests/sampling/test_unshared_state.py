@@ -219,8 +219,9 @@ def test_the_memory_format_of_a_layer_is_the_anchors_too(order):
     pipe, anchor, call, own = trio()
     dial = apply(lambda each: each.unet.conv_in.to(memory_format=torch.channels_last), order, pipe, anchor, own, 0.37)
     agrees(pipe, dial, own, call)
-    assert anchor.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not anchor.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    layers: Any = anchor
+    assert layers.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not layers.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_dropout_in_one_model_alone_is_refused():
@@ -294,7 +295,8 @@ def test_a_forward_hook_that_looks_on_sees_one_model_at_every_call():
         dial.lam = 1.0
         assert torch.equal(sample(pipe, call), sample(own[1], call))
         assert seen == [anchor.conv_out] * 4
-        assert not anchor.conv_out._forward_hooks and len(pipe.unet.conv_out._forward_hooks) == 1
+        last: Any = anchor.conv_out
+        assert not last._forward_hooks and len(pipe.unet.conv_out._forward_hooks) == 1
         handle.remove()
         assert torch.equal(sample(pipe, call), sample(own[1], call))
 
@@ -396,9 +398,12 @@ def test_layers_that_a_person_leaves_out_are_left_out_of_both(kind, config, anch
 def test_models_are_compared_once_a_run(monkeypatch):
     pipe, anchor, call = make("sd")
     walks = []
-    monkeypatch.setattr(
-        "deradiff.sampling.unshared_state.layer_pairs", lambda *models: walks.append(1) or layer_pairs(*models)
-    )
+
+    def walked(*models):
+        walks.append(1)
+        return layer_pairs(*models)
+
+    monkeypatch.setattr("deradiff.sampling.unshared_state.layer_pairs", walked)
     with realign(pipe, anchor, 0.5):
         for runs in (1, 2):
             sample(pipe, call)

@@ -90,7 +90,7 @@ def locate(layers: Iterable[str], denoiser: ModelMixin, shapes: Shapes) -> dict[
     unknown: list[str] = []
     for layer in layers:
         plain = PREFIX.sub("", layer, count=1)
-        own = {}
+        own: dict[str, list[Rows]] = {}
         for name, end in itertools.product((layer, plain), _ENDS):
             dotted = f"{name}{end}"
             parameter = dotted if dotted in shapes else flat.get(dotted.replace(".", "_"))
@@ -102,8 +102,8 @@ def locate(layers: Iterable[str], denoiser: ModelMixin, shapes: Shapes) -> dict[
     published = _published_names({PREFIX.sub("", layer, count=1) for layer in unknown}, denoiser, shapes)
     converted = _converted([name + end for name in published.values() for end in _ENDS], denoiser, shapes)
     for layer in unknown:
-        name = published.get(PREFIX.sub("", layer, count=1))
-        places |= {layer + end: converted[name + end] for end in _ENDS if name and name + end in converted}
+        known = published.get(PREFIX.sub("", layer, count=1))
+        places |= {layer + end: converted[known + end] for end in _ENDS if known and known + end in converted}
     return places
 
 
@@ -123,7 +123,7 @@ def _published_names(layers: Collection[str], denoiser: ModelMixin, shapes: Shap
             )
         if (example := dots[shape]) is not None:
             numbers = iter(re.findall(r"\d+", layer))
-            names[layer] = re.sub(r"\d+", lambda _, numbers=numbers: next(numbers), example)
+            names[layer] = "".join(next(numbers) if part.isdigit() else part for part in re.split(r"(\d+)", example))
     return names
 
 
@@ -171,11 +171,12 @@ class _Symbol:
             ("chunks" if key == "split_size_or_sections" else key): value for key, value in (kwargs or {}).items()
         }
         if func in (torch.chunk, torch.split):
-            symbol: Any = args[0]
-            parts, *dim = (*args[1:], *kwargs.values())
+            rest: list[Any] = [*args[1:], *kwargs.values()]
+            symbol, parts, dim = args[0], rest[0], rest[1:]
             return symbol.chunk(parts if isinstance(parts, int) else len(parts), *dim)
         if func is torch.cat:
-            return cls(*(piece for symbol in args[0] for piece in symbol.pieces))
+            symbols: Any = args[0]
+            return cls(*(piece for each in symbols for piece in each.pieces))
         raise NotImplementedError
 
 
