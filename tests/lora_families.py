@@ -93,7 +93,7 @@ WAN: Names = {
     "blocks.0.ffn.0": ["blocks.0.ffn.net.0.proj"],
     "blocks.0.ffn.2": ["blocks.0.ffn.net.2"],
 }
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
 
 FAMILIES: dict[str, Family] = {
     "SD": Family(
