@@ -1,6 +1,7 @@
 """Anchors: the aligned model, in whatever form it comes, made a counterpart of a pipeline's own denoiser.
 
 A full-weight anchor is a second denoiser beside the reference; a LoRA anchor is an adapter inside it, left inactive.
+What of an adapter PEFT has no layers for is merged into a copy of the reference, and so becomes a full-weight anchor.
 """
 
 import os
@@ -83,7 +84,8 @@ def load_anchor(
         source: one of
             a loaded denoiser (moved in place to the reference's device and dtype, and frozen until `Anchor.unload`);
             the folder of a denoiser, or of a whole pipeline, whose denoiser is taken;
-            a LoRA in diffusers', kohya's or PEFT's form (LoKr, LoHa and DoRA in PEFT's), as file or folder;
+            a LoRA or another adapter (DoRA, LoHa, LoKr, OFT, changes of norms and biases), as PEFT's folder or as the
+            file of any trainer;
             one `.safetensors` file of a whole model, in diffusers' or in the original layout;
             the hub id of any of these, `owner/name`, or of one file, `owner/name/file.safetensors`.
         pipe: the pipeline with the reference.

@@ -4,7 +4,7 @@ LoRA and its middle factor, LoHa and LoKr are sums `W + ΔW`; DoRA then gives ev
 its own, and orthogonal fine-tuning rotates the rows of `W`. The names of factors are those of LyCORIS.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ _SYNONYMS = {
     "b_norm": "diff_b",
 }
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_GROUPS = ({"lora_down.weight", "lora_up.weight"}, set(_LOHA), {"hada_t1", "hada_t2"})
 FACTORS = {
     "lora_down.weight",
     "lora_up.weight",
@@ -55,6 +56,12 @@ class UnknownFactors(ValueError):
     """Factors that together are no known change, or not of the size of the layer; the message says why."""
 
 
+def without_partners(names: Collection[str]) -> list[str]:
+    """Those of these factors of one layer that are nothing without others which are missing."""
+    whole = [group for group in _GROUPS if 0 < len(group & set(names)) < len(group)]
+    return [name for name in names if any(name in group for group in whole)]
+
+
 def factor_name(end: str) -> str | None:
     """The name in `FACTORS` of what a file calls `end`; None for what is no factor."""
     plain = end.replace(".default.", ".")
@@ -70,7 +77,7 @@ def changed(weight: Tensor, factors: Factors) -> Tensor:
     weight, left = weight.float(), {name: tensor.float() for name, tensor in factors.items() if name != "diff_b"}
     try:
         new = _changed(weight, left)
-    except RuntimeError as error:  # torch's word for sizes that do not fit
+    except (RuntimeError, IndexError) as error:  # torch's words for sizes that do not fit
         raise UnknownFactors(
             f"{', '.join(f'{name} {list(tensor.shape)}' for name, tensor in factors.items())} for weights of "
             f"{list(weight.shape)}"
@@ -86,6 +93,8 @@ def changed(weight: Tensor, factors: Factors) -> Tensor:
 def _changed(weight: Tensor, left: dict[str, Tensor]) -> Tensor:
     """The new weights; takes the factors that it has a use for out of `left`."""
     alpha = left.get("alpha")
+    if alpha is not None and (alpha.numel() != 1 or not torch.isfinite(alpha).all()):
+        raise UnknownFactors(f"alpha is no scale, but {alpha.flatten()[:3].tolist()}")
     if "oft_blocks" in left:
         return _rotated(weight, left.pop("oft_blocks"), alpha, left.pop("rescale", None))
     new = left.pop("set_weight", weight)

@@ -85,26 +85,33 @@ def locate(layers: Iterable[str], denoiser: ModelMixin, shapes: Shapes) -> dict[
     Rows of several parameters are one layer of the file, whose change covers them all. `shapes` are the denoiser's, by
     name. A layer without a place has no entry, nor has one of which only a part has a place.
     """
-    places: dict[str, list[Rows]] = {}
+    plain = {layer: PREFIX.sub("", layer, count=1) for layer in layers}
     flat = {name.replace(".", "_"): name for name in shapes}
-    unknown: list[str] = []
-    for layer in layers:
-        plain = PREFIX.sub("", layer, count=1)
-        own: dict[str, list[Rows]] = {}
-        for name, end in itertools.product((layer, plain), _ENDS):
-            dotted = f"{name}{end}"
-            parameter = dotted if dotted in shapes else flat.get(dotted.replace(".", "_"))
-            if parameter is not None:
-                own.setdefault(layer + end, [Rows(parameter, _rows(shapes[parameter]))])
-        places |= own
-        if not own:
-            unknown.append(layer)
-    published = _published_names({PREFIX.sub("", layer, count=1) for layer in unknown}, denoiser, shapes)
+    own = {layer: _own_rows(layer, name, flat, shapes) for layer, name in plain.items()}
+    if all(own.values()):
+        return {name: rows for found in own.values() for name, rows in found.items()}
+    # The published names of a model may be diffusers' for another layer (Wan's norms), so they count first here.
+    published = _published_names(
+        {name for layer, name in plain.items() if not own[layer] or "." in name}, denoiser, shapes
+    )
     converted = _converted([name + end for name in published.values() for end in _ENDS], denoiser, shapes)
-    for layer in unknown:
-        known = published.get(PREFIX.sub("", layer, count=1))
-        places |= {layer + end: converted[known + end] for end in _ENDS if known and known + end in converted}
+    places: dict[str, list[Rows]] = {}
+    for layer, name in plain.items():
+        theirs = published.get(name, "")
+        ends = {layer + end: converted[theirs + end] for end in _ENDS if theirs and theirs + end in converted}
+        places |= ends or own[layer]
     return places
+
+
+def _own_rows(layer: str, plain: str, flat: Mapping[str, str], shapes: Shapes) -> dict[str, list[Rows]]:
+    """Where a layer is by diffusers' own names, of which `flat` knows those with underscores."""
+    rows: dict[str, list[Rows]] = {}
+    for name, end in itertools.product((layer, plain), _ENDS):
+        dotted = f"{name}{end}"
+        parameter = dotted if dotted in shapes else flat.get(dotted.replace(".", "_"))
+        if parameter is not None:
+            rows.setdefault(layer + end, [Rows(parameter, _rows(shapes[parameter]))])
+    return rows
 
 
 def _published_names(layers: Collection[str], denoiser: ModelMixin, shapes: Shapes) -> dict[str, str]:
@@ -122,8 +129,9 @@ def _published_names(layers: Collection[str], denoiser: ModelMixin, shapes: Shap
                 None,
             )
         if (example := dots[shape]) is not None:
-            numbers = iter(re.findall(r"\d+", layer))
-            names[layer] = "".join(next(numbers) if part.isdigit() else part for part in re.split(r"(\d+)", example))
+            gaps = re.split(r"\d+", example)
+            numbers = [*re.findall(r"\d+", layer), ""]
+            names[layer] = "".join(itertools.chain(*zip(gaps, numbers, strict=True)))
     return names
 
 
@@ -167,16 +175,12 @@ class _Symbol:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = {
-            ("chunks" if key == "split_size_or_sections" else key): value for key, value in (kwargs or {}).items()
-        }
         if func in (torch.chunk, torch.split):
-            rest: list[Any] = [*args[1:], *kwargs.values()]
-            symbol, parts, dim = args[0], rest[0], rest[1:]
-            return symbol.chunk(parts if isinstance(parts, int) else len(parts), *dim)
+            settings = list(args[1:]) + list((kwargs or {}).values())
+            parts = settings[0] if isinstance(settings[0], int) else len(settings[0])
+            return args[0].chunk(parts, *settings[1:])
         if func is torch.cat:
-            symbols: Any = args[0]
-            return cls(*(piece for each in symbols for piece in each.pieces))
+            return cls(*(piece for symbol in args[0] for piece in symbol.pieces))
         raise NotImplementedError
 
 

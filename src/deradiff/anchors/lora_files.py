@@ -136,8 +136,9 @@ def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) ->
 
 def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The tensors with a scale for every layer of a LoRA, where it stands beside the file."""
-    factors = {name: match for name in tensors if (match := _FACTOR.fullmatch(name)) and match["up"] is None}
-    alphas = {f"{match['layer']}.alpha": torch.tensor(scale * len(tensors[name])) for name, match in factors.items()}
+    downs = {name: match for name in tensors if (match := _FACTOR.fullmatch(name)) and match["up"] is None}
+    ranks = {match["layer"]: tensors[name].shape[0] for name, match in downs.items() if tensors[name].ndim}
+    alphas = {f"{layer}.alpha": torch.tensor(float(scale * rank)) for layer, rank in ranks.items()}
     return {**tensors, **alphas}
 
 

@@ -56,13 +56,15 @@ def layers_of(parts: LoraParts, denoiser: ModelMixin, label: str) -> dict[str, M
         of_weight = factors.keys() - _OF_BIAS
         if (of_weight and not weight) or ("diff_b" in factors and not bias) or factors.keys() <= {"alpha"}:
             lost += factors.values()
-            continue
-        layers[layer] = MergedLayer(
-            tuple(factors.values()),
-            {factor: parts.own[name] for factor, name in factors.items()},
-            tuple(weight if of_weight else ()),
-            tuple(bias if "diff_b" in factors else ()),
-        )
+        elif alone := formulas.without_partners(factors):
+            lost += [factors[factor] for factor in alone]
+        else:
+            layers[layer] = MergedLayer(
+                tuple(factors.values()),
+                {factor: parts.own[name] for factor, name in factors.items()},
+                tuple(weight if of_weight else ()),
+                tuple(bias if "diff_b" in factors else ()),
+            )
     if lost and layers:
         raise in_part(lost, label, denoiser)
     _require_once(layers, label)
@@ -79,17 +81,15 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _require_once(layers: Mapping[str, MergedLayer], label: str) -> None:
-    changed: dict[Rows, str] = {}
-    whole: dict[str, str] = {}
-    for layer in layers.values():
-        for rows in (*layer.weight, *layer.bias):
-            # All of a parameter overlaps with any part of it.
-            other = changed.get(rows) or (whole.get(rows.parameter) if rows.parts > 1 else None)
-            if other is not None:
-                raise IncompatibleAnchor(f"{label} changes {rows.parameter} twice: by {other} and by {layer.names[0]}.")
-            changed[rows] = layer.names[0]
-            if rows.parts == 1:
-                whole[rows.parameter] = layer.names[0]
+    """Raise `IncompatibleAnchor` for rows of a parameter that two layers change."""
+    pieces = [(rows, layer.names[0]) for layer in layers.values() for rows in (*layer.weight, *layer.bias)]
+    changed: dict[str, dict[Rows, str]] = {}
+    for rows, name in sorted(pieces, key=lambda piece: piece[0].parts):  # whole parameters first
+        before = changed.setdefault(rows.parameter, {})
+        other = next((by for one, by in before.items() if one == rows or one.parts == 1), None)
+        if other is not None:
+            raise IncompatibleAnchor(f"{label} changes {rows.parameter} twice: by {other} and by {name}.")
+        before[rows] = name
 
 
 def as_lora(layers: Mapping[str, MergedLayer], label: str) -> dict[str, Tensor] | None:
@@ -102,7 +102,11 @@ def as_lora(layers: Mapping[str, MergedLayer], label: str) -> dict[str, Tensor] 
         factors = scaled({f".{factor}": tensor for factor, tensor in layer.factors.items()}, label)
         down, up = factors[".lora_down.weight"], factors[".lora_up.weight"]
         lengths = [rows.length for rows in layer.weight]
-        if up.shape[0] != sum(lengths) or not all(rows.parameter.endswith(".weight") for rows in layer.weight):
+        if (
+            min(up.ndim, down.ndim) < 2
+            or up.shape[0] != sum(lengths)
+            or not all(rows.parameter.endswith(".weight") for rows in layer.weight)
+        ):
             return None
         for rows, piece in zip(layer.weight, up.split(lengths), strict=True):
             path = rows.parameter.removesuffix(".weight")
@@ -131,9 +135,10 @@ def merged_copy(layers: Mapping[str, MergedLayer], denoiser: ModelMixin, label: 
                     device = views[0].device
                     factors = {name: tensor.to(device) for name, tensor in layer.factors.items()}
                     new = change(torch.cat(views) if len(views) > 1 else views[0], factors)
-                    for view, piece in zip(views, new.split([len(view) for view in views]), strict=True):
+                    pieces = new.split([rows.length for rows in places]) if len(views) > 1 else [new]
+                    for view, piece in zip(views, pieces, strict=True):
                         view.copy_(piece)
-        except (formulas.UnknownFactors, TypeError) as error:
+        except formulas.UnknownFactors as error:
             raise IncompatibleAnchor(
                 f"{label} does not fit the reference's {type(denoiser).__name__}: {error}, in {some(layer.names)}."
             ) from error

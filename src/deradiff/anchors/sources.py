@@ -25,6 +25,7 @@ from deradiff.anchors.errors import AnchorError, AnchorNotFound, IncompatibleAnc
 from deradiff.files.waiting import from_the_hub
 
 SAFE = (".safetensors",)
+QUANTISED = (".gguf",)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:/(?P<file>.+))?")
@@ -87,7 +88,7 @@ def locate(
             f"no such file or folder: {path.absolute()}. (A model on the hub is written 'owner/name', "
             "one file of it 'owner/name/file.safetensors'.)"
         )
-    if hub_id["file"] is not None and not text.endswith(SAFE + PICKLES):
+    if hub_id["file"] is not None and not text.endswith(SAFE + PICKLES + QUANTISED):
         raise AnchorNotFound(
             f"no such folder: {path.absolute()}. For a folder inside the hub's model {hub_id['repo']!r} pass "
             f"subfolder={hub_id['file']!r}."
@@ -200,6 +201,11 @@ def select(repository: Repository, component: str, dtype: torch.dtype, allow_pic
     if repository.chosen is not None:
         folder, wanted = "", [repository.chosen]
         _refuse_pickles(wanted, label, allow_pickle)
+        if repository.chosen.endswith(QUANTISED):
+            raise AnchorError(
+                f"{label} holds quantised weights (GGUF), which are another model than the one that was aligned: its "
+                "rounding would be mixed in with the alignment. Pass the .safetensors file that it was made from."
+            )
         if not repository.chosen.endswith(SAFE + PICKLES):
             raise AnchorError(f"{label} is not a weights file: expected .safetensors.")
         kind: Literal["denoiser", "peft", "file"] = "file"
