@@ -31,7 +31,6 @@ from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
-from deradiff.sampling.evaluation import StepEvaluation
 from deradiff.sampling.guider_hook import guiding_all
 from deradiff.sampling.per_model import PerModel, is_divided
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
@@ -370,7 +369,7 @@ class Dial:
             else:
                 prediction = prediction[None]
             if evaluation.run is not run:
-                self._require_one_scheduler(evaluation)
+                evaluation.run.path_weights.add_obstacle("several schedulers")
             output = evaluation.component.steps.take(run, evaluation, prediction, own_step, arguments)
             if evaluation.run.fresh:  # all its steps are taken by copies of its scheduler
                 evaluation.run.last = run.last
@@ -379,15 +378,6 @@ class Dial:
             chosen = self.population(run.path_weights, scheduler, output[0])
             output = (chosen, *output[1:]) if isinstance(output, tuple) else SchedulerOutput(prev_sample=chosen)
         return output
-
-    def _require_one_scheduler(self, evaluation: StepEvaluation) -> None:
-        """A further scheduler steps another part of the sample, as LTX-2's audio: particles cannot follow there."""
-        if self.population is not None:
-            raise DialError(
-                "particles weigh and reorder what one scheduler steps, and this pipeline steps parts of its samples by "
-                "several: draw without particles"
-            )
-        evaluation.run.path_weights.add_obstacle("several schedulers")
 
 
 def dial_of(pipe: Pipeline) -> Dial | None:

@@ -24,6 +24,7 @@ from deradiff.algorithm.estimates import Estimate, effective_sample_size
 from deradiff.algorithm.path_weights import ImportanceWeights, PathWeights
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.sampling import pictures
+from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.dial import Dial, dial_of
 
 
@@ -179,10 +180,17 @@ class Population:
         self.evenness: list[Tensor] = []
         self.resampled_by = "no step was taken"
         self._counted = torch.zeros_like(self.log_weights)
+        self._scheduler: SchedulerMixin | None = None
 
     def __call__(self, path_weights: PathWeights, scheduler: SchedulerMixin, previous: Tensor) -> Tensor:
         """Weigh the step that led to `previous`, and resample the prompts whose weights have grown uneven."""
         count = self.log_weights.shape[1]
+        if self._scheduler not in (None, scheduler):
+            raise DialError(
+                "particles weigh and reorder what one scheduler steps, and this pipeline steps parts of its samples by "
+                "several: draw without particles"
+            )
+        self._scheduler = scheduler
         if not path_weights.noisy:
             self.resampled_by = f"not resampled: {_why_not(scheduler)}"
             return previous
