@@ -179,7 +179,7 @@ def test_path_densities_match_gaussians_written_out(name, clip):
             abar = scheduler.alphas_cumprod.double()[int(t)]
             prev = scheduler.alphas_cumprod.double()[int(t) - 1000 // steps]
             variance = eta**2 * (1 - prev) / (1 - abar) * (1 - abar / prev)
-            outputs = prediction.view(5, 3, 2).unbind(1)
+            outputs = prediction.stacked().unbind(0)
             means = [
                 prev.sqrt() * (before - (1 - abar).sqrt() * e) / abar.sqrt() + (1 - prev - variance).sqrt() * e
                 for e in outputs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from accelerate.utils.operations import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
@@ -55,11 +55,6 @@ class Denoisers:
         self._keeps = False
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The anchors that have weights of their own."""
-        return [anchor.module for anchor in self.anchors if anchor.module is not None]
 
     def begin(self) -> None:
         """A run begins. Weights may have been loaded since the last one."""

@@ -31,7 +31,6 @@ from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
-from deradiff.sampling.guider_hook import guiding_all
 from deradiff.sampling.per_model import PerModel, is_divided
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
@@ -310,8 +309,7 @@ class Dial:
         """A call of `pipe`, however it ends."""
         copies = self._own.__dict__.setdefault("copies", [])
         before = len(copies)
-        own = [component.denoisers for component in self._components.values()]
-        with self._runs.call(pipe), guiding_all(pipe, {one.reference: one.modules for one in own}):
+        with self._runs.call(pipe):
             self._hook_new()
             try:
                 yield
