@@ -1,14 +1,19 @@
 """What people attach to a pipeline, before it is realigned or after, and the check that both models have it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from deradiff import realign
+from deradiff.sampling.blocked_methods import UnmirroredState
+from messages import naming
 from oracle import lock_step
-from tiny import assert_close, sample
+from tiny import assert_close, denoiser, sample, trio
 
+SIDES = pytest.mark.parametrize("side", ["reference", "anchor"])
 BEFORE_AND_AFTER = pytest.mark.parametrize("order", ["before", "after"])
 
 
@@ -32,3 +37,22 @@ def agrees(
         dial.lam = lam
         expected = lock_step(own, call, lam) if lam == 0.37 else sample(own[int(lam)], call)
         assert_close(sample(pipe, call), expected, tolerance)
+
+
+def refused(change: Callable[[Any], Any], kind: str, order: str, side: str, *values: object) -> None:
+    """What is changed on one model alone is refused with these values named, and λ of the reference alone goes on."""
+    pipe, anchor, call, own = trio(kind)
+    module = denoiser(pipe) if side == "reference" else anchor
+    if order == "before":
+        change(module)
+    dial = realign(pipe, anchor, 0.37)
+    if order == "after":
+        change(module)
+    for lam in (0.37, 1.0):
+        dial.lam = lam
+        with pytest.raises(UnmirroredState, match=naming(*values)):
+            sample(pipe, call)
+    if side == "reference":
+        change(denoiser(own[0]))
+    dial.lam = 0.0
+    assert torch.equal(sample(pipe, call), sample(own[0], call))

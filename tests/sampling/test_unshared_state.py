@@ -1,6 +1,5 @@
 """State that is on one of two models alone: the lock-step oracle's result, or a refusal that names it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from diffusers.hooks import (
     HookRegistry,
     LayerSkipConfig,
     MagCacheConfig,
-    ModelHook,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     apply_faster_cache,
@@ -23,40 +21,19 @@ from diffusers.hooks import (
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
-from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from companions import BEFORE_AND_AFTER, agrees, apply
+from companions import BEFORE_AND_AFTER, SIDES, agrees, apply, refused
 from deradiff import realign
 from deradiff.sampling.blocked_methods import UnmirroredState
-from deradiff.sampling.layer_pairs import layer_pairs
+from deradiff.sampling.layer_pairs import LayerPair, layer_pairs
 from messages import naming
-from oracle import lock_step
-from tiny import assert_close, denoiser, distance, make, sample, trio
+from tiny import denoiser, distance, make, sample, trio
 from tiny_loras import fused, lora_weights
+from tiny_parts import noise
 
 LAYER = "conv_out"
-SIDES = pytest.mark.parametrize("side", ["reference", "anchor"])
-
-
-def refused(change: Callable[[Any], Any], kind: str, order: str, side: str, *values: object) -> None:
-    """What is changed on one model alone is refused with these values named, and λ of the reference alone goes on."""
-    pipe, anchor, call, own = trio(kind)
-    module = denoiser(pipe) if side == "reference" else anchor
-    if order == "before":
-        change(module)
-    dial = realign(pipe, anchor, 0.37)
-    if order == "after":
-        change(module)
-    for lam in (0.37, 1.0):
-        dial.lam = lam
-        with pytest.raises(UnmirroredState, match=naming(*values)):
-            sample(pipe, call)
-    if side == "reference":
-        change(denoiser(own[0]))
-    dial.lam = 0.0
-    assert torch.equal(sample(pipe, call), sample(own[0], call))
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
@@ -159,7 +136,20 @@ def test_layerwise_casting_of_the_anchor_alone_is_refused():
 
 
 class Packed(nn.Linear):
-    """A layer of another class in a `Linear`'s place, as bitsandbytes, quanto and GGUF put there."""
+    """A layer with weights in 8 bits in a `Linear`'s place, as bitsandbytes, quanto and GGUF put there."""
+
+    scale: Tensor
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Packed":
+        packed = cls(linear.in_features, linear.out_features, bias=False)
+        packed.bias = linear.bias
+        packed.register_buffer("scale", linear.weight.detach().abs().amax() / 127)
+        packed.weight = nn.Parameter((linear.weight.detach() / packed.scale).round().to(torch.int8), False)
+        return packed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, self.weight * self.scale, self.bias)
 
 
 class PackedTensor(Tensor):
@@ -168,9 +158,7 @@ class PackedTensor(Tensor):
 
 def pack_layer(model: Any) -> None:
     block = next(module for module in model.modules() if hasattr(module, "to_out"))
-    packed = Packed(block.to_q.in_features, block.to_q.out_features, bias=block.to_q.bias is not None)
-    packed.load_state_dict(block.to_q.state_dict())
-    block.to_q = packed
+    block.to_q = Packed.of(block.to_q)
 
 
 def pack_tensor(model: Any) -> None:
@@ -200,8 +188,10 @@ def test_a_lora_anchor_over_a_quantised_reference(tmp_path):
     pipe, _, call = make("sd")
     weights = lora_weights(pipe, seed=20)
     save_file(weights, tmp_path / "lora.safetensors")
-    own = [make("sd")[0], fused(make("sd")[0], weights)]
-    pack_layer(pipe.unet)
+    own = [make("sd")[0], make("sd")[0]]
+    for each in (pipe, *own):
+        pack_layer(each.unet)
+    own[1].load_lora_weights(dict(weights))
     agrees(pipe, realign(pipe, tmp_path / "lora.safetensors", 0.37), own, call, tolerance=3e-5)
 
 
@@ -209,9 +199,12 @@ def test_a_lora_anchor_over_a_quantised_reference(tmp_path):
 def test_a_layer_in_another_precision_is_refused(side):
     pipe, anchor, call = make("sd")
     with realign(pipe, anchor, 0.5):
-        (pipe.unet if side == "reference" else anchor).conv_out.double()
+        model: Any = pipe.unet if side == "reference" else anchor
+        model.conv_out.double()
         with pytest.raises(UnmirroredState, match=naming(LAYER, "torch.float64", "torch.float32", "anchor")):
             sample(pipe, call)
+        with pytest.raises(UnmirroredState, match=naming(LAYER)):  # and again, within the run
+            pipe.unet(noise(2, 4, 8, 8), pipe.scheduler.timesteps[0], encoder_hidden_states=noise(2, 5, 16))
 
 
 @BEFORE_AND_AFTER
@@ -219,9 +212,9 @@ def test_the_memory_format_of_a_layer_is_the_anchors_too(order):
     pipe, anchor, call, own = trio()
     dial = apply(lambda each: each.unet.conv_in.to(memory_format=torch.channels_last), order, pipe, anchor, own, 0.37)
     agrees(pipe, dial, own, call)
-    layers: Any = anchor
-    assert layers.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert not layers.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    model: Any = anchor
+    assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_dropout_in_one_model_alone_is_refused():
@@ -233,133 +226,6 @@ def test_dropout_in_one_model_alone_is_refused():
     with realign(pipe, anchor, 0.5):
         pipe.unet.train()
         with pytest.raises(UnmirroredState, match=naming(".eval()")):
-            sample(pipe, call)
-
-
-# --- forward hooks and patches ----------------------------------------------------------------------------------------
-
-
-def halved(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return 0.5 * output
-
-
-def halved_in_place(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.mul_(0.5)
-
-
-def halved_input(module: nn.Module, args: Any) -> Any:
-    return (0.5 * args[0], *args[1:])
-
-
-def halved_keyword(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    kwargs["encoder_hidden_states"] = 0.5 * kwargs["encoder_hidden_states"]
-
-
-def halved_output(module: nn.Module, args: Any, output: Any) -> Any:
-    return (0.5 * output[0],)
-
-
-FORWARD_HOOKS: dict[str, Callable[[Any], Any]] = {
-    "halved": lambda model: model.get_submodule(LAYER).register_forward_hook(halved),
-    "halved_in_place": lambda model: model.get_submodule(LAYER).register_forward_hook(halved_in_place),
-    "halved_input": lambda model: model.get_submodule(LAYER).register_forward_pre_hook(halved_input),
-    "halved_output": lambda model: model.register_forward_hook(halved_output),
-    "halved_keyword": lambda model: model.register_forward_pre_hook(halved_keyword, with_kwargs=True),
-}
-
-
-@SIDES
-@BEFORE_AND_AFTER
-@pytest.mark.parametrize("hook", FORWARD_HOOKS)
-def test_a_forward_hook_that_changes_one_model_is_refused(hook, order, side):
-    refused(FORWARD_HOOKS[hook], "sd", order, side, hook, "anchor", "reference")
-
-
-@pytest.mark.parametrize("hook", FORWARD_HOOKS)
-def test_a_forward_hook_on_both_models_acts_on_both(hook):
-    pipe, anchor, call, own = trio()
-    dial = realign(pipe, anchor, 0.37)
-    for model in (pipe.unet, dial.modules["anchor"], own[0].unet, own[1].unet):
-        FORWARD_HOOKS[hook](model)
-    agrees(pipe, dial, own, call)
-
-
-def test_a_forward_hook_that_looks_on_sees_one_model_at_every_call():
-    pipe, anchor, call, own = trio()
-    seen = []
-    handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: seen.append(module))
-    with realign(pipe, anchor, 0.37) as dial:
-        assert_close(sample(pipe, call), lock_step(own, call, 0.37))
-        assert seen == [pipe.unet.conv_out] * 4
-        seen.clear()
-        dial.lam = 1.0
-        assert torch.equal(sample(pipe, call), sample(own[1], call))
-        assert seen == [anchor.conv_out] * 4
-        last: Any = anchor.conv_out
-        assert not last._forward_hooks and len(pipe.unet.conv_out._forward_hooks) == 1
-        handle.remove()
-        assert torch.equal(sample(pipe, call), sample(own[1], call))
-
-
-def patch_forward(model: Any) -> None:
-    layer = model.get_submodule(LAYER)
-    layer.forward = functools.partial(patched_forward, layer.forward)
-
-
-def patched_forward(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return 0.5 * forward(hidden)
-
-
-def patch_class(model: Any) -> None:
-    layer = model.get_submodule(LAYER)
-    layer.__class__ = type("Merging", (type(layer),), {"forward": lambda self, x: 0.5 * nn.Conv2d.forward(self, x)})
-
-
-class Halving(ModelHook):
-    """A hook of somebody's own in diffusers' registry."""
-
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        return 0.5 * output
-
-
-def hook_layer(model: Any, hook: Callable[[], ModelHook] = Halving) -> None:
-    HookRegistry.check_if_exists_or_initialize(model.get_submodule(LAYER)).register_hook(hook(), "halving")
-
-
-PATCHES = {"patched_forward": patch_forward, "Merging": patch_class, "Halving": hook_layer}
-
-
-@SIDES
-@BEFORE_AND_AFTER
-@pytest.mark.parametrize("patch", PATCHES)
-def test_a_patched_layer_is_refused(patch, order, side):
-    refused(PATCHES[patch], "sd", order, side, patch, LAYER, "anchor", "reference")
-
-
-@pytest.mark.parametrize("patch", PATCHES)
-def test_layers_patched_alike_are_mixed(patch):
-    pipe, anchor, call, own = trio()
-    dial = realign(pipe, anchor, 0.37)
-    for model in (pipe.unet, anchor, own[0].unet, own[1].unet):
-        PATCHES[patch](model)
-    agrees(pipe, dial, own, call)
-
-
-def test_a_hook_of_another_kind_is_refused_for_a_patch_below_it_too():
-    pipe, anchor, call = make("sd")
-    with realign(pipe, anchor, 0.5):
-        patch_forward(pipe.unet)
-        for model in (pipe.unet, anchor):
-            hook_layer(model)
-        with pytest.raises(UnmirroredState, match=naming("patched_forward", LAYER)):
-            sample(pipe, call)
-
-
-def test_context_parallelism_is_refused():
-    pipe, anchor, call = make("sd")
-    with realign(pipe, anchor, 0.5):
-        hook_layer(pipe.unet, lambda: ContextParallelSplitHook({}, None))
-        with pytest.raises(UnmirroredState, match=naming("ContextParallelSplitHook", LAYER)):
             sample(pipe, call)
 
 
@@ -399,11 +265,11 @@ def test_models_are_compared_once_a_run(monkeypatch):
     pipe, anchor, call = make("sd")
     walks = []
 
-    def walked(*models):
-        walks.append(1)
+    def walk(*models: nn.Module) -> list[LayerPair]:
+        walks.append(models)
         return layer_pairs(*models)
 
-    monkeypatch.setattr("deradiff.sampling.unshared_state.layer_pairs", walked)
+    monkeypatch.setattr("deradiff.sampling.unshared_state.layer_pairs", walk)
     with realign(pipe, anchor, 0.5):
         for runs in (1, 2):
             sample(pipe, call)

@@ -265,9 +265,10 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _dtypes(reference: ModelMixin) -> dict[str, torch.dtype]:
     """The reference's precision, tensor by tensor: some stay in float32 when the rest is cast.
 
-    Where it is stored in 8 bits (layerwise casting), the precision it computes in.
+    Where it is stored in 8 bits (layerwise casting), the precision it computes in. Of packed numbers (quantised) and
+    other integers nothing is said: they cannot be cast.
     """
-    stored = {name: tensor.dtype for name, tensor in base_tensors(reference)}
+    stored = {name: tensor.dtype for name, tensor in base_tensors(reference) if tensor.is_floating_point()}
     return {name: reference.dtype if dtype.itemsize == 1 else dtype for name, dtype in stored.items()}
 
 

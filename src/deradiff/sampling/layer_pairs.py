@@ -149,18 +149,14 @@ def _replaced_forward(layer: Any) -> str | None:
     own = layer.__dict__
     forward = own.get("forward")
     registry = own.get("_diffusers_hook")
-    if forward is not None and registry is not None and registry._fn_refs:
-        if not _is_of_registry(forward):
-            return name_of(forward)
-        first = registry._fn_refs[0]
-        forward = first.original_forward or first.forward
-    if forward is not None and "_hf_hook" in own:
-        forward = own.get("_old_forward", forward)
+    for _ in range(2):
+        if registry is not None and registry._fn_refs and name_of(forward).startswith("HookRegistry.register_hook"):
+            first = registry._fn_refs[0]
+            forward = first.original_forward or first.forward
+        elif "_old_forward" in own and name_of(forward).startswith("add_hook_to_module"):
+            forward = own["_old_forward"]
+        else:
+            break
     if forward is None or getattr(forward, "__func__", None) is type(layer).forward:
         return None
     return name_of(forward)
-
-
-def _is_of_registry(forward: Any) -> bool:
-    inner = forward.func if isinstance(forward, functools.partial) else forward
-    return getattr(inner, "__qualname__", "").startswith("HookRegistry.register_hook")

@@ -122,21 +122,20 @@ class Counterparts:
         """
         if self._compared:
             return
-        began = self._pairs is None
+        pairs = layer_pairs(self._reference, self._anchor) if self._pairs is None else self._pairs
         if self._pairs is None:
-            self._pairs = layer_pairs(self._reference, self._anchor)
-            for pair in self._pairs:
+            for pair in pairs:
                 require_same_kind(pair, self._name)
-            self._looked_on = hooked(self._pairs)
+            self._looked_on = hooked(pairs)
         self._perturbed = []
-        for pair in self._pairs:
+        for pair in pairs:
             if "forward" in pair.original.__dict__ or "forward" in pair.counterpart.__dict__:
                 self._compare_hooks(pair)
                 require_same_forward(pair, self._name)
-        if began:
-            for pair in self._pairs:
+        if self._pairs is None:
+            for pair in pairs:
                 require_same_tensors(pair, self._name)
-        self._compared = True
+        self._pairs, self._compared = pairs, True  # where nothing was raised: what was is refused at every call
 
     def _compare_hooks(self, pair: LayerPair) -> None:
         own, others = hooks_of(pair.original), hooks_of(pair.counterpart)
