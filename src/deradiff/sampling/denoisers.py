@@ -214,6 +214,7 @@ class Denoisers:
         with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
                 carrier, theta = self._blend(tuple((a, weight) for a, weight in anchors.items() if a.module))
+                carrier.sync_adapters()
                 with carrier.layers.like_the_reference(alone):
                     output = torch.func.functional_call(carrier.anchor, theta, args, kwargs)
             else:

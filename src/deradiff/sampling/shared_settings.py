@@ -84,7 +84,7 @@ class Mirror:
         self._sync_image_prompt()
         self._sync_attention()
         self._sync_freeu()
-        self._sync_adapters()
+        self.sync_adapters()
         self.layers.compare()  # before the offload: layers that are cast for storage have to be so when it is set up
         self._sync_offload()
 
@@ -128,7 +128,8 @@ class Mirror:
                 if getattr(counterpart, factor, None) != wanted:
                     setattr(counterpart, factor, wanted)
 
-    def _sync_adapters(self) -> None:
+    def sync_adapters(self) -> None:
+        """The reference's LoRAs, those that are active now; called again where an evaluation activates some."""
         adapters = list(getattr(self.reference, "peft_config", {}).values())
         if not same_objects(adapters, self._adapters):
             self._return_layers()
