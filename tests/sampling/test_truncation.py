@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import tiny
+import tiny_parts
 from deradiff import baking
 from deradiff.alignment.base import Base
 from deradiff.cli import app, terminal
 from deradiff.experiments import executors, running
 from deradiff.experiments.plan import parse_plan
 from deradiff.experiments.store import Store
+from deradiff.sampling import truncation
 from deradiff.sampling.truncation import PromptCut, cuts, watched
 from deradiff.studio import drawing
 from deradiff.studio.jobs import PageJob
@@ -270,3 +273,19 @@ def test_ordinary_commands_say_nothing_more(models: tuple[Path, Path], tmp_path:
     words = ["generate", models[0], "-a", models[1], "-p", "a", "--lam", "0.5", "--steps", "2", "--out", tmp_path / "o"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0 and "warning" not in result.stderr, result.stderr
+
+
+def test_threads_that_share_a_tokenizer_take_turns() -> None:
+    """A fast tokenizer keeps a call's padding in itself: without turns a few of these calls come back unpadded."""
+    tokenizer: Any = tiny_parts.tokenizer()
+    lengths: list[int] = []
+
+    def encode(_: int) -> None:
+        with truncation._observed(tokenizer, lambda *_: None):
+            for _ in range(300):
+                encoded = tokenizer("a fox", padding="max_length", max_length=20, truncation=True)
+                lengths.append(len(encoded["input_ids"]))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encode, range(4)))
+    assert set(lengths) == {20} and len(lengths) == 1200

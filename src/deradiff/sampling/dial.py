@@ -37,6 +37,7 @@ from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
 from deradiff.sampling.runs import Runs
 from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, schedulers_of
+from deradiff.sampling.truncation import taking_turns
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
 
@@ -309,7 +310,7 @@ class Dial:
         """A call of `pipe`, however it ends."""
         copies = self._own.__dict__.setdefault("copies", [])
         before = len(copies)
-        with self._runs.call(pipe):
+        with self._runs.call(pipe), taking_turns(pipe):
             self._hook_new()
             try:
                 yield

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from threading import Lock, get_ident
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,8 +59,6 @@ def watched(pipe: Any, tokenizers: Mapping[str, Any] | None = None) -> Iterator[
 
     Of anything but a pipeline, name its `tokenizers`.
     """
-    from transformers import PreTrainedTokenizerBase
-
     known = _heard.setdefault(pipe, {})
     before = set(known)
 
@@ -73,13 +71,28 @@ def watched(pipe: Any, tokenizers: Mapping[str, Any] | None = None) -> Iterator[
         return heard
 
     with ExitStack() as stack:
-        for name, tokenizer in (tokenizers or getattr(pipe, "components", {})).items():
-            if isinstance(tokenizer, PreTrainedTokenizerBase):
-                stack.enter_context(_observed(tokenizer, hear(name)))
+        for name, tokenizer in _tokenizers(pipe if tokenizers is None else tokenizers).items():
+            stack.enter_context(_observed(tokenizer, hear(name)))
         yield
     for cut in cuts(pipe):
         if (cut.prompt, cut.limit, cut.lost) not in before:
             warnings.warn(cut.words, PromptCut, stacklevel=2)
+
+
+@contextmanager
+def taking_turns(pipe: Any) -> Iterator[None]:
+    """While this lasts, calls of the pipeline's tokenizers take turns, which pipelines of other threads may share."""
+    with ExitStack() as stack:
+        for tokenizer in _tokenizers(pipe).values():
+            stack.enter_context(_observed(tokenizer, None))
+        yield
+
+
+def _tokenizers(pipe: Any) -> dict[str, Any]:
+    from transformers import PreTrainedTokenizerBase
+
+    parts = pipe if isinstance(pipe, Mapping) else getattr(pipe, "components", {})
+    return {name: part for name, part in parts.items() if isinstance(part, PreTrainedTokenizerBase)}
 
 
 def cuts(pipe: Any, prompts: Sequence[str | None] | None = None) -> list[Cut]:
@@ -101,7 +114,7 @@ _listening = Lock()
 
 
 @contextmanager
-def _observed(tokenizer: Any, hear: Callable[[str, int, str], None]) -> Iterator[None]:
+def _observed(tokenizer: Any, hear: Callable[[str, int, str], None] | None) -> Iterator[None]:
     """While this lasts, `hear` is told of every text that the tokenizer cuts in this thread.
 
     Pipelines of several threads may share a tokenizer: whoever ends last gives it its own class back.
@@ -124,11 +137,20 @@ def _observed(tokenizer: Any, hear: Callable[[str, int, str], None]) -> Iterator
 
 
 def _that_tells(kind: Any) -> Any:
-    """A subclass of a tokenizer's class whose calls tell the listeners of what they cut."""
-    listeners: list[tuple[int, Callable[[str, int, str], None]]] = []
+    """A subclass of a tokenizer's class whose calls tell the listeners of what they cut.
+
+    Calls take turns: a fast tokenizer keeps the padding and truncation of the present call in itself, and another
+    thread's would take their place.
+    """
+    listeners: list[tuple[int, Callable[[str, int, str], None] | None]] = []
+    turn = RLock()
 
     def call(self: Any, text: Any = None, *arguments: Any, **options: Any) -> Any:
-        hearing = [hear for thread, hear in tuple(listeners) if thread == get_ident()]
+        with turn:
+            return in_turn(self, text, *arguments, **options)
+
+    def in_turn(self: Any, text: Any, *arguments: Any, **options: Any) -> Any:
+        hearing = [hear for thread, hear in tuple(listeners) if hear is not None and thread == get_ident()]
         limit = options.get("max_length") or self.model_max_length
         if hearing and options.get("truncation") in (True, "longest_first", "only_first"):
             special = options.get("add_special_tokens", True)
