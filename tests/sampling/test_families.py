@@ -10,6 +10,7 @@ from torch import Tensor
 from deradiff import realign
 from deradiff.algorithm.schedules import Power, Spline
 from deradiff.sampling.shared_settings import UnmirroredState
+from messages import naming
 from oracle import lock_step
 from tiny import assert_close, distance, tensors_in
 from tiny_families import FAMILIES, anchors_of, around, built, denoisers, drawn
@@ -77,20 +78,7 @@ def test_every_image_has_its_own_lam(family):
         assert_close(actual, torch.stack([first[0], second[1]]))
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family,
-            marks=pytest.mark.xfail(
-                raises=UnmirroredState, strict=True, reason="of a cache of keys it is not known where its batch is"
-            ),
-        )
-        if family == "flux2_klein_kv"
-        else family
-        for family in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flux2_klein_kv"])
 def test_a_batch_in_parts_is_the_same(family):
     pipe, call, dial = realigned(family, 0.5)
     whole = drawn(pipe, call)
@@ -104,6 +92,13 @@ def test_a_batch_in_parts_is_the_same(family):
     for actual, expected in zip(drawn(pipe, call), whole, strict=True):
         assert_close(actual, expected)
     assert {*rows} == {1}
+
+
+def test_a_batch_of_a_model_that_keeps_rows_of_it_is_not_divided():
+    pipe, call, dial = realigned("flux2_klein_kv", 0.5)
+    dial.micro_batch = 1
+    with pytest.raises(UnmirroredState, match=naming("dial.micro_batch", "Flux2Transformer2DModel")):
+        drawn(pipe, call)
 
 
 @every_family

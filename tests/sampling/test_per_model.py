@@ -2,17 +2,22 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from deradiff import realign
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.per_model import ModelsOwn, PerModel, is_divided, merged, of_model
-from tiny import noise
+from tiny import make, noise
+from tiny_loras import lora_weights
+from tiny_parts import TEXT_WIDTH
 
 ORIGIN = SimpleNamespace(serial=1)
 
@@ -159,3 +164,17 @@ def test_what_is_no_tensor_is_each_models_own_and_is_handed_back_to_it() -> None
     assert [part.tolist() for part in grown.parts.values()] == [[0, 0], [2, 2]] and is_divided(cache.keys)
     with pytest.raises(DialError, match="8"):
         merged({0: 7, 1: 8}, ORIGIN)
+
+
+def test_what_is_each_models_own_goes_to_it_where_a_lora_would_share_a_batch(tmp_path: Path) -> None:
+    pipe, *_ = make("sd")
+    save_file(lora_weights(pipe), tmp_path / "lora.safetensors")
+    texts = {k: noise(2, 5, TEXT_WIDTH, seed=k) for k in (0, 1)}
+    latents, timestep = noise(2, 4, 8, 8, seed=7), torch.tensor(500)
+    with realign(pipe, tmp_path / "lora.safetensors", 0.5) as dial, torch.no_grad():
+        denoisers = dial._components["unet"].denoisers
+        own = {"encoder_hidden_states": PerModel.of(texts, ORIGIN)}
+        both = denoisers.predict([0, 1], (latents, timestep), own)
+        for k, text in texts.items():
+            alone = denoisers.predict([k], (latents, timestep), {"encoder_hidden_states": text})[k].sample
+            assert type(both[k].sample) is Tensor and torch.equal(both[k].sample, alone)

@@ -232,11 +232,6 @@ class PathWeights:
 
     def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
-        if self._evaluation is None and "several schedulers" in self._obstacles:
-            raise RuntimeError(
-                "this pipeline copies its scheduler and steps every part of a sample with a copy: what the steps leave "
-                "out is not known of it"
-            )
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
         nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")

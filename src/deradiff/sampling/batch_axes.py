@@ -42,9 +42,10 @@ class Batch:
         self.rows, self._model = rows, model.__name__
         self._positional = parameters[: len(args)]
         self._arguments = dict(zip(self._positional, args, strict=True)) | dict(kwargs)
-        self._axes: Axes | None = getattr(model, "batch_axes", _table().get(self._model))
-        if self._axes is None:
+        axes: Axes | None = getattr(model, "batch_axes", _table().get(self._model))
+        if axes is None:
             raise UnknownBatch(f"it is not known where {self._model} has the batch in its arguments")
+        self._axes = axes
         self.changed(lambda tensor, axis: tensor, lambda entries: entries)
 
     def repeated(self, copies: int) -> Call:
@@ -99,7 +100,7 @@ class Batch:
             if value is None or isinstance(value, (bool, int, float, str)):
                 return value
             if isinstance(value, (list, tuple)):
-                if self._axis(path, default=None) == ROWS and len(value) == self.rows:
+                if self._axes.get(path) == ROWS and len(value) == self.rows:
                     return entries(value)
                 return type(value)([at(f"{path}.*", entry) for entry in value])
             if isinstance(value, dict):
@@ -116,17 +117,14 @@ class Batch:
         changed = {name: at(name, value) for name, value in self._arguments.items()}
         return tuple(changed.pop(name) for name in self._positional), changed
 
-    def _axis(self, path: str, **default: Any) -> int | str | None:
-        assert self._axes is not None
-        if path not in self._axes and not default:
+    def _axis(self, path: str) -> int | str | None:
+        if path not in self._axes:
             raise UnknownBatch(f"it is not known where {self._model} has the batch in {path}")
-        return self._axes.get(path)
+        return self._axes[path]
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
 
 
 @cache

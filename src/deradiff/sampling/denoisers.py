@@ -26,7 +26,7 @@ from deradiff.sampling.call_arguments import (
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
-from deradiff.sampling.per_model import keeps_more_than_tensors, of_model, same_noise
+from deradiff.sampling.per_model import is_divided, keeps_more_than_tensors, of_model, same_noise
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror
 from deradiff.sampling.unshared_state import HookWatch
@@ -131,7 +131,7 @@ class Denoisers:
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
-        if self._keeps or splits_batches(self.reference):
+        if self._keeps or splits_batches(self.reference) or is_divided((args, kwargs)):
             return None
         rows = len(self.argument("input", args, kwargs))
         try:
@@ -168,9 +168,9 @@ class Denoisers:
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
     ) -> dict[int, Any]:
         outputs = self._predict_models(models, args, kwargs) if models else {}
-        return (
-            outputs if blend is None else outputs | {BLEND: self._predict_blend(blend, args, kwargs, 0 not in models)}
-        )
+        if blend is not None:
+            outputs[BLEND] = self._predict_blend(blend, args, kwargs, 0 not in models)
+        return outputs
 
     def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Schedule
 from deradiff.algorithm.step import Space, StepRecord, space_of
@@ -59,7 +60,7 @@ class Dial:
         self,
         pipe: Pipeline,
         denoisers: Mapping[str, Denoisers],
-        lam: Any,
+        lams: Mapping[str, Lams],
         method: Method,
         path: Where,
         reuse: Reuse | None = None,
@@ -74,7 +75,6 @@ class Dial:
         self._removed = False
         self._reuse = reuse
         self._components: dict[str, RealignedComponent] = {}
-        lams = lams_by_component(lam, {name: own.names[1:] for name, own in denoisers.items()})
         for name, own in denoisers.items():
             own.require_blendable(lams[name], method, reuse)
             self._components[name] = RealignedComponent(name, own, lams[name], RealignedSteps(own, method, path))
@@ -370,8 +370,6 @@ class Dial:
             if evaluation.run is not run:
                 evaluation.run.path_weights.add_obstacle("several schedulers")
             output = evaluation.component.steps.take(run, evaluation, prediction, own_step, arguments)
-            if evaluation.run.fresh:  # all its steps are taken by copies of its scheduler
-                evaluation.run.last = run.last
         run.path_weights.after_step(output[0])
         if self.population is not None:
             chosen = self.population(run.path_weights, scheduler, output[0])

@@ -26,13 +26,13 @@ from deradiff.algorithm.step import Space
 from deradiff.anchors import AnchorError, AnchorNotFound, denoisers_of, load_anchor
 from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from deradiff.sampling.call_arguments import tensors_of
 from deradiff.sampling.denoiser_states import splits_batches
 from deradiff.sampling.lock_step import Draw, NoLockStep, in_lock_step, plain_pipeline
 from deradiff.sampling.pipeline_checks import ROUNDING, PipelineCheck, close, distance, equal
 from deradiff.sampling.realignment import Sources, realign, sources_by_component
-from deradiff.sampling.shared_settings import UnmirroredState
+from deradiff.sampling.scheduler_hook import schedulers_of
 
 Modules = Mapping[str, Mapping[str, nn.Module]]
 """The anchors as denoisers, by component and name."""
@@ -276,7 +276,7 @@ def _between(
 
 
 def _mixture(realigned: _Realigned, twins: Sequence[Any], draw: Draw, lams: tuple[float, ...]) -> Tensor:
-    if realigned.space == "posterior" and learns_variance(twins[0].scheduler):
+    if realigned.space == "posterior" and any(map(learns_variance, schedulers_of(twins[0]))):
         raise NoLockStep("posteriors are mixed here whose variances the models predict, so that samples do not show it")
     return in_lock_step(twins, draw, [1 - sum(lams), *lams], realigned.space)
 
@@ -311,7 +311,7 @@ def _classes(pipe: Any, denoisers: Mapping[str, Any]) -> dict[str, str]:
     return {
         "pipeline": type(pipe).__name__,
         "denoiser": ", ".join(f"{name}: {type(module).__name__}" for name, module in denoisers.items()),
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": ", ".join(type(scheduler).__name__ for scheduler in schedulers_of(pipe)),
         "computed in": f"{', '.join(sorted(numbers))} on {next(iter(denoisers.values())).device}",
     }
 

@@ -119,7 +119,6 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
 
 
 @torch.compiler.disable
-@torch.compiler.disable
 def keeps_more_than_tensors(output: Any) -> bool:
     """Whether something in what a model returned is no tensor and no plain value."""
     return not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(output))

@@ -98,7 +98,7 @@ def realign(
         if reused is not None:
             require_affine(scheduler, path)
     sources, shared = sources_by_component(anchor, pipe)
-    lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
+    lams = lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else ()}
     references = {component: unwrapped(getattr(pipe, component)) for component in sources}
@@ -106,7 +106,7 @@ def realign(
     try:
         _load(anchors, sources, pipe, elsewhere, where)
         denoisers = {one: Denoisers(reference, anchors[one], batched) for one, reference in references.items()}
-        return Dial(pipe, denoisers, lam, method, path, reused)
+        return Dial(pipe, denoisers, lams, method, path, reused)
     except BaseException:
         for component, loaded in anchors.items():
             while loaded:  # emptied, for whoever keeps the error keeps what is in reach of it
