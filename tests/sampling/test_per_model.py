@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deradiff import realign
 from deradiff.sampling.blocked_methods import DialError
+from deradiff.sampling.call_arguments import is_only_rows
 from deradiff.sampling.per_model import ModelsOwn, PerModel, is_divided, merged, of_model
 from tiny import make, noise
 from tiny_loras import lora_weights
@@ -178,3 +179,20 @@ def test_what_is_each_models_own_goes_to_it_where_a_lora_would_share_a_batch(tmp
         for k, text in texts.items():
             alone = denoisers.predict([k], (latents, timestep), {"encoder_hidden_states": text})[k].sample
             assert type(both[k].sample) is Tensor and torch.equal(both[k].sample, alone)
+
+
+@pytest.mark.parametrize(
+    ("output", "rows"),
+    [
+        ((torch.zeros(4, 2),), True),
+        ((torch.zeros(4, 2), torch.zeros(4), None), True),
+        (([torch.zeros(2)] * 4,), True),
+        ((torch.zeros(4, 2), torch.zeros(1)), False),
+        ((torch.zeros(4, 2), torch.tensor(0.5)), False),
+        ((torch.zeros(4, 2), Cache(torch.zeros(4))), False),
+        (([torch.zeros(2)] * 3,), False),
+    ],
+    ids=["tensor", "tensors and nothing", "list", "another length", "a scalar", "cache", "short list"],
+)
+def test_what_has_not_a_row_for_each_of_the_batch_is_not_taken_apart(output: Any, rows: bool) -> None:
+    assert is_only_rows(output, 4) is rows

@@ -10,6 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from deradiff.sampling.per_model import PLAIN
+
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Among which a pipeline hands over the scale of LoRAs."""
 
@@ -29,26 +31,38 @@ def without_scale(kwargs: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return kwargs, 1.0
 
 
-def output_rows(output: Any, rows: int, chosen: Int[Tensor, " some"]) -> Any:
-    """What a model returned for a batch of `rows`, with only the chosen ones of its tensors, or of its lists."""
+@torch.compiler.disable
+def is_only_rows(output: Any, rows: int) -> bool:
+    """Whether all that a model returned for a batch has a row for each of its `rows`; numbers and the like aside.
+
+    It has not where there is a cache among it, of which nobody knows where its rows are, or a tensor of another length.
+    """
+
+    def has_rows(leaf: Any) -> bool:
+        return (_is_list_of_rows(leaf) or (isinstance(leaf, Tensor) and leaf.ndim > 0)) and len(leaf) == rows
+
+    leaves = pytree.tree_leaves(output, is_leaf=_is_list_of_rows)
+    return all(isinstance(leaf, PLAIN) or has_rows(leaf) for leaf in leaves)
+
+
+def output_rows(output: Any, chosen: Int[Tensor, " some"]) -> Any:
+    """What a model returned, which `is_only_rows`, with only the chosen ones of its tensors, or of its lists."""
 
     def of(part: Any) -> Any:
         if isinstance(part, Tensor):
-            return part[chosen.to(part.device)] if part.ndim and len(part) == rows else part
-        return [part[row] for row in chosen.tolist()] if _is_list_of_rows(part) and len(part) == rows else part
+            return part[chosen.to(part.device)]
+        return [part[row] for row in chosen.tolist()] if _is_list_of_rows(part) else part
 
     return pytree.tree_map(of, output, is_leaf=_is_list_of_rows)
 
 
-def joined_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """What a model returned for parts of a batch of these sizes, as it would have for the whole."""
+def joined_outputs(outputs: Sequence[Any]) -> Any:
+    """What a model returned for the parts of a batch, all of which `is_only_rows`, as it would have for the whole."""
 
     def joined(*parts: Any) -> Any:
-        if not (isinstance(parts[0], Tensor) and parts[0].ndim) and not _is_list_of_rows(parts[0]):
-            return parts[0]
-        if [len(part) for part in parts] != [*sizes]:
-            return parts[0]
-        return torch.cat(parts) if isinstance(parts[0], Tensor) else [row for part in parts for row in part]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return [row for part in parts for row in part] if _is_list_of_rows(parts[0]) else parts[0]
 
     return pytree.tree_map(joined, *outputs, is_leaf=_is_list_of_rows)
 

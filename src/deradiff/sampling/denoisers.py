@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +17,7 @@ from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
 from deradiff.sampling.blocked_methods import UnmirroredState
 from deradiff.sampling.call_arguments import (
+    is_only_rows,
     joined_outputs,
     output_rows,
     tensors_of,
@@ -26,7 +27,7 @@ from deradiff.sampling.call_arguments import (
 from deradiff.sampling.denoiser_states import bring_in, splits_batches
 from deradiff.sampling.evaluation import BLEND
 from deradiff.sampling.lora_anchors import LoraAnchors
-from deradiff.sampling.per_model import is_divided, keeps_more_than_tensors, of_model, same_noise
+from deradiff.sampling.per_model import is_divided, of_model, same_noise
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror
 from deradiff.sampling.unshared_state import HookWatch
@@ -52,7 +53,7 @@ class Denoisers:
         self._hooks = HookWatch(reference)
         self._synced: list[Mirror] = []
         self.micro_batch: int | None = None
-        self._keeps = False
+        self._divisible = True
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -117,8 +118,8 @@ class Denoisers:
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
                 outputs = self.predict(models, *batch.chosen(chosen))
-                if not self._keeps_rows(outputs):
-                    return {k: output_rows(output, len(chosen), back) for k, output in outputs.items()}
+                if self._are_rows(outputs.values(), len(chosen)):
+                    return {k: output_rows(output, back) for k, output in outputs.items()}
         while True:
             try:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)
@@ -131,7 +132,7 @@ class Denoisers:
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
-        if self._keeps or splits_batches(self.reference) or is_divided((args, kwargs)):
+        if not self._divisible or splits_batches(self.reference) or is_divided((args, kwargs)):
             return None
         rows = len(self.argument("input", args, kwargs))
         try:
@@ -139,10 +140,10 @@ class Denoisers:
         except UnknownBatch:
             return None
 
-    def _keeps_rows(self, outputs: Mapping[int, Any]) -> bool:
-        """Whether the models return what is no tensor, as a cache, and holds rows of the batch that they were given."""
-        self._keeps |= any(keeps_more_than_tensors(output) for output in outputs.values())
-        return self._keeps
+    def _are_rows(self, outputs: Iterable[Any], rows: int) -> bool:
+        """Whether what the models returned for `rows` can be taken apart by them; where not, batches stay whole."""
+        self._divisible &= all(is_only_rows(output, rows) for output in outputs)
+        return self._divisible
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
@@ -152,17 +153,16 @@ class Denoisers:
         if (batch := self._batch(args, kwargs)) is None:
             raise UnmirroredState(
                 f"dial.micro_batch divides the batch, and of this call of {type(self.reference).__name__} it is not "
-                "known where that is in every argument (or its attention takes it apart itself, as perturbed-attention "
+                "known where that is in every argument and in what comes back (or its attention takes it apart itself, as perturbed-attention "
                 "guidance does): set dial.micro_batch = None and draw fewer images at a time"
             )
-        parts, sizes = [], []
+        parts = []
         for part in torch.arange(rows).split(self.micro_batch):
             weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
             parts.append(self._predict(models, *batch.chosen(part), weights))
-            sizes.append(len(part))
-            if self._keeps_rows(parts[-1]):
+            if not self._are_rows(parts[-1].values(), len(part)):
                 return self._predict_in_parts(models, args, kwargs, blend, rows)  # which refuses
-        return {k: joined_outputs([part[k] for part in parts], sizes) for k in parts[0]}
+        return {k: joined_outputs([part[k] for part in parts]) for k in parts[0]}
 
     def _predict(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
@@ -176,9 +176,8 @@ class Denoisers:
         adapters = [k for k in models if k and self.anchors[k - 1].adapter]
         if len(models) > 1 and adapters and self._can_batch(models, kwargs) and (batch := self._batch(args, kwargs)):
             try:
-                outputs = self._predict_batched(models, batch)
-                if not self._keeps_rows(outputs):
-                    return outputs
+                if (predictions := self._predict_batched(models, batch)) is not None:
+                    return predictions
             except ValueError as error:
                 if "adapter_names" not in str(error):
                     raise
@@ -312,14 +311,17 @@ class Denoisers:
         loras = all(not k or self.anchors[k - 1].adapter for k in models)
         return self.batched and loras and not self._hooks.draws and self._loras.can_batch(kwargs)
 
-    def _predict_batched(self, models: Sequence[int], batch: Batch) -> dict[int, Any]:
+    def _predict_batched(self, models: Sequence[int], batch: Batch) -> dict[int, Any] | None:
+        """All models in one pass; None where what comes back cannot be told apart."""
         copies = len(models)
         adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * batch.rows
         args, kwargs = batch.repeated(copies)
         with self._loras.by_row(adapters, kwargs) as kwargs:
             output = self._call_reference(args, kwargs)
         rows = batch.rows * copies
-        outputs = {k: output_rows(output, rows, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
+        if not self._are_rows([output], rows):
+            return None
+        outputs = {k: output_rows(output, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
         for model in models:
             _require_finite(outputs[model], self.names[model])
         return outputs

@@ -22,7 +22,7 @@ from deradiff.sampling.blocked_methods import DialError
 
 _IN_PLACE = frozenset(f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior"))
 _RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial", "poisson", "uniform", "exponential", "cauchy")
-_PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
+PLAIN = (bool, int, float, complex, str, type(None), torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 class PerModel(Tensor):
@@ -102,7 +102,7 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
     first, *others = outputs.values()
     if isinstance(first, Tensor):
         return PerModel.of(outputs, origin)
-    if isinstance(first, _PLAIN):
+    if isinstance(first, PLAIN):
         if any(type(other) is not type(first) or other != first for other in others):
             _refuse(f"{operation or 'their output'} is {' and '.join(map(str, outputs.values()))}")
         return first
@@ -119,17 +119,11 @@ def merged(outputs: Mapping[int, Any], origin: Any, operation: str | None = None
 
 
 @torch.compiler.disable
-def keeps_more_than_tensors(output: Any) -> bool:
-    """Whether something in what a model returned is no tensor and no plain value."""
-    return not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in pytree.tree_leaves(output))
-
-
-@torch.compiler.disable
 def alone(output: Any, model: int, origin: Any) -> Any:
     """What the one model that was evaluated returned: tensors as they are, other things `ModelsOwn`, of it alone."""
 
     def own(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, (Tensor, *_PLAIN)) else ModelsOwn({model: leaf}, origin)
+        return leaf if isinstance(leaf, (Tensor, *PLAIN)) else ModelsOwn({model: leaf}, origin)
 
     return pytree.tree_map(own, output)
 
