@@ -153,8 +153,8 @@ class Denoisers:
         if (batch := self._batch(args, kwargs)) is None:
             raise UnmirroredState(
                 f"dial.micro_batch divides the batch, and of this call of {type(self.reference).__name__} it is not "
-                "known where that is in every argument and in what comes back (or its attention takes it apart itself, as perturbed-attention "
-                "guidance does): set dial.micro_batch = None and draw fewer images at a time"
+                "known where that is in every argument and in what comes back (or its attention takes it apart itself, "
+                "as perturbed-attention guidance does): set dial.micro_batch = None and draw fewer images at a time"
             )
         parts = []
         for part in torch.arange(rows).split(self.micro_batch):
