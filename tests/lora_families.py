@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-import diffusers
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import nn
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
-from tiny import make, seeded
+from tiny import seeded
+from tiny_families import built
 
 Names = dict[str, list[str]]
 """A layer by its published name, and the layers of diffusers that it is made of, in the order of its rows."""
@@ -36,31 +34,28 @@ class Family:
         return [path for paths in self.published.values() for path in paths] or list(self.own)
 
 
-class NoVae(nn.Module):
-    """What a pipeline asks of a VAE that is never used."""
-
-    config = SimpleNamespace(latent_channels=4)
-    temporal_compression_ratio, spatial_compression_ratio = 4, 16
-
-
-def pipeline_of(
-    name: str, model: str, component: str = "transformer", vae: Any = None, **config: Any
-) -> Callable[[], Any]:
-    """Makes a pipeline of that class around a denoiser of that class."""
-
-    def made() -> Any:
-        cls = getattr(diffusers, name)
-        with seeded(0):
-            denoiser: nn.Module = getattr(diffusers, model)(**config).eval()
-        parts = dict.fromkeys(cls._get_signature_types())
-        return cls(**parts | {component: denoiser, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()})
-
-    return made
+def hunyuan_video() -> Any:
+    """A pipeline of the first HunyuanVideo, of which nothing but its denoiser is asked."""
+    with seeded(0):
+        denoiser = HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 4, 4),
+        ).eval()
+    parts = dict.fromkeys(HunyuanVideoPipeline._get_signature_types())
+    return HunyuanVideoPipeline(**parts | {"transformer": denoiser, "scheduler": FlowMatchEulerDiscreteScheduler()})
 
 
 def tiny_of(kind: str) -> Callable[[], Any]:
-    """A pipeline of `tiny.make`."""
-    return lambda: make(kind)[0]
+    """A pipeline of `tiny` or `tiny_families`."""
+    return lambda: built(kind)[0]
 
 
 def three(block: str, names: str = "to_q to_k to_v") -> list[str]:
@@ -93,8 +88,6 @@ WAN: Names = {
     "blocks.0.ffn.0": ["blocks.0.ffn.net.0.proj"],
     "blocks.0.ffn.2": ["blocks.0.ffn.net.2"],
 }
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
-
 FAMILIES: dict[str, Family] = {
     "SD": Family(
         tiny_of("sd"),
@@ -142,15 +135,7 @@ FAMILIES: dict[str, Family] = {
         swapped=("final_layer.adaLN_modulation.1",),
     ),
     "Flux.2": Family(
-        pipeline_of(
-            "Flux2KleinPipeline",
-            "Flux2Transformer2DModel",
-            in_channels=16,
-            num_single_layers=1,
-            joint_attention_dim=16,
-            axes_dims_rope=(2, 2, 4, 4),
-            **HEADS,
-        ),
+        tiny_of("flux2"),
         {
             "double_blocks.0.img_attn.qkv": three(f"{DOUBLE}.attn"),
             "double_blocks.0.txt_attn.qkv": three(f"{DOUBLE}.attn", ADDED),
@@ -162,48 +147,17 @@ FAMILIES: dict[str, Family] = {
         {"double_blocks.0.img_attn.norm.query_norm.scale": f"{DOUBLE}.attn.norm_q"},
     ),
     "Chroma": Family(
-        pipeline_of(
-            "ChromaPipeline",
-            "ChromaTransformer2DModel",
-            in_channels=16,
-            num_single_layers=1,
-            joint_attention_dim=16,
-            axes_dims_rope=(4, 4, 4),
-            approximator_num_channels=16,
-            approximator_hidden_dim=16,
-            approximator_layers=1,
-            **HEADS,
-        ),
+        tiny_of("chroma"),
         FLUX,
         FLUX_NORMS,
     ),
     "Qwen-Image": Family(
-        pipeline_of(
-            "QwenImagePipeline",
-            "QwenImageTransformer2DModel",
-            in_channels=16,
-            out_channels=4,
-            joint_attention_dim=16,
-            axes_dims_rope=(4, 4, 4),
-            **HEADS,
-        ),
+        tiny_of("qwen_image"),
         norms={"transformer_blocks.0.attn.norm_q": "transformer_blocks.0.attn.norm_q"},
         own=(f"{DOUBLE}.attn.to_q", f"{DOUBLE}.attn.to_out.0", f"{DOUBLE}.img_mlp.net.0.proj", f"{DOUBLE}.img_mod.1"),
     ),
     "Z-Image": Family(
-        pipeline_of(
-            "ZImagePipeline",
-            "ZImageTransformer2DModel",
-            in_channels=4,
-            dim=24,
-            n_layers=1,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=16,
-            axes_dims=[4, 4, 4],
-            axes_lens=[16, 16, 16],
-        ),
+        tiny_of("z_image"),
         {
             "layers.0.attention.qkv": three("layers.0.attention"),
             "layers.0.attention.out": ["layers.0.attention.to_out.0"],
@@ -212,20 +166,7 @@ FAMILIES: dict[str, Family] = {
         {"layers.0.attention.q_norm": "layers.0.attention.norm_q"},
     ),
     "Lumina2": Family(
-        pipeline_of(
-            "Lumina2Pipeline",
-            "Lumina2Transformer2DModel",
-            in_channels=4,
-            hidden_size=24,
-            num_layers=1,
-            num_refiner_layers=1,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            multiple_of=8,
-            axes_dim_rope=(2, 2, 2),
-            axes_lens=(16, 16, 16),
-            cap_feat_dim=16,
-        ),
+        tiny_of("lumina2"),
         {
             "layers.0.attention.qkv": three("layers.0.attn"),
             "layers.0.attention.out": ["layers.0.attn.to_out.0"],
@@ -235,18 +176,7 @@ FAMILIES: dict[str, Family] = {
         {"layers.0.attention.q_norm": "layers.0.attn.norm_q"},
     ),
     "Sana": Family(
-        pipeline_of(
-            "SanaPipeline",
-            "SanaTransformer2DModel",
-            in_channels=4,
-            out_channels=4,
-            num_cross_attention_heads=2,
-            cross_attention_head_dim=12,
-            cross_attention_dim=24,
-            caption_channels=16,
-            sample_size=8,
-            **HEADS,
-        ),
+        tiny_of("sana"),
         {
             "blocks.0.attn.qkv": three(f"{DOUBLE}.attn1"),
             "blocks.0.attn.proj": [f"{DOUBLE}.attn1.to_out.0"],
@@ -255,56 +185,16 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "HiDream": Family(
-        pipeline_of(
-            "HiDreamImagePipeline",
-            "HiDreamImageTransformer2DModel",
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_single_layers=1,
-            caption_channels=[16, 16],
-            text_emb_dim=16,
-            num_routed_experts=2,
-            num_activated_experts=1,
-            axes_dims_rope=(4, 4, 4),
-            max_resolution=(8, 8),
-            llama_layers=[0],
-            **HEADS,
-        ),
+        tiny_of("hidream"),
         own=("double_stream_blocks.0.block.attn1.to_q", "single_stream_blocks.0.block.attn1.to_out"),
     ),
     "Wan": Family(
-        pipeline_of(
-            "WanPipeline",
-            "WanTransformer3DModel",
-            in_channels=4,
-            out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=32,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
-            **HEADS,
-        ),
+        tiny_of("wan"),
         WAN,
         {"blocks.0.norm3": "blocks.0.norm2", "blocks.0.self_attn.norm_q": "blocks.0.attn1.norm_q"},
     ),
     "LTX-2": Family(
-        pipeline_of(
-            "LTX2Pipeline",
-            "LTX2VideoTransformer3DModel",
-            in_channels=4,
-            out_channels=4,
-            cross_attention_dim=24,
-            audio_in_channels=4,
-            audio_out_channels=4,
-            audio_num_attention_heads=2,
-            audio_attention_head_dim=6,
-            audio_cross_attention_dim=12,
-            caption_channels=16,
-            **HEADS,
-        ),
+        tiny_of("ltx2"),
         {
             "transformer_blocks.0.attn1.to_q": [f"{DOUBLE}.attn1.to_q"],
             "transformer_blocks.0.audio_attn2.to_k": [f"{DOUBLE}.audio_attn2.to_k"],
@@ -314,18 +204,7 @@ FAMILIES: dict[str, Family] = {
         {"transformer_blocks.0.attn1.q_norm": f"{DOUBLE}.attn1.norm_q"},
     ),
     "HunyuanVideo": Family(
-        pipeline_of(
-            "HunyuanVideoPipeline",
-            "HunyuanVideoTransformer3DModel",
-            in_channels=4,
-            out_channels=4,
-            num_single_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=16,
-            pooled_projection_dim=16,
-            rope_axes_dim=(4, 4, 4),
-            **HEADS,
-        ),
+        hunyuan_video,
         {
             "double_blocks.0.img_attn_qkv": three(f"{DOUBLE}.attn"),
             "double_blocks.0.txt_attn_proj": [f"{DOUBLE}.attn.to_add_out"],
@@ -336,19 +215,7 @@ FAMILIES: dict[str, Family] = {
         {"double_blocks.0.img_attn_q_norm": f"{DOUBLE}.attn.norm_q"},
     ),
     "HunyuanVideo 1.5": Family(
-        pipeline_of(
-            "HunyuanVideo15Pipeline",
-            "HunyuanVideo15Transformer3DModel",
-            in_channels=4,
-            out_channels=4,
-            num_refiner_layers=1,
-            text_embed_dim=16,
-            text_embed_2_dim=16,
-            image_embed_dim=16,
-            rope_axes_dim=(4, 4, 4),
-            vae=NoVae(),
-            **HEADS,
-        ),
+        tiny_of("hunyuan15"),
         {
             "double_blocks.0.img_attn_q": [f"{DOUBLE}.attn.to_q"],
             "double_blocks.0.img_attn_proj": [f"{DOUBLE}.attn.to_out.0"],
@@ -356,54 +223,15 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "CogVideoX": Family(
-        pipeline_of(
-            "CogVideoXPipeline",
-            "CogVideoXTransformer3DModel",
-            in_channels=4,
-            out_channels=4,
-            time_embed_dim=8,
-            text_embed_dim=16,
-            sample_width=8,
-            sample_height=8,
-            sample_frames=5,
-            max_text_seq_length=5,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=1,
-        ),
+        tiny_of("cogvideox"),
         own=("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.2"),
     ),
     "AudioLDM2": Family(
-        pipeline_of(
-            "AudioLDM2Pipeline",
-            "AudioLDM2UNet2DConditionModel",
-            "unet",
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=2,
-            cross_attention_dim=([None, 16], [None, 16]),
-        ),
+        tiny_of("audioldm2"),
         own=("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"),
     ),
     "Stable Audio": Family(
-        pipeline_of(
-            "StableAudioPipeline",
-            "StableAudioDiTModel",
-            sample_size=8,
-            in_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            num_key_value_attention_heads=1,
-            out_channels=4,
-            cross_attention_dim=16,
-            time_proj_dim=8,
-            global_states_input_dim=8,
-            cross_attention_input_dim=16,
-        ),
+        tiny_of("stable_audio"),
         own=("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.2"),
     ),
 }
