@@ -28,7 +28,7 @@ def main(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out tests whose results lie in OUT.")] = False,
 ) -> None:
-    """Hold deradiff against diffusers' own pipeline tests: 225 of them, about an hour on one core."""
+    """Hold deradiff against diffusers' own pipeline tests, all of them or some: all take hours on one core."""
     from rich.console import Console
 
     from report import line, show, summary, write
