@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, KandinskyPriorPipeline, PriorTransformer, UnCLIPScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -269,3 +269,21 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(tmp_path):
     shutil.rmtree(tmp_path)
     assert torch.equal(predict(pipe), before) and set(vars(pipe.unet)) == attributes
     assert all(torch.equal(tensor, state[name]) for name, tensor in denoiser(pipe).state_dict().items())
+
+
+def test_a_prior_that_scales_embeddings_otherwise_is_refused():
+    prior = PriorTransformer(
+        num_attention_heads=1,
+        attention_head_dim=4,
+        num_layers=1,
+        embedding_dim=4,
+        num_embeddings=2,
+        additional_embeddings=4,
+    )
+    absent = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
+    pipe = KandinskyPriorPipeline(prior=prior, scheduler=UnCLIPScheduler(), **absent)
+    other = copy.deepcopy(prior)
+    load_anchor(copy.deepcopy(prior), pipe)
+    other.clip_std.data += 0.5
+    with pytest.raises(IncompatibleAnchor, match="clip_std"):
+        load_anchor(other, pipe)

@@ -32,6 +32,9 @@ DENOISERS = (
 _SHARED = ("text_encoder", "vae", "image_encoder", "prior", "vocoder", "safety")
 """Components that no check changes: all pipelines of a case have the same."""
 
+_STATISTICS = ("clip_mean", "clip_std")
+"""Parameters of a prior that scale embeddings, and that nothing trains."""
+
 _FEWEST_STEPS = 3
 
 
@@ -53,6 +56,7 @@ class Case:
         self.steps: int | None = None
         seed_all()
         self.components: dict[str, Any] = self.test.get_dummy_components()
+        self.denoisers: dict[str, nn.Module] = {}
         self.denoisers = denoisers_of(self.build())
 
     @property
@@ -81,7 +85,7 @@ class Case:
         shared = {
             id(component): component
             for name, component in self.components.items()
-            if isinstance(component, nn.Module) and name.startswith(_SHARED)
+            if isinstance(component, nn.Module) and name.startswith(_SHARED) and name not in self.denoisers
         }
         try:
             return copy.deepcopy(self.components, shared)
@@ -208,8 +212,8 @@ def perturbed(denoisers: Mapping[str, nn.Module], strength: float) -> dict[str, 
     generator = torch.Generator().manual_seed(1)
     others = copied(denoisers)
     with torch.no_grad():
-        for weight in (weight for other in others.values() for weight in other.eval().parameters()):
-            if weight.is_floating_point():
+        for name, weight in (named for other in others.values() for named in other.eval().named_parameters()):
+            if weight.is_floating_point() and name not in _STATISTICS:
                 spread = float(weight.float().std()) if weight.numel() > 1 else 0.0
                 noise = torch.randn(weight.shape, generator=generator) * (0.1 * spread + 0.01) * strength
                 weight.add_(noise.to(weight.dtype))

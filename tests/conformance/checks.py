@@ -14,8 +14,11 @@ import deradiff
 from arrays import Arrays, difference, equal, halves, is_twice
 from cases import Baseline, Case, Changes, copied
 from oracles import Oracles
-from progress import told_progress
+from progress import first_predictions, told_progress
 from results import TOLERANCE, Check, NotTried, Outcome, described
+
+ROUNDING = 1e-5
+"""Relative to the largest number among them, what is the same for predictions in single precision."""
 
 SLOW = 1.5
 """Seconds for one run: beyond, checks that repeat what another has shown are left out."""
@@ -94,13 +97,17 @@ class Checks:
         """The rows of a batch one by one, where there are two images or guidance makes two of one."""
         changes = dict if self.two is None or self._problem_with(self.two) else self.two
         with self.realigned(0.5) as (pipe, dial):
-            whole = self.case.run(pipe, changes)
+            run = functools.partial(self.case.run, pipe, changes)
+            whole, predicted = first_predictions(pipe, dial, run)
             dial.micro_batch = 1
-            parts = self.case.run(pipe, changes)
+            parts, again = first_predictions(pipe, dial, run)
         away = difference(whole, parts) / self.base.scale
-        if away < TOLERANCE:
-            return Check("passes", difference=away)
-        return Check("wrong", f"{away:.1e} of the anchor's effect from the whole batch", difference=away)
+        first = float((again - predicted).abs().max() / predicted.abs().max())
+        numbers = {"first predictions": first}
+        # Networks sum a batch in another order than a row: later steps may make much of that where they clip.
+        if away < TOLERANCE or (first < ROUNDING and away < 100 * TOLERANCE):
+            return Check("passes", "", numbers, away)
+        return Check("wrong", f"{away:.1e} of the anchor's effect from the whole batch", numbers, away)
 
     def _same(self, output: Arrays, expected: Arrays) -> Check:
         away = difference(output, expected) / self.base.scale
@@ -131,7 +138,7 @@ class Checks:
             return "two images do not come out the same twice"
         return ""
 
-    def _images_depend(self, changes: Changes) -> bool:
+    def images_depend(self, changes: Changes) -> bool:
         """Whether the plain pipeline's first image becomes another one where the second begins with other noise."""
         firsts = []
         for seed in (6, 7):
@@ -162,7 +169,7 @@ class Checks:
             "[·, 0]": difference(falling[1], halves(reference)[1]) / scale,
         }
         away = max(numbers.values())
-        if away >= TOLERANCE and self._images_depend(changes):
+        if away >= TOLERANCE and self.images_depend(changes):
             raise NotTried("in the plain pipeline an image depends on the others of its batch")
         judged = self.oracles.judged(half, scale, changes)
         numbers |= judged.numbers

@@ -29,6 +29,10 @@ Combined = Callable[[OwnStep, Any, dict[str, Any], tuple[Any, Any]], Any]
 """What a scheduler's step gives at a meeting: from its own step, itself, the arguments, and both predictions."""
 
 
+LARGE = 1e6
+"""Noise from which a step's deviation is read: large, or a small deviation would be lost beside the mean."""
+
+
 class OracleFailed(RuntimeError):
     """The oracle cannot be had for this pipeline. The message says why."""
 
@@ -49,13 +53,13 @@ def of_posteriors(weight: float) -> Combined:
         before = dict(vars(scheduler))
         steps = []
         for prediction in predictions:
-            for noise in (1.0, 0.0):
+            for noise in (LARGE, 0.0):
                 vars(scheduler).clear()
                 vars(scheduler).update(before)
                 steps.append(_with_noise(own, scheduler, {**arguments, "model_output": prediction}, noise))
-        ones, outputs = steps[::2], steps[1::2]
+        noisy, outputs = steps[::2], steps[1::2]
         means = [output[0].double() for output in outputs]
-        stds = [one[0].double() - mean for one, mean in zip(ones, means, strict=True)]
+        stds = [(one[0].double() - mean) / LARGE for one, mean in zip(noisy, means, strict=True)]
         previous = _drawn(own, arguments, means, stds, weight).to(arguments["sample"].dtype)
         first = outputs[0]
         return (previous, *first[1:]) if isinstance(first, tuple) else type(first)(prev_sample=previous)

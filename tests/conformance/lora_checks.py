@@ -23,6 +23,9 @@ from results import TOLERANCE, Check, NotTried, described
 
 FILE = "pytorch_lora_weights.safetensors"
 
+LEAST_EFFECT = 1e-3
+"""Of a LoRA on the outputs: at less, rounding in single precision is more than a ten-thousandth of it."""
+
 _USUAL_LAYERS = ("to_q", "to_k", "to_v")
 _OTHER_LAYERS = (
     *("q", "k", "v", "qkv", "wq", "wk", "wv", "q_proj", "k_proj", "v_proj", "to_qkv", "img_attn_qkv", "qkv_proj"),
@@ -45,6 +48,8 @@ class _LoraCheck:
     def __init__(self, checks: Checks, folder: str):
         self.case, self.path, self.two = checks.case, checks.path, checks.two
         self.folder, self.reference = folder, checks.base.reference
+        if self.two is not None and checks.images_depend(self.two):
+            self.two = None
         self.modes = (True, False) if checks.base.seconds < SLOW else (True,)
         for layers in layers_of(self.case.denoisers[self.case.main]):
             write_lora(self.case, folder, layers)
@@ -54,10 +59,10 @@ class _LoraCheck:
             except Exception as error:
                 raise NotTried(f"the plain pipeline cannot load this LoRA: {described(error)}") from error
             self.scale = difference(self.reference, self.anchor)
-            if self.scale > 1e-7:
+            if self.scale > LEAST_EFFECT:
                 break
         else:
-            raise NotTried("no LoRA has an effect in the plain pipeline")
+            raise NotTried(f"no LoRA has an effect in the plain pipeline to measure by, at most {self.scale:.1e}")
         self.oracles = _LoraOracles(self.case, {self.case.main: getattr(plain, self.case.main)}, self.path, self)
 
     def _loaded(self) -> Any:
@@ -68,13 +73,14 @@ class _LoraCheck:
 
     def made(self) -> Check:
         """The worst of both modes."""
-        numbers: dict[str, Any] = {}
+        numbers: dict[str, Any] = {"effect": self.scale}
         problems: list[str] = []
         for batched in self.modes:
             mode = "batched" if batched else "one by one"
             numbers[mode], why = self._in_mode(batched)
             problems += [f"{mode}: {problem}" for problem in why]
-        told = [value for mode in numbers.values() for name, value in mode.items() if name in ("λ=0", "λ=1", "λ=½")]
+        modes = [numbers[mode] for mode in numbers if mode != "effect"]
+        told = [value for mode in modes for name, value in mode.items() if name in ("λ=0", "λ=1", "λ=½")]
         away = max((value for value in told if isinstance(value, float)), default=None)
         return Check("wrong" if problems else "passes", "; ".join(problems), numbers, away)
 

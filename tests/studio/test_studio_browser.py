@@ -267,7 +267,7 @@ def test_the_keyboard_alone_is_enough(studio: Any) -> None:
     restart(studio)
     studio.keyboard.press("Enter")
     exact(studio)
-    studio.wait_for_function("document.activeElement.matches('#curve .point')")
+    _focused(studio, "#curve .point")
     assert studio.evaluate("document.activeElement.getAttribute('aria-label')") == "Point 1 of 1"
     before = code(studio, "#curve-export")
     studio.keyboard.press("Shift+ArrowDown")
@@ -281,6 +281,14 @@ def test_the_keyboard_alone_is_enough(studio: Any) -> None:
     settled(studio, lambda: studio.locator("#curve .point:not(.pinned)").count() == 2)
     studio.keyboard.press("Control+y")
     settled(studio, lambda: code(studio, "#curve-export") == lower)
+
+
+def _focused(opened: Any, selector: str) -> None:
+    try:
+        opened.wait_for_function("(selector) => document.activeElement.matches(selector)", arg=selector)
+    except Exception as error:
+        element = opened.evaluate("document.activeElement.outerHTML.slice(0, 200)")
+        pytest.fail(f"not {selector} has the focus but {element}; {opened.inner_text('#curve')!r}: {error}")
 
 
 def _tab_to(opened: Any, selector: str) -> None:

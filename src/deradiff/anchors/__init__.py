@@ -8,12 +8,14 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deradiff.anchors import adapters, checks, full_weights, reading, sources
+from deradiff.anchors import adapters, checks, full_weights, reading, sources, text_encoders
 from deradiff.anchors.checks import Pipeline, denoiser_of, denoisers_of
 from deradiff.anchors.errors import (
     AnchorError,
@@ -52,6 +54,8 @@ class Anchor:
     """A denoiser with weights of its own: eval mode, no gradients, on the reference's device and dtype."""
     adapter: str | None = None
     """The inactive PEFT adapter, inside the reference's denoiser, that turns it into the anchor."""
+    text_adapters: Mapping[str, str] = field(default_factory=dict)
+    """Inactive PEFT adapters inside the pipeline's text encoders, by component: the anchor's own prompt embeddings."""
     device: torch.device | None = None
     """Where the module stays, wherever the reference goes; None goes along."""
     _restore: Callable[[], None] | None = field(default=None, repr=False)
@@ -71,6 +75,7 @@ def load_anchor(
     name: str = "anchor",
     component: str | None = None,
     stages: Collection[str] = (),
+    text: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -90,9 +95,10 @@ def load_anchor(
             the hub id of any of these, `owner/name`, or of one file, `owner/name/file.safetensors`.
         pipe: the pipeline with the reference.
         name: what the anchor is called in messages.
-        component: which of several denoisers the anchor is a counterpart of, as "transformer_2" of Wan 2.2.
+        component: which of several denoisers it is a counterpart of, as "transformer_2" of Wan 2.2.
         stages: the denoisers that `source` has to have parts for, each: as a pipeline's folders, or by the beginnings
             of its keys.
+        text: load a LoRA's parts for text encoders too, as inactive adapters there; left out otherwise.
         subfolder: the folder inside `source` to look in.
         revision: the branch, tag or commit of a hub id.
         allow_pickle: also read pickled weights (`.bin`, `.ckpt`, `.pt`), of tensors only.
@@ -115,11 +121,9 @@ def load_anchor(
                 f"subfolder={subfolder!r} and revision={revision!r} say where weights are read, and the anchor "
                 f"{name!r} is loaded already: leave them out"
             )
-        module = checks.unwrapped(source)
-        module, restore = full_weights.as_anchor(module, reference)
+        module, restore = full_weights.as_anchor(checks.unwrapped(source), reference)
         full_weights.warn_if_equal(module, f"anchor {name!r}", reference)
         return Anchor(name, f"a loaded {type(module).__name__}", module=module, _restore=restore)
-
     if not isinstance(source, str | os.PathLike):
         hint = f", its .{component} for instance" if isinstance(source, Pipeline) else ""
         raise AnchorError(
@@ -129,19 +133,44 @@ def load_anchor(
     files = sources.select(repository, component, reference.dtype, allow_pickle)
     if files.pipeline is not None:
         _check_pipeline(files.pipeline, files.label, pipe)
-    tensors = reading.read_tensors(files.weights)
+    tensors: Mapping[str, Tensor] = reading.read_tensors(files.weights)
     if stages and files.pipeline is None:
         tensors = _of_stage(tensors, component, stages, files.label)
     if files.kind == "peft" or is_adapter(tensors):
-        loaded = adapters.load_adapter(tensors, files, pipe, _kind(component), reference, name)
-        if isinstance(loaded, str):
-            adapters.warn_if_zero(reference, loaded, files.label)
-            return Anchor(name, files.label, adapter=loaded)
-        full_weights.warn_if_equal(loaded, files.label, reference)
-        return Anchor(name, files.label, module=loaded)
+        text_adapters, tensors = _with_text(tensors, files, pipe, name) if text else ({}, tensors)
+        undo = partial(text_encoders.remove_text_adapters, text_adapters, pipe)
+        try:
+            adapter, module = _loaded_adapter(tensors, files, pipe, component, reference, name)
+        except BaseException:
+            undo()
+            raise
+        return Anchor(name, files.label, module, adapter, text_adapters, _restore=undo)
     module = full_weights.load_denoiser(tensors, files.config, files.label, pipe, reference)
     full_weights.warn_if_equal(module, files.label, reference)
     return Anchor(name, files.label, module=module)
+
+
+def _loaded_adapter(
+    tensors: Mapping[str, Tensor], files: sources.Files, pipe: Pipeline, component: str, reference: Any, name: str
+) -> tuple[str | None, nn.Module | None]:
+    """A LoRA or another adapter: by the name it has in the reference, or merged into a copy of that."""
+    loaded = adapters.load_adapter(tensors, files, pipe, _kind(component), reference, name)
+    if isinstance(loaded, str):
+        adapters.warn_if_zero(reference, loaded, files.label)
+        return loaded, None
+    full_weights.warn_if_equal(loaded, files.label, reference)
+    return None, loaded
+
+
+def _with_text(
+    tensors: Mapping[str, Tensor], files: sources.Files, pipe: Pipeline, name: str
+) -> tuple[dict[str, str], Mapping[str, Tensor]]:
+    """A LoRA's parts for text encoders, loaded, and the tensors that are left; all of them where nothing else is."""
+    parts = text_encoders.text_parts_of(tensors, files.label, pipe)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in parts.names}
+    if not rest or not parts.layers:
+        return {}, tensors
+    return text_encoders.load_text_adapters(parts, tensors, files, pipe, name), rest
 
 
 def _of_stage(tensors: Mapping[str, Tensor], component: str, stages: Collection[str], label: str) -> dict[str, Tensor]:

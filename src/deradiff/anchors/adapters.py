@@ -6,16 +6,17 @@ The reference predicts bit for bit what it did before; the one copy of its weigh
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from deradiff.anchors.checks import Pipeline, require_numbers
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor
@@ -37,6 +38,9 @@ from deradiff.anchors.sources import Files, some
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What multiplies the base weights instead of adding to them.
 _ROTATIONS = (PeftType.OFT.value, PeftType.BOFT.value, PeftType.HRA.value)
+Model: TypeAlias = ModelMixin | PreTrainedModel
+"""What can have adapters in it: a denoiser, or a text encoder."""
+
 _DROPOUTS = ("lora_dropout", "rank_dropout", "module_dropout")
 
 
@@ -55,13 +59,13 @@ def load_adapter(
     other sizes; the denoiser is then as it was.
     """
     label = files.label
-    _require_ready(denoiser, label)
-    adapter = _free_name(name, denoiser)
+    require_ready(denoiser, label)
+    adapter = free_name(name, denoiser)
     if files.kind == "peft" and files.config is not None:
         if _in_peft_names(tensors, denoiser):
             return _load_peft(tensors, files.config, label, component, denoiser, adapter)
         tensors = with_scale(tensors, _scale_beside(files.config, label))
-    metadata = _stated(files.weights, tensors, label, component)
+    metadata = stated_settings(files.weights, tensors, label, component)
     try:
         weights = read_lora(tensors, label, pipe, component, denoiser)
     except IncompatibleAnchor:
@@ -110,8 +114,8 @@ def _load_peft(
     require_places(weights, label, component, denoiser)
     if config.peft_type in _ROTATIONS:
         module = copy_of(denoiser, label)
-        with _unobtrusive(module, adapter, weights, label):
-            _inject(config, weights, module, adapter, label)
+        with unobtrusive(module, adapter, weights, label):
+            inject(config, weights, module, adapter, label)
             for _, layer in adapter_layers(module):
                 layer.merge(adapter_names=[adapter])
         for layer_path, layer in list(adapter_layers(module)):
@@ -119,14 +123,15 @@ def _load_peft(
             setattr(module.get_submodule(parent), child, layer.base_layer)
         module.__dict__.pop("peft_config", None)
         return module
-    with _unobtrusive(denoiser, adapter, weights, label):
-        _inject(config, weights, denoiser, adapter, label)
+    with unobtrusive(denoiser, adapter, weights, label):
+        inject(config, weights, denoiser, adapter, label)
         if hasattr(type(denoiser), "_hf_peft_config_loaded"):
             denoiser._hf_peft_config_loaded = True
     return adapter
 
 
-def _inject(config: PeftConfig, weights: Mapping[str, Tensor], denoiser: ModelMixin, adapter: str, label: str) -> None:
+def inject(config: PeftConfig, weights: Mapping[str, Tensor], denoiser: Model, adapter: str, label: str) -> None:
+    """Put a PEFT adapter with these weights into `denoiser`, whole or not at all (`IncompatibleAnchor`)."""
     inject_adapter_in_model(config, denoiser, adapter, low_cpu_mem_usage=True)
     set_peft_model_state_dict(denoiser, dict(weights), adapter, low_cpu_mem_usage=True)
     _require_complete(weights, denoiser, adapter, label)
@@ -145,7 +150,7 @@ def _insert(
         for key in [key for key in weights if key.endswith(".lora_B.weight")]:
             bias = key.removesuffix("weight") + "bias"
             weights.setdefault(bias, weights[key].new_zeros(weights[key].shape[:1]))
-    with _unobtrusive(denoiser, adapter, weights, label):
+    with unobtrusive(denoiser, adapter, weights, label):
         denoiser.load_lora_adapter(
             {f"{component}.{key}": tensor for key, tensor in weights.items()},
             prefix=component,
@@ -156,7 +161,7 @@ def _insert(
         _require_complete(weights, denoiser, adapter, label)
 
 
-def remove_adapter(denoiser: ModelMixin, adapter: str) -> None:
+def remove_adapter(denoiser: Model, adapter: str) -> None:
     """Delete an adapter; a layer left without any, and a denoiser left without any, is what it was before the first."""
     gradients = [(parameter, parameter.requires_grad) for parameter in denoiser.parameters()]
     for path, layer in list(adapter_layers(denoiser)):
@@ -176,7 +181,7 @@ def remove_adapter(denoiser: ModelMixin, adapter: str) -> None:
     _maybe_remove_and_reapply_group_offloading(denoiser)
 
 
-def adapter_layers(denoiser: ModelMixin) -> Iterator[tuple[str, Any]]:
+def adapter_layers(denoiser: Model) -> Iterator[tuple[str, Any]]:
     """The layers with adapters around them, by path."""
     return ((path, layer) for path, layer in denoiser.named_modules() if isinstance(layer, BaseTunerLayer))
 
@@ -199,14 +204,15 @@ def warn_if_zero(denoiser: ModelMixin, adapter: str, label: str) -> None:
         warnings.warn(f"{label} changes nothing (its B matrices are zero): it equals the reference.", stacklevel=4)
 
 
-def _state(denoiser: ModelMixin, adapter: str) -> dict[str, Tensor]:
+def _state(denoiser: Model, adapter: str) -> dict[str, Tensor]:
     """The tensors of an adapter, by PEFT's names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*have invalid shape")  # of biases, which are no matrices
         return get_peft_model_state_dict(denoiser, adapter_name=adapter, save_embedding_layers=False)
 
 
-def _require_ready(denoiser: ModelMixin, label: str) -> None:
+def require_ready(denoiser: Model, label: str) -> None:
+    """Raise `AnchorError` where a model's present state leaves no room for an adapter."""
     if any(layer.merged for _, layer in adapter_layers(denoiser)):
         raise AnchorError(
             f"{label} cannot be loaded while another LoRA is fused into the denoiser, for PEFT would unfuse it: call "
@@ -224,7 +230,7 @@ def _require_ready(denoiser: ModelMixin, label: str) -> None:
         )
 
 
-def _free_name(name: str, denoiser: ModelMixin) -> str:
+def free_name(name: str, denoiser: Model) -> str:
     """A name for the adapter that PEFT allows (no dots) and the denoiser has not given away."""
     wanted = f"deradiff_{re.sub(r'[^0-9A-Za-z_]', '_', name)}"
     taken = getattr(denoiser, "peft_config", {})
@@ -272,11 +278,15 @@ def _require_addition(stated: Mapping[str, Any], label: str, where: str) -> None
         )
 
 
-def _stated(paths: Sequence[Path], tensors: Mapping[str, Tensor], label: str, component: str) -> dict[str, Any] | None:
+def stated_settings(
+    paths: Sequence[Path], tensors: Collection[str], label: str, component: str
+) -> dict[str, Any] | None:
     """The settings that diffusers writes into a LoRA's file, for use and not for training; None without any."""
     metadata = read_lora_metadata(paths)
     if any(key.startswith(f"{component}.") for key in metadata):
-        metadata = {key.removeprefix(f"{component}."): v for key, v in metadata.items() if key.startswith(component)}
+        metadata = {
+            key.removeprefix(f"{component}."): v for key, v in metadata.items() if key.startswith(f"{component}.")
+        }
     elif any("." in key for key in metadata):  # of a text encoder alone
         metadata = {}
     if not metadata:
@@ -301,7 +311,7 @@ def _without_prefix(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tens
     return {key: tensors[name].clone() for key, name in names.items()}
 
 
-def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapter: str, label: str) -> None:
+def _require_complete(weights: Mapping[str, Tensor], denoiser: Model, adapter: str, label: str) -> None:
     """Raise `IncompatibleAnchor` unless the adapter consists of just these tensors: a partial LoRA is another model."""
     loaded = set(_state(denoiser, adapter))
     unused, unset = sorted(set(weights) - loaded), sorted(loaded - set(weights))
@@ -317,7 +327,7 @@ def _require_complete(weights: Mapping[str, Tensor], denoiser: ModelMixin, adapt
         )
 
 
-def _misfits(weights: Mapping[str, Tensor], denoiser: ModelMixin) -> list[str]:
+def _misfits(weights: Mapping[str, Tensor], denoiser: Model) -> list[str]:
     """Which factors of a LoRA are not of the size of their layer, or of one another, in words."""
     layers = {path.replace(".base_layer", ""): layer for path, layer in denoiser.named_modules()}
     misfits = []
@@ -332,7 +342,7 @@ def _misfits(weights: Mapping[str, Tensor], denoiser: ModelMixin) -> list[str]:
 
 
 @contextmanager
-def _unobtrusive(denoiser: ModelMixin, adapter: str, weights: Mapping[str, Tensor], label: str) -> Iterator[None]:
+def unobtrusive(denoiser: Model, adapter: str, weights: Mapping[str, Tensor], label: str) -> Iterator[None]:
     """Inject an adapter so that nothing else changes; if that fails, nothing at all.
 
     PEFT activates what it injects and freezes the base weights.

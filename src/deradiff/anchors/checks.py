@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deradiff.anchors.errors import AnchorError, CorruptAnchor, IncompatibleAnchor, PipelineWithoutDenoiser
 from deradiff.anchors.reading import read_json, read_tensors
@@ -223,13 +224,21 @@ def _equal(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left.to(right.device).float(), right.float(), rtol=coarse, atol=1e-7)
 
 
-def same_weights(module: nn.Module, reference: ModelMixin) -> bool:
+def same_weights(module: nn.Module, reference: nn.Module) -> bool:
     """Whether every tensor of `module` equals the reference's; stops at the first that does not."""
     own = dict(base_tensors(reference))
     return all(
         name in own
         and own[name].dtype == tensor.dtype
         and own[name].device == tensor.device
-        and torch.equal(tensor, own[name])
+        and _same_numbers(tensor, own[name])
         for name, tensor in base_tensors(module)
     )
+
+
+def _same_numbers(left: Any, right: Any) -> bool:
+    """Whether two tensors are equal; those of quantised layers by what they are made of."""
+    if not is_traceable_wrapper_subclass(left):
+        return not is_traceable_wrapper_subclass(right) and torch.equal(left, right)
+    parts = left.__tensor_flatten__()[0]
+    return type(left) is type(right) and all(_same_numbers(getattr(left, p), getattr(right, p)) for p in parts)

@@ -35,6 +35,9 @@ _WRAPPERS = {"module", "_orig_mod", "model", "diffusion_model", "unet", "transfo
 # How the names of a pipeline's other parts begin.
 _OTHER_PARTS = ("text_encoder", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.", "image_encoder.")
 # What an original checkpoint keeps of its noise schedule; names without a dot are such too.
+_READ_BY_PIPELINES = ("clip_mean", "clip_std")
+"""Parameters of the priors of unCLIP and Kandinsky that act outside the denoiser's own call."""
+
 _SCHEDULE = ("denoiser.sigmas", "edm_")
 
 
@@ -279,7 +282,17 @@ def _device(reference: ModelMixin) -> torch.device:
 
 
 def _conform(module: nn.Module, reference: ModelMixin) -> ModelMixin:
-    """Put `module` on the reference's device and dtypes, in eval mode, without gradients."""
+    """Put `module` on the reference's device and dtypes, in eval mode, without gradients.
+
+    Raises `IncompatibleAnchor` where it differs in what a pipeline reads from the reference for both models.
+    """
+    for name in _READ_BY_PIPELINES:
+        own, other = getattr(reference, name, None), getattr(module, name, None)
+        if isinstance(own, Tensor) and isinstance(other, Tensor) and not torch.equal(own.cpu(), other.cpu().to(own)):
+            raise IncompatibleAnchor(
+                f"the anchor's {name} differs from the reference's, with which the pipeline scales the embeddings of "
+                "both models after the last step: give the anchor the reference's."
+            )
     device, dtypes = _device(reference), _dtypes(reference)
     for name, tensor in base_tensors(module):
         tensor.data = tensor.data.to(device, dtypes.get(name, tensor.dtype))

@@ -29,7 +29,7 @@ MARK = re.compile(r"(?:^|[._])(?:lora\d*|lokr|hada|dora|b?oft|hra)[._]")
 """What ends a layer's name in the names of its factors."""
 
 _FILE_MARK = re.compile(MARK.pattern + r"|\.(?:diff|diff_b|set_weight|[wb]_norm|oft_\w+|boft_\w+)$")
-_FACTOR = re.compile(
+FACTOR = re.compile(
     r"(?P<layer>.+)\.(?:lora_A|lora_down|lora\.down|(?P<up>lora_B|lora_up|lora\.up))(?:\.default)?\.(?P<kind>weight|bias)"
 )
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")
@@ -136,7 +136,7 @@ def parts_of(tensors: Mapping[str, Tensor], label: str, denoiser: ModelMixin) ->
 
 def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The tensors with a scale for every layer of a LoRA, where it stands beside the file."""
-    downs = {name: match for name in tensors if (match := _FACTOR.fullmatch(name)) and match["up"] is None}
+    downs = {name: match for name in tensors if (match := FACTOR.fullmatch(name)) and match["up"] is None}
     ranks = {match["layer"]: tensors[name].shape[0] for name, match in downs.items() if tensors[name].ndim}
     alphas = {f"{layer}.alpha": torch.tensor(float(scale * rank)) for layer, rank in ranks.items()}
     return {**tensors, **alphas}
@@ -155,14 +155,14 @@ def _without_partner(names: Collection[str]) -> list[str]:
     """Factors without the other one of their layer, and scales without any."""
     sides: dict[str, set[bool]] = {}
     for name in names:
-        if (match := _FACTOR.fullmatch(name)) and match["kind"] == "weight":
+        if (match := FACTOR.fullmatch(name)) and match["kind"] == "weight":
             sides.setdefault(match["layer"], set()).add(match["up"] is None)
     layers = {_layer(name) for name in names if not name.endswith(".alpha")}
     return [
         name
         for name in names
         if (name.endswith(".alpha") and name.removesuffix(".alpha") not in layers)
-        or ((match := _FACTOR.fullmatch(name)) and len(sides.get(match["layer"], ())) < 2)
+        or ((match := FACTOR.fullmatch(name)) and len(sides.get(match["layer"], ())) < 2)
     ]
 
 
@@ -241,7 +241,7 @@ def _own_names(
     for name in tensors:
         if name.endswith(".alpha"):
             continue
-        match = _FACTOR.fullmatch(name)
+        match = FACTOR.fullmatch(name)
         layer = match and layers.get(match["layer"], layers.get(PREFIX.sub("", match["layer"], count=1)))
         if not match or not layer:
             return None
@@ -269,7 +269,7 @@ def _converted(
             **({"return_alphas": True} if "return_alphas" in accepted else {}),
         )
     except Exception as error:  # diffusers raises whatever the conversion stumbles over
-        odd = [name for name in tensors if not _FACTOR.fullmatch(name) and _kind(name)]
+        odd = [name for name in tensors if not FACTOR.fullmatch(name) and _kind(name)]
         if odd := [name for name in odd if not name.endswith(".alpha")]:
             raise in_part(odd, label, denoiser) from error
         named = [name for name in tensors if _plain(name) in _plain(str(error))]
@@ -322,8 +322,9 @@ def warn_left_out(parts: LoraParts, label: str) -> None:
     """Warn about what serves both models, and about changes that are none."""
     if parts.shared:
         warnings.warn(
-            f"{label} also changes {', '.join(sorted(set(parts.shared.values())))}, which is left out: a text encoder "
-            "serves both models, only denoisers are mixed. Load that part on the pipeline if both should have it. "
+            f"{label} also changes {', '.join(sorted(set(parts.shared.values())))}, which is left out: the reference's "
+            'text encoders serve both models. Give realign() text_encoder="both" for an anchor with its own prompt '
+            "embeddings, or load that part on the pipeline if both models should have it. "
             f"({len(parts.shared)} tensors: {some(parts.shared)}.)",
             stacklevel=6,
         )

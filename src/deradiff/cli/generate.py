@@ -44,6 +44,13 @@ def generate(
         Literal["auto", "prediction", "posterior"],
         dial_option(help="Mix predictions or explicit posteriors; auto takes predictions where both agree."),
     ] = "auto",
+    text_encoder: Annotated[
+        Literal["reference", "both"],
+        dial_option(
+            help="Whose text encoders encode prompts: the reference's for all models, or for an anchor these with the "
+            "parts that its LoRA has for them."
+        ),
+    ] = "reference",
     tolerance: Annotated[
         float | None,
         dial_option(

@@ -15,7 +15,7 @@ from torch import Tensor
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
-from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from deradiff.sampling.call_arguments import (
     is_only_rows,
     joined_outputs,
@@ -45,6 +45,7 @@ class Denoisers:
     def __init__(self, reference: Any, anchors: Sequence[Anchor], batched: bool = True):
         self.reference, self.anchors, self.batched = reference, tuple(anchors), batched
         self.names = ("reference", *(anchor.name for anchor in anchors))
+        self.own_embeddings = any(anchor.text_adapters for anchor in anchors)
         # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
         self._reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
@@ -111,6 +112,11 @@ class Denoisers:
         Raises `NonFinitePrediction` naming the model whose prediction has NaN or infinity in it, and `UnmirroredState`
         before anything is evaluated.
         """
+        if self.own_embeddings and any(models) and not is_divided((args, kwargs)):
+            raise DialError(
+                'with text_encoder="both" each model has its own prompt embeddings, and these are the same for all: '
+                "give the pipeline prompts, or what its encode_prompt makes while it is realigned"
+            )
         self._make_ready({*models, *(blend or ())})
         rows = len(self.argument("input", args, kwargs))
         share = None if self._hooks.draws else share
@@ -154,7 +160,8 @@ class Denoisers:
             raise UnmirroredState(
                 f"dial.micro_batch divides the batch, and of this call of {type(self.reference).__name__} it is not "
                 "known where that is in every argument and in what comes back (or its attention takes it apart itself, "
-                "as perturbed-attention guidance does): set dial.micro_batch = None and draw fewer images at a time"
+                'as perturbed-attention guidance does, or text_encoder="both" gives each model its own prompt '
+                "embeddings): set dial.micro_batch = None and draw fewer images at a time"
             )
         parts = []
         for part in torch.arange(rows).split(self.micro_batch):
@@ -224,7 +231,7 @@ class Denoisers:
     @property
     def blends_rows(self) -> bool:
         """Whether the weight-interpolated model can have weights of its own in every row: LoRAs have scales."""
-        return self._loras.scale_rows
+        return self._loras.scale_rows and not self.own_embeddings
 
     def require_blendable(self, lams: Lams, method: str, reuse: Reuse | None) -> None:
         """Raise `ValueError` for interpolated weights that cannot be, and for what reuse cannot be."""
@@ -237,6 +244,11 @@ class Denoisers:
             raise ValueError(f"the carrier is one of {', '.join(carriers)}; got {reuse.carrier!r}")
         if method != "interpolate" and (reuse is None or reuse.carrier != INTERPOLATE):
             return
+        if self.own_embeddings:
+            raise ValueError(
+                "interpolated weights are one model with one text encoder: leave text_encoder out, or mix predictions "
+                "(method='mixture', reuse carried by the reference or an anchor)"
+            )
         if any(anchor.device is not None for anchor in self.anchors):
             raise ValueError("interpolated weights need all models on one device: leave anchor_device out")
         if lams.images is not None and not self.blends_rows:

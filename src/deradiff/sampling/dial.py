@@ -38,6 +38,7 @@ from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
 from deradiff.sampling.runs import Runs
 from deradiff.sampling.scheduler_hook import hook_pipeline, hook_scheduler, owner_of, schedulers_of
+from deradiff.sampling.text_encoders import RealignedTextEncoder
 from deradiff.sampling.truncation import taking_turns
 
 Lam = float | Schedule | Sequence[float | Schedule] | Float[Tensor, " batch"]
@@ -64,6 +65,7 @@ class Dial:
         method: Method,
         path: Where,
         reuse: Reuse | None = None,
+        text_encoders: Sequence[RealignedTextEncoder] = (),
     ):
         self.method: Method = method
         self.watching = False
@@ -80,6 +82,7 @@ class Dial:
             self._components[name] = RealignedComponent(name, own, lams[name], RealignedSteps(own, method, path))
         for component in self._components.values():
             self._undo.append(component.hook(self, partial(self._call, component)))
+        self._undo += [encoder.hook(self, self._runs.lock) for encoder in text_encoders]
         self.attach(pipe)
 
     def __repr__(self) -> str:

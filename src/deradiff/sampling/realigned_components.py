@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
-from deradiff.sampling.denoiser_hook import hook_denoiser
+from deradiff.sampling import blocked_methods
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
+from deradiff.sampling.module_hook import hook_module
 from deradiff.sampling.per_model import alone, merged
 from deradiff.sampling.realigned_steps import RealignedSteps
 from deradiff.sampling.runs import Run
@@ -41,9 +42,12 @@ class RealignedComponent:
 
     def hook(self, dial: Any, call: Callable[..., Any]) -> Callable[[], None]:
         """From now on `call` answers for the reference; returns what undoes this."""
-        loras = any(anchor.adapter for anchor in self.denoisers.anchors)
-        load_style = self.denoisers.load_style if loras else None
-        return hook_denoiser(self.reference, dial, call, self._apply, load_style)
+        methods: dict[str, Callable[..., Any]] = {"_apply": self._apply, "fuse_lora": blocked_methods.fusing}
+        if any(anchor.adapter for anchor in self.denoisers.anchors):
+            methods["load_lora_adapter"] = self.denoisers.load_style
+            methods["save_pretrained"] = blocked_methods.saving
+            methods["fuse_qkv_projections"] = blocked_methods.fusing_projections
+        return hook_module(self.reference, dial, call, methods)
 
     def answer(self, run: Run, watching: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the reference is called for, of every model that has a weight at this step of `run`.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, SupportsFloat, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import torch
 from torch import nn
@@ -29,7 +29,9 @@ from deradiff.sampling.realigned_components import lams_by_component
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
 from deradiff.sampling.scheduler_hook import owner_of, schedulers_of
+from deradiff.sampling.text_encoders import RealignedTextEncoder
 
+TextEncoder = Literal["reference", "both"]
 Source = str | Path | nn.Module
 Sources = Source | Mapping[str, Source] | Mapping[str, Mapping[str, Source]]
 
@@ -41,6 +43,7 @@ def realign(
     *,
     method: Method = "mixture",
     path: Where = "auto",
+    text_encoder: TextEncoder = "reference",
     batched: bool = True,
     anchor_device: str | torch.device | None = None,
     reuse: Reuse | int | None = None,
@@ -70,12 +73,14 @@ def realign(
         path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them
             (there both are the same), the explicit Gaussian posteriors of Theorem 1 where it is not. "prediction" and
             "posterior" insist on one.
+        text_encoder: "reference": its text encoders serve all models, and a LoRA's parts for them are left out with a
+            warning. "both": each model has its own prompt embeddings, an anchor by the same text encoders with its
+            LoRA's parts; models are then evaluated one after the other.
         batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
         anchor_device: a second device for the anchors' weights, where they stay and are evaluated while the reference
             is on its own; None puts them beside the reference. A LoRA has no weights to be put elsewhere.
-        reuse: carry predictions over between steps instead of evaluating every model at each, at less than two
-            evaluations a step and with an error: a `Reuse`, or every how many steps all models are evaluated. None is
-            exact.
+        reuse: carry predictions over between steps, at less than two evaluations a step and with an error: a `Reuse`,
+            or every how many steps all models are evaluated. None is exact.
         tolerance: short for `Reuse(tolerance=...)`: the error that may be made, relative to λ's own effect.
         subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
         revision: the hub revision of the anchor.
@@ -83,13 +88,14 @@ def realign(
         local_files_only: take hub ids from the cache alone.
 
     Raises:
-        ValueError: λ that is not finite, or not one for every anchor; an unknown `method` or `path`; `path="posterior"`
-            with a scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
+        ValueError: λ that is not finite, or not one for every anchor; an unknown `method`, `path` or `text_encoder`;
+            each model's own prompt embeddings with interpolated weights or several denoisers; `path="posterior"` with a
+            scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
             or reuse where posteriors are mixed; `anchors.AnchorError` for an anchor that cannot be used, a pipeline
             without a denoiser, and one anchor for several.
         DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
     """
-    _require_known(method, path)
+    _require_known(method, path, text_encoder)
     _require_free(pipe)
     elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
@@ -100,18 +106,23 @@ def realign(
     sources, shared = sources_by_component(anchor, pipe)
     lams = lams_by_component(lam, {component: tuple(named) for component, named in sources.items()})
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
-    where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else ()}
+    where |= {"allow_pickle": allow_pickle, "stages": tuple(sources) if shared else (), "text": text_encoder == "both"}
     references = {component: unwrapped(getattr(pipe, component)) for component in sources}
     anchors: dict[str, list[Anchor]] = {component: [] for component in sources}
     try:
         _load(anchors, sources, pipe, elsewhere, where)
         denoisers = {one: Denoisers(reference, anchors[one], batched) for one, reference in references.items()}
-        return Dial(pipe, denoisers, lams, method, path, reused)
+        return Dial(pipe, denoisers, lams, method, path, reused, _text_encoders(pipe, denoisers, text_encoder))
     except BaseException:
-        for component, loaded in anchors.items():
-            while loaded:  # emptied, for whoever keeps the error keeps what is in reach of it
-                loaded.pop().unload(references[component])
+        _unload(anchors, references)
         raise
+
+
+def _unload(anchors: Mapping[str, list[Anchor]], references: Mapping[str, nn.Module]) -> None:
+    """Undo `_load`, and empty its lists, for whoever keeps the error keeps what is in reach of it."""
+    for component, loaded in anchors.items():
+        while loaded:
+            loaded.pop().unload(references[component])
 
 
 def _load(
@@ -129,10 +140,29 @@ def _load(
             anchors[component] = [_placed(anchor, elsewhere) for anchor in anchors[component]]
 
 
-def _require_known(method: str, path: str) -> None:
-    for name, value, known in (("method", method, get_args(Method)), ("path", path, get_args(Where))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+def _text_encoders(
+    pipe: Pipeline, denoisers: Mapping[str, Denoisers], text_encoder: TextEncoder
+) -> list[RealignedTextEncoder]:
+    """The text encoders for which anchors have parts of their own."""
+    if not any(own.own_embeddings for own in denoisers.values()):
+        if text_encoder == "both":
+            warnings.warn('text_encoder="both" changes nothing: no anchor has parts for text encoders', stacklevel=3)
+        return []
+    if len(denoisers) > 1:
+        raise ValueError(
+            f"each model's own prompt embeddings are for one denoiser, and here are {' and '.join(denoisers)}: leave "
+            "text_encoder out"
+        )
+    (anchors,) = (own.anchors for own in denoisers.values())
+    components = dict.fromkeys(component for anchor in anchors for component in anchor.text_adapters)
+    return [RealignedTextEncoder(component, getattr(pipe, component), anchors) for component in components]
+
+
+def _require_known(method: str, path: str, text_encoder: str) -> None:
+    chosen = {"method": (method, Method), "path": (path, Where), "text_encoder": (text_encoder, TextEncoder)}
+    for name, (value, known) in chosen.items():
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}; got {value!r}")
     if method == "interpolate" and path != "auto":
         raise ValueError(f"interpolated weights are one model, with nothing to mix: leave path={path!r} out")
 

@@ -57,6 +57,7 @@ def realigned(settings: Settings) -> Iterator[tuple[DiffusionPipeline, Dial]]:
         dict.fromkeys(settings.anchors, 1.0),
         method=settings.method,
         path=settings.path,
+        text_encoder=settings.text_encoder,
         reuse=settings.reuse,
         tolerance=settings.tolerance,
         revision=settings.anchor_revision,

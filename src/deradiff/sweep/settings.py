@@ -81,6 +81,8 @@ class Settings(SamplingSettings):
     tolerance: float | None = None
     """The error that carrying predictions over between steps may make, relative to λ's effect; None for exactness."""
     path: Literal["auto", "prediction", "posterior"] = "auto"
+    text_encoder: Literal["reference", "both"] = "reference"
+    """Whether the reference's text encoders serve all models, or an anchor has the parts that its LoRA has for them."""
     anchor_beta: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
@@ -96,6 +98,7 @@ class Settings(SamplingSettings):
     def _fits(self) -> Settings:
         if self.method == "interpolate":
             asked = {"path": self.path != "auto", "reuse": self.reuse, "tolerance": self.tolerance}
+            asked |= {"text_encoder": self.text_encoder != "reference"}
             if unheeded := [name for name, given in (asked | {"particles": self.particles}).items() if given]:
                 raise ValueError(f"interpolated weights are one model, and take no {', '.join(unheeded)}")
         if self.anchor_beta is not None and len(self.anchors) > 1:
