@@ -23,28 +23,28 @@ _SIGNS = {"wrong": "**wrong**", "crashes": "**crash**", "refused": "refused", "p
 
 HEAD = """# Which pipelines
 
-{passes} of the {count} pipeline classes that the tests of diffusers build here can be realigned; {refused} are refused in words.
-This page is drawn from [pipelines.json](../data/pipelines.json), the results of
+{passes} of the {count} pipeline classes that the tests of diffusers build here can be realigned; {refused} are refused
+in words. This page is drawn from [pipelines.json](../data/pipelines.json), the results of
 
     python tests/conformance CHECKOUT
 
-with {versions} and the tests in a checkout of diffusers of
-{checkout}. Each test builds a pipeline of tiny random models. It is realigned with a perturbed copy of its own denoiser
-and compared with the untouched pipelines, and with oracles that share no code with deradiff (`tests/conformance/README.md`).
-The weights are random: the table says that Algorithm 1 is carried out to the letter, not how good its images are. Your
-own models are checked in a minute by
+with {versions} and the tests
+in a checkout of diffusers of {checkout}. Each test builds a pipeline of tiny random models. It is realigned with a
+perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
+deradiff (`tests/conformance/README.md`). The weights are random: the table says that Algorithm 1 is carried out to the
+letter, not how good its images are. Your own models are checked in a minute by
 
     deradiff doctor PIPELINE --anchor ANCHOR
 
 In the table a ✓ means:
 
-- **λ**: λ = 0 is the untouched pipeline and λ = 1 the anchor's, both bit for bit; λ = ½ is what the oracle makes of both
-  models; the dial follows the scheduler's steps; `dial.remove()` leaves the pipeline as it was.
+- **λ**: λ = 0 is the untouched pipeline and λ = 1 the anchor's, both bit for bit; λ = ½ is what the oracle makes of
+  both models; the dial follows the scheduler's steps; `dial.remove()` leaves the pipeline as it was.
 - **λ per image**: a batch with a λ for each image gives every image what it is at its own λ.
 - **micro-batches**: `dial.micro_batch = 1` changes nothing.
-- **LoRA**: a LoRA file that the plain pipeline writes and loads is the anchor, in one batch with the reference and alone.
+- **LoRA**: a LoRA file that the plain pipeline writes and loads is the anchor, in one batch with the reference or not.
 
-"–" was not tried: the plain pipeline cannot do it either (draw two images in one call, load a LoRA), or it takes too long.
+"–" was not tried: the plain pipeline cannot do it either (draw two images in one call, load a LoRA), or it takes long.
 
 """
 

@@ -29,7 +29,7 @@ class Packed(Tensor):
         return Packed(parts["numbers"], parts["scale"])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return Packed(args[0].numbers, args[0].scale)
         raise NotImplementedError(f"{func} of {cls.__name__}")
