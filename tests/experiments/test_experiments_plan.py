@@ -10,7 +10,7 @@ from deradiff.algorithm.schedules import Power
 from deradiff.experiments import sources
 from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
-from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, preset
+from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
 from messages import naming
 from small_experiment import SMALL, small
@@ -153,6 +153,18 @@ def d_lams(batch: list[dict[str, Any]]) -> set[Any]:
     return {drawing["lam"] for drawing in batch}
 
 
+def test_a_method_is_kept_to_some_ways_of_sampling() -> None:
+    ways = {name: {"steps": steps} for name, steps in (("short", 3), ("long", 9))}
+    methods = [{"method": "reference"}, {"method": "model", "models": ["weak"], "sampling": ["long"]}]
+    assert [(arm.name, arm.sampling) for arm in small(sampling=ways, methods=methods).arms()] == [
+        ("reference", "short"),
+        ("reference", "long"),
+        ("weak", "long"),
+    ]
+    with pytest.raises(ValueError, match=naming("way of sampling", "'wide'", "short, long")):
+        small(sampling=ways, methods=[{"method": "reference", "sampling": ["wide"]}])
+
+
 def test_particles_count_as_so_many_images() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0.5], "particles": 2}])
     cells = [(cell, f"{number}") for number, cell in enumerate(planned_images(plan, {"few": ("one", "two")}))]
@@ -237,16 +249,30 @@ def test_deradiff_s_own_plan(name: str, guidance: float) -> None:
     assert pairs(plan, "hacking") == {(a, 2000) for a in (250, 500, 750)}
     sampling = plan.sampling["paper"]
     assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == ("euler-a", 50, guidance)
-    assert plan.prompts["preference"].count == 500 and plan.prompts["preference"].substitute_for
+    preference = plan.prompts["preference"]
+    assert preference.source == TEST_PROMPTS and preference.seeds == (0,) and "631" in preference.substitute_for
+    assert preference.made_by.startswith(f"curl --location --output {TEST_PROMPTS} https://")
     assert plan.prompts["hacking"].count == 1000 and plan.prompts["hacking"].substitute_for
 
 
-@pytest.mark.parametrize(("name", "scheduler", "guidance"), [("aig-sdxl", "euler", 5.0), ("aig-sd14", "ddim", 7.5)])
+@pytest.mark.parametrize(
+    ("name", "scheduler", "guidance"), [("aig-sdxl", "euler-trailing", 5.0), ("aig-sd14", "ddim", 7.5)]
+)
 def test_aig_s_own_plan(name: str, scheduler: str, guidance: float) -> None:
     plan = preset(name)
     sampling = plan.sampling["paper"]
     assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == (scheduler, 25, guidance)
-    assert len([arm for arm in plan.arms() if arm.method == "anneal"]) == 2 * len(POWERS) == 14
+    arms = [arm for arm in plan.arms() if arm.sampling == "paper"]
+    assert len([arm for arm in arms if arm.method == "anneal"]) == 2 * len(POWERS) == 14
+    # 149,600 images for each of the rewards, in the paper's round numbers of prompts.
+    own = [arm for arm in arms if arm.method in ("model", "anneal", "interpolate") and "pickscore" in arm.name]
+    assert (1 + len(own)) * (1600 + 3200 + 40 * 50) == 149_600
+    stochastic = [arm for arm in plan.arms() if arm.sampling == "stochastic"]
+    assert {arm.method for arm in stochastic} == {"reference", "model"} and len(stochastic) == 1 + len(plan.models)
+    one_step, own_steps = [arm.noise for arm in arms if arm.noise is not None]
+    assert one_step is not None and own_steps is not None
+    assert (one_step.guidance_scale, one_step.learning_rate) == (1.0, 5.0)
+    assert own_steps.learning_rate == (10.0 if name == "aig-sdxl" else 5.0)
     assert len([model for model in plan.models.values() if model.beta]) == 2 * len(KL_STRENGTHS) == 16
     assert plan.prompts["coverage"].count == 40 and len(plan.prompts["coverage"].seeds) == 50
     assert {*plan.prompts} >= {"partiprompts", "anime", "concept-art", "paintings", "photo"}

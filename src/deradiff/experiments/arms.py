@@ -30,6 +30,10 @@ class Model(PlanPart):
     beta: float | None = Field(default=None, gt=0)
     """The KL strength β. Models of one `family` are aligned alike, so that their β mean the same."""
     family: str = "aligned"
+    reward: str = ""
+    """The reward it was aligned for, if one: where a plan's models have several, fronts of one leave the others out."""
+    made_by: str = ""
+    """The command that makes it, for where it is not there."""
 
 
 @runtime_checkable
@@ -80,6 +84,8 @@ class Arm:
 class _Method(PlanPart):
     prompts: Names = ALL
     """The prompt sets that this method is drawn for."""
+    sampling: Names = ALL
+    """The ways of sampling that it is drawn by."""
 
 
 class Reference(_Method):
@@ -217,7 +223,12 @@ class OptimizeNoise(_Method, NoiseOptimization):
         which = f" of {self.pipeline}" if self.pipeline else ""
         unusual = [
             f"{word} {plain(getattr(noise, name))}"
-            for name, word in (("learning_rate", "rate"), ("norm_weight", "norm weight"), ("steps", "steps"))
+            for name, word in (
+                ("learning_rate", "rate"),
+                ("norm_weight", "norm weight"),
+                ("steps", "steps"),
+                ("guidance_scale", "guidance"),
+            )
             if getattr(noise, name) != getattr(usual, name)
         ]
         name = ", ".join([f"noise{which} for {self.reward}", f"{self.iterations} iterations", *unusual])
