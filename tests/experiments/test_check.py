@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from deradiff.cli import app
 from deradiff.experiments import check
 from deradiff.experiments.check import asked_of_the_hub, needs
-from deradiff.experiments.plan import Plan, write_plan
+from deradiff.experiments.plan import Plan, read_plan, write_plan
 from deradiff.experiments.presets import PRESETS, TEST_PROMPTS, preset
 from deradiff.files import hub
 from hub_server import Hub, standing_in
@@ -190,6 +190,24 @@ def test_files_of_ones_own(here: Path) -> None:
     assert known["model 'hub', somebody/anchor"].how[0].startswith("hf download somebody/anchor ")
     assert known["package datasets"].how == known["package pyarrow"].how == ("pip install 'deradiff[align]'",)
     assert known["features inception=gone.pth"].missing.startswith("gone.pth")
+
+
+def test_a_plan_of_version_0_1_is_checked_too(here: Path) -> None:
+    plan = read_plan(Path(__file__).parents[1] / "data" / "written_by_0_1" / "plan.yaml")
+    assert missing(plan) == []
+    old = small(
+        reference="runwayml/stable-diffusion-v1-5",
+        models={"beta-500": {"source": "aligned/beta-500", "beta": 500, "family": "Diffusion-DPO"}},
+        prompts={"preference": {"source": ["pickapic-v1", "hpdv2"], "split": "test_unique", "count": 500}},
+        methods=[{"method": "model"}],
+    )
+    assert [line.partition(":")[0] for line in missing(old)] == [
+        "package datasets",
+        "reference runwayml/stable-diffusion-v1-5",
+        "prompts 'preference', pickapic-v1, pickapic-anonymous/pickapic_v1",
+        "prompts 'preference', hpdv2",
+        "model 'beta-500', aligned/beta-500",
+    ]
 
 
 def test_what_the_hub_took_down_or_guards(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
+from deradiff.files.prompts import Entry
 from messages import naming
 from small_experiment import SMALL, small
 
@@ -55,6 +56,11 @@ def test_a_target_needs_a_beta_of_the_same_family() -> None:
     models = SMALL["models"] | {"refl": {"source": "digits:30", "family": "refl"}}
     with pytest.raises(ValueError, match=naming("refl", "weak", "beta")):
         small(models=models, methods=[{"method": "realign", "anchors": ["refl"], "targets": ["weak"]}])
+    with pytest.raises(ValueError, match=naming("refl", "no beta")):
+        small(models=models, methods=[{"method": "realign", "anchors": ["refl"], "targets": "all"}])
+    with pytest.raises(ValueError, match=naming("'other'", "'dpo'")):
+        alien = {"alien": {"source": "digits:100", "beta": 100, "family": "other"}}
+        small(models=models | alien, methods=[{"method": "realign", "anchors": ["alien"], "targets": ["weak"]}])
     # `all` means those that there can be.
     arms = small(models=models, methods=[{"method": "realign", "anchors": ["strong"], "targets": "all"}]).arms()
     assert [arm.target for arm in arms] == ["strong", "weak"]
@@ -188,6 +194,20 @@ def test_prompts_of_several_sources_are_drawn_from_their_union(tmp_path: Path) -
     assert len(everything) == 41
     with pytest.raises(ValueError, match=naming(first, second, 41, 42)):
         sources.resolve(Prompts(source=(str(first), str(second)), count=42))
+
+
+def test_a_split_is_of_the_lists_that_have_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n")
+    asked = []
+
+    def of_captions(repo: str, split: str) -> list[Entry]:
+        asked.append((repo, split))
+        return [Entry("a dog", None, "")]
+
+    monkeypatch.setattr("deradiff.alignment.prompts._of_captions", of_captions)
+    wanted = Prompts(source=("pickapic-v1", str(tmp_path / "a.txt")), split="test_unique")  # as plans of 0.1 have it
+    assert sources.resolve(wanted) == ("a dog", "a cat")
+    assert asked == [("pickapic-anonymous/pickapic_v1", "test_unique")]
 
 
 def test_the_digits_have_different_prompts() -> None:

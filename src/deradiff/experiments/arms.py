@@ -150,10 +150,14 @@ class Realign(_OfAnchors):
             for target in plan.named(self.targets) if self.targets else ():
                 anchor, other = plan.models[name], plan.models[target]
                 if anchor.beta is None or other.beta is None or anchor.family != other.family:
-                    if self.targets == ALL:  # those that there can be
+                    # `all` are those that there can be, which for an anchor that is named and has no β are none.
+                    if self.targets == ALL and (anchor.beta is not None or self.anchors == ALL):
                         continue
+                    without = " and ".join(m for m in (name, target) if plan.models[m].beta is None)
+                    why = f"{without} has no beta" if without else f"{anchor.family!r} is not {other.family!r}"
                     raise ValueError(
-                        f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β'"
+                        f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β', and "
+                        f"{why}"
                     )
                 lam = lam_for_beta(anchor.beta, other.beta)
                 named = f"{name} → {target}{suffix}"

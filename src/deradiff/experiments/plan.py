@@ -30,7 +30,7 @@ class Prompts(PlanPart):
     draw_seed: int | None = None
     """The `count` prompts are drawn with this seed; without it they are the first."""
     split: str = "train"
-    """Of Pick-a-Pic."""
+    """Of Pick-a-Pic; other sources beside it have none."""
     seeds: Several[int] = (0,)
     substitute_for: str = ""
     """What these prompts stand for that was never published; the report says so."""
