@@ -96,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
             if (known := self._revision(repo, revision)) is not None:
                 siblings = [{"rfilename": name} for name in self.server.repos[repo][known]]
                 self._json({"id": repo, "modelId": repo, "sha": self.server.commit(repo, known), "siblings": siblings})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path):
+            if self._revision(found[1], "main") is not None:
+                self._send(
+                    *((403, b"", {"X-Error-Code": "GatedRepo"}) if found[1] in self.server.gated else (200, b"", {}))
+                )
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             if (known := self._revision(found[1], found[2])) is not None:
                 files = self.server.repos[found[1]][known].items()

@@ -106,7 +106,7 @@ def test_pick_a_pic_streams_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     shards = [[pick("a"), pick("tied", 0.5), pick("b", 0.0)], [pick("c", 1.0)], [pick("d"), pick("e")]]
     calls = install(monkeypatch, lambda: FakeDataset(shards))
     order = DataOrder(open_pairs("pickapic-v2", held_out=1, revision="abc"))
-    assert calls == [("yuvalkirstain/pickapic_v2", "train", "abc", True)]
+    assert calls == [("liuhuohuo2/pick-a-pic-v2", "train", "abc", True)]
     assert sorted(prompts(order, [2, 2])) == ["b", "c", "d", "e"] and order.skipped == {"tie": 1}
     again = DataOrder(open_pairs("pickapic-v2", held_out=1, revision="abc"))
     again.load_state_dict(order.state_dict())
@@ -114,14 +114,14 @@ def test_pick_a_pic_streams_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     open_pairs("pickapic-v1", split="validation_unique")
     open_pairs("someone/else")
     assert [call[:2] for call in calls[2:]] == [
-        ("yuvalkirstain/pickapic_v1", "validation_unique"),
+        ("pickapic-anonymous/pickapic_v1", "validation_unique"),
         ("someone/else", "train"),
     ]
 
 
 def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=naming("yuvalkirstain/pickapic_v1", "deradiff[align]")):
+    with pytest.raises(ImportError, match=naming("pickapic-anonymous/pickapic_v1", "deradiff[align]")):
         open_pairs("pickapic-v1")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -132,7 +132,7 @@ def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tm
         raise ConnectionError("no route")
 
     install(monkeypatch, unreachable)
-    with pytest.raises(OSError, match=naming("yuvalkirstain/pickapic_v1", "no route")):
+    with pytest.raises(OSError, match=naming("pickapic-anonymous/pickapic_v1", "no route")):
         open_pairs("pickapic-v1")
 
 

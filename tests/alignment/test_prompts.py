@@ -113,7 +113,7 @@ def test_other_encodings_folders_and_unknown_names_are_refused(tmp_path: Path) -
     with pytest.raises(ValueError, match=naming(tmp_path, "folder")):
         load_prompts(tmp_path)
     for source in ("hpdv2/sketches", tmp_path / "b.txt"):
-        with pytest.raises(FileNotFoundError, match=naming(source, "partiprompts, hpdv2")):
+        with pytest.raises(FileNotFoundError, match=naming(source, "partiprompts, partiprompts/complex, hpdv2")):
             load_prompts(source)
 
 
@@ -124,15 +124,16 @@ def test_the_papers_lists_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.
         assert repo_type == "dataset"
         asked.append((repo, file))
         if file.endswith(".tsv"):
-            return str(
-                written(tmp_path, "PartiPrompts.tsv", "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\n")
-            )
+            rows = ["Prompt\tCategory\tChallenge\tNote", "bond\tAbstract\tBasic\t", "cats\tAnimals\tComplex\t", ""]
+            return str(written(tmp_path, "PartiPrompts.tsv", "\n".join(rows)))
         path = tmp_path / Path(file).name
         return str(written(tmp_path, path.name, json.dumps([f"{path.stem} {i}" for i in range(3)])))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     parti = load_prompts("partiprompts")
-    assert (parti.prompts, parti.categories) == (("bond",), ("Abstract",))
+    assert (parti.prompts, parti.categories) == (("bond", "cats"), ("Abstract", "Animals"))
+    hard = load_prompts("partiprompts/complex")
+    assert (hard.prompts, hard.categories) == (("cats",), ("Animals",))
     everything = load_prompts("hpdv2")
     assert tuple(everything.by_category()) == prompts.HPD_STYLES and len(everything) == 12
     assert load_prompts("hpdv2/photo", 2).prompts == ("photo 0", "photo 1")
@@ -150,7 +151,8 @@ def test_the_papers_lists_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.
 def test_pick_a_pics_captions_are_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read, asked = [], []
 
-    def load_dataset(repo: str, *, split: str, revision: str | None, streaming: bool) -> Any:
+    def load_dataset(repo: str, *, split: str, revision: str | None, streaming: bool, columns: list[str]) -> Any:
+        assert columns == ["caption"]
         asked.append((repo, split, streaming))
         captions = ["a", "a", "", None, "b", "c", "d"]
         return ({"caption": read.append(caption) or caption} for caption in captions)  # type: ignore[func-returns-value]
@@ -160,8 +162,8 @@ def test_pick_a_pics_captions_are_read_no_further_than_needed(monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "datasets", library)
     found = load_prompts("pickapic-v2", 2, split="test_unique")
     assert (found.prompts, found.duplicates, len(read)) == (("a", "b"), 1, 5)
-    assert asked == [("yuvalkirstain/pickapic_v2_no_images", "test_unique", True)]
+    assert asked == [("liuhuohuo2/pick-a-pic-v2", "test_unique", True)]
     assert set(load_prompts("pickapic-v1", 4, seed=1).prompts) == set("abcd")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=naming("yuvalkirstain/pickapic_v1_no_images", "deradiff[align]")):
+    with pytest.raises(ImportError, match=naming("pickapic-anonymous/pickapic_v1", "deradiff[align]")):
         load_prompts("pickapic-v1")

@@ -25,7 +25,7 @@ from deradiff.sweep.prompt_embeddings import Remembering
 from deradiff.sweep.workers import Todo, WorkerLost, work
 from deradiff.worlds import digits
 from messages import naming
-from small_experiment import Fake, fake_png, files, silent, small
+from small_experiment import SMALL, Fake, fake_png, files, silent, small
 
 ALL_METHODS = [
     {"method": "reference"},
@@ -266,3 +266,16 @@ def test_workers_keep_their_models_as_long_as_there_is_work_for_them() -> None:
     for names in changes.values():
         assert sum(one != other for one, other in pairwise(names)) <= 1
     assert changes[0][0] != changes[1][0]
+
+
+def test_noise_has_a_guidance_of_its_own() -> None:
+    noise = {"method": "optimize-noise", "reward": "digits", "iterations": 1}
+    guided = SMALL["sampling"]["ancestral"] | {"guidance_scale": 0.5}  # which optimised noise cannot be sampled with
+    alone = small(sampling={"plain": guided}, methods=[noise | {"guidance_scale": 1.0}])
+    plain = small(methods=[noise])
+    (own,), (as_sampled,) = (
+        draw(plan, [drawing_of(plan, arm, "a red two", 3) for arm in plan.arms()]) for plan in (alone, plain)
+    )
+    assert torch.equal(own[0], as_sampled[0]) and own[1]["forward"] == as_sampled[1]["forward"]
+    with pytest.raises(ValueError, match=naming("guidance_scale", 1)):
+        small(sampling={"plain": guided}, methods=[noise])

@@ -222,8 +222,25 @@ def test_a_front_marks_what_nothing_beats_both_ways(results: Results, found: dic
         assert panel.front == points.keys() - beaten
     fid = panels[FID]
     assert fid.ideal == (pytest.approx(0, abs=1e-9), max(p.y for _, some in fid.series for p in some))
-    assert fid.unregularised is not None and fid.unregularised.arm.name == "strong"
+    assert [point.arm.name for point in fid.unregularised] == ["strong"]
     assert fid.base.y == pytest.approx(results.mean(named(results, "reference"), "main", "digits")[0])
+
+
+def test_a_front_is_about_the_models_of_its_reward(tmp_path: Path) -> None:
+    models = {
+        name: model | ({"reward": "digits"} if name == "strong" else {"reward": "bold"} if name == "weak" else {})
+        for name, model in PLAN["models"].items()
+    }
+    report = PLAN["report"] | {"unregularised": ["strong", "weak"]}
+    results = filled(tmp_path / "run", parse_plan(PLAN | {"models": models, "report": report}, "the test"))
+    measured = diversity(results, "digits")
+    for score, own, other in (("digits", "strong", "weak"), ("bold", "weak", "strong")):
+        for panel in front_exhibits.front(results, "main", score, measured).values():
+            shown = {name for _, points in panel.series for point in points for name, _ in point.arm.anchors}
+            assert own in shown and "other" in shown and other not in shown
+            assert [point.arm.name for point in panel.unregularised] == [own]
+    keys = [exhibit.key for exhibit in front_exhibits.divergence(results)]
+    assert keys == ["front-path-kl", "front-path-kl-bold"]
 
 
 def test_divergence_has_the_reference_at_nothing_and_no_arm_whose_path_is_unknown(results: Results) -> None:

@@ -10,8 +10,9 @@ from deradiff.algorithm.schedules import Power
 from deradiff.experiments import sources
 from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
-from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, preset
+from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
+from deradiff.files.prompts import Entry
 from messages import naming
 from small_experiment import SMALL, small
 
@@ -55,6 +56,11 @@ def test_a_target_needs_a_beta_of_the_same_family() -> None:
     models = SMALL["models"] | {"refl": {"source": "digits:30", "family": "refl"}}
     with pytest.raises(ValueError, match=naming("refl", "weak", "beta")):
         small(models=models, methods=[{"method": "realign", "anchors": ["refl"], "targets": ["weak"]}])
+    with pytest.raises(ValueError, match=naming("refl", "no beta")):
+        small(models=models, methods=[{"method": "realign", "anchors": ["refl"], "targets": "all"}])
+    with pytest.raises(ValueError, match=naming("'other'", "'dpo'")):
+        alien = {"alien": {"source": "digits:100", "beta": 100, "family": "other"}}
+        small(models=models | alien, methods=[{"method": "realign", "anchors": ["alien"], "targets": ["weak"]}])
     # `all` means those that there can be.
     arms = small(models=models, methods=[{"method": "realign", "anchors": ["strong"], "targets": "all"}]).arms()
     assert [arm.target for arm in arms] == ["strong", "weak"]
@@ -153,6 +159,18 @@ def d_lams(batch: list[dict[str, Any]]) -> set[Any]:
     return {drawing["lam"] for drawing in batch}
 
 
+def test_a_method_is_kept_to_some_ways_of_sampling() -> None:
+    ways = {name: {"steps": steps} for name, steps in (("short", 3), ("long", 9))}
+    methods = [{"method": "reference"}, {"method": "model", "models": ["weak"], "sampling": ["long"]}]
+    assert [(arm.name, arm.sampling) for arm in small(sampling=ways, methods=methods).arms()] == [
+        ("reference", "short"),
+        ("reference", "long"),
+        ("weak", "long"),
+    ]
+    with pytest.raises(ValueError, match=naming("way of sampling", "'wide'", "short, long")):
+        small(sampling=ways, methods=[{"method": "reference", "sampling": ["wide"]}])
+
+
 def test_particles_count_as_so_many_images() -> None:
     plan = small(methods=[{"method": "realign", "anchors": ["strong"], "lam": [0.5], "particles": 2}])
     cells = [(cell, f"{number}") for number, cell in enumerate(planned_images(plan, {"few": ("one", "two")}))]
@@ -176,6 +194,20 @@ def test_prompts_of_several_sources_are_drawn_from_their_union(tmp_path: Path) -
     assert len(everything) == 41
     with pytest.raises(ValueError, match=naming(first, second, 41, 42)):
         sources.resolve(Prompts(source=(str(first), str(second)), count=42))
+
+
+def test_a_split_is_of_the_lists_that_have_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n")
+    asked = []
+
+    def of_captions(repo: str, split: str) -> list[Entry]:
+        asked.append((repo, split))
+        return [Entry("a dog", None, "")]
+
+    monkeypatch.setattr("deradiff.alignment.prompts._of_captions", of_captions)
+    wanted = Prompts(source=("pickapic-v1", str(tmp_path / "a.txt")), split="test_unique")  # as plans of 0.1 have it
+    assert sources.resolve(wanted) == ("a dog", "a cat")
+    assert asked == [("pickapic-anonymous/pickapic_v1", "test_unique")]
 
 
 def test_the_digits_have_different_prompts() -> None:
@@ -237,16 +269,30 @@ def test_deradiff_s_own_plan(name: str, guidance: float) -> None:
     assert pairs(plan, "hacking") == {(a, 2000) for a in (250, 500, 750)}
     sampling = plan.sampling["paper"]
     assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == ("euler-a", 50, guidance)
-    assert plan.prompts["preference"].count == 500 and plan.prompts["preference"].substitute_for
+    preference = plan.prompts["preference"]
+    assert preference.source == TEST_PROMPTS and preference.seeds == (0,) and "631" in preference.substitute_for
+    assert preference.made_by.startswith(f"curl --location --output {TEST_PROMPTS} https://")
     assert plan.prompts["hacking"].count == 1000 and plan.prompts["hacking"].substitute_for
 
 
-@pytest.mark.parametrize(("name", "scheduler", "guidance"), [("aig-sdxl", "euler", 5.0), ("aig-sd14", "ddim", 7.5)])
+@pytest.mark.parametrize(
+    ("name", "scheduler", "guidance"), [("aig-sdxl", "euler-trailing", 5.0), ("aig-sd14", "ddim", 7.5)]
+)
 def test_aig_s_own_plan(name: str, scheduler: str, guidance: float) -> None:
     plan = preset(name)
     sampling = plan.sampling["paper"]
     assert (sampling.scheduler, sampling.steps, sampling.guidance_scale) == (scheduler, 25, guidance)
-    assert len([arm for arm in plan.arms() if arm.method == "anneal"]) == 2 * len(POWERS) == 14
+    arms = [arm for arm in plan.arms() if arm.sampling == "paper"]
+    assert len([arm for arm in arms if arm.method == "anneal"]) == 2 * len(POWERS) == 14
+    # 149,600 images for each of the rewards, in the paper's round numbers of prompts.
+    own = [arm for arm in arms if arm.method in ("model", "anneal", "interpolate") and "pickscore" in arm.name]
+    assert (1 + len(own)) * (1600 + 3200 + 40 * 50) == 149_600
+    stochastic = [arm for arm in plan.arms() if arm.sampling == "stochastic"]
+    assert {arm.method for arm in stochastic} == {"reference", "model"} and len(stochastic) == 1 + len(plan.models)
+    one_step, own_steps = [arm.noise for arm in arms if arm.noise is not None]
+    assert one_step is not None and own_steps is not None
+    assert (one_step.guidance_scale, one_step.learning_rate) == (1.0, 5.0)
+    assert own_steps.learning_rate == (10.0 if name == "aig-sdxl" else 5.0)
     assert len([model for model in plan.models.values() if model.beta]) == 2 * len(KL_STRENGTHS) == 16
     assert plan.prompts["coverage"].count == 40 and len(plan.prompts["coverage"].seeds) == 50
     assert {*plan.prompts} >= {"partiprompts", "anime", "concept-art", "paintings", "photo"}

@@ -16,11 +16,9 @@ from pydantic import NonNegativeInt
 from deradiff.alignment.data_order import Cursor, OrderedRow, permuted, read_cursor, readable, split_held_out
 from deradiff.alignment.pair_rows import PreferencePair, UndecodedPair, decode_pair
 from deradiff.alignment.pair_streams import HubShards, PairStream, ParquetShards
+from deradiff.alignment.prompts import PICKAPIC
 from deradiff.files import reading, tables
 from deradiff.files.reading import Record
-
-HUB_NAMES = {"pickapic-v1": "yuvalkirstain/pickapic_v1", "pickapic-v2": "yuvalkirstain/pickapic_v2"}
-"""Short names of hub datasets. Both hold 0.6 to 1 million rows; their captions include unsafe ones."""
 
 LISTS = ("pairs.jsonl", "pairs.json", "pairs.csv")
 
@@ -33,7 +31,7 @@ def open_pairs(
     """The pairs of `source`, of which `held_out` never train.
 
     Args:
-        source: a key of `HUB_NAMES`, a Parquet file, a folder of Parquet files or with a list of pairs, or the id of a
+        source: a key of `PICKAPIC`, a Parquet file, a folder of Parquet files or with a list of pairs, or the id of a
             hub dataset with the columns of Pick-a-Pic or prompt, winner, loser.
         held_out: how many pairs are set aside.
         split: of a hub dataset or of Parquet files, whose names tell (`split_of`); train by default, or the only one
@@ -48,14 +46,14 @@ def open_pairs(
         OSError: the hub cannot be reached.
     """
     path = Path(source)
-    on_hub = HUB_NAMES.get(str(source))
+    on_hub = PICKAPIC.get(str(source))
     if on_hub is None and not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
         on_hub = source
     if on_hub is not None:
         return PairStream(HubShards(on_hub, split or "train", revision), held_out)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no file or folder {source}; pairs also come from {', '.join(HUB_NAMES)} or a hub dataset, "
+            f"there is no file or folder {source}; pairs also come from {', '.join(PICKAPIC)} or a hub dataset, "
             "owner/name"
         )
     if revision is not None:

@@ -7,7 +7,7 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
-SDXL, SD15 = "stabilityai/stable-diffusion-xl-base-1.0", "runwayml/stable-diffusion-v1-5"
+SDXL, SD15 = "stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD14 = "CompVis/stable-diffusion-v1-4"
 
 

@@ -3,25 +3,47 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from deradiff.alignment.data_order import seeded
-from deradiff.files.prompts import Entry, read_prompts
+from deradiff.files import hub, tables
+from deradiff.files.prompts import WHAT, Entry, read_prompts
 from deradiff.files.tables import INSTALL
 from deradiff.files.waiting import from_the_hub
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The four lists of the HPDv2 benchmark, of 800 prompts each."""
 
-NAMES = ("partiprompts", "hpdv2", *(f"hpdv2/{style}" for style in HPD_STYLES), "pickapic-v1", "pickapic-v2")
-"""Lists on the hub.
 
-PartiPrompts: `PartiPrompts.tsv` of `nateraw/parti-prompts`, 1632 prompts in 12 categories. HPDv2: `benchmark/*.json` of
-`zhwang/HPDv2`, the style as the category. Pick-a-Pic: the captions of the datasets without images,
-`yuvalkirstain/pickapic_v1_no_images` and `..._v2_no_images`, which need the `datasets` library.
-"""
+class HubList(NamedTuple):
+    """Prompts in files of one dataset on the hub."""
+
+    repo: str
+    files: tuple[str, ...]
+    size: int
+    """How many entries they have."""
+
+
+_PARTI = "nateraw/parti-prompts", ("PartiPrompts.tsv",)
+_HPD = {style: HubList("zhwang/HPDv2", (f"benchmark/{style}.json",), 800) for style in HPD_STYLES}
+
+LISTS: dict[str, HubList] = {
+    "partiprompts": HubList(*_PARTI, 1632),
+    "partiprompts/complex": HubList(*_PARTI, 113),
+    "hpdv2": HubList("zhwang/HPDv2", tuple(f"benchmark/{style}.json" for style in HPD_STYLES), 3200),
+    **{f"hpdv2/{style}": of_style for style, of_style in _HPD.items()},
+}
+"""Lists on the hub that are files. PartiPrompts has 12 categories, and `complex` are those whose challenge it calls
+Complex; of HPDv2's benchmark the style is the category."""
+
+PICKAPIC = {"pickapic-v1": "pickapic-anonymous/pickapic_v1", "pickapic-v2": "liuhuohuo2/pick-a-pic-v2"}
+"""Pick-a-Pic on the hub, which the `datasets` library reads. Copies by others: the authors' own, `yuvalkirstain/...`,
+were taken off the hub. They hold 0.6 to 1 million rows; their captions include unsafe ones."""
+
+NAMES = (*LISTS, *PICKAPIC)
+"""Lists that are known by name; of Pick-a-Pic the captions."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +118,14 @@ def load_prompts(
 def _entries(source: str | Path, split: str | None) -> Iterable[Entry]:
     if not str(source).strip():
         raise ValueError(f"no path was given: name a file of prompts, or one of the lists {', '.join(NAMES)}")
-    if source in ("pickapic-v1", "pickapic-v2") and not Path(source).is_file():
-        return _of_captions(f"yuvalkirstain/pickapic_{str(source)[-2:]}_no_images", split or "train")
+    path = Path(source)
+    named = str(source) if not path.is_file() else ""
+    if named in PICKAPIC:
+        return _of_captions(PICKAPIC[named], split or "train")
     if split is not None:
         raise ValueError(f"{source} has no splits, of which {split!r} was asked for: leave split out")
-    path = Path(source)
-    if source == "partiprompts" and not path.is_file():
-        return read_prompts(_download("nateraw/parti-prompts", "PartiPrompts.tsv"))
-    if source in NAMES and not path.is_file():
-        styles = HPD_STYLES if source == "hpdv2" else (str(source).removeprefix("hpdv2/"),)
-        return [entry for style in styles for entry in _of_style(style)]
+    if named in LISTS:
+        return _of_hub_list(named)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {source}; lists known by name are {', '.join(NAMES)}")
     if path.is_dir():
@@ -114,6 +134,19 @@ def _entries(source: str | Path, split: str | None) -> Iterable[Entry]:
 
 
 # -- hub lists --------------------------------------------------------------------------------------------------------
+
+
+def _of_hub_list(name: str) -> list[Entry]:
+    of_name = LISTS[name]
+    entries = []
+    for file in of_name.files:
+        path = _download(of_name.repo, file)
+        category = path.stem if path.suffix == ".json" else None
+        entries += [entry._replace(category=category or entry.category) for entry in read_prompts(path)]
+    if name == "partiprompts/complex":
+        rows = tables.read_tsv(tables.read_text(path, WHAT), str(path))
+        return [entry for entry, row in zip(entries, rows, strict=True) if row.cells.get("Challenge") == "Complex"]
+    return entries
 
 
 def _download(repo: str, file: str) -> Path:
@@ -129,13 +162,8 @@ def _download(repo: str, file: str) -> Path:
         ) from error
 
 
-def _of_style(style: str) -> list[Entry]:
-    path = _download("zhwang/HPDv2", f"benchmark/{style}.json")
-    return [entry._replace(category=style) for entry in read_prompts(path)]
-
-
-def hub_dataset(repo: str, split: str, revision: str | None = None) -> Any:
-    """A dataset of the hub, whose rows are downloaded as they are read.
+def hub_dataset(repo: str, split: str, revision: str | None = None, columns: list[str] | None = None) -> Any:
+    """A dataset of the hub, whose rows are downloaded as they are read; of Parquet files only these `columns`.
 
     Raises `ImportError` without the `datasets` library, `OSError` where the dataset cannot be reached.
     """
@@ -143,17 +171,19 @@ def hub_dataset(repo: str, split: str, revision: str | None = None) -> Any:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(f"{repo} is read with the datasets library, which is missing: {INSTALL}") from error
+    chosen = {} if columns is None else {"columns": columns}
     try:
-        return load_dataset(repo, split=split, revision=revision, streaming=True)
+        return load_dataset(repo, split=split, revision=revision, streaming=True, **chosen)
     except OSError as error:
+        removed = hub.instead_of(repo)
         raise OSError(
-            f"the dataset {repo} cannot be reached ({error}): check its name and the connection, log in if access to "
-            "it is granted by its owner, or download its Parquet files and name their folder"
+            f"the dataset {repo} cannot be reached ({error}){removed}. Check its name and the connection; if it is "
+            f"gated, {hub.how_to_enter(repo, 'dataset')}; or download its Parquet files and name their folder"
         ) from error
 
 
 def _of_captions(repo: str, split: str) -> Iterator[Entry]:
-    for number, row in enumerate(hub_dataset(repo, split)):
+    for number, row in enumerate(hub_dataset(repo, split, columns=["caption"])):
         caption = row["caption"]
         # People also voted with nothing written.
         if isinstance(caption, str) and caption.strip():

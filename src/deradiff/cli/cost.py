@@ -97,7 +97,8 @@ def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
         f"= {inputs.tflop_hours:,.0f} TFLOP-hours",
         f"{inputs.tflop_hours:,.0f} TFLOP-hours x 3,600 s = {inputs.exaflops:.1f} EFLOPs",
         *(
-            f"aligning once in place of {n} times saves {100 * costs.saved(n):.1f}%"
+            f"aligning once in place of {n} times saves {100 * costs.saved(n):.1f}%, "
+            f"{inputs.exaflops * (n - 1):,.1f} EFLOPs"
             for n in sorted({3, 5, 10, strengths})
         ),
     ]
@@ -108,6 +109,7 @@ def _paper(console: Any, costs: Any, strengths: int) -> dict[str, Any]:
         "tflop_hours": inputs.tflop_hours,
         "exaflops": inputs.exaflops,
         "saved": {str(n): costs.saved(n) for n in sorted({3, 5, 10, strengths})},
+        "exaflops_saved": {str(n): inputs.exaflops * (n - 1) for n in sorted({3, 5, 10, strengths})},
     }
 
 

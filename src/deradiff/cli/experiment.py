@@ -50,6 +50,40 @@ def plan(
 
 
 @app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],
+    online: Annotated[
+        bool, machine_option("--online", help="Ask the hub as well whether it still has what the plan names.")
+    ] = False,
+) -> None:
+    """Say what the plan needs that is not here, and the commands that get it, before anything is drawn.
+
+    Models, rewards, prompts, packages, the GPU and the disk are looked for on this machine; nothing is downloaded.
+    """
+    console = terminal.LiteralConsole()
+    with terminal.refusing_wrong_input(), console.status("Looking …"):
+        terminal.pass_on_warnings()
+        from deradiff.experiments.check import asked_of_the_hub, needs
+        from deradiff.experiments.plan import read_plan
+
+        known = needs(read_plan(file))
+        refused = asked_of_the_hub(known) if online else []
+    missing = [need for need in known if need.missing]
+    for need in missing:
+        console.print(f"missing: {need.what}: {need.missing}", soft_wrap=True)
+    for line in refused:
+        console.print(f"hub: {line}", soft_wrap=True)
+    if commands := list(dict.fromkeys(command for need in missing for command in need.how)):
+        console.print("\nThese commands get it:\n")
+        for command in commands:
+            terminal.echo(command)
+        console.print()
+    console.print(f"{len(known) - len(missing)} of {len(known)} things that the plan needs are here.")
+    if missing or refused:
+        raise typer.Exit(1)
+
+
+@app.command()
 def run(
     context: arguments.Context,
     file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in YAML.")],

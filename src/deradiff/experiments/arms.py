@@ -30,6 +30,10 @@ class Model(PlanPart):
     beta: float | None = Field(default=None, gt=0)
     """The KL strength β. Models of one `family` are aligned alike, so that their β mean the same."""
     family: str = "aligned"
+    reward: str = ""
+    """The reward it was aligned for, if one: where a plan's models have several, fronts of one leave the others out."""
+    made_by: str = ""
+    """The command that makes it, for where it is not there."""
 
 
 @runtime_checkable
@@ -80,6 +84,8 @@ class Arm:
 class _Method(PlanPart):
     prompts: Names = ALL
     """The prompt sets that this method is drawn for."""
+    sampling: Names = ALL
+    """The ways of sampling that it is drawn by."""
 
 
 class Reference(_Method):
@@ -144,10 +150,14 @@ class Realign(_OfAnchors):
             for target in plan.named(self.targets) if self.targets else ():
                 anchor, other = plan.models[name], plan.models[target]
                 if anchor.beta is None or other.beta is None or anchor.family != other.family:
-                    if self.targets == ALL:  # those that there can be
+                    # `all` are those that there can be, which for an anchor that is named and has no β are none.
+                    if self.targets == ALL and (anchor.beta is not None or self.anchors == ALL):
                         continue
+                    without = " and ".join(m for m in (name, target) if plan.models[m].beta is None)
+                    why = f"{without} has no beta" if without else f"{anchor.family!r} is not {other.family!r}"
                     raise ValueError(
-                        f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β'"
+                        f"{name} cannot stand for {target}: both need a beta, and the same family, since λ = β/β', and "
+                        f"{why}"
                     )
                 lam = lam_for_beta(anchor.beta, other.beta)
                 named = f"{name} → {target}{suffix}"
@@ -217,7 +227,12 @@ class OptimizeNoise(_Method, NoiseOptimization):
         which = f" of {self.pipeline}" if self.pipeline else ""
         unusual = [
             f"{word} {plain(getattr(noise, name))}"
-            for name, word in (("learning_rate", "rate"), ("norm_weight", "norm weight"), ("steps", "steps"))
+            for name, word in (
+                ("learning_rate", "rate"),
+                ("norm_weight", "norm weight"),
+                ("steps", "steps"),
+                ("guidance_scale", "guidance"),
+            )
             if getattr(noise, name) != getattr(usual, name)
         ]
         name = ", ".join([f"noise{which} for {self.reward}", f"{self.iterations} iterations", *unusual])

@@ -30,10 +30,12 @@ class Prompts(PlanPart):
     draw_seed: int | None = None
     """The `count` prompts are drawn with this seed; without it they are the first."""
     split: str = "train"
-    """Of Pick-a-Pic."""
+    """Of Pick-a-Pic; other sources beside it have none."""
     seeds: Several[int] = (0,)
     substitute_for: str = ""
     """What these prompts stand for that was never published; the report says so."""
+    made_by: str = ""
+    """The command that makes the file of the source, for where it is not there."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -74,12 +76,17 @@ class Wanted(PlanPart):
     healthy: str | None = None
     """The model that counts as not reward-hacked, for DeRaDiff's Table 3."""
     hacked: Several[str] = ()
-    unregularised: str | None = None
-    """The model that the fronts mark as aligned without regularisation."""
+    unregularised: str | Several[str] = ()
+    """The models that the fronts mark as aligned without regularisation."""
     pictures: int = Field(default=6, ge=1)
     """How many prompts the picture sheets show."""
     alignment_gpu_hours: float = Field(default=336.0, gt=0)
     """What aligning once costs (DeRaDiff, §6: 336 for SDXL)."""
+
+    @property
+    def every_unregularised(self) -> tuple[str, ...]:
+        """`unregularised` as a list."""
+        return (self.unregularised,) if isinstance(self.unregularised, str) else self.unregularised
 
 
 class Plan(PlanPart):
@@ -108,7 +115,7 @@ class Plan(PlanPart):
     def _complete(self) -> Plan:
         _require_measures(self.scores, self.features)
         wanted = self.report
-        self.named(tuple(filter(None, (wanted.healthy, *wanted.hacked, wanted.unregularised))))
+        self.named((*filter(None, [wanted.healthy]), *wanted.hacked, *wanted.every_unregularised))
         if wanted.diversity_on is not None:
             self.sets((wanted.diversity_on,))
         for arm in self.arms():
@@ -133,15 +140,19 @@ class Plan(PlanPart):
         One that several methods ask for is there once, for the prompt sets of them all, by the name that the first of
         them gives it. Raises `ValueError` where two that differ have one name.
         """
+        return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in self._arms_by(sampling)]
+
+    def _arms_by(self, sampling: str) -> list[Arm]:
+        methods = [m for m in self.methods if sampling in _chosen(m.sampling, self.sampling, "way of sampling")]
         different: dict[Any, Arm] = {}
-        for arm in (arm for method in self.methods for arm in method.arms(self)):
+        for arm in (arm for method in methods for arm in method.arms(self)):
             first = different.get(arm.content, arm)
             sets = {*self.sets(arm.prompts), *(first.prompts if arm.content in different else ())}
             different[arm.content] = replace(first, prompts=tuple(name for name in self.prompts if name in sets))
         names = [arm.name for arm in different.values()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two arms that differ are called {twice[0]!r}: give the models other names")
-        return [replace(arm, sampling=sampling) for sampling in self.sampling for arm in different.values()]
+        return list(different.values())
 
 
 def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...]:
@@ -154,11 +165,12 @@ def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...
 
 def _require_plain_sampling(arm: Arm, sampling: SamplingSettings) -> None:
     """Raise `ValueError` for what sampling from optimised noise cannot do."""
+    own = arm.noise.guidance_scale if arm.noise else None
     if sampling.negative_prompt is not None:
         raise ValueError(f"{arm.name!r} takes no negative_prompt: sample it without one, as {arm.sampling!r} does not")
     if sampling.width != sampling.height:
         raise ValueError(f"{arm.name!r} draws squares: sample it at one width and height, as {arm.sampling!r} does not")
-    if sampling.guidance_scale is not None and sampling.guidance_scale < 1:
+    if own is None and sampling.guidance_scale is not None and sampling.guidance_scale < 1:
         raise ValueError(f"{arm.name!r} needs a guidance_scale of 1 (none) or more, and {arm.sampling!r} has less")
 
 

@@ -1,11 +1,13 @@
 """The papers' own experiments as plans, and the digits' that runs on a laptop.
 
-Aligned models were not published: a plan takes them from a folder of `deradiff align`, `MODELS/beta-500` and so on.
-Prompts that were not published are drawn with a seed; the plans say so.
+Aligned models were not published: a plan takes them from a folder of `deradiff align`, `MODELS/beta-500` and so on, and
+names the command that makes each, which `deradiff experiment check` prints where one is not there. Prompts that were
+not published are drawn with a seed; the plans say so.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +30,19 @@ POWERS = (1, 1.25, 1.5, 2, 3, 4, 5)
 KL_STRENGTHS = (0.1, 0.5, 1, 2, 5, 10, 20, 50)
 """Annealed Importance Guidance, §4.2."""
 
-SCALES = (0.2, 0.4, 0.6, 0.8)
-"""Of LoRA scaling and of λ; the paper does not say which it took."""
+SCALES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of LoRA scaling, and of λ beside it. The paper does not say which it took, but how many: its 149,600 images for each
+configuration are 22 times the 6,800 of PartiPrompts, HPDv2 and coverage prompts, and 17 arms are accounted for."""
+
+DIGITS_SCALES = (0.2, 0.4, 0.6, 0.8)
+
+TEST_PROMPTS = "deradiff-test-prompts.yaml"
+TEST_PROMPTS_URL = "https://raw.githubusercontent.com/itsShahain/DeRaDiff/e3e760a738ffd8aa638683fbbfdeb5a7c9d93beb/data/test_prompts.yaml"
+"""The prompts that DeRaDiff's authors evaluate with, 631 with seed 0, in their repository; the paper speaks of 500."""
+
+RENO = {"pipeline": "stabilityai/sdxl-turbo", "steps": 1, "guidance_scale": 1.0}
+"""ReNO's one-step model, sampled without guidance at 512 pixels, which its default rate is for. SD-Turbo, the other one
+of its size, was withdrawn."""
 
 
 def deradiff(name: str, reference: str, guidance_scale: float, models: str) -> dict[str, Any]:
@@ -42,14 +55,19 @@ def deradiff(name: str, reference: str, guidance_scale: float, models: str) -> d
         "name": name,
         "reference": reference,
         "dtype": "float16",
-        "models": {_beta(b): {"source": f"{models}/beta-{b:g}", "beta": b, "family": "Diffusion-DPO"} for b in every},
+        "models": {
+            _beta(beta): {
+                **_aligned(models, beta, "--preset", name),
+                "beta": beta,
+                "family": "Diffusion-DPO",
+            }
+            for beta in every
+        },
         "prompts": {
             "preference": {
-                "source": ["pickapic-v1", "hpdv2"],
-                "split": "test_unique",
-                "count": 500,
-                "draw_seed": 0,
-                "substitute_for": "the 500 prompts of Pick-a-Pic v1 and HPS of DeRaDiff, §5.1",
+                "source": TEST_PROMPTS,
+                "made_by": shlex.join(["curl", "--location", "--output", TEST_PROMPTS, TEST_PROMPTS_URL]),
+                "substitute_for": "the 500 prompts of DeRaDiff, §5.1: these are the 631 that its authors published",
             },
             "hacking": {
                 "source": ["hpdv2", "partiprompts"],
@@ -77,59 +95,71 @@ def deradiff(name: str, reference: str, guidance_scale: float, models: str) -> d
 
 def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models: str) -> dict[str, Any]:
     """Annealed Importance Guidance, §4, A.2 and A.3, on SD1.4 or SDXL: both of its two configurations each."""
-    one_step = "stabilityai/sdxl-turbo" if reference == SDXL else "stabilityai/sd-turbo"
     rewards = ("pickscore", "hps-v2.0")
-    aligned: dict[str, tuple[str, float | None, str]] = {
-        f"{reward} DRaFT": (f"{models}/{reward}/beta-0", None, f"DRaFT on {reward}") for reward in rewards
-    }
-    aligned |= {
-        f"{reward} KL {strength:g}": (f"{models}/{reward}/beta-{strength:g}", strength, f"DRaFT + KL on {reward}")
-        for reward in rewards
-        for strength in KL_STRENGTHS
-    }
-    aligned["ReFL"] = (f"{models}/refl", None, "ReFL")
+    aligned: dict[str, dict[str, Any]] = {}
+    for reward in rewards:
+        options = (f"{models}/{reward}", "--preset", name, "--reward", reward)
+        draft = _aligned(options[0], 0, *options[1:])
+        aligned[f"{reward} DRaFT"] = {**draft, "family": f"DRaFT on {reward}", "reward": reward}
+        for strength in KL_STRENGTHS:
+            about = {"beta": strength, "family": f"DRaFT + KL on {reward}", "reward": reward}
+            aligned[f"{reward} KL {strength:g}"] = _aligned(options[0], strength, *options[1:]) | about
+    size = ("--resolution", "1024") if reference == SDXL else ()
+    refl = _aligned(f"{models}/refl", 0, reference, "--preset", "refl", *size)
+    aligned["ReFL"] = {**refl, "family": "ReFL", "reward": "image-reward"}
     unregularised = [f"{reward} DRaFT" for reward in rewards]
     styles = {style: {"source": f"hpdv2/{style}"} for style in HPD_STYLES}
+    # In proportion to the norm of the noise, which has four times the elements that the default is for.
+    rate = {"learning_rate": 10.0} if reference == SDXL else {}
     return {
         "name": name,
         "reference": reference,
         "dtype": "float16",
-        "models": {
-            name: {"source": source, "beta": beta, "family": family} for name, (source, beta, family) in aligned.items()
-        },
+        "models": aligned,
         "prompts": {
             "partiprompts": {"source": "partiprompts"},
             **styles,
             "coverage": {
-                "source": "partiprompts",
+                "source": "partiprompts/complex",
                 "count": 40,
                 "draw_seed": 0,
                 "seeds": "0:49",
-                "substitute_for": "the 40 coverage prompts of Annealed Importance Guidance, §4.1",
+                "substitute_for": "the 40 complex prompts that were chosen by hand from PartiPrompts for Annealed "
+                "Importance Guidance, §4.1: these are drawn from those that PartiPrompts calls complex",
             },
             "qualitative": {"source": "partiprompts", "count": 8, "draw_seed": 1},
         },
-        "sampling": {"paper": {"scheduler": scheduler, "steps": 25, "guidance_scale": guidance_scale}},
+        "sampling": {
+            "paper": {"scheduler": scheduler, "steps": 25, "guidance_scale": guidance_scale},
+            # The paper samples deterministically, where a path has no KL: its figure 3a is drawn by this one.
+            "stochastic": {"scheduler": "euler-a", "steps": 25, "guidance_scale": guidance_scale},
+        },
         "methods": [
-            {"method": "reference"},
-            {"method": "model"},
-            {"method": "anneal", "anchors": unregularised, "schedules": [f"power:{p:g}" for p in POWERS]},
-            {"method": "interpolate", "anchors": unregularised, "lam": SCALES},
-            {"method": "realign", "anchors": unregularised, "lam": SCALES},
-            {
-                "method": "optimize-noise",
-                "reward": rewards[0],
-                "pipeline": one_step,
-                "steps": 1,
-                "prompts": ["qualitative"],
-            },
-            {"method": "optimize-noise", "reward": rewards[0], "prompts": ["qualitative"]},
+            {"method": "reference", "sampling": ["paper"]},
+            {"method": "model", "sampling": ["paper"]},
+            _paper("anneal", anchors=unregularised, schedules=[f"power:{p:g}" for p in POWERS]),
+            _paper("interpolate", anchors=unregularised, lam=SCALES),
+            _paper("realign", anchors=unregularised, lam=SCALES),
+            _paper("optimize-noise", reward=rewards[0], **RENO, prompts=["qualitative"]),
+            _paper("optimize-noise", reward=rewards[0], **rate, prompts=["qualitative"]),
+            {"method": "reference", "sampling": ["stochastic"], "prompts": ["partiprompts"]},
+            {"method": "model", "sampling": ["stochastic"], "prompts": ["partiprompts"]},
         ],
         "scores": [*rewards, "clip"],
         "features": ["inception"],
         "batch_size": 8,
-        "report": {"diversity_on": "coverage", "unregularised": unregularised[0]},
+        "report": {"diversity_on": "coverage", "unregularised": unregularised},
     }
+
+
+def _paper(method: str, **options: Any) -> dict[str, Any]:
+    return {"method": method, "sampling": ["paper"], **options}
+
+
+def _aligned(folder: str, beta: float, *options: str) -> dict[str, Any]:
+    """A model that `deradiff align` makes at one strength."""
+    command = ["deradiff", "align", *options, "--beta", f"{beta:g}", "--out", folder]
+    return {"source": f"{folder}/{_beta(beta)}", "made_by": shlex.join(command)}
 
 
 def digits(models: str | None) -> dict[str, Any]:
@@ -155,14 +185,16 @@ def digits(models: str | None) -> dict[str, Any]:
             "prompts": main,
         },
         {"method": "anneal", "anchors": [_beta(30)], "schedules": [f"power:{p:g}" for p in POWERS]},
-        {"method": "interpolate", "anchors": [_beta(30)], "lam": SCALES},
+        {"method": "interpolate", "anchors": [_beta(30)], "lam": DIGITS_SCALES},
         {"method": "optimize-noise", "reward": "digits", "iterations": 10, "learning_rate": 0.5, "prompts": ["noise"]},
     ]
     if models is not None:
-        two = {name: f"{models}/{name}/beta-250" for name in ("bold", "ink")}
-        aligned |= {name: {"source": source, "beta": 250, "family": name} for name, source in two.items()}
+        two = ("bold", "ink")
+        for name in two:
+            made = _aligned(f"{models}/{name}", 250, "digits", "--reward", name)
+            aligned[name] = {**made, "beta": 250, "family": name}
         methods += [
-            {"method": "model", "models": list(two), "prompts": main},
+            {"method": "model", "models": two, "prompts": main},
             {
                 "method": "combine",
                 "prompts": main,
@@ -200,7 +232,7 @@ def _beta(beta: float) -> str:
 PRESETS: dict[str, Callable[[str | None], dict[str, Any]]] = {
     "deradiff-sdxl": lambda models: deradiff("deradiff-sdxl", SDXL, 5.0, models or "aligned"),
     "deradiff-sd15": lambda models: deradiff("deradiff-sd15", SD15, 7.5, models or "aligned"),
-    "aig-sdxl": lambda models: aig("aig-sdxl", SDXL, "euler", 5.0, models or "aligned"),
+    "aig-sdxl": lambda models: aig("aig-sdxl", SDXL, "euler-trailing", 5.0, models or "aligned"),
     "aig-sd14": lambda models: aig("aig-sd14", SD14, "ddim", 7.5, models or "aligned"),
     "digits": digits,
 }

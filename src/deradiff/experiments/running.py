@@ -64,7 +64,7 @@ def identity(drawing: Drawing, schedule: str, plan: Plan, prints: dict[str, Any]
         "anchors": sorted((prints[name]["sha256"], lam) for name, lam in drawing.anchors),
         "schedule": schedule,
         "particles": drawing.particles,
-        "noise": drawing.noise and drawing.noise.model_dump(),
+        "noise": drawing.noise and drawing.noise.shown(),
         "pipeline": drawing.noise and drawing.noise.pipeline and prints[drawing.noise.pipeline]["sha256"],
         "sampling": drawing.sampling.model_dump(),
         "prompt": drawing.prompt,
@@ -95,7 +95,10 @@ def contents(plan: Plan, store: Store, *, fresh: bool = True) -> Contents:
     """
     texts = {
         name: _texts(
-            wanted.model_dump(mode="json", exclude={"seeds", "substitute_for"}), partial(resolve, wanted), store, fresh
+            wanted.model_dump(mode="json", exclude={"seeds", "substitute_for", "made_by"}),
+            partial(resolve, wanted),
+            store,
+            fresh,
         )
         for name, wanted in plan.prompts.items()
     }

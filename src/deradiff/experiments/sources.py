@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from deradiff.alignment.prompts import load_prompts
+from deradiff.alignment.prompts import PICKAPIC, load_prompts
 from deradiff.experiments.plan import Plan, Prompts
 from deradiff.files.reading import Record, text_of
 from deradiff.sweep.pipelines import anchor_source, require_on_hub
@@ -38,7 +38,8 @@ def resolve(wanted: Prompts) -> tuple[str, ...]:
         return _of_world(world, wanted.count or 100, wanted.draw_seed or 0)
     if len(files) == 1:
         return load_prompts(files[0], wanted.count, wanted.draw_seed, split=split).prompts
-    union = dict.fromkeys(text for source in files for text in load_prompts(source, split=split).prompts)
+    lists = [load_prompts(source, split=split if source in PICKAPIC else None) for source in files]
+    union = dict.fromkeys(text for prompts in lists for text in prompts.prompts)
     return _drawn(list(union), wanted, " and ".join(files))
 
 

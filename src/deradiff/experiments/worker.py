@@ -158,7 +158,9 @@ class Worker:
         assert noise is not None
         base = Base(self._pipe(first))
         chosen = first.sampling
-        guidance = call_of(chosen, self.plan.reference).get("guidance_scale")
+        guidance = noise.guidance_scale
+        if guidance is None:
+            guidance = call_of(chosen, self.plan.reference).get("guidance_scale")
         sampling = SamplerSettings(
             chosen.scheduler or "ddim", noise.steps or chosen.steps, guidance or 1.0, chosen.height
         )

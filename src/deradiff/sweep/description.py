@@ -44,6 +44,12 @@ class NoiseOptimization(PlanPart):
     """Another pipeline than the reference, such as a one-step model."""
     steps: int | None = Field(default=None, ge=1)
     """Other steps than the sampling's, such as one."""
+    guidance_scale: float | None = Field(default=None, ge=1)
+    """Another than the sampling's: 1 is none, which one-step models want."""
+
+    def shown(self) -> dict[str, Any]:
+        """As plain data; without what 0.1 did not know where it is not given, since images are named by it."""
+        return self.model_dump(exclude={"guidance_scale"} if self.guidance_scale is None else None)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def call_of(sampling: SamplingSettings, reference: str) -> dict[str, Any]:
 
 def about(drawing: Drawing) -> dict[str, Any]:
     """What a list of many images says about one of them, beside what they share."""
-    noise = {} if drawing.noise is None else {"noise": drawing.noise.model_dump()}
+    noise = {} if drawing.noise is None else {"noise": drawing.noise.shown()}
     return {"prompt": drawing.prompt, "seed": drawing.seed, **_column(drawing), **noise}
 
 

@@ -86,9 +86,9 @@ class Study:
 
     @property
     def original_sd(self) -> float:
-        """Their standard deviation, with n - 1; NaN for a single model."""
+        """Their standard deviation with n, as in DeRaDiff's figure 4; NaN for a single model."""
         values = [estimate.value for estimate in self.retrained.values()]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+        return float(np.std(values)) if len(values) > 1 else float("nan")
 
     def relative(self, value: float) -> float:
         """`value` in per cent of the size of `original_mean`; NaN if that is 0."""

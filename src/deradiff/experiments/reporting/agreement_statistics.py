@@ -61,7 +61,12 @@ def numbers(study: Study, interpolated: bool) -> Numbers:
     fits = len(part) >= 3 and np.ptp(approximated) > 0 and np.ptp(retrained) > 0
     return Numbers(
         agreement_of(approximated, retrained, original_mean=study.original_mean),
-        error_distribution(approximated, retrained, thresholds=thresholds(study)),
+        error_distribution(
+            approximated,
+            retrained,
+            retrained=[estimate.value for estimate in study.retrained.values()],
+            thresholds=thresholds(study),
+        ),
         scatter_of(approximated, retrained) if fits else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -58,6 +58,18 @@ def distinct(results: Results, *prompts: str) -> list[Arm]:
     for arm in sorted(arms, key=lambda arm: arm.method not in ("reference", "model")):
         kept.setdefault(drawing(results, arm), arm)
     return [arm for arm in arms if kept[drawing(results, arm)] is arm]
+
+
+def is_about(plan: Plan, models: Iterable[str], score: str) -> bool:
+    """Whether a front of `score` is about these models: where some were aligned for it, not about those for others."""
+    rewards = {plan.models[name].reward for name in models}
+    return rewards <= {score, ""} or score not in {model.reward for model in plan.models.values()}
+
+
+def aimed_at(plan: Plan) -> list[str]:
+    """The scores that models were aligned for; the first where the plan does not say."""
+    rewards = {model.reward for model in plan.models.values()}
+    return [score for score in plan.scores if score in rewards] or list(plan.scores[:1])
 
 
 def drawing(results: Results, arm: Arm) -> Drawing:

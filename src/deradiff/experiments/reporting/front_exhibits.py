@@ -14,9 +14,11 @@ from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting import cost_exhibits, diversity_exhibits
 from deradiff.experiments.reporting.agreement_figures import unit
 from deradiff.experiments.reporting.arm_series import (
+    aimed_at,
     arms_on,
     change,
     distinct,
+    is_about,
     keys,
     kind_of,
     model_label,
@@ -91,7 +93,9 @@ def front(results: Results, prompts: str, score: str, by_arm: Mapping[Arm, Measu
     upwards = {
         arm: mean
         for arm in distinct(results, prompts, results.diversity_on)
-        if arm in by_arm and math.isfinite((mean := results.mean(arm, prompts, score))[0])
+        if arm in by_arm
+        and is_about(results.plan, dict(arm.anchors), score)
+        and math.isfinite((mean := results.mean(arm, prompts, score))[0])
     }
     panels = {}
     for measure, across in FRONTS.items():
@@ -120,17 +124,17 @@ def panel_of(
 
     The ideal point is the best mean score at what the reference has across, as in AIG's figure 4.
     """
-    reference, chosen = results.reference, results.plan.report.unregularised
+    reference = results.reference
     if reference is None or reference not in points or len(points) < 3:
         return None
     plane = torch.tensor([[point.y, point.x] for point in points.values()], dtype=torch.float64)
     best = non_dominated(plane, (True, maximize)).tolist()
-    unregularised = results.model(chosen) if chosen else None
+    unregularised = [results.model(name) for name in results.plan.report.every_unregularised]
     series = [(line, tuple(points[arm] for arm in line.arms if arm in points)) for line in series_of(results)]
     return TradeOffPanel(
         series=tuple((line, some) for line, some in series if some),
         base=points[reference],
-        unregularised=points.get(unregularised) if unregularised else None,
+        unregularised=tuple(points[arm] for arm in unregularised if arm is not None and arm in points),
         ideal=(points[reference].x, max(point.y for point in points.values())),
         front=frozenset(arm for arm, is_best in zip(points, best, strict=True) if is_best),
         across=across,
@@ -192,7 +196,8 @@ def _front_caption(
     results: Results, score: str, extractor: str, by_arm: Mapping[Arm, Measured], sets: Sequence[str]
 ) -> str:
     where, wanted = results.diversity_on, results.plan.report
-    figures = "figures 4 and 17 to 20" if score == results.plan.scores[0] else "figures 21 to 24"
+    figures = "figures 4 and 17 to 20" if score in aimed_at(results.plan) else "figures 21 to 24"
+    marked = [name for name in wanted.every_unregularised if is_about(results.plan, [name], score)]
     errors = (
         "Horizontal bars: ±1 standard error, for Vendi over prompts, else by a jackknife over prompts"
         if any(math.isfinite(of_arm.errors[FID]) for of_arm in by_arm.values())
@@ -205,7 +210,7 @@ def _front_caption(
         f"Inception's), recall with k = {wanted.neighbours}, SCD and LSCD; and the Vendi score within prompts, which "
         "needs no reference. FID, SCD and LSCD are squared distances, on square-root axes. The star is the best mean "
         "score at the reference's own diversity"
-        + (f"; “unregularised” is {wanted.unregularised}" if wanted.unregularised else "")
+        + (f"; “unregularised” is {' and '.join(marked)}" if marked else "")
         + f". {_MARKS} {errors}. After Annealed Importance Guidance, {figures}."
         + substitutes(results.plan, list(dict.fromkeys([*sets, where])))
     )
@@ -219,13 +224,19 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def divergence(results: Results) -> Iterator[Exhibit]:
-    """The first score against the path KL to the reference."""
-    if not results.plan.scores:
-        return
-    score, panels, rows = results.plan.scores[0], [], []
+    """The scores that models were aligned for against the path KL to the reference."""
+    for score in aimed_at(results.plan):
+        yield from _divergence(results, score)
+
+
+def _divergence(results: Results, score: str) -> Iterator[Exhibit]:
+    is_first = score == results.plan.scores[0]
+    panels, rows = [], []
     for prompts in results.plan.prompts:
         points = {}
         for arm in distinct(results, prompts):
+            if not is_about(results.plan, dict(arm.anchors), score):
+                continue
             kl, kl_error = over_prompts(results.path_kl(arm, prompts))
             mean, error = results.mean(arm, prompts, score)
             if math.isfinite(kl) and math.isfinite(mean):
@@ -241,7 +252,7 @@ def divergence(results: Results) -> Iterator[Exhibit]:
     if panels:
         sets = [panel.title for panel in panels]
         yield Exhibit(
-            "front-path-kl",
+            "front-path-kl" if is_first else f"front-path-kl-{keys(results.plan.scores)[score]}",
             SECTION,
             f"{short(score)} against the divergence from the reference",
             (

@@ -63,7 +63,7 @@ class TradeOffPanel:
 
     series: tuple[tuple[Series, tuple[ArmPoint, ...]], ...]
     base: ArmPoint
-    unregularised: ArmPoint | None
+    unregularised: tuple[ArmPoint, ...]
     ideal: tuple[float, float] | None
     front: frozenset[Arm]
     """The non-dominated arms."""
@@ -110,8 +110,8 @@ def _trade_off(ax: Axes, panel: TradeOffPanel) -> None:
             _marked(ax, some, style, None, fill="none" if hollow else fill)
         named(ax, style, series.label, fill)
     _marked(ax, [panel.base], BASE, BASE.label, size=7.5)
-    if panel.unregularised is not None:
-        _marked(ax, [panel.unregularised], UNREGULARISED, UNREGULARISED.label, size=8.5)
+    if panel.unregularised:
+        _marked(ax, panel.unregularised, UNREGULARISED, UNREGULARISED.label, size=8.5)
     if panel.ideal is not None:
         ax.plot(
             *panel.ideal,

@@ -214,7 +214,7 @@ def focus(results: Results) -> list[str]:
     Without any, the first anchor of another method, and then the least regularised model.
     """
     annealed = [arm.anchors[0][0] for arm in results.of_method("anneal")]
-    chosen = list(dict.fromkeys(filter(None, (results.plan.report.unregularised, *annealed))))
+    chosen = list(dict.fromkeys((*results.plan.report.every_unregularised, *annealed)))
     if chosen:
         return chosen
     others = [arm.anchors[0][0] for arm in results.of_method("interpolate", "realign")]
