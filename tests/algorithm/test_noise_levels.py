@@ -195,3 +195,10 @@ def test_the_clock_of_log_weights_runs_with_what_an_output_is_worth_in_noise(sch
         step = 1e-4
         slope = (weight_clock(scheduler, level + step) - weight_clock(scheduler, level - step)) / (2 * step)
         assert slope == pytest.approx(squared(math.exp(level)) / 2, rel=1e-5)
+
+
+def test_a_denoiser_that_is_told_t_over_T_begins_where_it_could_be_the_end():
+    scheduler = started("FlowMatchEulerDiscreteScheduler", {}, steps=3)
+    assert scheduler.timesteps[-1] == 1
+    assert index_of(scheduler, torch.tensor(1.0)) == 0
+    assert index_of(scheduler, scheduler.timesteps[1] / 1000) == 1

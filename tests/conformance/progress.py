@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -28,16 +28,16 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
 
     Copies are seen at the scheduler's class, for they know nothing of what their original was given.
     """
-    runs: dict[int, list[Step]] = {}
+    runs: dict[int, list[tuple[float | None, float, list[float]]]] = {}
     kept = []  # for an id is one object's only as long as it lives
 
     def seen(own: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         timestep = inspect.signature(own).bind(*args, **kwargs).arguments["timestep"]
-        expected = progress_of(scheduler, timestep)
+        now, all_of_run = float(torch.as_tensor(timestep).flatten()[0]), scheduler.timesteps.tolist()
         output = own(*args, **kwargs)
         kept.append(scheduler)
         told = None if dial.last is None else round(dial.last.progress.steps, 4)
-        runs.setdefault(id(scheduler), []).append(Step(told, round(expected, 4)))
+        runs.setdefault(id(scheduler), []).append((told, now, all_of_run))
         return output
 
     with ExitStack() as stack:
@@ -47,7 +47,13 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
             functools.partial(seen, pipe.scheduler.step, pipe.scheduler)
         )
         case.run(pipe)
-    return list(runs.values())
+    return [
+        [
+            Step(told, round(progress_of(now, all_of_run, {time for _, time, _ in run}), 4))
+            for told, now, all_of_run in run
+        ]
+        for run in runs.values()
+    ]
 
 
 def first_predictions(pipe: Any, dial: Any, run: Callable[[], Arrays]) -> tuple[Arrays, Tensor]:
@@ -90,9 +96,13 @@ def _watched(scheduler_class: Any, seen: Any) -> Any:
     return undo
 
 
-def progress_of(scheduler: Any, timestep: Any) -> float:
-    """The share of a scheduler's distinct timesteps that come before this one."""
-    distinct = list(dict.fromkeys(scheduler.timesteps.tolist()))
-    now = float(torch.as_tensor(timestep).flatten()[0])
+def progress_of(now: float, timesteps: Sequence[float], stepped: Collection[float]) -> float:
+    """The share of a scheduler's distinct timesteps that come before `now`.
+
+    A last one of 0 from which no step is taken is the end of the run (SCM's and Würstchen's) and none of its steps.
+    """
+    distinct = list(dict.fromkeys(timesteps))
+    if distinct[-1] == 0 and 0 not in stepped:
+        distinct.pop()
     nearest = min(range(len(distinct)), key=lambda i: abs(distinct[i] - now))
     return nearest / len(distinct)

@@ -187,12 +187,11 @@ def index_of(scheduler: SchedulerMixin, timestep: Timestep | None) -> int:
             )
         return 0
     t = first(timestep)
+    scaled = t * _duration(scheduler) if max(timesteps) > 1 >= t >= 0 else t  # may be t/T
     if (place := places.get(t)) is not None:
-        return place
-    distances = [abs(entry - t) for entry in timesteps]
-    if max(timesteps) > 1 >= t >= 0:  # may be t/T
-        scaled = [abs(entry - t * _duration(scheduler)) for entry in timesteps]
-        distances = min(distances, scaled, key=min)
+        # PRX tells 1 for T, and 1 may be the last entry: a run that is counted begins with the first of both.
+        return min(place, places.get(scaled, place)) if counts else place
+    distances = min(([abs(entry - time) for entry in timesteps] for time in (t, scaled)), key=min)
     least = min(distances)
     nearest = timesteps[distances.index(least)]
     if counts and least > ROUNDING * max(abs(nearest), least):
