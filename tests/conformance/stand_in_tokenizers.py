@@ -56,7 +56,7 @@ def of_bytes(
 
 def clip() -> Any:
     return of_bytes(
-        {"<|startoftext|>": 514, "<|endoftext|>": 515},
+        {"<unused>": 0, "<|startoftext|>": 514, "<|endoftext|>": 515},  # Shap-E pads with the token 0
         "<|startoftext|> $A <|endoftext|>",
         3,
         ("<|startoftext|>", "<|endoftext|>"),
