@@ -1,5 +1,7 @@
 """DOODL: its step by hand, through EDICT's chain by plain autograd; what it counts; what it leaves as it was."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def test_an_iteration_is_the_papers() -> None:
     moved = start + (3.0 * gradient).clamp(-clip, clip)
     moved = moved * (start.flatten(1).norm(dim=1) / moved.flatten(1).norm(dim=1)).view(2, 1, 1, 1)
 
-    options = {"steps": 3, "guidance_scale": 1.0, "learning_rate": 3.0, "clip": clip, "seed": 5}
+    options: dict[str, Any] = {"steps": 3, "guidance_scale": 1.0, "learning_rate": 3.0, "clip": clip, "seed": 5}
     found = doodl(base, prompts, reward, iterations=1, **options)
     assert (found.scores[1] > found.scores[0]).all() and (found.gain > 0).all()
     assert float((moved - start).abs().max()) > 0.01

@@ -1,6 +1,5 @@
 """EDICT's pair of latents: its equations written out, the way back, and gradients at the memory of one step."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +33,13 @@ def by_the_paper(model: RewardedModel, x: Tensor, y: Tensor, p: float) -> tuple[
         now, then = bars[t], model.scheduler.final_alpha_cumprod if following is None else bars[following]
         a = (then / now) ** 0.5
         b = (1 - then) ** 0.5 - (then * (1 - now) / now) ** 0.5
-        epsilon = partial(model.predict, t=torch.tensor(t))
+        at = torch.tensor(t)
         if number % 2 == 0:
-            x = a * x + b * epsilon(y)
-            y = a * y + b * epsilon(x)
+            x = a * x + b * model.predict(y, at)
+            y = a * y + b * model.predict(x, at)
         else:
-            y = a * y + b * epsilon(x)
-            x = a * x + b * epsilon(y)
+            y = a * y + b * model.predict(x, at)
+            x = a * x + b * model.predict(y, at)
         x = p * x + (1 - p) * y
         y = p * y + (1 - p) * x
     return x, y
