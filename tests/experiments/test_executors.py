@@ -1,5 +1,6 @@
 """Workers and executors: real images of the digits, by this process, by several, and by Ray; and workers that die."""
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -97,17 +98,14 @@ def test_soups_are_sums_of_weights_and_turns_are_one_model_in_every_step() -> No
     plan = small(methods=ALL_METHODS)
     arms = {arm.name: arm for arm in plan.arms()}
     paths = {"strong": digits.anchor_path(30), "weak": digits.anchor_path(500)}
-    models: dict[str, Any] = {}
-    for name, path in paths.items():
-        models[name] = pipeline().unet
-        with deradiff.realign(pipeline(), path) as dial:
-            models[name].load_state_dict(dial.modules["anchor"].state_dict())
     pipe = pipeline()
+    with deradiff.realign(pipe, paths, dict.fromkeys(paths, 0.5)) as dial:
+        models: dict[str, Any] = dict(dial.modules)
     models["reference"] = pipe.unet
 
     shares = {"reference": 0.4, "strong": 0.3, "weak": 0.3}
     states = {name: model.state_dict() for name, model in models.items()}
-    pipe.unet = pipeline().unet
+    pipe.unet = copy.deepcopy(pipe.unet)
     pipe.unet.load_state_dict({key: sum(w * states[name][key] for name, w in shares.items()) for key in states["weak"]})
     soup = drawing_of(plan, arms["soup, 0.3 strong + 0.3 weak"], "the digit three", 5)
     assert (draw(plan, [soup])[0][0] - plainly(pipe, soup)).abs().max() <= ONE_LEVEL
