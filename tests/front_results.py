@@ -52,7 +52,7 @@ def filled(folder: Path, plan: Plan, lost: str = "") -> Results:
         gone = {item for cell, item in whole.cells.items() if cell.arm.name == lost and cell[1:4] == ("cover", 1, 2)}
         store.add_batches([[(item, {}) for item in drawings]])
         for item, drawing in drawings.items():
-            told: dict[str, Any] = {"forward": 20 + drawing.seed, "backward": 10} if drawing.noise else {}
+            told: dict[str, Any] = {"forward": 20 + drawing.seed, "backward": 10} if drawing.reward_guidance else {}
             reach = sum(lam for _, lam in drawing.anchors)
             random = np.random.default_rng(int(item[:12], 16))
             if drawing.anchors and kind_of(drawing) == "mixture":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deradiff.algorithm.lams import Lams, parse_lam
-from deradiff.algorithm.schedules import Constant, Power, Progress, Schedule, Sigmoid, Spline, Step
+from deradiff.algorithm.schedules import Constant, Power, Progress, Schedule, Sigmoid, Spline, Step, taking_turns
 from messages import naming
 
 ALL = [
@@ -312,3 +312,25 @@ def test_a_lambda_of_any_library_is_read():
 
 def test_a_schedule_says_how_far_it_goes_unless_that_is_one():
     assert "1.5" in str(Power(2, 1.5)) and "λ = 1" not in str(Power(2))
+
+
+# -- models that take turns --------------------------------------------------------------------------------------------
+
+
+def test_models_take_turns_in_proportion_to_lam_and_one_at_a_time():
+    turns = taking_turns({"a": 0.2, "b": 0.5}, 7)
+    values = np.array([[turns[name](i / 4000) for name in ("a", "b")] for i in range(4000)])
+    assert set(values.flatten()) == {0.0, 1.0} and values.sum(1).max() == 1
+    for share, expected in zip((*values.mean(0), 1 - values.sum(1).mean()), (0.2, 0.5, 0.3), strict=True):
+        assert share == pytest.approx(expected, abs=4 * (0.25 / 4000) ** 0.5)
+    again, other = taking_turns({"a": 0.2, "b": 0.5}, 7), taking_turns({"a": 0.2, "b": 0.5}, 8)
+    assert again == turns and [turns["a"](i / 50) for i in range(50)] != [other["a"](i / 50) for i in range(50)]
+    assert Schedule.from_dict(json.loads(json.dumps(turns["b"].to_dict()))) == turns["b"]
+    whole = taking_turns({"a": 0.1, "b": 0.2, "c": 0.7}, 0)  # whose sum is rounded to less than 1
+    assert all(sum(turn(i / 999) for turn in whole.values()) == 1 for i in range(1000))
+
+
+@pytest.mark.parametrize("lams", [{"a": 0.6, "b": 0.5}, {"a": -0.1, "b": 0.5}])
+def test_turns_are_probabilities(lams):
+    with pytest.raises(ValueError, match=naming(lams)):
+        taking_turns(lams, 0)

@@ -1,5 +1,6 @@
 """Workers and executors: real images of the digits, by this process, by several, and by Ray; and workers that die."""
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import deradiff
+from deradiff.algorithm.schedules import taking_turns
 from deradiff.experiments import executors, running
 from deradiff.experiments.drawings import drawing_of, planned_images
 from deradiff.experiments.plan import Plan
@@ -35,7 +37,12 @@ ALL_METHODS = [
     {"method": "combine", "lams": [{"strong": 0.3, "weak": 0.3}]},
     {"method": "anneal", "anchors": ["strong"], "schedules": ["power:2"]},
     {"method": "interpolate", "anchors": ["strong"], "lam": [0.5]},
+    {"method": "soup", "lams": [{"strong": 0.3, "weak": 0.3}]},
+    {"method": "db-mpa-ls", "lams": [{"strong": 0.3, "weak": 0.3}]},
     {"method": "optimize-noise", "reward": "digits", "iterations": 1},
+    {"method": "doodl", "reward": "digits", "iterations": 1, "steps": 2},
+    {"method": "das", "reward": "digits", "beta": [0.5], "particles": 2},
+    {"method": "mpgd", "reward": "digits", "beta": [0.5]},
 ]
 
 
@@ -85,6 +92,44 @@ def test_images_are_those_of_the_pipeline_itself() -> None:
     with deradiff.realign(pipe, digits.anchor_path(30), deradiff.schedules.Power(2)):
         by_hand = plainly(pipe, of["strong, power:2"])
     assert (draw(plan, [of["strong, power:2"]])[0][0] - by_hand).abs().max() <= ONE_LEVEL
+
+
+def test_soups_are_sums_of_weights_and_turns_are_one_model_in_every_step() -> None:
+    plan = small(methods=ALL_METHODS)
+    arms = {arm.name: arm for arm in plan.arms()}
+    paths = {"strong": digits.anchor_path(30), "weak": digits.anchor_path(500)}
+    pipe = pipeline()
+    with deradiff.realign(pipe, paths, dict.fromkeys(paths, 0.5)) as dial:
+        models: dict[str, Any] = dict(dial.modules)
+    models["reference"] = pipe.unet
+
+    shares = {"reference": 0.4, "strong": 0.3, "weak": 0.3}
+    states = {name: model.state_dict() for name, model in models.items()}
+    pipe.unet = copy.deepcopy(pipe.unet)
+    pipe.unet.load_state_dict({key: sum(w * states[name][key] for name, w in shares.items()) for key in states["weak"]})
+    soup = drawing_of(plan, arms["soup, 0.3 strong + 0.3 weak"], "the digit three", 5)
+    assert (draw(plan, [soup])[0][0] - plainly(pipe, soup)).abs().max() <= ONE_LEVEL
+
+    turns = drawing_of(plan, arms["turns, 0.3 strong + 0.3 weak"], "the digit three", 2)
+    taken = taking_turns({"strong": 0.3, "weak": 0.3}, 2)
+    own = [next((name for name, turn in taken.items() if turn(i / 3)), "reference") for i in range(3)]
+    assert len({*own}) > 1, "a seed of which models change"
+    pipe.unet = models[own[0]]
+
+    def change(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe.unet = models[own[min(step + 1, 2)]]
+        return tensors
+
+    by_hand = pipe(
+        [turns.prompt],
+        generator=[torch.Generator().manual_seed(turns.seed)],
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        callback_on_step_end=change,
+    ).images[0]
+    drawn = draw(plan, [turns])[0][0]
+    levels = torch.from_numpy(np.asarray(by_hand, dtype=np.float32) / 255).permute(2, 0, 1)
+    assert (drawn - levels).abs().max() <= ONE_LEVEL
 
 
 def test_a_model_alone_knows_its_path_kl_and_stays_what_it_is() -> None:

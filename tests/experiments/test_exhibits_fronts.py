@@ -158,7 +158,7 @@ def test_the_reference_is_as_diverse_as_itself_and_twins_are_measured_alike(
     assert [base.values[measure] for measure in (FID, SCD, LSCD)] == pytest.approx([0, 0, 0], abs=1e-9)
     assert base.values[RECALL] == 1
     assert found[named(results, "strong, λ = 1")] is found[named(results, "strong")]
-    assert not any(arm.noise for arm in found)  # drawn for other prompts
+    assert not any(arm.reward_guidance for arm in found)  # drawn for other prompts
 
 
 def test_missing_images_are_left_out_of_the_reference_too(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_guided_steps_evaluate_twice(tmp_path: Path) -> None:
 
 
 def test_optimised_noise_costs_what_was_counted(results: Results) -> None:
-    arm = next(arm for arm in results.arms if arm.noise)
+    arm = next(arm for arm in results.arms if arm.reward_guidance)
     cost = cost_exhibits.evaluations(results, arm, "main")
     assert cost is not None and cost == (21, 10) and cost.total == 31
     assert cost_exhibits.evaluations(results, arm, "cover") is None

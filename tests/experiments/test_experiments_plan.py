@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from deradiff.algorithm.schedules import Power
+from deradiff.algorithm.schedules import Power, taking_turns
 from deradiff.experiments import sources
-from deradiff.experiments.drawings import drawing_of, planned_images
+from deradiff.experiments.drawings import drawing_of, group_of, planned_images
 from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, write_plan
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
@@ -38,6 +38,21 @@ from small_experiment import SMALL, small
         ({"methods": [{"method": "anneal", "schedules": ["constant"]}]}, ["constant", "realign"]),
         ({"methods": [{"method": "interpolate", "lam": []}]}, ["interpolate.lam", 1, 0]),
         ({"methods": [{"method": "optimize-noise", "reward": "luck"}]}, ["'luck'"]),
+        ({"methods": [{"method": "soup", "lams": [{"strong": 1.0}]}]}, ["soup", {"strong": 1.0}]),
+        ({"methods": [{"method": "db-mpa-ls", "lams": [{"strong": 0.6, "weak": 0.5}]}]}, [0.6, 0.5]),
+        ({"methods": [{"method": "das", "reward": "digits", "beta": [0]}]}, ["beta", 0]),
+        ({"methods": [{"method": "tds", "reward": "digits", "beta": [1], "particles": 0}]}, ["particles", 1, 0]),
+        (
+            {"methods": [{"method": "das", "reward": "digits", "beta": [1]}], "sampling": {"x": {"scheduler": "ddim"}}},
+            ["DAS", "'x'", "ddim", "ddpm", "euler-a"],
+        ),
+        (
+            {
+                "methods": [{"method": "mpgd", "reward": "digits", "beta": [1]}],
+                "sampling": {"x": {"scheduler": "unipc"}},
+            },
+            ["MPGD", "'x'", "unipc", "ddim"],
+        ),
         ({"methods": [{"method": "reference", "prompts": ["many"]}]}, ["'many'", "few"]),
         ({"prompts": {"few": {"prompts": ["a", "a"]}}}, ["prompts.few", "twice"]),
         ({"prompts": {"few": {}}}, ["prompts.few", "source", "prompts"]),
@@ -50,6 +65,27 @@ from small_experiment import SMALL, small
 def test_what_is_no_plan(changes: dict[str, Any], values: list[Any]) -> None:
     with pytest.raises(ValueError, match=naming(*values)):
         small(**changes)
+
+
+def test_the_baselines_of_the_digits_are_a_plan() -> None:
+    plan = read_plan(Path(__file__).parents[2] / "studies/digits/baselines.yaml")
+    named = {"soup", "db-mpa-ls", "optimize-noise", "doodl", "das", "tds", "fk-steering", "mpgd", "realign", "combine"}
+    assert {arm.method for arm in plan.arms()} >= named
+
+
+def test_baselines_that_are_a_lam_of_the_dial_are_its_arms() -> None:
+    lams, several = {"anchors": ["strong"], "lam": [0.5, 2]}, {"lams": [{"strong": 0.4, "weak": 0.6}]}
+    for names, settings in ((("realign", "rlg", "db-kla"), lams), (("combine", "db-mpa"), several)):
+        known, *others = (small(methods=[{"method": name, **settings}]).arms() for name in names)
+        assert all(arms == known for arms in others)
+    soup, turns = small(
+        methods=[{"method": "soup", **several}, {"method": "db-mpa-ls", **several}, {"method": "model"}]
+    ).arms()[:2]
+    plan = small(methods=[{"method": "model"}])
+    mixed, taken = drawing_of(plan, soup, "a", 0), drawing_of(plan, turns, "a", 3)
+    assert (mixed.method, mixed.lams) == ("interpolate", {"strong": 0.4, "weak": 0.6})
+    assert (taken.method, taken.lams) == ("mixture", taking_turns({"strong": 0.4, "weak": 0.6}, 3))
+    assert group_of(taken) != group_of(drawing_of(plan, turns, "a", 4)) == group_of(drawing_of(plan, turns, "b", 4))
 
 
 def test_a_target_needs_a_beta_of_the_same_family() -> None:
@@ -289,7 +325,7 @@ def test_aig_s_own_plan(name: str, scheduler: str, guidance: float) -> None:
     assert (1 + len(own)) * (1600 + 3200 + 40 * 50) == 149_600
     stochastic = [arm for arm in plan.arms() if arm.sampling == "stochastic"]
     assert {arm.method for arm in stochastic} == {"reference", "model"} and len(stochastic) == 1 + len(plan.models)
-    one_step, own_steps = [arm.noise for arm in arms if arm.noise is not None]
+    one_step, own_steps = [arm.reward_guidance for arm in arms if arm.noise is not None]
     assert one_step is not None and own_steps is not None
     assert (one_step.guidance_scale, one_step.learning_rate) == (1.0, 5.0)
     assert own_steps.learning_rate == (10.0 if name == "aig-sdxl" else 5.0)

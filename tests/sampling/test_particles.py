@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deradiff import realign, sample_particles
 from deradiff.algorithm.schedules import Power
-from deradiff.sampling.particles import Particles, systematic
+from deradiff.algorithm.smc import systematic
+from deradiff.sampling.particles import Particles
 from deradiff.schedulers import FlowMatchSDEScheduler
 from deradiff.worlds.gaussian_mixture import SCHEDULE, World, crossing, prediction_of, random_world
 from messages import naming

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -292,6 +294,50 @@ class Spline(Schedule):
     def _value(self, s: float) -> float:
         first, last = self.points[0][0], self.points[-1][0]
         return float(_pchip(self)(min(max(s, first), last)))
+
+
+@dataclass(frozen=True, repr=False)
+class Drawn(Schedule):
+    """λ = 1 at some steps and 0 at the others, by a number drawn at every step: 1 where `low <= u(s) < high`.
+
+    u is uniform on [0, 1), from `seed` and the progress alone. Anchors whose intervals are disjoint, drawn with one
+    seed, take turns at random: Diffusion Blend's DB-MPA-LS (Cheng et al. 2025, arXiv 2505.18547), which evaluates a
+    single model in every step and approximates the mixture by it. See `taking_turns`.
+    """
+
+    low: Number
+    high: Number
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read("low", "high")
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"Drawn's interval lies in [0, 1], got {self.low} to {self.high}.")
+
+    def __str__(self) -> str:
+        return f"drawn, p = {self.high - self.low:g}"
+
+    def scaled(self, factor: Number) -> Schedule:
+        """Only by 1: a step's model is the anchor itself or another. Raises `ValueError` for another factor."""
+        if factor != 1:
+            raise ValueError(f"a model that is drawn has λ = 1, and cannot be scaled by {factor}.")
+        return self
+
+    def _value(self, s: float) -> float:
+        return float(self.low <= random.Random(f"{self.seed} {s:.9f}").random() < self.high)
+
+
+def taking_turns(lams: Mapping[str, Number], seed: int) -> dict[str, Schedule]:
+    """For each anchor the steps that are its own, a share λ of all on average; those of none are the reference's.
+
+    Raises `ValueError` for negative λ, and for those whose sum is above 1: they are probabilities.
+    """
+    ends = list(accumulate(lams.values(), initial=0.0))
+    if min(lams.values(), default=0) < 0 or ends[-1] > 1 + ROUNDING:
+        raise ValueError(f"anchors take turns with probabilities, 0 or more and 1 in sum at most; got {dict(lams)}.")
+    ends = [1.0 if end > 1 - ROUNDING else end for end in ends]
+    return {name: Drawn(low, high, seed) for name, (low, high) in zip(lams, pairwise(ends), strict=True)}
 
 
 @lru_cache(maxsize=64)

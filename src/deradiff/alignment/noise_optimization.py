@@ -204,7 +204,7 @@ def optimize_noise(
         velocity, best, trajectory = torch.zeros_like(at), None, []
         for iteration in range(iterations):
             images, scores, gradient = scored_with_gradient(render, reward, texts, at, norm_weight)
-            best = _better(best, images, at, scores)
+            best = better(best, images, at, scores)
             trajectory.append(scores)
             gradient = clipped(gradient, max_norm)
             velocity = momentum * velocity + gradient
@@ -214,11 +214,11 @@ def optimize_noise(
         with torch.no_grad():
             images = render(at)
             scores = scored(reward, images, texts)
-        images, at, _ = _better(best, images, at, scores)
+        images, at, _ = better(best, images, at, scores)
         return images, at, torch.stack([*trajectory, scores])
 
     count, began = len(prompts), time.perf_counter()
-    with counted(base.denoiser) as evaluations, _frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
+    with counted(base.denoiser) as evaluations, frozen(base.denoiser, base.pipe.vae), upcast(base.pipe.vae):
         optimized = [ascend(rows) for rows in passes(count, per_pass)]
     images, noises, scores = zip(*optimized, strict=True)
     cost = Cost(evaluations.forward / count, evaluations.backward / count, (time.perf_counter() - began) / count)
@@ -250,7 +250,7 @@ def _renderer(
 
 
 @contextmanager
-def _frozen(*modules: nn.Module) -> Iterator[None]:
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """No gradients for the weights: what they would need is a good part of the memory."""
     trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     try:
@@ -266,7 +266,7 @@ Scored = tuple[Tensor, Tensor, Tensor]
 """Images, noise and scores."""
 
 
-def _better(known: Scored | None, *candidate: Tensor) -> Scored:
+def better(known: Scored | None, *candidate: Tensor) -> Scored:
     """Row by row, what has the higher score: `known` where they are equal."""
     images, noise, scores = candidate
     if known is None:

@@ -99,6 +99,33 @@ def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
     return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(count, 6)
 
 
+@dataclass(frozen=True)
+class PromptedModel:
+    """A denoiser that was told what to draw, a row of `prompted` for each sample, or for each of as many blocks.
+
+    `unprompted` is needed where there is guidance, at a scale above 1.
+    """
+
+    base: Base
+    denoiser: nn.Module
+    prompted: Conditions
+    unprompted: Conditions | None
+    guidance_scale: float
+
+    def both(self, noisy: Float[Tensor, "batch *latent"], t: Shaped[Tensor, ""]) -> tuple[Tensor, Tensor]:
+        """The guided prediction at latents as the scheduler scales them, and the one without guidance."""
+        guided = self.guidance_scale > 1 and self.unprompted is not None
+        told = together(self.unprompted, self.prompted) if guided and self.unprompted is not None else self.prompted
+        doubled = torch.cat([noisy, noisy]) if guided else noisy
+        times = len(doubled) // len(next(iter(told.values())))
+        rows = {name: row.repeat_interleave(times, 0) if times > 1 else row for name, row in told.items()}
+        at = t.expand(len(doubled)).to(noisy.device)
+        # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
+        exact = at_least_single(self.base.predict(self.denoiser, doubled.to(self.base.denoiser.dtype), at, rows))
+        with_prompt = exact[len(noisy) :] if guided else exact
+        return torch.lerp(exact[: len(noisy)], with_prompt, self.guidance_scale) if guided else exact, with_prompt
+
+
 def sample(
     base: Base,
     denoiser: nn.Module,
@@ -141,12 +168,7 @@ def sample(
     guided = sampling.guidance_scale > 1
     if guided and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    both = together(unprompted, prompted) if guided and unprompted is not None else prompted
-
-    def predict(noisy: Tensor, at: Tensor) -> Tensor:
-        # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
-        return at_least_single(base.predict(denoiser, noisy.to(base.denoiser.dtype), at, both))
-
+    model = PromptedModel(base, denoiser, prompted, unprompted, sampling.guidance_scale)
     latents, differentiated = noise * scheduler.init_noise_sigma, []
     draws = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if draws and generators else {}
@@ -154,15 +176,11 @@ def sample(
         last = number >= len(timesteps) - keep
         with torch.set_grad_enabled(last and torch.is_grad_enabled()):
             noisy = scheduler.scale_model_input(latents, t)
-            doubled = torch.cat([noisy, noisy]) if guided else noisy
-            at = t.expand(len(doubled)).to(noisy.device)
             recomputed = checkpointing and torch.is_grad_enabled()
-            predicted = checkpoint(predict, doubled, at, use_reentrant=False) if recomputed else predict(doubled, at)
-            with_prompt = predicted[len(noisy) :] if guided else predicted
-            guidance = sampling.guidance_scale
-            prediction = torch.lerp(predicted[: len(noisy)], with_prompt, guidance) if guided else predicted
+            predictions = checkpoint(model.both, noisy, t, use_reentrant=False) if recomputed else model.both(noisy, t)
+            prediction, with_prompt = predictions
             if last:
-                differentiated.append(DifferentiatedStep(noisy, at[: len(noisy)], with_prompt))
+                differentiated.append(DifferentiatedStep(noisy, t.expand(len(noisy)).to(noisy.device), with_prompt))
             moved = scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:

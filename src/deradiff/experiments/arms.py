@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Final, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field, field_validator, model_validator
 
+from deradiff.algorithm.schedules import taking_turns
 from deradiff.files.plans import PlanPart, Several
 from deradiff.sampling.realignment import lam_for_beta
 from deradiff.sweep import notation
-from deradiff.sweep.description import NoiseOptimization
+from deradiff.sweep.description import (
+    ManifoldGuidance,
+    NoiseOptimization,
+    ReversibleNoise,
+    RewardGuidance,
+    RewardParticles,
+)
 from deradiff.sweep.notation import plain
 
 ALL: Final = "all"
@@ -21,6 +28,14 @@ ALL: Final = "all"
 Names = Several[str] | Literal["all"]
 
 Lams = Several[float]
+
+BY_WEIGHTS: Final = ("interpolate", "soup")
+"""Methods that interpolate weights."""
+
+TURNS: Final = "db-mpa-ls"
+"""The method by which one model is drawn for every step."""
+
+Guidance = TypeVar("Guidance", bound=RewardGuidance)
 
 
 class Model(PlanPart):
@@ -63,7 +78,7 @@ class Arm:
     particles: int = 0
     target: str = ""
     """The model that this arm approximates."""
-    noise: NoiseOptimization | None = None
+    reward_guidance: RewardGuidance | None = None
     prompts: Names = ALL
     """The prompt sets that it is drawn for."""
     sampling: str = ""
@@ -78,7 +93,7 @@ class Arm:
     def content(self) -> tuple[Any, ...]:
         """All that it does, however it is worded: arms are the same where this is."""
         shape = notation.schedule(self.schedule, "steps") if self.schedule else None
-        return self.method, tuple(sorted(self.anchors)), shape, self.particles, self.target, self.noise
+        return self.method, tuple(sorted(self.anchors)), shape, self.particles, self.target, self.reward_guidance
 
 
 class _Method(PlanPart):
@@ -127,9 +142,14 @@ class _OfAnchors(_Method):
 
 
 class Realign(_OfAnchors):
-    """DeRaDiff: one anchor at several λ, or at those λ that stand for the β of other models of its family."""
+    """DeRaDiff: one anchor at several λ, or at those λ that stand for the β of other models of its family.
 
-    method: Literal["realign"]
+    Reinforcement Learning Guidance (Jin et al. 2025, arXiv 2508.21016, `(1 - w) v_ref + w v_RL`, mostly at w above 1)
+    and DB-KLA of Diffusion Blend (Cheng et al. 2025, arXiv 2505.18547) are the same λ under other names: wherever a
+    sampler's step is affine in the prediction, the mixture of posteriors is the step of mixed predictions.
+    """
+
+    method: Literal["realign", "rlg", "db-kla"]
     targets: Names = ()
     particles: int = Field(default=0, ge=0)
     """Particles for every image, of which one is drawn by weight; 0 for Algorithm 1."""
@@ -146,7 +166,7 @@ class Realign(_OfAnchors):
         for name in plan.named(self.anchors):
             for lam in self.lam:
                 named = f"{name}, λ = {plain(lam)}{suffix}"
-                yield Arm(named, self.method, ((name, lam),), "", self.particles, prompts=self.prompts)
+                yield Arm(named, "realign", ((name, lam),), "", self.particles, prompts=self.prompts)
             for target in plan.named(self.targets) if self.targets else ():
                 anchor, other = plan.models[name], plan.models[target]
                 if anchor.beta is None or other.beta is None or anchor.family != other.family:
@@ -161,24 +181,65 @@ class Realign(_OfAnchors):
                     )
                 lam = lam_for_beta(anchor.beta, other.beta)
                 named = f"{name} → {target}{suffix}"
-                yield Arm(named, self.method, ((name, lam),), "", self.particles, target, prompts=self.prompts)
+                yield Arm(named, "realign", ((name, lam),), "", self.particles, target, prompts=self.prompts)
 
 
-class Combine(_Method):
-    """Several rewards at once: λ for each of several anchors (DeRaDiff, appendix A.4)."""
-
-    method: Literal["combine"]
+class _OfSeveral(_Method):
+    method: str
     lams: Several[dict[str, float]] = Field(min_length=1)
+
+    def _each(self, plan: Models) -> Iterator[tuple[str, tuple[tuple[str, float], ...]]]:
+        """Every combination, in words and as λ of its anchors. Raises `ValueError` for one of fewer than two."""
+        for lams in self.lams:
+            if len(plan.named(tuple(lams))) < 2:
+                raise ValueError(f"{self.method} needs λ of two anchors or more, got {lams}: one is for realign")
+            yield " + ".join(f"{plain(lam)} {anchor}" for anchor, lam in lams.items()), tuple(lams.items())
+
+
+class Combine(_OfSeveral):
+    """Several rewards at once: λ for each of several anchors (DeRaDiff, appendix A.4).
+
+    Where the λ sum to one it is DB-MPA of Diffusion Blend (Cheng et al. 2025, arXiv 2505.18547).
+    """
+
+    method: Literal["combine", "db-mpa"]
     particles: int = Field(default=0, ge=0)
 
     def arms(self, plan: Models) -> Iterator[Arm]:
         """One for each combination."""
         suffix = f", {self.particles} particles" if self.particles else ""
-        for lams in self.lams:
-            if len(plan.named(tuple(lams))) < 2:
-                raise ValueError(f"combine needs λ of two anchors or more, got {lams}: one is for realign")
-            name = " + ".join(f"{plain(lam)} {anchor}" for anchor, lam in lams.items())
-            yield Arm(f"{name}{suffix}", self.method, tuple(lams.items()), "", self.particles, prompts=self.prompts)
+        for name, anchors in self._each(plan):
+            yield Arm(f"{name}{suffix}", "combine", anchors, "", self.particles, prompts=self.prompts)
+
+
+class Soup(_OfSeveral):
+    """Rewarded soups (Ramé et al. 2023, arXiv 2306.04488): the weights of several anchors, interpolated.
+
+    `θ = (1 - Σ λ_i) θ_0 + Σ λ_i θ_i`, one model; in the paper the λ sum to one.
+    """
+
+    method: Literal["soup"]
+
+    def arms(self, plan: Models) -> Iterator[Arm]:
+        """One for each combination."""
+        for name, anchors in self._each(plan):
+            yield Arm(f"soup, {name}", self.method, anchors, prompts=self.prompts)
+
+
+class TakeTurns(_OfSeveral):
+    """DB-MPA-LS of Diffusion Blend (Cheng et al. 2025): at each step one anchor, drawn with probability λ.
+
+    It approximates `combine` by one evaluation a step. What the λ leave of 1 is the reference's. All images of a seed
+    have the same turns.
+    """
+
+    method: Literal["db-mpa-ls"]
+
+    def arms(self, plan: Models) -> Iterator[Arm]:
+        """One for each combination."""
+        for name, anchors in self._each(plan):
+            taking_turns(dict(anchors), 0)
+            yield Arm(f"turns, {name}", self.method, anchors, prompts=self.prompts)
 
 
 class Anneal(_OfAnchors):
@@ -215,30 +276,100 @@ class Interpolate(_OfAnchors):
             yield Arm(f"{name}, weights at {plain(lam)}", self.method, ((name, lam),), prompts=self.prompts)
 
 
-class OptimizeNoise(_Method, NoiseOptimization):
+class _ByReward(_Method, RewardGuidance):
+    def _guidance(self, kind: type[Guidance], **chosen: Any) -> Guidance:
+        """Its settings alone, with those `chosen`."""
+        return kind(**{name: getattr(self, name) for name in kind.model_fields if name not in chosen}, **chosen)
+
+    def _name(self, what: str, guidance: RewardGuidance, *words: str, **unusual: str) -> str:
+        """An arm in words: `unusual` are settings, by field, that are named where they are not the usual ones."""
+        of = f" of {self.pipeline}" if self.pipeline else ""
+        fields = type(guidance).model_fields
+        others = [
+            f"{word} {plain(getattr(guidance, field))}"
+            for field, word in unusual.items()
+            if getattr(guidance, field) != fields[field].default
+        ]
+        return ", ".join([f"{what}{of} for {self.reward}", *words, *others])
+
+
+class OptimizeNoise(NoiseOptimization, _ByReward):
     """The reference, or another pipeline, from noise that was optimised for a reward."""
 
     method: Literal["optimize-noise"]
 
     def arms(self, plan: Models) -> Iterator[Arm]:
         """One."""
-        noise = NoiseOptimization(**{name: getattr(self, name) for name in NoiseOptimization.model_fields})
-        usual = NoiseOptimization(reward=self.reward)
-        which = f" of {self.pipeline}" if self.pipeline else ""
-        unusual = [
-            f"{word} {plain(getattr(noise, name))}"
-            for name, word in (
-                ("learning_rate", "rate"),
-                ("norm_weight", "norm weight"),
-                ("steps", "steps"),
-                ("guidance_scale", "guidance"),
-            )
-            if getattr(noise, name) != getattr(usual, name)
-        ]
-        name = ", ".join([f"noise{which} for {self.reward}", f"{self.iterations} iterations", *unusual])
-        yield Arm(name, self.method, noise=noise, prompts=self.prompts)
+        noise = self._guidance(NoiseOptimization)
+        unusual = {
+            "learning_rate": "rate",
+            "norm_weight": "norm weight",
+            "steps": "steps",
+            "guidance_scale": "guidance",
+        }
+        name = self._name("noise", noise, f"{self.iterations} iterations", **unusual)
+        yield Arm(name, self.method, reward_guidance=noise, prompts=self.prompts)
+
+
+class Doodl(ReversibleNoise, _ByReward):
+    """DOODL (Wallace et al. 2023, arXiv 2303.13703): the noise of EDICT, optimised for a reward."""
+
+    method: Literal["doodl"]
+
+    def arms(self, plan: Models) -> Iterator[Arm]:
+        """One."""
+        noise = self._guidance(ReversibleNoise)
+        unusual = {"learning_rate": "rate", "clip": "clip", "steps": "steps"}
+        name = self._name("DOODL", noise, f"{self.iterations} iterations", **unusual)
+        yield Arm(name, self.method, reward_guidance=noise, prompts=self.prompts)
+
+
+class ByParticles(_ByReward):
+    """Particles with a reward as potential: DAS (Kim et al. 2025), TDS (Wu et al. 2023), or weighed alone, without the
+    reward's gradient (Feynman-Kac steering, Singhal et al. 2025); see `alignment.reward_particles`.
+    """
+
+    method: Literal["das", "tds", "fk-steering"]
+    beta: Lams = Field(min_length=1)
+    particles: int = 4
+
+    def arms(self, plan: Models) -> Iterator[Arm]:
+        """One for each β."""
+        switches = {"gradient": self.method != "fk-steering", "tempered": self.method == "das"}
+        for beta in self.beta:
+            guidance = self._guidance(RewardParticles, beta=beta, **switches)
+            what = "steering" if self.method == "fk-steering" else self.method.upper()
+            words = f"β = {plain(beta)}", f"{self.particles} particles"
+            name = self._name(what, guidance, *words, steps="steps")
+            yield Arm(name, self.method, reward_guidance=guidance, prompts=self.prompts)
+
+
+class ByManifold(_ByReward):
+    """Manifold-preserving guidance (MPGD; He et al. 2024); see `alignment.manifold_guidance`."""
+
+    method: Literal["mpgd"]
+    beta: Lams = Field(min_length=1)
+
+    def arms(self, plan: Models) -> Iterator[Arm]:
+        """One for each β."""
+        for beta in self.beta:
+            guidance = self._guidance(ManifoldGuidance, beta=beta)
+            name = self._name("MPGD", guidance, f"β = {plain(beta)}", steps="steps")
+            yield Arm(name, self.method, reward_guidance=guidance, prompts=self.prompts)
 
 
 Method = Annotated[
-    Reference | AsIs | Realign | Combine | Anneal | Interpolate | OptimizeNoise, Field(discriminator="method")
+    Reference
+    | AsIs
+    | Realign
+    | Combine
+    | Soup
+    | TakeTurns
+    | Anneal
+    | Interpolate
+    | OptimizeNoise
+    | Doodl
+    | ByParticles
+    | ByManifold,
+    Field(discriminator="method"),
 ]

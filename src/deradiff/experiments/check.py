@@ -88,8 +88,8 @@ def asked_of_the_hub(known: Iterable[Need]) -> list[str]:
 def _pipelines(plan: Plan) -> Iterator[Need]:
     yield _pipeline("reference", plan.reference, plan.revision, plan.allow_pickle)
     for arm in plan.arms():
-        if arm.noise is not None and arm.noise.pipeline:
-            yield _pipeline("pipeline", arm.noise.pipeline, None, plan.allow_pickle)
+        if arm.reward_guidance is not None and arm.reward_guidance.pipeline:
+            yield _pipeline("pipeline", arm.reward_guidance.pipeline, None, plan.allow_pickle)
 
 
 def _pipeline(role: str, source: str, revision: str | None, allow_pickle: bool) -> Need:
@@ -245,8 +245,8 @@ def _unreadable(source: str, wanted: Prompts) -> tuple[str, tuple[str, ...]]:
 
 
 def _scorers(plan: Plan) -> Iterator[Need]:
-    noise = [arm.noise.reward for arm in plan.arms() if arm.noise is not None]
-    for name in [*plan.scores, *noise]:
+    guiding = [arm.reward_guidance.reward for arm in plan.arms() if arm.reward_guidance is not None]
+    for name in [*plan.scores, *guiding]:
         yield from _score(name)
     for name in plan.features:
         kind, _, chosen = name.partition("=")

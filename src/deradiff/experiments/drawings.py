@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from deradiff.experiments.arms import Arm
+from deradiff.experiments.arms import BY_WEIGHTS, TURNS, Arm
 from deradiff.experiments.plan import Plan
 from deradiff.sweep import notation
 from deradiff.sweep.description import Drawing
@@ -37,7 +37,7 @@ def drawing_of(plan: Plan, arm: Arm, prompt: str, seed: int) -> Drawing:
     """
     anchors = tuple(sorted((name, lam) for name, lam in arm.anchors if lam))
     # The weights of one of the models are that model, where both methods are the same.
-    blended = arm.method == "interpolate" and bool(anchors) and [lam for _, lam in anchors] != [1.0]
+    several = bool(anchors) and [lam for _, lam in anchors] != [1.0]
     return Drawing(
         prompt=prompt,
         seed=seed,
@@ -46,19 +46,22 @@ def drawing_of(plan: Plan, arm: Arm, prompt: str, seed: int) -> Drawing:
         anchors=anchors,
         sources=tuple(plan.models[name].source for name, _ in anchors),
         schedule=notation.schedule(arm.schedule, "steps") if anchors and arm.schedule else None,
-        method="interpolate" if blended else "mixture",
+        method="interpolate" if several and arm.method in BY_WEIGHTS else "mixture",
         particles=arm.particles,
-        noise=arm.noise,
+        reward_guidance=arm.reward_guidance,
+        turns=several and arm.method == TURNS,
     )
 
 
 def kind_of(drawing: Drawing) -> str:
     """How an image is drawn, in the words of 0.1, which the identities of stored images are made of.
 
-    "weights" are interpolated ones.
+    "weights" are interpolated ones, "noise" is optimised noise.
     """
-    if drawing.noise is not None:
-        return "noise"
+    if drawing.reward_guidance is not None:
+        return drawing.reward_guidance.kind
+    if drawing.turns:
+        return "turns"
     if drawing.method != "mixture":
         return "weights"
     return "particles" if drawing.particles else "mixture"
@@ -73,4 +76,6 @@ def group_of(drawing: Drawing) -> tuple[Any, ...]:
     annealed = drawing.schedule is not None
     alone = not annealed and [lam for _, lam in drawing.anchors] == [1.0]
     blend = drawing.anchors if kind_of(drawing) == "weights" else ()
-    return kind_of(drawing), names, alone, annealed, blend, drawing.particles, drawing.noise, drawing.sampling
+    turns = drawing.seed if drawing.turns else None  # images of one seed evaluate one model in every step
+    guided = drawing.reward_guidance
+    return kind_of(drawing), names, alone, annealed, blend, turns, drawing.particles, guided, drawing.sampling

@@ -13,7 +13,7 @@ from deradiff.experiments.arms import ALL, Arm, Method, Model, Names
 from deradiff.files import plans, reading
 from deradiff.files.plans import Name, PlanPart, Several
 from deradiff.sweep import notation
-from deradiff.sweep.description import SamplingSettings
+from deradiff.sweep.description import RewardGuidance, SamplingSettings
 from deradiff.sweep.pipelines import SCHEDULERS
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -119,11 +119,11 @@ class Plan(PlanPart):
         if wanted.diversity_on is not None:
             self.sets((wanted.diversity_on,))
         for arm in self.arms():
-            if arm.noise is not None:
-                _require_measures([arm.noise.reward])
-                _require_plain_sampling(arm, self.sampling[arm.sampling])
-                if arm.noise.pipeline in self.models:
-                    raise ValueError(f"a model and a pipeline are called {arm.noise.pipeline!r}: rename the model")
+            if (guidance := arm.reward_guidance) is not None:
+                _require_measures([guidance.reward])
+                _require_plain_sampling(arm, guidance, self.sampling[arm.sampling])
+                if guidance.pipeline in self.models:
+                    raise ValueError(f"a model and a pipeline are called {guidance.pipeline!r}: rename the model")
         return self
 
     def named(self, names: Names) -> tuple[str, ...]:
@@ -163,14 +163,18 @@ def _chosen(names: Names, known: Mapping[str, Any], what: str) -> tuple[str, ...
     return tuple(names)
 
 
-def _require_plain_sampling(arm: Arm, sampling: SamplingSettings) -> None:
-    """Raise `ValueError` for what sampling from optimised noise cannot do."""
-    own = arm.noise.guidance_scale if arm.noise else None
+def _require_plain_sampling(arm: Arm, guidance: RewardGuidance, sampling: SamplingSettings) -> None:
+    """Raise `ValueError` for what sampling that a reward guides cannot do."""
+    if guidance.schedulers and (sampling.scheduler or "ddim") not in guidance.schedulers:
+        raise ValueError(
+            f"{arm.name!r} does not go with the sampler of {arm.sampling!r}, {sampling.scheduler or 'ddim'}: take one "
+            f"of {', '.join(guidance.schedulers)}"
+        )
     if sampling.negative_prompt is not None:
         raise ValueError(f"{arm.name!r} takes no negative_prompt: sample it without one, as {arm.sampling!r} does not")
     if sampling.width != sampling.height:
         raise ValueError(f"{arm.name!r} draws squares: sample it at one width and height, as {arm.sampling!r} does not")
-    if own is None and sampling.guidance_scale is not None and sampling.guidance_scale < 1:
+    if guidance.guidance_scale is None and sampling.guidance_scale is not None and sampling.guidance_scale < 1:
         raise ValueError(f"{arm.name!r} needs a guidance_scale of 1 (none) or more, and {arm.sampling!r} has less")
 
 

@@ -57,6 +57,7 @@ def identity(drawing: Drawing, schedule: str, plan: Plan, prints: dict[str, Any]
     `schedule` is the drawing's as the plan words it; empty for none.
     The device and the batch are left out: they decide the last bits, and would make every image another.
     """
+    guidance = drawing.reward_guidance
     about = {
         "kind": kind_of(drawing),
         "reference": prints[""]["sha256"],
@@ -64,8 +65,8 @@ def identity(drawing: Drawing, schedule: str, plan: Plan, prints: dict[str, Any]
         "anchors": sorted((prints[name]["sha256"], lam) for name, lam in drawing.anchors),
         "schedule": schedule,
         "particles": drawing.particles,
-        "noise": drawing.noise and drawing.noise.shown(),
-        "pipeline": drawing.noise and drawing.noise.pipeline and prints[drawing.noise.pipeline]["sha256"],
+        "noise": guidance and guidance.shown(),
+        "pipeline": guidance and guidance.pipeline and prints[guidance.pipeline]["sha256"],
         "sampling": drawing.sampling.model_dump(),
         "prompt": drawing.prompt,
         "seed": drawing.seed,

@@ -79,7 +79,8 @@ def fingerprints(plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str
 def sources(plan: Plan) -> dict[str, tuple[str, str | None]]:
     """The source and the revision of all that a plan draws with: of models by their names, of the reference by ""."""
     models: dict[str, tuple[str, str | None]] = {name: (model.source, None) for name, model in plan.models.items()}
-    pipelines = [arm.noise.pipeline for arm in plan.arms() if arm.noise is not None and arm.noise.pipeline]
+    guidances = [arm.reward_guidance for arm in plan.arms() if arm.reward_guidance is not None]
+    pipelines = [guidance.pipeline for guidance in guidances if guidance.pipeline]
     return {"": (plan.reference, plan.revision)} | models | {source: (source, None) for source in pipelines}
 
 

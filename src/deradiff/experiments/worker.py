@@ -137,7 +137,8 @@ class Worker:
     def _attempts(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         """Images, or why they are none. Where a batch fails as a whole, each is drawn alone, to find out which."""
         try:
-            return self._by_noise(drawings) if drawings[0].noise is not None else self._realigned(drawings)
+            guided = drawings[0].reward_guidance is not None
+            return self._guided(drawings) if guided else self._realigned(drawings)
         except FloatingPointError as error:
             if len(drawings) == 1:
                 return [(_named(error, drawings[0]), {})]
@@ -149,39 +150,21 @@ class Worker:
         tried = {attempt.place: attempt for attempt in attempts(pipe, self._dial, drawings, batch_size=size)}
         return [(tried[place].image, tried[place].diagnostics.stored()) for place in range(len(drawings))]
 
-    def _by_noise(self, drawings: Sequence[Drawing]) -> list[Attempt]:
+    def _guided(self, drawings: Sequence[Drawing]) -> list[Attempt]:
         from deradiff.alignment.base import Base
-        from deradiff.alignment.noise_optimization import initial_noise, optimize_noise
-        from deradiff.alignment.sampling import SamplerSettings
+        from deradiff.experiments import reward_drawing
 
-        first, noise = drawings[0], drawings[0].noise
-        assert noise is not None
-        base = Base(self._pipe(first))
-        chosen = first.sampling
-        guidance = noise.guidance_scale
-        if guidance is None:
-            guidance = call_of(chosen, self.plan.reference).get("guidance_scale")
-        sampling = SamplerSettings(
-            chosen.scheduler or "ddim", noise.steps or chosen.steps, guidance or 1.0, chosen.height
-        )
-        started = torch.cat([initial_noise(base, sampling, 1, drawing.seed) for drawing in drawings])
-        optimized = optimize_noise(
-            base,
-            [drawing.prompt for drawing in drawings],
-            self._scorer("scores", noise.reward),
-            sampling,
-            iterations=noise.iterations,
-            learning_rate=noise.learning_rate,
-            norm_weight=noise.norm_weight,
-            seed=first.seed,
-            noise=started,
-            per_pass=len(drawings),
-        )
-        evaluations = {"forward": optimized.cost.forward, "backward": optimized.cost.backward, "plain": 0.0}
-        cut = [_cut(base.pipe, [drawing.prompt]) for drawing in drawings]
+        first, guidance = drawings[0], drawings[0].reward_guidance
+        assert guidance is not None
+        base, reward = Base(self._pipe(first)), self._scorer("scores", guidance.reward)
+        scale = guidance.guidance_scale
+        if scale is None:
+            scale = call_of(first.sampling, self.plan.reference).get("guidance_scale") or 1.0
+        drawn = reward_drawing.draw(base, drawings, reward, scale, self.plan.batch_size)
+        images = _pictures(torch.stack([image for image, _ in drawn]))
         return [
-            (image, evaluations | cut[row] | {"plain": float(optimized.scores[0, row])})
-            for row, image in enumerate(_pictures(optimized.images))
+            (image, known | _cut(base.pipe, [drawing.prompt]))
+            for image, (_, known), drawing in zip(images, drawn, drawings, strict=True)
         ]
 
     def _pipe(self, drawing: Drawing) -> Any:
@@ -190,12 +173,13 @@ class Worker:
         if self._now != key:
             self._held.close()
             self._held, self._now, self._dial = ExitStack(), key, None
-        source = (drawing.noise.pipeline if drawing.noise else None) or self.plan.reference
+        guidance = drawing.reward_guidance
+        source = (guidance.pipeline if guidance else None) or self.plan.reference
         if source not in self._pipes:
             pipe = self._loaded(source)
             self._pipes[source] = pipe, pipe.scheduler
         pipe, own = self._pipes[source]
-        if self._dial is None and drawing.noise is None:
+        if self._dial is None and guidance is None:
             self._take(pipe, own, drawing)
         return pipe
 

@@ -2,8 +2,8 @@
 
 Algorithm 1 is the proposal; the factor that it drops (`path_weights`) is the weight. K particles per prompt walk
 through the pipeline as one batch; where their weights grow uneven, the light ones are replaced by copies of the heavy
-ones before noise separates them again. As K grows they follow the distribution of the model aligned at β/λ, at exactly
-K times the network evaluations of one image.
+ones before noise separates them again (`algorithm.smc`). As K grows they follow the distribution of the model aligned
+at β/λ, at exactly K times the network evaluations of one image.
 """
 
 from __future__ import annotations
@@ -16,78 +16,33 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deradiff.algorithm import posteriors
-from deradiff.algorithm.estimates import Estimate, effective_sample_size
 from deradiff.algorithm.path_weights import ImportanceWeights, PathWeights
+from deradiff.algorithm.smc import Population, WeightedParticles
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.sampling import pictures
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.dial import Dial, dial_of
 
 
-@dataclass(frozen=True)
-class Particles:
-    """All particles of a run, prompt after prompt: image `p K + k` is particle k of prompt p.
+@dataclass(frozen=True, kw_only=True)
+class Particles(WeightedParticles):
+    """All particles of a run, prompt after prompt.
 
     Attributes:
         images: the pipeline's output, `P K` images (or one tensor of latents).
-        log_weights: normalised, so that every prompt's weights sum to one.
-        ancestors: the starting noise that each particle descends from, 0 to K-1 of its prompt.
-        lineage: `(step, parents)` of every resampling, `parents` being `[prompt, particle]`; steps count from 0.
-        evenness: the share of effective particles after every step, before it was resampled.
-        log_normalizer: the estimate of `log E[W]` for every prompt.
         run: log weights and path densities summed along each particle's own lineage.
         resampled_by: how the sampler allowed resampling, or why it did not.
         blacked_out: images that the pipeline's safety checker put a black one in the place of: no pictures to score.
     """
 
     images: Any
-    log_weights: Float[Tensor, "prompt particle"]
-    ancestors: Int[Tensor, "prompt particle"]
-    lineage: list[tuple[int, Int[Tensor, "prompt particle"]]]
-    evenness: Float[Tensor, "step prompt"]
-    log_normalizer: Float[Tensor, " prompt"]
     run: ImportanceWeights
     resampled_by: str
     blacked_out: Bool[Tensor, " image"]
-
-    @property
-    def effective(self) -> Float[Tensor, " prompt"]:
-        """Effective particles of each prompt, 1 to K, at the end."""
-        return effective_sample_size(self.log_weights)
-
-    @property
-    def families(self) -> Int[Tensor, " prompt"]:
-        """How many different starting noises are left among a prompt's particles."""
-        return torch.tensor([len(row.unique()) for row in self.ancestors])
-
-    @property
-    def collapsed(self) -> Bool[Tensor, " prompt"]:
-        """Prompts of which fewer than two particles count, or whose particles all descend from one."""
-        alone = (self.effective < 2) | (self.families < 2)
-        return alone if self.log_weights.shape[1] > 1 else torch.ones_like(alone)
-
-    def picks(self, generator: torch.Generator | None = None) -> Int[Tensor, " prompt"]:
-        """One particle of every prompt, drawn by weight, as an index into `images`."""
-        chosen = torch.multinomial(self.log_weights.exp(), 1, generator=generator)[:, 0]
-        return torch.arange(len(chosen)) * self.log_weights.shape[1] + chosen
-
-    def mean(self, scores: Float[Tensor, " image"]) -> Estimate:
-        """The weighted mean of a score of every image, averaged over prompts; standard error given the prompts.
-
-        The error is that of sequential Monte Carlo (Lee and Whiteley 2018, Biometrika 105): particles of one ancestor
-        count as one. It is NaN where all particles of a prompt descend from one.
-        """
-        f = scores.double().cpu().view(self.log_weights.shape)
-        weights = self.log_weights.exp()
-        means = (weights * f).sum(1)
-        parts = weights * (f - means[:, None])
-        by_ancestor = torch.zeros_like(parts).scatter_add_(1, self.ancestors, parts)
-        variances = torch.where(self.families > 1, by_ancestor.square().sum(1), torch.nan)
-        return Estimate(float(means.mean()), float(variances.sum().sqrt() / len(means)))
 
     @property
     def words(self) -> str:
@@ -146,10 +101,10 @@ def sample_particles(
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
     chance = torch.Generator().manual_seed(generator.initial_seed() + 1)
-    population = Population(prompts, count, float(ess_threshold), float(temper), chance)
+    paths = RealignedPaths(Population(prompts, count, float(ess_threshold), chance), float(temper))
     given = "given" if micro_batch is None else f"{micro_batch} at a time"
     try:
-        with _attached(dial, pipe, population, micro_batch, generator):
+        with _attached(dial, pipe, paths, micro_batch, generator):
             if "generator" in signature(pipe.__call__).parameters:
                 call["generator"] = generator
             if prompt is None:  # diffusers repeats some embeddings for several images of a prompt, and others not
@@ -165,26 +120,23 @@ def sample_particles(
             "number, or pass fewer prompts at a time"
         ) from None
     names = [f"particle {k + 1} of prompt {p + 1}" for p in range(prompts) for k in range(count)]
-    return population.result(drawn.require_finite(names), dial.importance_weights)
+    return paths.result(drawn.require_finite(names), dial.importance_weights)
 
 
-class Population:
-    """The particles of one run: called after every step of the scheduler with what it returned, may reorder it."""
+class RealignedPaths:
+    """The Feynman-Kac model of a realigned run: a pipeline takes its transitions, and its potentials are path weights.
 
-    def __init__(self, prompts: int, count: int, threshold: float, temper: float, generator: torch.Generator):
-        self.threshold, self.temper, self.generator = threshold, temper, generator
-        self.log_weights = torch.zeros(prompts, count, dtype=torch.float64)
-        self.log_normalizer = torch.zeros(prompts, dtype=torch.float64)
-        self.ancestors = torch.arange(count).repeat(prompts, 1)
-        self.lineage: list[tuple[int, Tensor]] = []
-        self.evenness: list[Tensor] = []
+    Called after every step of the scheduler with what it returned, may reorder it.
+    """
+
+    def __init__(self, population: Population, temper: float) -> None:
+        self.population, self.temper = population, temper
         self.resampled_by = "no step was taken"
-        self._counted = torch.zeros_like(self.log_weights)
+        self._counted = torch.zeros((), dtype=torch.float64)
         self._scheduler: SchedulerMixin | None = None
 
     def __call__(self, path_weights: PathWeights, scheduler: SchedulerMixin, previous: Tensor) -> Tensor:
         """Weigh the step that led to `previous`, and resample the prompts whose weights have grown uneven."""
-        count = self.log_weights.shape[1]
         if self._scheduler not in (None, scheduler):
             raise DialError(
                 "particles weigh and reorder what one scheduler steps, and this pipeline steps parts of its samples by "
@@ -194,73 +146,40 @@ class Population:
         if not path_weights.noisy:
             self.resampled_by = f"not resampled: {_why_not(scheduler)}"
             return previous
-        self.resampled_by = f"resampled {len(self.lineage)} times, below {self.threshold:g} effective"
-        if path_weights.ahead is None:
-            return previous
-        path_weights.add_first_half(path_weights.ahead)
-        self._count(path_weights.log_weights)
-        evenness = effective_sample_size(self.log_weights) / count
-        self.evenness.append(evenness)
-        uneven = evenness < self.threshold
-        if count == 1 or not bool(uneven.any()):
-            return previous
-        parents = torch.arange(count).repeat(len(uneven), 1)
-        parents[uneven] = systematic(self.log_weights[uneven], self.generator)
-        self.lineage.append((len(self.evenness) - 1, parents))
-        self.log_normalizer += torch.where(uneven, _log_mean_exp(self.log_weights), 0)
-        self.log_weights[uneven] = 0
-        self.ancestors, self._counted = self.ancestors.gather(1, parents), self._counted.gather(1, parents)
-        rows = (parents + count * torch.arange(len(parents))[:, None]).flatten().to(previous.device)
-        path_weights.select(rows)
-        return previous[rows]
+        if path_weights.ahead is not None:
+            path_weights.add_first_half(path_weights.ahead)
+            self._weigh(path_weights.log_weights)
+            rows = self.population.resample()
+            if rows is not None:
+                self._counted = self._counted[rows]
+                path_weights.select(rows.to(previous.device))
+                previous = previous[rows.to(previous.device)]
+        times, threshold = len(self.population.lineage), self.population.threshold
+        self.resampled_by = f"resampled {times} times, below {threshold:g} effective"
+        return previous
 
     def result(self, drawn: pictures.DrawnPictures, run: ImportanceWeights) -> Particles:
         """The particles at the end of the run."""
-        self._count(run.log_weights)
-        if not bool(torch.isfinite(self.log_weights).any(1).all()):
-            raise FloatingPointError("the weights of a prompt's particles are all zero or NaN")
-        prompts = len(self.log_weights)
+        self._weigh(run.log_weights)
         return Particles(
+            **vars(self.population.result()),
             images=drawn.images,
-            log_weights=torch.log_softmax(self.log_weights, 1),
-            ancestors=self.ancestors,
-            lineage=self.lineage,
-            evenness=torch.stack(self.evenness) if self.evenness else torch.empty(0, prompts, dtype=torch.float64),
-            log_normalizer=self.log_normalizer + _log_mean_exp(self.log_weights),
             run=run,
             resampled_by=self.resampled_by,
             blacked_out=torch.tensor(drawn.blacked_out),
         )
 
-    def _count(self, log_weights: Float[Tensor, " image"]) -> None:
+    def _weigh(self, log_weights: Float[Tensor, " image"]) -> None:
         """Take over what has been added to the log weights since the last time."""
-        total = log_weights.double().cpu().view(self.log_weights.shape)
-        self.log_weights = self.log_weights + self.temper * (total - self._counted)
+        total = log_weights.cpu().double()
+        self.population.weigh(self.temper * (total - self._counted))
         self._counted = total
-
-
-def systematic(
-    log_weights: Float[Tensor, "prompt particle"], generator: torch.Generator | None = None
-) -> Int[Tensor, "prompt particle"]:
-    """Systematic resampling: parents in proportion to the weights, from one uniform number per prompt.
-
-    Particle k of normalised weight w_k has between `⌊K w_k⌋` and `⌈K w_k⌉` children, K w_k on average (Kitagawa 1996).
-    """
-    prompts, count = log_weights.shape
-    cumulative = torch.softmax(log_weights.double(), 1).cumsum(1)
-    cumulative = cumulative / cumulative[:, -1:]
-    start = torch.rand(prompts, 1, dtype=torch.float64, generator=generator)
-    return torch.searchsorted(cumulative, (start + torch.arange(count)) / count).clamp(max=count - 1)
 
 
 def _repeated(value: Any, prompts: int, count: int) -> Any:
     """A tensor with a row per prompt, with a row per particle."""
     batched = isinstance(value, Tensor) and value.ndim > 1 and len(value) == prompts
     return value.repeat_interleave(count, 0) if batched else value
-
-
-def _log_mean_exp(log_weights: Float[Tensor, "prompt particle"]) -> Float[Tensor, " prompt"]:
-    return torch.logsumexp(log_weights, 1) - torch.tensor(log_weights.shape[1]).log()
 
 
 def _why_not(scheduler: SchedulerMixin) -> str:
@@ -305,10 +224,10 @@ def _realigned(
 
 @contextmanager
 def _attached(
-    dial: Dial, pipe: Any, population: Population, micro_batch: int | None, generator: torch.Generator
+    dial: Dial, pipe: Any, paths: RealignedPaths, micro_batch: int | None, generator: torch.Generator
 ) -> Iterator[None]:
-    """While the pipeline runs, the dial hands every step to `population` and feeds the networks `micro_batch` rows."""
-    changes: list[tuple[Any, str, Any]] = [(dial, "population", population), (dial, "micro_batch", micro_batch)]
+    """While the pipeline runs, the dial hands every step to `paths` and feeds the networks `micro_batch` rows."""
+    changes: list[tuple[Any, str, Any]] = [(dial, "population", paths), (dial, "micro_batch", micro_batch)]
     if micro_batch is not None and hasattr(getattr(pipe, "vae", None), "use_slicing"):
         changes.append((pipe.vae, "use_slicing", True))
     if hasattr(pipe.scheduler, "generator"):  # ours for flow matching, whose pipelines do not hand theirs over

@@ -207,8 +207,11 @@ def of_record(record: Mapping[str, Any]) -> Settings:
         shape = record.get("schedule", settings.columns[0].schedule)
     except (ValueError, TypeError, AttributeError):
         raise ValueError("this record holds no settings of one image") from None
-    if record.get("noise"):
-        raise ValueError("this image was drawn from noise that was optimised, which the studio does not do")
+    if guided := record.get("noise") or record.get("reward_guidance"):  # as 0.1 and later versions have it
+        what = guided.get("kind", "noise")
+        raise ValueError(f"this image was guided by a reward while it was drawn ({what}), which the studio does not do")
+    if record.get("turns"):
+        raise ValueError("this image was drawn by models that took turns at random, which the studio does not do")
     if settings.method != "mixture" or settings.particles is not None:
         raise ValueError("this image was drawn with interpolated weights or particles, which the studio does not do")
     if settings.reuse is not None or settings.tolerance is not None or settings.path != "auto":

@@ -118,7 +118,10 @@ def attempts(
     Raises `ValueError` for drawings that are not sampled alike and for what the pipeline does not take,
     `FloatingPointError` where a model's prediction for a batch is not finite.
     """
-    if len({(drawing.sampling, drawing.reference, drawing.particles, drawing.noise) for drawing in drawings}) > 1:
+    if (
+        len({(drawing.sampling, drawing.reference, drawing.particles, drawing.reward_guidance) for drawing in drawings})
+        > 1
+    ):
         raise ValueError("drawings that are not sampled alike, or with other particles or noise, share no batch")
     if not drawings:
         return

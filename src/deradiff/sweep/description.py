@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from deradiff.algorithm.schedules import Schedule
+from deradiff.algorithm.schedules import Schedule, taking_turns
 from deradiff.files.plans import PlanPart
 from deradiff.sweep.pipelines import require_both_sides, usual_guidance
 
@@ -30,16 +30,13 @@ class SamplingSettings(PlanPart):
         return self
 
 
-class NoiseOptimization(PlanPart):
-    """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
+class RewardGuidance(PlanPart):
+    """How a reward guides an image while it is drawn, without an aligned model."""
 
-    The defaults are ReNO's.
-    """
-
+    kind: ClassVar[str]
+    schedulers: ClassVar[tuple[str, ...]] = ()
+    """Those that it goes with, by their names in `pipelines.SCHEDULERS`; any where there are none."""
     reward: str
-    iterations: int = Field(default=50, ge=1)
-    learning_rate: float = Field(default=5.0, gt=0)
-    norm_weight: float = Field(default=0.01, ge=0)
     pipeline: str | None = None
     """Another pipeline than the reference, such as a one-step model."""
     steps: int | None = Field(default=None, ge=1)
@@ -50,6 +47,52 @@ class NoiseOptimization(PlanPart):
     def shown(self) -> dict[str, Any]:
         """As plain data; without what 0.1 did not know where it is not given, since images are named by it."""
         return self.model_dump(exclude={"guidance_scale"} if self.guidance_scale is None else None)
+
+
+class NoiseOptimization(RewardGuidance):
+    """Gradient ascent on the initial noise (`alignment.noise_optimization`): ReNO with one step, DOODL-like with more.
+
+    The defaults are ReNO's.
+    """
+
+    kind = "noise"
+    iterations: int = Field(default=50, ge=1)
+    learning_rate: float = Field(default=5.0, gt=0)
+    norm_weight: float = Field(default=0.01, ge=0)
+
+
+class ReversibleNoise(RewardGuidance):
+    """Gradient ascent on the noise of EDICT (`alignment.doodl`), always on DDIM's steps. The defaults are DOODL's."""
+
+    kind = "reversible noise"
+    iterations: int = Field(default=50, ge=1)
+    learning_rate: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1e-3, gt=0)
+    steps: int | None = Field(default=50, ge=1)
+
+
+class RewardParticles(RewardGuidance):
+    """Particles with a reward as their potential (`alignment.reward_particles`), of which the image is drawn by weight.
+
+    The target is `p exp(r/β)`.
+    """
+
+    kind = "reward particles"
+    schedulers = ("ddpm", "euler-a")
+    beta: float = Field(gt=0)
+    particles: int = Field(default=4, ge=1)
+    gradient: bool = True
+    """Whether the reward's gradient moves the proposals."""
+    tempered: bool = True
+    """Whether the potential grows along the run, as in DAS; else it is whole from the first step."""
+
+
+class ManifoldGuidance(RewardGuidance):
+    """A reward's gradient at the estimates of the clean image (`alignment.manifold_guidance`), at strength 1/β."""
+
+    kind = "manifold guidance"
+    schedulers = ("ddim", "ddpm", "euler", "euler-a")
+    beta: float = Field(gt=0)
 
 
 @dataclass(frozen=True)
@@ -73,8 +116,10 @@ class Drawing:
     """Of which the image is drawn by weight; 0 for Algorithm 1 alone."""
     reuse: int | None = None
     tolerance: float | None = None
-    noise: NoiseOptimization | None = None
-    """How its initial noise is optimised first; None for noise as it is drawn."""
+    reward_guidance: RewardGuidance | None = None
+    """How a reward guides it while it is drawn; None for none."""
+    turns: bool = False
+    """Whether one model is drawn for every step, each anchor with probability λ, instead of their mixture."""
 
     @property
     def lam(self) -> float | dict[str, float]:
@@ -84,6 +129,8 @@ class Drawing:
     @property
     def lams(self) -> dict[str, float | Schedule]:
         """λ of every anchor by name, in the form that a dial takes."""
+        if self.turns:
+            return dict(taking_turns(dict(self.anchors), self.seed))
         return {name: lam if self.schedule is None else self.schedule.scaled(lam) for name, lam in self.anchors}
 
     @property
@@ -105,8 +152,14 @@ def call_of(sampling: SamplingSettings, reference: str) -> dict[str, Any]:
 
 def about(drawing: Drawing) -> dict[str, Any]:
     """What a list of many images says about one of them, beside what they share."""
-    noise = {} if drawing.noise is None else {"noise": drawing.noise.shown()}
-    return {"prompt": drawing.prompt, "seed": drawing.seed, **_column(drawing), **noise}
+    guided = {} if drawing.reward_guidance is None else {"reward_guidance": guidance_record(drawing.reward_guidance)}
+    turns = {"turns": True} if drawing.turns else {}
+    return {"prompt": drawing.prompt, "seed": drawing.seed, **_column(drawing), **guided, **turns}
+
+
+def guidance_record(guidance: RewardGuidance) -> dict[str, Any]:
+    """As plain data, with its kind."""
+    return {"kind": guidance.kind, **guidance.shown()}
 
 
 def metadata(drawing: Drawing, shared: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def series_of(results: Results) -> list[Series]:
         if arm.method == "model":
             groups.setdefault(("model", plan.models[arm.anchors[0][0]].family), []).append(arm)
         elif arm.method != "reference":
-            names = "" if arm.method in ("combine", "optimize-noise") else arm.anchors[0][0]
+            names = arm.anchors[0][0] if len(arm.anchors) == 1 else ""
             groups.setdefault((kind_of(arm), names, arm.schedule.partition(":")[0]), []).append(arm)
     series: list[Series] = []
     for (kind, of, *_), arms in groups.items():
@@ -187,7 +187,14 @@ def _label(plan: Plan, kind: str, of: str, siblings: int) -> str:
         "anneal": "annealed guidance (AIG)",
         "interpolate": "interpolated weights",
         "combine": "combined rewards",
+        "soup": "rewarded soups",
+        "db-mpa-ls": "models by turns (DB-MPA-LS)",
         "optimize-noise": "optimised noise",
+        "doodl": "reversible noise (DOODL)",
+        "das": "reward particles (DAS)",
+        "tds": "reward particles (TDS)",
+        "fk-steering": "reward particles, no gradient",
+        "mpgd": "manifold guidance (MPGD)",
     }[kind]
     return f"{method}, {model_label(plan, of)}" if of and 1 < siblings <= FEW else method
 

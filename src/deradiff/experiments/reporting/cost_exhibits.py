@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from deradiff.experiments.arms import BY_WEIGHTS, TURNS
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting.agreement_figures import unit
 from deradiff.experiments.reporting.arm_series import (
@@ -61,7 +62,7 @@ def evaluations(results: Results, arm: Arm, prompts: str) -> EvaluationsPerImage
     A model without weight in a step is not evaluated in it: λ = 0 is the reference alone, λ = 1 the anchor alone. An
     experiment may evaluate more than that, for the path KL, or where images of different λ share a batch.
     """
-    if arm.noise is not None:
+    if arm.reward_guidance is not None:
         diagnostics = results.diagnostics(arm, prompts)
         if not diagnostics:
             return None
@@ -84,7 +85,7 @@ def calls_of(scheduler: str | None, steps: int) -> int:
 
 def models_at(arm: Arm, progress: float) -> int:
     """How many models have a weight when so much of the sampling is done, 0 to 1."""
-    if arm.method in ("reference", "interpolate"):
+    if arm.method in ("reference", *BY_WEIGHTS, TURNS):
         return 1
     shape = notation.schedule(arm.schedule, "steps") if arm.schedule else None
     lams = [lam if shape is None else shape.scaled(lam)(progress) for _, lam in arm.anchors]
@@ -227,13 +228,14 @@ def _cost_caption(results: Results, prompts: str, score: str) -> str:
         f"Mean {short(score)} on “{prompts}” minus the reference's on the same prompts and seeds, against the cost of "
         "an image. Left: network evaluations, in multiples of the reference's; arms of the same cost lie side by side "
         "on a band, dashed the best gain at that cost or less, ringed what no arm beats in both. Hollow markers are at "
-        "λ > 1. A step evaluates one model for the reference, a model as it is and interpolated weights; reference and "
-        "anchor for realigned and annealed ones, but only those that have a weight in it; the reference and each "
-        "anchor for combined rewards; K times as many for K particles; and what was counted for optimised noise, a "
-        "backward pass through a denoiser as one more. Guided steps count twice. Reward models, text encoders and "
-        f"decoders are not counted. Right: measured seconds.{watched}{assumed} “Best of n” is the expected best of n "
-        "images of the reference by this very score, and, like optimised noise, needs it when sampling. Bars: 95% "
-        "intervals by a paired bootstrap over prompts. Asked for by DeRaDiff's reviewers; no figure of either "
+        "λ > 1. A step evaluates one model for the reference, a model as it is, interpolated weights and models that "
+        "take turns; reference and anchor for realigned and annealed ones, but only those that have a weight in it; "
+        "the reference and each anchor for combined rewards; K times as many for K particles; and what was counted "
+        "where a reward guides the sampling, a backward pass through a denoiser as one more. Guided steps count twice. "
+        "Reward models, text encoders and decoders are not counted, nor the gradients that stop there. Right: measured "
+        f"seconds.{watched}{assumed} “Best of n” is the expected best of n images of the reference "
+        "by this very score, and, like all that a reward guides, needs it when sampling. Bars: 95% intervals by a "
+        "paired bootstrap over prompts. Asked for by DeRaDiff's reviewers; no figure of either "
         "paper." + substitutes(results.plan, [prompts])
     )
 

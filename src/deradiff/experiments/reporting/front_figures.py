@@ -28,7 +28,14 @@ STYLES = {
     "anneal": Style("", "#E69F00", "^"),
     "interpolate": Style("", "#CC79A7", "P"),
     "combine": Style("", "#000000", "h"),
+    "soup": Style("", "#AA4499", "8"),
+    "db-mpa-ls": Style("", "#777777", "H"),
     "optimize-noise": Style("", "#8C510A", "v"),
+    "doodl": Style("", "#D8A35D", "v"),
+    "das": Style("", "#882255", ">"),
+    "tds": Style("", "#882255", "d"),
+    "fk-steering": Style("", "#882255", "s"),
+    "mpgd": Style("", "#999933", "*"),
     "best-of": Style("reference, best of n", "#666666", "<"),
 }
 BASE = Style("reference (base)", "#009E73", "s")

@@ -25,6 +25,7 @@ from deradiff.experiments.reporting.picture_sheets import (
 )
 from deradiff.experiments.results import Pair, Results
 from deradiff.sweep import notation
+from deradiff.sweep.description import NoiseOptimization, ReversibleNoise, RewardParticles
 
 GRID_SEEDS = 9
 """Images of a prompt in a grid (AIG, figures 13 to 16)."""
@@ -232,13 +233,15 @@ def representatives(results: Results, anchor: str) -> list[Arm]:
         realigned = [arm for arm in _of(results, anchor, "realign") if bool(arm.particles) == particles]
         chosen.append(_half(realigned))
     chosen.append(_half(_of(results, anchor, "interpolate")))
-    chosen.append(_middle([arm for arm in results.of_method("combine") if anchor in dict(arm.anchors)]))
+    for method in ("combine", "soup", "db-mpa-ls"):
+        chosen.append(_middle([arm for arm in results.of_method(method) if anchor in dict(arm.anchors)]))
     healthy = results.plan.report.healthy
     for names in results.families().values():
         others = [name for name in names if name != anchor]
         if others:
             chosen.append(results.model(healthy if healthy in others else others[len(others) // 2]))
     chosen += results.of_method("optimize-noise")
+    chosen += [_middle(results.of_method(method)) for method in ("doodl", "das", "tds", "fk-steering", "mpgd")]
     return [arm for arm in chosen if arm is not None]
 
 
@@ -264,7 +267,7 @@ def methods(results: Results) -> Iterator[Exhibit]:
 
         def rank(name: str, arms: Sequence[Arm] = arms) -> tuple[int, bool]:
             there = drawn(results, arms, shots(results, name))
-            return pictured(results, arms, name), any(arm.noise is not None for arm in there)
+            return pictured(results, arms, name), any(arm.reward_guidance is not None for arm in there)
 
         prompts = max(results.plan.prompts, key=rank)
         of = shots(results, prompts)
@@ -310,8 +313,8 @@ def grids(results: Results) -> Iterator[Exhibit]:
 def noise_of(arms: Sequence[Arm]) -> str:
     """The words by which a caption says what images have in common, with the exceptions among `arms`."""
     apart = []
-    if any(arm.particles for arm in arms):
+    if any(arm.particles or isinstance(arm.reward_guidance, RewardParticles) for arm in arms):
         apart.append("particles, which are several")
-    if any(arm.noise is not None for arm in arms):
+    if any(isinstance(arm.reward_guidance, NoiseOptimization | ReversibleNoise) for arm in arms):
         apart.append("noise that is optimised")
     return SAME_NOISE + (f", but for {' and '.join(apart)}" if apart else "")

@@ -18,6 +18,7 @@ from deradiff.experiments.results import Results
 from deradiff.files.images import read_rgb
 from deradiff.files.records import slug
 from deradiff.sweep import notation
+from deradiff.sweep.description import NoiseOptimization
 from deradiff.sweep.sheets import GAP, LARGEST_CELL, MARGIN, ROW_LABEL_WIDTH, SMALLEST_CELL, contact_sheet, panel_sheet
 
 SHEET_WIDTH = 2200
@@ -112,8 +113,9 @@ def label(plan: Plan, arm: Arm) -> str:
         case "interpolate":
             lines = "interpolated weights", of, f"λ = {arm.lam:.3g}"
         case "optimize-noise":
-            assert arm.noise is not None
-            lines = "optimised noise", arm.noise.pipeline, f"{arm.noise.reward}, {arm.noise.iterations} iterations"
+            noise = arm.reward_guidance
+            assert isinstance(noise, NoiseOptimization)
+            lines = "optimised noise", noise.pipeline, f"{noise.reward}, {noise.iterations} iterations"
         case _:
             lines = (arm.name,)
     return "\n".join(filter(None, lines))
