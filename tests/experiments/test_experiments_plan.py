@@ -13,6 +13,7 @@ from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, writ
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
 from deradiff.files.prompts import Entry
+from deradiff.sweep.description import NoiseOptimization, ReversibleNoise
 from messages import naming
 from small_experiment import SMALL, small
 
@@ -325,10 +326,10 @@ def test_aig_s_own_plan(name: str, scheduler: str, guidance: float) -> None:
     assert (1 + len(own)) * (1600 + 3200 + 40 * 50) == 149_600
     stochastic = [arm for arm in plan.arms() if arm.sampling == "stochastic"]
     assert {arm.method for arm in stochastic} == {"reference", "model"} and len(stochastic) == 1 + len(plan.models)
-    one_step, own_steps = [arm.reward_guidance for arm in arms if arm.noise is not None]
-    assert one_step is not None and own_steps is not None
+    one_step, reversible = [arm.reward_guidance for arm in arms if arm.reward_guidance is not None]
+    assert isinstance(one_step, NoiseOptimization) and isinstance(reversible, ReversibleNoise)
     assert (one_step.guidance_scale, one_step.learning_rate) == (1.0, 5.0)
-    assert own_steps.learning_rate == (10.0 if name == "aig-sdxl" else 5.0)
+    assert (reversible.steps, reversible.iterations) == (50, 50)
     assert len([model for model in plan.models.values() if model.beta]) == 2 * len(KL_STRENGTHS) == 16
     assert plan.prompts["coverage"].count == 40 and len(plan.prompts["coverage"].seeds) == 50
     assert {*plan.prompts} >= {"partiprompts", "anime", "concept-art", "paintings", "photo"}

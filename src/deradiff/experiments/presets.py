@@ -109,8 +109,6 @@ def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models
     aligned["ReFL"] = {**refl, "family": "ReFL", "reward": "image-reward"}
     unregularised = [f"{reward} DRaFT" for reward in rewards]
     styles = {style: {"source": f"hpdv2/{style}"} for style in HPD_STYLES}
-    # In proportion to the norm of the noise, which has four times the elements that the default is for.
-    rate = {"learning_rate": 10.0} if reference == SDXL else {}
     return {
         "name": name,
         "reference": reference,
@@ -141,7 +139,7 @@ def aig(name: str, reference: str, scheduler: str, guidance_scale: float, models
             _paper("interpolate", anchors=unregularised, lam=SCALES),
             _paper("realign", anchors=unregularised, lam=SCALES),
             _paper("optimize-noise", reward=rewards[0], **RENO, prompts=["qualitative"]),
-            _paper("optimize-noise", reward=rewards[0], **rate, prompts=["qualitative"]),
+            _paper("doodl", reward=rewards[0], prompts=["qualitative"]),
             {"method": "reference", "sampling": ["stochastic"], "prompts": ["partiprompts"]},
             {"method": "model", "sampling": ["stochastic"], "prompts": ["partiprompts"]},
         ],
