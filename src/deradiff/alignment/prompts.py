@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 
 from deradiff.alignment.data_order import seeded
 from deradiff.files.prompts import Entry, read_prompts
@@ -123,10 +124,8 @@ def _download(repo: str, file: str) -> Path:
         with from_the_hub(f"{file} of {repo}"):
             return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except OSError as error:
-        raise OSError(
-            f"{file} of {repo} cannot be fetched from the hub ({error}): check the connection, or download it "
-            "elsewhere and name the file"
-        ) from error
+        cure = _gate(repo, error) or "check the connection, or download it elsewhere and name the file"
+        raise OSError(f"{file} of {repo} cannot be fetched from the hub ({error}): {cure}") from error
 
 
 def _of_style(style: str) -> list[Entry]:
@@ -146,10 +145,16 @@ def hub_dataset(repo: str, split: str, revision: str | None = None) -> Any:
     try:
         return load_dataset(repo, split=split, revision=revision, streaming=True)
     except OSError as error:
-        raise OSError(
-            f"the dataset {repo} cannot be reached ({error}): check its name and the connection, log in if access to "
-            "it is granted by its owner, or download its Parquet files and name their folder"
-        ) from error
+        elsewhere = "check its name and the connection, or name a folder with a copy of its Parquet files"
+        cure = _gate(repo, error) or elsewhere
+        raise OSError(f"the dataset {repo} cannot be reached ({error}): {cure}") from error
+
+
+def _gate(repo: str, error: OSError) -> str:
+    """How to be let in where a dataset asks for it; otherwise nothing. (`datasets` has only words for it.)"""
+    if "gated" not in f"{type(error).__name__} {error}".lower():
+        return ""
+    return f"accept its licence at {ENDPOINT}/datasets/{repo}, then log in with `hf auth login`, or set HF_TOKEN"
 
 
 def _of_captions(repo: str, split: str) -> Iterator[Entry]:
