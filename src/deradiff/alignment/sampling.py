@@ -55,10 +55,10 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class DifferentiatedStep:
-    """A step that gradients go through: what the denoiser saw, and its prediction without guidance."""
+    """A step that gradients go through: what the denoiser saw, and the prediction that the step was taken with."""
 
     noisy: Float[Tensor, "batch *latent"]
-    timesteps: Shaped[Tensor, " batch"]
+    timestep: Shaped[Tensor, ""]
     prediction: Float[Tensor, "batch *latent"]
 
 
@@ -138,14 +138,12 @@ def sample(
     timesteps = scheduler.timesteps[:until]
     if not 0 <= keep <= len(timesteps):
         raise ValueError(f"gradients through {keep} of {len(timesteps)} steps: name 0 to {len(timesteps)}")
-    guided = sampling.guidance_scale > 1
-    if guided and unprompted is None:
+    if sampling.guidance_scale > 1 and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    both = together(unprompted, prompted) if guided and unprompted is not None else prompted
+    known = together(unprompted if sampling.guidance_scale > 1 else None, prompted)
 
-    def predict(noisy: Tensor, at: Tensor) -> Tensor:
-        # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
-        return at_least_single(base.predict(denoiser, noisy.to(base.denoiser.dtype), at, both))
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return guided(base, denoiser, noisy, timestep, known, sampling.guidance_scale)
 
     latents, differentiated = noise * scheduler.init_noise_sigma, []
     draws = "generator" in inspect.signature(scheduler.step).parameters
@@ -154,15 +152,10 @@ def sample(
         last = number >= len(timesteps) - keep
         with torch.set_grad_enabled(last and torch.is_grad_enabled()):
             noisy = scheduler.scale_model_input(latents, t)
-            doubled = torch.cat([noisy, noisy]) if guided else noisy
-            at = t.expand(len(doubled)).to(noisy.device)
             recomputed = checkpointing and torch.is_grad_enabled()
-            predicted = checkpoint(predict, doubled, at, use_reentrant=False) if recomputed else predict(doubled, at)
-            with_prompt = predicted[len(noisy) :] if guided else predicted
-            guidance = sampling.guidance_scale
-            prediction = torch.lerp(predicted[: len(noisy)], with_prompt, guidance) if guided else predicted
+            prediction = checkpoint(predict, noisy, t, use_reentrant=False) if recomputed else predict(noisy, t)
             if last:
-                differentiated.append(DifferentiatedStep(noisy, at[: len(noisy)], with_prompt))
+                differentiated.append(DifferentiatedStep(noisy, t, prediction))
             moved = scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:
@@ -172,9 +165,31 @@ def sample(
     return Sampled(latents, differentiated)
 
 
-def together(first: Conditions, second: Conditions) -> Conditions:
-    """The rows of both, in this order."""
-    return {name: torch.cat([first[name], second[name]]) for name in first}
+def together(unprompted: Conditions | None, prompted: Conditions) -> Conditions:
+    """What `guided` asks for: the rows of both in this order, or those of `prompted` alone."""
+    return {name: torch.cat([unprompted[name], rows]) if unprompted else rows for name, rows in prompted.items()}
+
+
+def guided(
+    base: Base,
+    denoiser: nn.Module,
+    noisy: Float[Tensor, "batch *latent"],
+    timestep: Shaped[Tensor, ""],
+    known: Conditions,
+    guidance_scale: float,
+) -> Float[Tensor, "batch *latent"]:
+    """`ε(x_t) + w (ε(x_t, c) - ε(x_t))` for guidance w > 1 (Ho and Salimans 2022), else `ε(x_t, c)`.
+
+    `known` is `together` of what the denoiser is told. In single precision at least, whatever the denoiser's is: a
+    scheduler's steps are small.
+    """
+    shown = torch.cat([noisy, noisy]) if guidance_scale > 1 else noisy
+    at = timestep.expand(len(shown)).to(shown.device)
+    predicted = at_least_single(base.predict(denoiser, shown.to(base.denoiser.dtype), at, known))
+    if guidance_scale == 1:
+        return predicted
+    without_prompt, with_prompt = predicted.chunk(2)
+    return torch.lerp(without_prompt, with_prompt, guidance_scale)
 
 
 def decode(
