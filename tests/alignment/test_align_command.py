@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import deradiff
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.presets import PRESETS
+from deradiff.alignment.runs import load_base
 from deradiff.cli import app
 from deradiff.worlds import digits
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
 from messages import naming
+from tiny import make
 
 SMALL = ["--cpu", "--count", "12", "--held-out", "4", "--steps", "3", "--batch", "4", "--sampling-steps", "2"]
 
@@ -93,14 +96,42 @@ def test_presets_are_shown_as_yaml(tmp_path: Path) -> None:
     # DeRaDiff, Table 4.
     assert [shown["deradiff-sdxl"]["plan"][key] for key in ("steps", "learning_rate", "warmup", "accumulate")] == [
         30_000,
-        1e-8,
+        1.28e-6,
         200,
         64,
     ]
+    # The script that its rate is from (SalesforceAIResearch/DiffusionDPO).
+    assert [shown["deradiff-sdxl"][key] for key in ("flip", "prompt_dropout", "gradient_checkpointing")] == [
+        True,
+        0.2,
+        True,
+    ]
+    assert [shown[name]["plan"]["optimizer"] for name in ("deradiff-sdxl", "deradiff-sd15")] == ["adafactor", "adamw"]
+    assert shown["deradiff-sd15"]["plan"]["learning_rate"] == pytest.approx(6.4e-7)
     assert [shown["deradiff-sd15"][key] for key in ("batch", "betas")] == [64, [500, 1000, 2000, 5000, 8000, 10_000]]
     # Annealed Importance Guidance, A.7.1.
     assert [shown["aig-sd14"]["plan"][key] for key in ("learning_rate", "max_norm", "accumulate")] == [2.5e-4, 0.1, 4]
+    # Its authors' code (NVIDIA/NeMo-Aligner).
+    for name in ("aig-sd14", "aig-sdxl"):
+        assert shown[name]["options"]["reward_scale"] == 100 and shown[name]["lora_rank"] == 32
+        assert shown[name]["betas"] == [0, 0.1, 0.5, 1, 2, 5, 10, 20, 50] and shown[name]["plan"]["steps"] == 10_000
     assert "choose from" in command("--show-preset", "none").output
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_model_that_lacks_a_weight_is_refused(tmp_path: Path, part: str) -> None:
+    make("sd")[0].save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(key for key in weights if "norm" in key)
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
+    settings = replace(PRESETS["digits"], base=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=naming(str(tmp_path / "model"), 1, f"{part}.{name}")):
+        load_base(settings)
+    if part == "vae":
+        make("sd")[0].save_pretrained(tmp_path / "whole")
+        with pytest.raises(ValueError, match=naming(str(file.parent), 1, f"vae.{name}")):
+            load_base(replace(settings, base=str(tmp_path / "whole"), vae=str(file.parent)))
 
 
 def test_own_pairs_prefer_the_reward_and_resume(tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ SMALL = [
 ]
 OPTIONS: dict[str, list[object]] = {
     "dpo": ["--beta", 100],
+    "mapo": ["--beta", 0.1, "--flip"],
     "draft": ["--beta", 0.01, "--keep", 2],
-    "refl": ["--beta", 0, "--window", "2,3", "--reward", "bold"],
+    "alignprop": ["--beta", 0, "--window", "1,3"],
+    "refl": ["--beta", 0, "--window", "2,3", "--reward", "bold", "--pretraining", 10],
     "rwr": ["--beta", 0.5, "--per-prompt", 2, "--reward", "ink"],
     "ddpo": ["--beta", 0.01, "--per-prompt", 2, "--reward", "legible", "--guidance-scale", 2],
 }
@@ -92,7 +94,11 @@ def test_a_method_without_preset_starts_from_its_own_and_not_from_another_models
         (["digits", "--method", "refl", "--window", "late"], ["--window late"]),
         (["digits", "--method", "refl", "--window", "20,40"], ["20,40", 25]),
         (["digits", "--method", "draft", "--resolution", "64"], ["digits", 32, "--resolution"]),
-        (["digits", "--method", "draft", "--no-cache"], ["--no-cache:", "draft"]),
+        (["digits", "--method", "draft", "--no-cache", "--flip"], ["--no-cache, --flip:", "draft"]),
+        (["digits", "--method", "draft", "--reward-scale", "0"], ["reward scale", 0]),
+        (["digits", "--method", "ddpo", "--reward-scale", "-1"], ["reward scale", -1]),
+        (["digits", "--method", "draft", "--reward-dropout", "0.9"], ["bold and vivid", "--reward-dropout"]),
+        (["digits", "--method", "dpo", "--reward-scale", "2"], ["--reward-scale:", "dpo"]),
         (["digits", "--method", "draft", "--keep", "99"], ["99 of 25"]),
         (["digits", "--method", "draft", "--reward", "beauty"], ["'beauty'", "pickscore"]),
         (["digits", "--method", "ddpo", "--batch", "6"], ["per_prompt = 4"]),

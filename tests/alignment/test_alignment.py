@@ -15,7 +15,7 @@ from deradiff.alignment import folders
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.checkpoints import CURE
 from deradiff.alignment.data_order import order, row_generators
-from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo
+from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo, train_mapo
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import TrainingFailed, train
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
@@ -158,6 +158,15 @@ def test_a_full_policy_leaves_the_bases_weights_alone() -> None:
     assert not any(p.requires_grad for p in base.denoiser.parameters())
 
 
+def test_mapo_asks_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of()
+    policy = Policy(base, 2)
+    monkeypatch.setattr(Policy, "reference", None)
+    run = TrainingRun(0, tmp_path / "c", lambda *_: None)
+    curve = train_mapo(base, policy, InMemory(base, 8), 0.1, PLAN, batch=2, dropout=0.1, run=run)
+    assert curve.step[-1] == PLAN.steps and curve.held_out[-1] != curve.held_out[0]
+
+
 def test_what_cannot_be_aligned_is_refused() -> None:
     with pytest.raises(ValueError, match="transformer"):
         base_of("sd3")
@@ -171,6 +180,8 @@ def test_what_cannot_be_aligned_is_refused() -> None:
     for beta in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=naming("β", beta)):
             train_dpo(base, policy, pairs, beta, PLAN, **arguments)
+    with pytest.raises(ValueError, match=naming("β", -0.1)):
+        train_mapo(base, policy, pairs, -0.1, PLAN, **arguments)
     with pytest.raises(ValueError, match=naming("batch", 8)):
         train_dpo(base, policy, pairs, 1.0, PLAN, **arguments | {"batch": 8})
     with pytest.raises(ValueError, match="held out"):

@@ -1,5 +1,7 @@
 """The pixels that pairs become: where the crop is, what it holds, and what is drawn at random."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -51,17 +53,17 @@ def test_pixels_are_the_resized_image_from_minus_one_to_one() -> None:
     torch.testing.assert_close(found[1].mean((1, 2)), torch.tensor([1.0, -1.0, 1 / 255]), atol=1e-5, rtol=0)
 
 
-def test_a_flip_mirrors_the_pair_together_half_of_the_time() -> None:
+def test_a_flip_mirrors_each_picture_half_of_the_time() -> None:
     pair, generator = PreferencePair("a", ramp(16, 16), ramp(16, 16)), torch.Generator().manual_seed(0)
     plain = pair_pixels(pair, 16).pixels
-    mirrored = 0
-    for _ in range(60):
+    seen = Counter[tuple[bool, ...]]()
+    for _ in range(120):
         found = pair_pixels(pair, 16, flip=True, generator=generator).pixels
-        torch.testing.assert_close(found[0], found[1])
-        flipped = not torch.equal(found, plain)
-        torch.testing.assert_close(found, plain.flip(-1) if flipped else plain)
-        mirrored += flipped
-    assert 15 < mirrored < 45
+        flipped = tuple(not torch.equal(*each) for each in zip(found, plain, strict=True))
+        for image, before, mirrored in zip(found, plain, flipped, strict=True):
+            torch.testing.assert_close(image, before.flip(-1) if mirrored else before)
+        seen[flipped] += 1
+    assert len(seen) == 4 and all(12 < count < 50 for count in seen.values())
 
 
 def test_unseeded_choices_and_odd_sizes() -> None:

@@ -103,6 +103,20 @@ def test_shard_and_batch_sizes_change_nothing(pairs: PairFolder, tmp_path: Path)
     assert all(torch.equal(one.prompts[name], other.prompts[name]) for name in one.prompts)
 
 
+def test_pictures_are_mirrored_by_their_place_alone(
+    pairs: PairFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ramp = Image.linear_gradient("L").rotate(90).resize((8, 8)).convert("RGB")
+    monkeypatch.setattr(pairs, "open", lambda row: PreferencePair("a", ramp, ramp))
+    one = write(tmp_path / "one", pairs, flip=True).take(range(COUNT))
+    other = write(tmp_path / "other", pairs, flip=True, batch=4, shard=100).take(range(COUNT))
+    assert torch.equal(one.latents, other.latents)
+    rising = one.latents[..., 0, 0, 0] < one.latents[..., 0, 0, -1]
+    assert rising.any(0).all() and not rising.all(0).any() and (rising[:, 0] != rising[:, 1]).any()
+    with pytest.raises(ValueError, match="flip"):
+        write(tmp_path / "one", pairs)
+
+
 def test_interrupted_at_any_call_it_ends_with_the_same_files(pairs: PairFolder, tmp_path: Path) -> None:
     class Interrupted(BaseException):
         pass

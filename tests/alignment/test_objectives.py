@@ -1,11 +1,11 @@
-"""Diffusion-DPO against the formula written out, and the Bradley-Terry draw against its probability."""
+"""Diffusion-DPO and MaPO against their formulas written out, and the Bradley-Terry draw against its probability."""
 
 import math
 
 import pytest
 import torch
 
-from deradiff.alignment.objectives import bradley_terry, diffusion_dpo, squared_error
+from deradiff.alignment.objectives import bradley_terry, diffusion_dpo, margin_aware, squared_error
 
 
 def errors(seed: int) -> list[torch.Tensor]:
@@ -38,6 +38,20 @@ def test_descent_lowers_the_winners_error_and_raises_the_losers() -> None:
     assert winner.grad is not None and (winner.grad > 0).all()
     assert loser.grad is not None and (loser.grad < 0).all()
     torch.testing.assert_close(winner.grad, -loser.grad)
+
+
+def test_mapo_is_the_formula_and_moves_winner_and_loser_apart() -> None:
+    winner, loser, *_ = (e.requires_grad_() for e in errors(3))
+    by_hand = []
+    for w, lo in zip(winner.tolist(), loser.tolist(), strict=True):
+        likelier = [0.5 * e / (math.exp(0.5 * e) - 1) for e in (w, lo)]
+        by_hand.append(w + 0.1 * math.log1p(math.exp(-10 * (likelier[0] - likelier[1]))))
+    loss = margin_aware(winner, loser, 0.1, timesteps=10)
+    assert loss.item() == pytest.approx(sum(by_hand) / 6, rel=1e-12)
+    loss.backward()
+    assert winner.grad is not None and (winner.grad > 1 / 6).all()
+    assert loser.grad is not None and (loser.grad < 0).all()
+    assert margin_aware(winner, loser, 0, timesteps=1000).item() == pytest.approx(winner.mean().item())
 
 
 def test_error_is_averaged_over_the_latent() -> None:

@@ -135,6 +135,13 @@ def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(OSError, match=naming("pickapic-anonymous/pickapic_v1", "no route")):
         open_pairs("pickapic-v1")
 
+    def gated() -> Any:
+        raise OSError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
+
+    install(monkeypatch, gated)
+    with pytest.raises(OSError, match=naming("huggingface.co/datasets/yuvalkirstain/pickapic_v1", "hf auth login")):
+        open_pairs("pickapic-v1")
+
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 

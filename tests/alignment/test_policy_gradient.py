@@ -120,7 +120,9 @@ def gradients(base: Base, policy: Policy, kl: float, sampling: SamplerSettings, 
     for parameter in parameters.values():
         parameter.grad = None
     generators = row_generators(seed, range(len(texts)), "path")
-    value = loss(base, policy, policy.model, texts, Redness(), kl, sampling, 2, generators, Accelerator(cpu=True))
+    run = TrainingRun(0, Path("nowhere"), lambda *_: None)
+    task = RewardTask(base, policy, texts, texts, Redness(), kl, PLAN, run, len(texts), sampling)
+    value = loss(task, policy.model, texts, 2, generators, Accelerator(cpu=True))
     value.backward()
     return value.item(), {name: p.grad for name, p in parameters.items()}
 

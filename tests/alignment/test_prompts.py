@@ -6,7 +6,9 @@ import types
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from deradiff.alignment import prompts
 from deradiff.alignment.prompts import load_prompts
@@ -145,6 +147,13 @@ def test_the_papers_lists_come_from_the_hub(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(OSError, match=naming("benchmark/photo.json", "zhwang/HPDv2", "no route")):
+        load_prompts("hpdv2/photo")
+
+    def gated(*args: Any, **others: Any) -> str:
+        raise GatedRepoError("403 Client Error.", response=httpx2.Response(403, request=httpx2.Request("GET", "")))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
+    with pytest.raises(OSError, match=naming("huggingface.co/datasets/zhwang/HPDv2", "hf auth login")):
         load_prompts("hpdv2/photo")
 
 

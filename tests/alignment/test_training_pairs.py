@@ -73,14 +73,22 @@ def test_encoded_on_the_way_is_what_the_cache_gives(base: Base, tmp_path: Path) 
     torch.testing.assert_close(ours.latents, theirs.latents, atol=1e-5, rtol=1e-5)
 
 
-def test_processes_get_the_parts_of_one_batch(base: Base) -> None:
-    alone = EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, seed=1)
-    shared = [EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, seed=1, processes=2) for _ in "ab"]
+def test_processes_get_the_parts_of_one_batch_mirrored_alike(base: Base) -> None:
+    def pairs(flip: bool = True, processes: int = 1) -> EncodedPairs:
+        return EncodedPairs(base, PairStream(InMemory(), held_out=2, buffer=4), 32, 1, processes, flip)
+
+    alone, shared, plain = pairs(), [pairs(processes=2) for _ in "ab"], pairs(flip=False)
+    torch.testing.assert_close(alone.held_out_batch(range(2)).latents, plain.held_out_batch(range(2)).latents)
+    same = 0
     for step in range(3):
-        whole = alone.batch(BatchPart(step), 8).texts
+        whole = alone.batch(BatchPart(step), 8)
         # Two micro-batches of two processes each.
-        parts = [shared[index % 2].batch(BatchPart(step, index, 4), 8).texts for index in range(4)]
-        assert [text for part in parts for text in part] == whole
+        parts = [shared[index % 2].batch(BatchPart(step, index, 4), 8) for index in range(4)]
+        assert [text for part in parts for text in part.texts] == whole.texts
+        torch.testing.assert_close(torch.cat([part.latents for part in parts]), whole.latents, atol=1e-4, rtol=1e-4)
+        apart = (whole.latents - plain.batch(BatchPart(step), 8).latents).flatten(2).abs().amax(2)
+        same += int((apart < 1e-3).sum())
+    assert 12 < same < 36
     with pytest.raises(ValueError, match=naming("batch", 8, 3)):
         alone.batch(BatchPart(0, 0, 3), 8)
 

@@ -1,8 +1,9 @@
-"""Diffusion-DPO (Wallace et al. 2023) on latents of preference pairs."""
+"""Diffusion-DPO (Wallace et al. 2023) and MaPO (Hong et al. 2024) on latents of preference pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from deradiff.alignment.base import Base, Conditions, Policy, with_dropped
 from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.loop import train
-from deradiff.alignment.objectives import diffusion_dpo, squared_error
+from deradiff.alignment.objectives import diffusion_dpo, margin_aware, squared_error
 from deradiff.alignment.training import BatchPart, LossCurve, Stateful, TrainingPlan, TrainingRun
 
 
@@ -80,34 +81,61 @@ def _twice(rows: Tensor) -> Tensor:
 
 def loss(base: Base, policy: Policy, model: nn.Module, noised: Noised, beta: float) -> Float[Tensor, ""]:
     """The loss of `model`, the policy's as Accelerate prepared it, against the policy's reference."""
+    return diffusion_dpo(*errors(base, model, noised), *reference_errors(base, policy, model, noised), beta)
+
+
+def reference_errors(
+    base: Base, policy: Policy, model: nn.Module, noised: Noised
+) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+    """The `errors` of the policy's reference."""
     with policy.reference(model) as reference:
-        winner_reference, loser_reference = errors(base, reference, noised)
-    return diffusion_dpo(*errors(base, model, noised), winner_reference, loser_reference, beta)
+        return errors(base, reference, noised)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
 def train_dpo(
+    base: Base, policy: Policy, pairs: Pairs, beta: float, plan: TrainingPlan, *, run: TrainingRun, **more: Any
+) -> LossCurve:
+    """Align `policy` at `beta` by Diffusion-DPO; `more` goes to `train_pairs`. Raises `ValueError` for β ≤ 0."""
+    if not beta > 0:
+        raise ValueError(f"β = {beta}: the strength of the regularisation must be positive")
+    return train_pairs(base, policy, pairs, partial(diffusion_dpo, beta=beta), plan, run=run, **more)
+
+
+def train_mapo(
+    base: Base, policy: Policy, pairs: Pairs, beta: float | int, plan: TrainingPlan, *, run: TrainingRun, **more: Any
+) -> LossCurve:
+    """Align `policy` by MaPO, whose `beta` weighs the margin (see `objectives.margin_aware`), without a reference.
+
+    `more` goes to `train_pairs`. Raises `ValueError` for β < 0.
+    """
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"β = {beta}: the weight of the margin must be 0 or more")
+    objective = partial(margin_aware, beta=beta, timesteps=base.timesteps)
+    return train_pairs(base, policy, pairs, objective, plan, referenced=False, run=run, **more)
+
+
+def train_pairs(
     base: Base,
     policy: Policy,
     pairs: Pairs,
-    beta: float,
+    objective: Callable[..., Float[Tensor, ""]],
     plan: TrainingPlan,
     *,
     batch: int,
     dropout: float,
     per_pass: int = 16,
+    referenced: bool = True,
     run: TrainingRun,
 ) -> LossCurve:
-    """Align `policy` at `beta` on `pairs`, `batch` of them a step, over all processes and micro-batches.
+    """Minimise `objective` of the policy's `errors` and, if `referenced`, its reference's, over `batch` pairs a step.
 
-    Held-out pairs keep all prompts and are evaluated `per_pass` at a time; in training a share `dropout` of the prompts
-    is dropped. Raises `ValueError` for β ≤ 0, for fewer pairs than a batch, for a batch that its parts cannot share
-    equally and where nothing is held out.
+    A batch is that of all processes and micro-batches. Held-out pairs keep all prompts and are evaluated `per_pass` at
+    a time; in training a share `dropout` of the prompts is dropped. Raises `ValueError` for fewer pairs than a batch,
+    for a batch that its parts cannot share equally and where nothing is held out.
     """
-    if not beta > 0:
-        raise ValueError(f"β = {beta}: the strength of the regularisation must be positive")
     if not pairs.held_out:
         raise ValueError("no pairs are held out: nothing would tell whether the alignment still improves")
     if pairs.training is not None and pairs.training < batch:
@@ -116,12 +144,15 @@ def train_dpo(
         )
     empty = pairs.empty_prompt()
 
-    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
+    def compared_to(model: nn.Module, noised: Noised) -> tuple[Tensor, ...]:
+        return reference_errors(base, policy, model, noised) if referenced else ()
+
+    def training_loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(batch))
         noised = noise_pairs(base, pairs.batch(part, batch), empty, dropout, generators)
-        return loss(base, policy, model, noised, beta)
+        return objective(*errors(base, model, noised), *compared_to(model, noised))
 
-    known: list[tuple[Tensor, Tensor]] = []
+    known: list[tuple[Tensor, ...]] = []
 
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
@@ -129,9 +160,8 @@ def train_dpo(
             generators = row_generators(run.seed, chunk, "held out")
             noised = noise_pairs(base, pairs.held_out_batch(chunk), empty, 0.0, generators)
             if number == len(known):
-                with policy.reference(model) as reference:
-                    known.append(errors(base, reference, noised))
-            total += len(chunk) * diffusion_dpo(*errors(base, model, noised), *known[number], beta).item()
+                known.append(compared_to(model, noised))
+            total += len(chunk) * objective(*errors(base, model, noised), *known[number]).item()
         return total / pairs.held_out
 
-    return train(policy.model, objective, held_out_loss, plan, run=run, data=pairs)
+    return train(policy.model, training_loss, held_out_loss, plan, run=run, data=pairs)

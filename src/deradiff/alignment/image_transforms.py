@@ -41,7 +41,7 @@ def pair_pixels(
         pair: the images, of any size.
         resolution: the side of the square.
         crop: where the square lies along the longer side; "random" draws it for each image.
-        flip: mirror both images left to right with probability ½, the pair together.
+        flip: mirror each image left to right with probability ½.
         generator: of the random choices. Seed it by the row's place in the run, not by the process.
 
     Raises:
@@ -51,10 +51,9 @@ def pair_pixels(
         raise ValueError("a random crop or flip needs a generator, else a resumed run would see other pictures")
     if resolution < 1:
         raise ValueError(f"resolution must be at least 1, got {resolution}")
-    mirrored = flip and bool(torch.rand((), generator=generator) < 0.5)
     images, time_ids = [], []
     for image in (pair.winner, pair.loser):
-        if mirrored:
+        if flip and torch.rand((), generator=generator) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         width, height = _resized(image.size, resolution)
         across, down = width - resolution, height - resolution

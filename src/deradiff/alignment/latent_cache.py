@@ -20,7 +20,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from deradiff.alignment.data_order import Cursor, OrderedRow, Unreadable, split_held_out
+from deradiff.alignment.data_order import Cursor, OrderedRow, Unreadable, seeded, split_held_out
 from deradiff.alignment.image_transforms import PairPixels, pair_pixels
 from deradiff.alignment.latent_shards import (
     ANEW,
@@ -87,6 +87,7 @@ def write_cache(
     *,
     base: str,
     resolution: int,
+    flip: bool = False,
     limit: int | None = None,
     batch: int = 8,
     shard: int = 1024,
@@ -94,8 +95,8 @@ def write_cache(
 ) -> "LatentCache":
     """Encode `pairs` into `folder`, or finish what an interrupted call began there.
 
-    Images are cropped in the centre and not mirrored: a cache holds one view of each. Distinct prompts are encoded
-    once, and the empty one with them; latents are kept in the type that `encode_images` returns.
+    Images are cropped in the centre: a cache holds one view of each, with `flip` by chance a mirrored one. Distinct
+    prompts are encoded once, and the empty one with them; latents are kept in the type that `encode_images` returns.
 
     Args:
         folder: new, or begun with the same settings.
@@ -104,6 +105,7 @@ def write_cache(
         encode_prompts: from up to `2 * batch` prompts to named tensors, a row per prompt.
         base: the model whose VAE and text encoders these are; a cache serves no other.
         resolution: the side of the training images.
+        flip: see `image_transforms.pair_pixels`.
         limit: only the first so many pairs.
         batch: pairs encoded together.
         shard: pairs per file.
@@ -119,9 +121,9 @@ def write_cache(
     if min(batch, shard) < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch, shard and limit must be at least 1, got {batch}, {shard} and {limit}")
     settings = {"format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit}
-    begin_or_resume(folder, settings, "cache")
+    begin_or_resume(folder, settings | ({"flip": True} if flip else {}), "cache")
     if not (folder / "finished.json").exists():
-        encoding = _Encoding(encode_images, encode_prompts, base, resolution, batch)
+        encoding = _Encoding(encode_images, encode_prompts, base, resolution, flip, batch)
         with taken(folder, "a cache"):
             _fill(folder, pairs, encoding, limit, shard, report)
     return LatentCache(folder)
@@ -182,6 +184,7 @@ class _Encoding:
     encode_prompts: EncodePrompts
     base: str
     resolution: int
+    flip: bool
     batch: int
 
     @torch.no_grad()
@@ -212,7 +215,8 @@ def _next_shard(
     Moves `done` on to the last row read.
     """
     waiting: list[PairPixels] = []
-    latents, time_ids, numbers = [], [], []
+    numbers: list[int] = []
+    latents, time_ids = [], []
     # Training drops captions, which takes the embedding of the empty prompt.
     texts = [] if done.prompts else [""]
     done.prompts.setdefault("", 0)
@@ -226,8 +230,9 @@ def _next_shard(
         if pair.prompt not in done.prompts:
             done.prompts[pair.prompt] = len(done.prompts)
             texts.append(pair.prompt)
+        chance = seeded(0, f"flip {done.pairs + len(numbers)}")
         numbers.append(done.prompts[pair.prompt])
-        waiting.append(pair_pixels(pair, encoding.resolution))
+        waiting.append(pair_pixels(pair, encoding.resolution, flip=encoding.flip, generator=chance))
         time_ids.append(waiting[-1].time_ids)
         if len(waiting) == encoding.batch:
             latents.append(encoding.of_images(waiting))

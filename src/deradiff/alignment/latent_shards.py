@@ -29,6 +29,7 @@ class CacheSettings(Record):
     base: str
     resolution: int
     limit: int | None
+    flip: bool = False
 
 
 class ShardState(Record):

@@ -56,10 +56,19 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
-    """AdamW, or AdamW with states of 8 bits (Dettmers et al. 2022). Raises `ImportError` without bitsandbytes."""
+    """The optimizer that `plan` names. Raises `ImportError` for AdamW with states of 8 bits without bitsandbytes.
+
+    8 bits: Dettmers et al. 2022. Adafactor (Shazeer and Stern 2018) has no moment of the gradient; it takes the plan's
+    rate as it is, as where Diffusion-DPO was trained on SDXL.
+    """
     settings: dict[str, Any] = {"lr": plan.learning_rate, "betas": plan.adam_betas, "weight_decay": plan.weight_decay}
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
+    if plan.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        plain: dict[str, Any] = {"scale_parameter": False, "relative_step": False}
+        return Adafactor(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, **plain)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 
 from deradiff.algorithm.estimates import effective_sample_size
 from deradiff.alignment.base import Base
-from deradiff.alignment.dpo import train_dpo
-from deradiff.alignment.draft import train_draft
+from deradiff.alignment.dpo import train_dpo, train_mapo
+from deradiff.alignment.draft import train_alignprop, train_draft
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.own_samples import OwnSamples, draw_samples
@@ -26,7 +26,7 @@ from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
-from deradiff.alignment.rwr import tilted_weights, train_rwr
+from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr
 from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingRun
@@ -105,6 +105,7 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
         base.encode_prompts,
         base=settings.model,
         resolution=settings.resolution,
+        flip=settings.flip,
         limit=count,
         shard=256,
         report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
@@ -132,14 +133,19 @@ def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, 
     )
 
 
-def _dpo(base: Base, policy: Any, data: AnyPairs, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
-    if isinstance(data, LatentCache):
-        pairs: CachedPairs | EncodedPairs = CachedPairs(data, run.seed)
-    else:
-        processes = run.accelerator.num_processes if run.accelerator else 1
-        pairs = EncodedPairs(base, data, settings.resolution, run.seed, processes)
-    plan, dropout = settings.plan_at(beta), settings.prompt_dropout
-    return train_dpo(base, policy, pairs, beta, plan, batch=settings.batch, dropout=dropout, run=run)
+def _with_pairs(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
+    """The trainer of a method that compares pairs."""
+
+    def trained(base: Base, policy: Any, data: AnyPairs, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
+        if isinstance(data, LatentCache):
+            pairs: CachedPairs | EncodedPairs = CachedPairs(data, run.seed)
+        else:
+            processes = run.accelerator.num_processes if run.accelerator else 1
+            pairs = EncodedPairs(base, data, settings.resolution, run.seed, processes, settings.flip)
+        plan, dropout = settings.plan_at(beta), settings.prompt_dropout
+        return train(base, policy, pairs, beta, plan, batch=settings.batch, dropout=dropout, run=run)
+
+    return trained
 
 
 def _pairs_held_out(data: AnyPairs, settings: Preset, count: int) -> list[str]:
@@ -153,12 +159,13 @@ def _pairs_held_out(data: AnyPairs, settings: Preset, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainingPrompts:
-    """Prompts to train on, and others that only measure the progress."""
+    """Prompts to train on, and others that only measure progress; samples of the base for ReFL's other loss."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...]
     reward: Reward
     fingerprint: dict[str, Any]
+    samples: ReferenceSamples | None = None
 
 
 def prepare_prompts(
@@ -174,6 +181,17 @@ def prepare_prompts(
     return TrainingPrompts(
         tuple(texts[:trained_on]), tuple(texts[trained_on:]), reward_of(settings, pipe.device), fingerprint
     )
+
+
+def prepare_refl(
+    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
+) -> TrainingPrompts:
+    """As `prepare_prompts`; for a pre-training loss two samples of the base for each prompt, in `out/samples`."""
+    data = prepare_prompts(pipe, settings, out, count, seed, report)
+    if not settings.options["pretraining"]:
+        return data
+    drawn = _own_samples(pipe, settings, out, data.training, 2, data.reward, seed, report)
+    return replace(data, samples=drawn.samples)
 
 
 def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
@@ -204,11 +222,22 @@ def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
     def trained(
         base: Base, policy: Any, data: TrainingPrompts, beta: float, settings: Preset, run: TrainingRun
     ) -> LossCurve:
-        sampling, prompts, held_out = sampling_of(settings), data.training, data.held_out
+        options, held_by = dict(settings.options), {"samples": data.samples} if data.samples else {}
         task = RewardTask(
-            base, policy, prompts, held_out, data.reward, beta, settings.plan, run, settings.batch, sampling
+            base,
+            policy,
+            data.training,
+            data.held_out,
+            data.reward,
+            beta,
+            settings.plan,
+            run,
+            settings.batch,
+            sampling_of(settings),
+            scale=options.pop("reward_scale"),
+            dropout=options.pop("reward_dropout"),
         )
-        return train(task, **settings.options)
+        return train(task, **options, **held_by)
 
     return trained
 
@@ -222,14 +251,27 @@ def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> li
 
 def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
     """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
-    base = Base(pipe)
+    prompts, reward = _prompts(settings, count, seed), reward_of(settings, pipe.device)
+    return _own_samples(pipe, settings, out, prompts, settings.options["per_prompt"], reward, seed, report)
+
+
+def _own_samples(
+    pipe: Any,
+    settings: Preset,
+    out: Path,
+    prompts: Sequence[str],
+    per_prompt: int,
+    reward: Reward,
+    seed: int,
+    report: Report,
+) -> OwnSamples:
     return draw_samples(
         out / "samples",
-        base,
+        Base(pipe),
         settings.model,
-        _prompts(settings, count, seed),
-        settings.options["per_prompt"],
-        reward_of(settings, base.denoiser.device),
+        prompts,
+        per_prompt,
+        reward,
         sampling_of(settings),
         seed=seed,
         report=partial(report, "drawing samples"),
@@ -256,6 +298,17 @@ def _samples_held_out(data: OwnSamples, settings: Preset, count: int) -> list[st
     return list(dict.fromkeys(data.samples.prompts[-settings.held_out :]))[:count]
 
 
+_paired = partial(
+    TrainingMethod,
+    symbol="β",
+    unit="pairs",
+    batch="pairs",
+    decodes=False,
+    prepare=prepare_pairs,
+    prompts=_pairs_held_out,
+)
+"""A method that compares pairs."""
+
 _rewarded = partial(
     TrainingMethod,
     symbol="λ_KL",
@@ -268,33 +321,47 @@ _rewarded = partial(
 )
 """A method that samples for prompts and scores what it drew."""
 
+_DISTANCE = (
+    "λ_KL multiplies the squared distance between the predictions of model and reference, averaged over the elements "
+    "of a latent,"
+)
+
 METHODS: dict[str, TrainingMethod] = {
-    "dpo": TrainingMethod(
+    "dpo": _paired(
         title="Diffusion-DPO",
-        symbol="β",
         may_be_zero=False,
         strength="β multiplies half a difference of ε-errors averaged over the elements of a latent, the convention of "
         "the method's released code.",
         loss="log 2 = 0.69315 before alignment",
-        unit="pairs",
-        batch="pairs",
-        decodes=False,
-        prepare=prepare_pairs,
-        train=_dpo,
-        prompts=_pairs_held_out,
+        train=_with_pairs(train_dpo),
+    ),
+    "mapo": _paired(
+        title="MaPO",
+        may_be_zero=True,
+        strength="β multiplies the term of the margin between winner and loser, beside the winners' own denoising "
+        "loss: a larger β moves farther, and there is no reference. 0 is fine-tuning on the winners.",
+        loss="the winners' denoising loss with the term of the margin",
+        train=_with_pairs(train_mapo),
     ),
     "draft": _rewarded(
         title="DRaFT",
-        strength="λ_KL multiplies the squared distance between the predictions of model and reference, summed over the "
-        "elements of a latent and over the last K steps (Annealed Importance Guidance, equation 4); 0 leaves it out.",
+        strength=f"{_DISTANCE} summed over the last K steps (Annealed Importance Guidance, equation 4, divided by the "
+        "number of elements as in its authors' code); 0 leaves it out.",
         batch="prompts",
         train=_with_reward(train_draft),
     ),
+    "alignprop": _rewarded(
+        title="AlignProp",
+        strength=f"{_DISTANCE} summed over the last steps that gradients go through, whose number is drawn for every "
+        "training step; 0, as published, leaves it out.",
+        batch="prompts",
+        train=_with_reward(train_alignprop),
+    ),
     "refl": _rewarded(
         title="ReFL",
-        strength="λ_KL multiplies the squared distance between the predictions of model and reference at the last "
-        "step, summed over the elements of a latent, in place of the published denoising loss; 0 leaves it out.",
+        strength=f"{_DISTANCE} at the step that gradients go through; 0, as published, leaves it out.",
         batch="prompts",
+        prepare=prepare_refl,
         train=_with_reward(train_refl),
     ),
     "rwr": TrainingMethod(
@@ -313,8 +380,8 @@ METHODS: dict[str, TrainingMethod] = {
     ),
     "ddpo": _rewarded(
         title="DDPO",
-        strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the reward "
-        "per nat (DPOK); 0 leaves it out (DDPO).",
+        strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the scaled "
+        "reward per nat (DPOK); 0 leaves it out (DDPO).",
         batch="pictures",
         train=_with_reward(train_ddpo),
     ),

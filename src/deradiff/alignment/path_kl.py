@@ -19,7 +19,7 @@ from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.algorithm.gaussian import Gaussian, kl
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import passes, row_generators
-from deradiff.alignment.sampling import SamplerSettings, together, told
+from deradiff.alignment.sampling import SamplerSettings, guided, together, told
 
 NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
@@ -55,10 +55,8 @@ class Chain:
                 "take ddim (η = 1 is set here), ddpm or euler-a"
             )
         self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
-        self._conditions, unprompted = told(base, prompts, sampling)
-        self._guided = unprompted is not None
-        if unprompted is not None:
-            self._conditions = together(unprompted, self._conditions)
+        prompted, unprompted = told(base, prompts, sampling)
+        self._known = together(unprompted, prompted)
 
     def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
         """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
@@ -69,13 +67,8 @@ class Chain:
         timestep = self.scheduler.timesteps[number]
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = number
-        shown = self.scheduler.scale_model_input(latents, timestep).to(self.base.denoiser.dtype)
-        shown = torch.cat([shown, shown]) if self._guided else shown
-        prediction = self.base.predict(denoiser, shown, timestep.expand(len(shown)).to(shown.device), self._conditions)
-        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        if self._guided:
-            without_prompt, with_prompt = prediction.chunk(2)
-            prediction = torch.lerp(without_prompt, with_prompt, self.sampling.guidance_scale)
+        noisy = self.scheduler.scale_model_input(latents, timestep)
+        prediction = guided(self.base, denoiser, noisy, timestep, self._known, self.sampling.guidance_scale)
         return posteriors.posterior(self.scheduler, prediction, timestep, latents, **self._eta)
 
     def walk(self, denoiser: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[ChainStep]:

@@ -18,14 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.algorithm.gaussian import Gaussian
-from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, divergence
-from deradiff.alignment.sampling import SamplerSettings, decode
+from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import RewardTask, scored
 from deradiff.alignment.training import BatchPart, LossCurve
-from deradiff.rewards import Reward
 
 CLIP = 1e-4
 """How far a ratio of probabilities may be from 1, as in DDPO's experiments."""
@@ -77,13 +75,9 @@ def clipped_policy_gradient(
 
 
 def loss(
-    base: Base,
-    policy: Policy,
+    task: RewardTask,
     model: nn.Module,
     prompts: Sequence[str],
-    reward: Reward,
-    kl: float | int,
-    sampling: SamplerSettings,
     group: int,
     generators: Sequence[torch.Generator],
     accelerator: Accelerator,
@@ -92,18 +86,18 @@ def loss(
 
     Its gradient is the policy gradient, one step of the sampler after the other: those of all steps but the last are
     added to the weights on the way, that of the last by going back through the result. So one step's graph is held at a
-    time. `model` is the policy's as `accelerator` prepared it. Raises `ValueError` for a reward that is not finite, and
-    where no step draws noise.
+    time. `model` is the policy's as `accelerator` prepared it; rewards are multiplied by the task's scale. Raises
+    `ValueError` for a reward that is not finite, and where no step draws noise.
     """
-    chain = Chain(base, prompts, sampling)
+    policy, kl, chain = task.policy, task.kl, Chain(task.base, prompts, task.sampling)
     path = list(chain.walk(model, generators))
     with torch.no_grad():
-        rewards = scored(reward, decode(base, path[-1].after), prompts)
+        rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
     advantage = advantages(rewards, group, normalized=kl == 0)
     value, surrogate = -rewards.mean(), rewards.new_zeros(())
     decisions = [step for step in path if step.is_random]
     if not decisions:
-        raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
+        raise ValueError(f"no step of {task.sampling} draws noise: take 2 steps or more")
     for step in decisions:
         last = step is decisions[-1]
         # Processes exchange gradients once, with the last step; divided ones each time, instead of holding a whole one.
@@ -129,8 +123,8 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
     sampler is `sampling`'s at full noise (see `Chain`), and with guidance it is the guided prediction that decides. A
     last step without noise decides nothing: it counts as part of the reward, its gradient is left out.
 
-    λ_KL is in points of the reward per nat. At 0 there is nothing to weigh the reward against, and advantages are
-    normalised per prompt, as in DDPO. Otherwise they stay in points, as in DPOK, whose KL gradient is that of every
+    λ_KL is in points of the scaled reward per nat. At 0 there is nothing to weigh the reward against, and advantages
+    are normalised per prompt, as in DDPO. Otherwise they stay in points, as in DPOK, whose KL gradient is that of every
     step at the states that were drawn: how earlier steps change which states are drawn is left out, as in its paper.
 
     A prompt's samples are compared with one another alone and stay in one part of the batch, so that the result does
@@ -142,8 +136,7 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
         ValueError: a part of the batch that is not a multiple of `per_prompt`, at least 2; a sampler without noise; a
             reward that is not finite.
     """
-    base, policy, reward, sampling = task.base, task.policy, task.reward, task.sampling
-    kl, seed = task.kl, task.run.seed
+    policy, kl, seed, taught = task.policy, task.kl, task.run.seed, task.with_dropout()
     accelerator = task.run.accelerator or Accelerator(cpu=True)
     _check_parts(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
 
@@ -152,17 +145,17 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
         rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
         texts = [task.prompts[row] for row in rows for _ in range(group)]
         generators = row_generators(seed, positions, "path")
-        return loss(base, policy, model, texts, reward, kl, sampling, group, generators, accelerator)
+        return loss(taught, model, texts, group, generators, accelerator)
 
     def held_out_loss(model: nn.Module) -> float:
         total = 0.0
         for places in passes(len(task.held_out), task.per_pass):
             texts = task.held_out[places.start : places.stop]
-            chain = Chain(base, texts, sampling)
+            chain = Chain(task.base, texts, task.sampling)
             for step in chain.walk(model, row_generators(seed, places, "held out")):
                 if kl:
                     total += kl * divergence(chain, policy, step, model).sum().item()
-            total -= scored(reward, decode(base, step.after), texts).sum().item()
+            total -= task.scale * scored(task.reward, decode(task.base, step.after), texts).sum().item()
         return total / len(task.held_out)
 
     return train(policy.model, objective, held_out_loss, task.plan, run=replace(task.run, accelerator=accelerator))

@@ -7,8 +7,9 @@ from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
-SDXL, SD15 = "stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD14 = "CompVis/stable-diffusion-v1-4"
+SDXL, SD14 = "stabilityai/stable-diffusion-xl-base-1.0", "CompVis/stable-diffusion-v1-4"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+"""A copy of `runwayml/stable-diffusion-v1-5`, which has gone from the hub."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,10 @@ class Preset:
     resolution: int
     cache: bool = True
     """Whether pairs are encoded once, before training, or anew in every step."""
+    flip: bool = False
+    """Whether the pictures of pairs are mirrored by chance: once where they are cached."""
     betas: tuple[float, ...] = ()
-    """Strengths to align at: β of Diffusion-DPO and reward-weighted denoising, λ_KL of the others."""
+    """Strengths to align at: β of methods on pairs and of reward-weighted denoising, λ_KL of the others."""
     rate_times_beta: float | None = None
     """The learning rate is this over β, in place of the plan's: for small models that are trained until it is flat."""
     lora_rank: int | None = None
@@ -60,22 +63,37 @@ class Preset:
         return {key: value for key, value in asdict(self).items() if value not in (None, "", {}, ())}
 
 
-_NOT_PUBLISHED = (
-    "Not published: optimizer settings (here AdamW's defaults with weight decay 0.01), LoRA or full weights (here "
-    "all), mixed precision (here fp16), whether the rate was multiplied by the batch (here it was not)."
+_DPO_NOTES = (
+    "Table 4 prints a rate of 1e-8, that of Diffusion-DPO's launchers (SalesforceAIResearch/DiffusionDPO), which "
+    "multiply it by GPUs x batch x accumulation (--scale_lr), as is done here: as it is, it teaches almost nothing. "
+    "From the same script and not from Table 4: all weights, fp16, weight decay 0.01, gradients clipped to 1, 20% of "
+    "the prompts dropped, each picture mirrored with probability ½ (once, where pairs are cached; latents are means of "
+    "the VAE's distribution, where the script draws from it)"
 )
 _DRAFT_NOTES = (
-    "Trained for 4 hours on 8 H100; the number of steps is not published (here 10,000), nor the LoRA's rank (here 64). "
-    "The strengths are λ_KL; 0 is DRaFT without KL. 50,000 prompts of Pick-a-Pic (--count 50000 draws as many). The "
-    "paper trains on HPSv2 and on PickScore (--reward pickscore)."
+    "Batch, rate, clipping and precision are the paper's (A.7.1): 4 hours on 8 H100. From its authors' code "
+    "(NVIDIA/NeMo-Aligner) and not from the paper: a LoRA of rank 32, 10,000 steps, weight decay 0.0005, λ_KL times a "
+    "mean over the elements of a latent where equation 4 prints a sum, rewards times the CLIP model's logit scale of "
+    "100. That code clips to 10 and averages weights by 0.9999; here it is done as the paper says. 50,000 prompts of "
+    "Pick-a-Pic (--count 50000 draws as many). The paper trains on HPSv2 and on PickScore (--reward pickscore). "
+    "λ_KL = 0 is DRaFT without KL."
 )
+_UNSCALED, _SCALED = ({"reward_scale": scale, "reward_dropout": 0.0} for scale in (1.0, 100.0))
 _NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
 
 _PLAIN = TrainingPlan(
     steps=1000, learning_rate=1e-5, warmup=0, adam_betas=(0.9, 0.999), average=0.0, checkpoint_seconds=600
 )
-_DPO = replace(_PLAIN, learning_rate=1e-8, weight_decay=0.01, accumulate=64)
-_DRAFT = replace(_PLAIN, steps=10_000, learning_rate=2.5e-4, accumulate=4, max_norm=0.1, evaluate_every=250)
+_DPO = replace(_PLAIN, weight_decay=0.01, accumulate=64)
+_DRAFT = replace(
+    _PLAIN,
+    steps=10_000,
+    learning_rate=2.5e-4,
+    weight_decay=0.0005,
+    accumulate=4,
+    max_norm=0.1,
+    evaluate_every=250,
+)
 _START = replace(_PLAIN, steps=2000, learning_rate=1e-4, warmup=100, accumulate=16)
 
 _DERADIFF = Preset(
@@ -83,13 +101,15 @@ _DERADIFF = Preset(
     method="dpo",
     base=SD15,
     data="pickapic-v1",
-    plan=replace(_DPO, steps=2000, warmup=500),
+    plan=replace(_DPO, steps=2000, warmup=500, learning_rate=1e-8 * 64),
     batch=64,
     resolution=512,
+    flip=True,
+    prompt_dropout=0.2,
     betas=(500, 1000, 2000, 5000, 8000, 10_000),
     precision="fp16",
     sampling={"scheduler": "euler-a", "steps": 50, "guidance_scale": 7.5},
-    notes="1 GPU x batch 1 x 64 accumulated. " + _NOT_PUBLISHED,
+    notes=f"1 GPU x batch 1 x 64 accumulated. {_DPO_NOTES}, AdamW.",
 )
 _AIG = Preset(
     source="Annealed Importance Guidance, §4 and A.7.1",
@@ -100,11 +120,11 @@ _AIG = Preset(
     batch=32,
     resolution=512,
     betas=(0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0),
-    lora_rank=64,
+    lora_rank=32,
     precision="bf16",
     sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 7.5},
     reward="hps-v2.0",
-    options={"keep": 1},
+    options={"keep": 1, **_SCALED},
     notes=_DRAFT_NOTES,
 )
 _OURS = Preset(
@@ -119,7 +139,7 @@ _OURS = Preset(
     precision="bf16",
     sampling={"scheduler": "ddim", "steps": 50, "guidance_scale": 5.0},
     reward="pickscore",
-    options={"per_prompt": 4},
+    options={"per_prompt": 4, **_UNSCALED},
     notes=_NOT_IN_THE_PAPERS,
 )
 _DIGITS = Preset(
@@ -145,12 +165,16 @@ PRESETS: dict[str, Preset] = {
     "deradiff-sdxl": replace(
         _DERADIFF,
         base=SDXL,
-        plan=replace(_DPO, steps=30_000, warmup=200, evaluate_every=500),
+        plan=replace(
+            _DPO, steps=30_000, warmup=200, learning_rate=1e-8 * 128, optimizer="adafactor", evaluate_every=500
+        ),
         batch=128,
         resolution=1024,
+        gradient_checkpointing=True,
         vae="madebyollin/sdxl-vae-fp16-fix",
         sampling={"scheduler": "euler-a", "steps": 50, "guidance_scale": 5.0},
-        notes="2 GPUs x batch 1 x 64 accumulated; appendix A.6 aligns at 250 to 2000 as well. " + _NOT_PUBLISHED,
+        notes="2 GPUs x batch 1 x 64 accumulated; appendix A.6 aligns at 250 to 2000 as well. "
+        f"{_DPO_NOTES}, Adafactor and gradient checkpointing.",
     ),
     "deradiff-sd15": _DERADIFF,
     "aig-sdxl": replace(
@@ -158,17 +182,57 @@ PRESETS: dict[str, Preset] = {
         base=SDXL,
         resolution=1024,
         sampling={"scheduler": "euler", "steps": 25, "guidance_scale": 5.0},
-        notes="Sampled with EDM, of an order and noise levels that are not published; here with Euler. " + _DRAFT_NOTES,
+        notes="The paper samples with EDM; its authors' code with Euler's first order on the model's own noise levels. "
+        + _DRAFT_NOTES,
     ),
     "aig-sd14": _AIG,
+    "mapo": replace(
+        _DERADIFF,
+        source="Hong et al. 2024, arXiv 2406.06424, the launcher of mapo-t2i/mapo",
+        method="mapo",
+        base=SDXL,
+        data="pickapic-v2",
+        plan=replace(_PLAIN, steps=2000, weight_decay=0.01, accumulate=2, optimizer="adamw8bit"),
+        batch=16,
+        resolution=1024,
+        prompt_dropout=0.0,
+        betas=(0.1,),
+        gradient_checkpointing=True,
+        vae="madebyollin/sdxl-vae-fp16-fix",
+        sampling={"scheduler": "euler", "steps": 50, "guidance_scale": 5.0},
+        notes="The launcher's figures, for one GPU and a small set of pairs; those of the published model it does not "
+        "give.",
+    ),
+    "alignprop": replace(
+        _OURS,
+        source="Prabhudesai et al. 2023, arXiv 2310.03739, and mihirp1998/AlignProp",
+        method="alignprop",
+        plan=replace(_PLAIN, learning_rate=1e-3, weight_decay=1e-4, accumulate=16),
+        batch=128,
+        betas=(0.0,),
+        lora_rank=4,
+        precision="fp16",
+        reward="hps-v2.0",
+        options={"window": (1, 49), **_UNSCALED},
+        notes="Rate, weight decay, batch and sampling are the code's, but for its η = 1 (here 0); the window is that "
+        "of its `uniform`; its default lies around the last 8 steps. Rank and number of steps are deradiff's own.",
+    ),
     "refl": replace(
         _OURS,
-        source="Xu et al. 2023, arXiv 2304.05977, Algorithm 1",
+        source="Xu et al. 2023, arXiv 2304.05977, Algorithm 1, and the launcher of THUDM/ImageReward",
         method="refl",
-        sampling={"scheduler": "ddim", "steps": 40, "guidance_scale": 7.5},
+        base=SD14,
+        plan=replace(_PLAIN, steps=100, weight_decay=0.01, accumulate=4, average=0.9999),
+        lora_rank=None,
+        precision="fp16",
+        gradient_checkpointing=True,
+        sampling={"scheduler": "ddpm", "steps": 40, "guidance_scale": 1.0},
         reward="image-reward",
-        options={"window": (30, 39), "ceiling": 2.0},
-        notes="Published: one of the last ten of 40 steps, ImageReward up to 2. " + _NOT_IN_THE_PAPERS,
+        betas=(0.0,),
+        options={"window": (31, 40), "ceiling": 2.0, "pretraining": 0.0, **_UNSCALED},
+        notes="As launched, 8 GPUs x batch 2 x 4 accumulated; the prompts are in that repository (--data). The paper's "
+        "pre-training loss is not in that code: --pretraining 1000 weighs it as the paper does, over the model's own "
+        "samples.",
     ),
     "rwr": replace(
         _OURS,
@@ -181,8 +245,17 @@ PRESETS: dict[str, Preset] = {
     "ddpo": _OURS,
     # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
     "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
-    "digits-draft": replace(_DIGITS_BY_REWARD, method="draft", betas=(1e-4,), options={"keep": 1}),
-    "digits-refl": replace(_DIGITS_BY_REWARD, method="refl", betas=(0.03,), options={"window": (19, 24)}),
+    "digits-mapo": replace(_DIGITS, method="mapo", betas=(0.1,), prompt_dropout=0.1),
+    "digits-draft": replace(_DIGITS_BY_REWARD, method="draft", betas=(2.0,), options={"keep": 1, **_SCALED}),
+    "digits-alignprop": replace(
+        _DIGITS_BY_REWARD, method="alignprop", betas=(2.0,), options={"window": (1, 25), **_SCALED}
+    ),
+    "digits-refl": replace(
+        _DIGITS_BY_REWARD,
+        method="refl",
+        betas=(1000.0,),
+        options={"window": (20, 25), "pretraining": 0.0, **_SCALED},
+    ),
     "digits-rwr": replace(
         _DIGITS,
         method="rwr",
@@ -191,7 +264,9 @@ PRESETS: dict[str, Preset] = {
         prompt_dropout=0.1,
         options={"per_prompt": 16},
     ),
-    "digits-ddpo": replace(_DIGITS_BY_REWARD, method="ddpo", batch=64, betas=(0.005,), options={"per_prompt": 4}),
+    "digits-ddpo": replace(
+        _DIGITS_BY_REWARD, method="ddpo", batch=64, betas=(0.005,), options={"per_prompt": 4, **_UNSCALED}
+    ),
 }
 """By name: `deradiff align --show-preset NAME` prints one."""
 
@@ -199,13 +274,14 @@ PRESETS: dict[str, Preset] = {
 def usual(base: str | None, method: str) -> Preset:
     """What `method` starts from where no preset is named: that of a world that ships, or the plainest way to train.
 
-    All weights in float32 at a constant rate, nothing accumulated; sampler and options are those of the method's first
-    preset.
+    All weights in float32 at a constant rate, nothing accumulated, pictures as they are; sampler and options are those
+    of the method's first preset.
     """
     of_method = [preset for preset in PRESETS.values() if preset.method == method]
     if world := find(base):
         return next(preset for preset in of_method if preset.base == world.name)
-    return replace(of_method[0], betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
+    plain = replace(of_method[0], betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
+    return replace(plain, flip=False, gradient_checkpointing=False)
 
 
 def preset(name: str) -> Preset:

@@ -156,10 +156,8 @@ def _download(repo: str, file: str) -> Path:
         with from_the_hub(f"{file} of {repo}"):
             return Path(hf_hub_download(repo, file, repo_type="dataset"))
     except OSError as error:
-        raise OSError(
-            f"{file} of {repo} cannot be fetched from the hub ({error}): check the connection, or download it "
-            "elsewhere and name the file"
-        ) from error
+        cure = _gate(repo, error) or "check the connection, or download it elsewhere and name the file"
+        raise OSError(f"{file} of {repo} cannot be fetched from the hub ({error}): {cure}") from error
 
 
 def hub_dataset(repo: str, split: str, revision: str | None = None, columns: list[str] | None = None) -> Any:
@@ -175,11 +173,14 @@ def hub_dataset(repo: str, split: str, revision: str | None = None, columns: lis
     try:
         return load_dataset(repo, split=split, revision=revision, streaming=True, **chosen)
     except OSError as error:
-        removed = hub.instead_of(repo)
-        raise OSError(
-            f"the dataset {repo} cannot be reached ({error}){removed}. Check its name and the connection; if it is "
-            f"gated, {hub.how_to_enter(repo, 'dataset')}; or download its Parquet files and name their folder"
-        ) from error
+        elsewhere = "check its name and the connection, or name a folder with a copy of its Parquet files"
+        cure = _gate(repo, error) or elsewhere
+        raise OSError(f"the dataset {repo} cannot be reached ({error}){hub.instead_of(repo)}: {cure}") from error
+
+
+def _gate(repo: str, error: OSError) -> str:
+    """How to be let in where a dataset asks for it; otherwise nothing. (`datasets` has only words for it.)"""
+    return hub.how_to_enter(repo, "dataset") if "gated" in f"{type(error).__name__} {error}".lower() else ""
 
 
 def _of_captions(repo: str, split: str) -> Iterator[Entry]:

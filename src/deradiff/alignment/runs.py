@@ -116,6 +116,7 @@ def load_base(settings: Preset) -> Any:
     else:
         with reading_model(settings.vae):
             pipe.vae = AutoencoderKL.from_pretrained(settings.vae)
+        pipelines.require_weights(settings.vae, {"vae": pipe.vae})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

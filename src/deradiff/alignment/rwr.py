@@ -28,6 +28,29 @@ class ReferenceSamples:
     prompts: Sequence[str]
 
 
+class Denoising:
+    """The denoising loss (Ho et al. 2020) of samples of `base`; prompts are encoded once, `per_pass` at a time."""
+
+    def __init__(self, base: Base, samples: ReferenceSamples, per_pass: int = 128) -> None:
+        self._base, self._latents = base, samples.latents
+        places = {text: place for place, text in enumerate(dict.fromkeys(samples.prompts))}
+        self._numbers = torch.tensor([places[text] for text in samples.prompts])
+        self._told = EncodedPrompts.of(base.encode_prompts, list(places), lambda: base.encode_prompts([""]), per_pass)
+
+    def errors(
+        self, model: nn.Module, rows: Sequence[int], dropout: float | int, generators: Sequence[torch.Generator]
+    ) -> Float[Tensor, " batch"]:
+        """The error of `model` on some samples, each noised by its generator; a share of the prompts is dropped."""
+        base, device = self._base, self._base.denoiser.device
+        chosen = torch.tensor(rows)
+        clean = self._latents[chosen].to(device, torch.float32)
+        noise, timesteps, dropped = base.noise_of(generators, clean.shape[1:], dropout)
+        noise, timesteps = noise.to(device), timesteps.to(device)
+        conditions = self._told.rows(self._numbers[chosen], dropped, device)
+        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
+        return squared_error(prediction.float(), base.target(clean, noise, timesteps))
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -86,7 +109,7 @@ def train_rwr(
     per_pass: int = 128,
     run: TrainingRun,
 ) -> LossCurve:
-    """Train `policy` on the denoising loss (Ho et al. 2020) over `samples` drawn by their `weights`, `batch` a step.
+    """Train `policy` on the denoising loss over `samples` drawn by their `weights`, `batch` a step.
 
     The last `held_out` samples are not trained on; their weighted loss tells when it is done. A share `dropout` of the
     prompts is dropped in training. Raises `ValueError` where samples, prompts and weights do not match, where nothing
@@ -99,29 +122,15 @@ def train_rwr(
         raise ValueError(f"{held_out} of {count} samples cannot be held out: hold out 1 or more, and leave some")
     if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights[:-held_out].sum() > 0:
         raise ValueError("weights must be finite and not negative, and not all of them zero")
-    places, trained_on = {text: place for place, text in enumerate(dict.fromkeys(samples.prompts))}, count - held_out
-    told = EncodedPrompts.of(base.encode_prompts, list(places), lambda: base.encode_prompts([""]), per_pass)
-    numbers = torch.tensor([places[text] for text in samples.prompts])
-
-    def denoising(
-        model: nn.Module, rows: Sequence[int], share: float | int, generators: Sequence[torch.Generator]
-    ) -> Float[Tensor, " batch"]:
-        device = base.denoiser.device
-        chosen = torch.tensor(rows)
-        clean = samples.latents[chosen].to(device, torch.float32)
-        noise, timesteps, dropped = base.noise_of(generators, clean.shape[1:], share)
-        noise, timesteps = noise.to(device), timesteps.to(device)
-        conditions = told.rows(numbers[chosen], dropped, device)
-        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
-        return squared_error(prediction.float(), base.target(clean, noise, timesteps))
+    denoising, trained_on = Denoising(base, samples, per_pass), count - held_out
 
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(batch))
-        return denoising(model, pick(weights[:trained_on], generators), dropout, generators).mean()
+        return denoising.errors(model, pick(weights[:trained_on], generators), dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
         chunks = (range(trained_on, count)[rows.start : rows.stop] for rows in passes(held_out, per_pass))
-        errors = [denoising(model, rows, 0, row_generators(run.seed, rows, "held out")) for rows in chunks]
+        errors = [denoising.errors(model, rows, 0, row_generators(run.seed, rows, "held out")) for rows in chunks]
         return weighted_mean(torch.cat(errors).double().cpu(), weights[trained_on:]).value
 
     return train(policy.model, loss, held_out_loss, plan, run=run)

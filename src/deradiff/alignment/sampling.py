@@ -55,10 +55,10 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class DifferentiatedStep:
-    """A step that gradients go through: what the denoiser saw, and its prediction without guidance."""
+    """A step that gradients go through: what the denoiser saw, and the prediction that the step was taken with."""
 
     noisy: Float[Tensor, "batch *latent"]
-    timesteps: Shaped[Tensor, " batch"]
+    timestep: Shaped[Tensor, ""]
     prediction: Float[Tensor, "batch *latent"]
 
 
@@ -97,33 +97,6 @@ def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
     if resolution is None or not base.is_xl:
         return None
     return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(count, 6)
-
-
-@dataclass(frozen=True)
-class PromptedModel:
-    """A denoiser that was told what to draw, a row of `prompted` for each sample, or for each of as many blocks.
-
-    `unprompted` is needed where there is guidance, at a scale above 1.
-    """
-
-    base: Base
-    denoiser: nn.Module
-    prompted: Conditions
-    unprompted: Conditions | None
-    guidance_scale: float
-
-    def both(self, noisy: Float[Tensor, "batch *latent"], t: Shaped[Tensor, ""]) -> tuple[Tensor, Tensor]:
-        """The guided prediction at latents as the scheduler scales them, and the one without guidance."""
-        guided = self.guidance_scale > 1 and self.unprompted is not None
-        told = together(self.unprompted, self.prompted) if guided and self.unprompted is not None else self.prompted
-        doubled = torch.cat([noisy, noisy]) if guided else noisy
-        times = len(doubled) // len(next(iter(told.values())))
-        rows = {name: row.repeat_interleave(times, 0) if times > 1 else row for name, row in told.items()}
-        at = t.expand(len(doubled)).to(noisy.device)
-        # Latents stay in single precision whatever the denoiser's is: a scheduler's steps are small.
-        exact = at_least_single(self.base.predict(self.denoiser, doubled.to(self.base.denoiser.dtype), at, rows))
-        with_prompt = exact[len(noisy) :] if guided else exact
-        return torch.lerp(exact[: len(noisy)], with_prompt, self.guidance_scale) if guided else exact, with_prompt
 
 
 def sample(
@@ -165,10 +138,13 @@ def sample(
     timesteps = scheduler.timesteps[:until]
     if not 0 <= keep <= len(timesteps):
         raise ValueError(f"gradients through {keep} of {len(timesteps)} steps: name 0 to {len(timesteps)}")
-    guided = sampling.guidance_scale > 1
-    if guided and unprompted is None:
+    if sampling.guidance_scale > 1 and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    model = PromptedModel(base, denoiser, prompted, unprompted, sampling.guidance_scale)
+    known = together(unprompted if sampling.guidance_scale > 1 else None, prompted)
+
+    def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        return guided(base, denoiser, noisy, timestep, known, sampling.guidance_scale)
+
     latents, differentiated = noise * scheduler.init_noise_sigma, []
     draws = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if draws and generators else {}
@@ -177,10 +153,9 @@ def sample(
         with torch.set_grad_enabled(last and torch.is_grad_enabled()):
             noisy = scheduler.scale_model_input(latents, t)
             recomputed = checkpointing and torch.is_grad_enabled()
-            predictions = checkpoint(model.both, noisy, t, use_reentrant=False) if recomputed else model.both(noisy, t)
-            prediction, with_prompt = predictions
+            prediction = checkpoint(predict, noisy, t, use_reentrant=False) if recomputed else predict(noisy, t)
             if last:
-                differentiated.append(DifferentiatedStep(noisy, t.expand(len(noisy)).to(noisy.device), with_prompt))
+                differentiated.append(DifferentiatedStep(noisy, t, prediction))
             moved = scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:
@@ -190,9 +165,31 @@ def sample(
     return Sampled(latents, differentiated)
 
 
-def together(first: Conditions, second: Conditions) -> Conditions:
-    """The rows of both, in this order."""
-    return {name: torch.cat([first[name], second[name]]) for name in first}
+def together(unprompted: Conditions | None, prompted: Conditions) -> Conditions:
+    """What `guided` asks for: the rows of both in this order, or those of `prompted` alone."""
+    return {name: torch.cat([unprompted[name], rows]) if unprompted else rows for name, rows in prompted.items()}
+
+
+def guided(
+    base: Base,
+    denoiser: nn.Module,
+    noisy: Float[Tensor, "batch *latent"],
+    timestep: Shaped[Tensor, ""],
+    known: Conditions,
+    guidance_scale: float,
+) -> Float[Tensor, "batch *latent"]:
+    """`ε(x_t) + w (ε(x_t, c) - ε(x_t))` for guidance w > 1 (Ho and Salimans 2022), else `ε(x_t, c)`.
+
+    `known` is `together` of what the denoiser is told. In single precision at least, whatever the denoiser's is: a
+    scheduler's steps are small.
+    """
+    shown = torch.cat([noisy, noisy]) if guidance_scale > 1 else noisy
+    at = timestep.expand(len(shown)).to(shown.device)
+    predicted = at_least_single(base.predict(denoiser, shown.to(base.denoiser.dtype), at, known))
+    if guidance_scale == 1:
+        return predicted
+    without_prompt, with_prompt = predicted.chunk(2)
+    return torch.lerp(without_prompt, with_prompt, guidance_scale)
 
 
 def decode(

@@ -33,7 +33,7 @@ class TrainingPlan:
     cosine: int | None = None
     weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.99)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
     accumulate: int = 1
     max_norm: float = 1.0
     average: float = 0.999

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from deradiff.alignment.base import Base, Conditions
-from deradiff.alignment.data_order import DataOrder, order
+from deradiff.alignment.data_order import DataOrder, order, row_generators
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, LatentCache
 from deradiff.alignment.pair_rows import PreferencePair
@@ -47,13 +47,20 @@ class CachedPairs:
 class EncodedPairs:
     """Pairs decoded and encoded as they are needed, of a folder or a stream: for data that no disk holds as latents.
 
-    Held-out pairs are encoded once, at the start. `processes` share every batch (see `data_order.DataOrder`).
+    Held-out pairs are encoded once, at the start; with `flip` the others are mirrored by chance, anew in every step
+    (see `image_transforms.pair_pixels`). `processes` share every batch (see `data_order.DataOrder`).
     """
 
     def __init__(
-        self, base: Base, source: PairFolder | PairStream, resolution: int, seed: int, processes: int = 1
+        self,
+        base: Base,
+        source: PairFolder | PairStream,
+        resolution: int,
+        seed: int,
+        processes: int = 1,
+        flip: bool = False,
     ) -> None:
-        self._base, self._resolution, self._processes = base, resolution, processes
+        self._base, self._resolution, self._processes, self._seed, self._flip = base, resolution, processes, seed, flip
         self._order = DataOrder(source, seed)
         self.training = len(source) - source.held_out_rows if isinstance(source, PairFolder) else None
         self._empty = {name: value.cpu() for name, value in base.encode_prompts([""]).items()}
@@ -62,9 +69,9 @@ class EncodedPairs:
 
     def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """This part of the step's `size` pairs; parts have to be asked for in their order."""
-        part.positions(size)
-        micro_batch = size * self._processes // part.of
-        return self._encoded(self._order.take(micro_batch, part.index % self._processes, self._processes))
+        positions, micro_batch = part.positions(size), size * self._processes // part.of
+        pairs = self._order.take(micro_batch, part.index % self._processes, self._processes)
+        return self._encoded(pairs, row_generators(self._seed, positions, "flip") if self._flip else None)
 
     def held_out_batch(self, places: range) -> CachedBatch:
         """Some of the held-out pairs."""
@@ -84,8 +91,13 @@ class EncodedPairs:
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def _encoded(self, pairs: Sequence[PreferencePair]) -> CachedBatch:
-        views = [pair_pixels(pair, self._resolution) for pair in pairs]
+    def _encoded(
+        self, pairs: Sequence[PreferencePair], chances: Sequence[torch.Generator | None] | None = None
+    ) -> CachedBatch:
+        views = [
+            pair_pixels(pair, self._resolution, flip=chance is not None, generator=chance)
+            for pair, chance in zip(pairs, chances or [None] * len(pairs), strict=True)
+        ]
         latents = self._base.encode_images(torch.cat([view.pixels for view in views])).unflatten(0, (-1, 2)).cpu()
         texts = [pair.prompt for pair in pairs]
         prompts = {name: value.cpu() for name, value in self._base.encode_prompts(texts).items()}

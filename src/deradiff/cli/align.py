@@ -26,7 +26,7 @@ def align(
     ] = Path("aligned"),
     beta: Annotated[str | None, training_option("--beta", help="Strengths, one anchor each: 500,1000,2000.")] = None,
     method: Annotated[
-        Literal["dpo", "draft", "refl", "rwr", "ddpo"] | None,
+        Literal["dpo", "mapo", "draft", "alignprop", "refl", "rwr", "ddpo"] | None,
         training_option(help="How to align; the preset's, or dpo."),
     ] = None,
     preset: Annotated[
@@ -38,8 +38,8 @@ def align(
     data: Annotated[
         str | None,
         data_option(
-            help="Preference pairs for dpo: a folder, Parquet, pickapic-v1, pickapic-v2, a hub dataset. Prompts for "
-            "the others: a file, partiprompts, hpdv2, pickapic-v1, ... `own`: the digits' own."
+            help="Preference pairs for dpo and mapo: a folder, Parquet, pickapic-v1, pickapic-v2, a hub dataset. "
+            "Prompts for the others: a file, partiprompts, hpdv2, pickapic-v1, ... `own`: the digits' own."
         ),
     ] = None,
     count: Annotated[
@@ -51,6 +51,9 @@ def align(
     cache: Annotated[
         bool, data_option("--cache/--no-cache", help="Encode all pairs once, beforehand, or anew in every step.")
     ] = True,
+    flip: Annotated[
+        bool, data_option("--flip/--no-flip", help="dpo, mapo: mirror pictures by chance, in a cache once.")
+    ] = False,
     resolution: Annotated[int | None, data_option(min=8, help="Side of the pictures.")] = None,
     held_out: Annotated[
         int | None, data_option(min=1, help="Pairs, prompts or samples that only measure progress.")
@@ -58,7 +61,7 @@ def align(
     reward: Annotated[
         str | None,
         reward_option(
-            help="What draft, refl, rwr and ddpo maximise: pickscore, hps-v2.0, hps-v2.1, clip, aesthetic, "
+            help="What the methods without pairs maximise: pickscore, hps-v2.0, hps-v2.1, clip, aesthetic, "
             "image-reward, with =FOLDER for local weights; digits, bold, ink, legible, colours for the digits."
         ),
     ] = None,
@@ -67,9 +70,24 @@ def align(
     ] = None,
     window: Annotated[
         str | None,
-        reward_option(help="refl: sampling stops after so many steps at random, FIRST,LAST.", metavar="FIRST,LAST"),
+        reward_option(
+            help="A number of steps drawn from FIRST to LAST: refl stops sampling after it, alignprop's gradients go "
+            "through the last so many.",
+            metavar="FIRST,LAST",
+        ),
     ] = None,
     ceiling: Annotated[float | None, reward_option(help="refl: rewards above this count as this, in points.")] = None,
+    reward_scale: Annotated[
+        float | None,
+        reward_option(help="Multiplies the reward that λ_KL is weighed against; 100 is a CLIP model's logit scale."),
+    ] = None,
+    reward_dropout: Annotated[
+        float | None, reward_option(min=0, max=0.999, help="Share of the reward's parameters at zero in each call.")
+    ] = None,
+    pretraining: Annotated[
+        float | None,
+        reward_option(min=0, help="refl: add the denoising loss of the model's own samples, so many times."),
+    ] = None,
     per_prompt: Annotated[int | None, reward_option(min=2, help="rwr, ddpo: samples of every prompt.")] = None,
     sampling_steps: Annotated[int | None, reward_option(min=1, help="Steps of the sampler in training.")] = None,
     guidance_scale: Annotated[float | None, reward_option(min=1, help="Guidance of the sampler in training.")] = None,
@@ -83,7 +101,7 @@ def align(
         Literal["constant", "cosine"] | None, training_option(help="The rate after the warm-up.")
     ] = None,
     optimizer: Annotated[
-        Literal["adamw", "adamw8bit"] | None, training_option(help="adamw8bit needs bitsandbytes.")
+        Literal["adamw", "adamw8bit", "adafactor"] | None, training_option(help="adamw8bit needs bitsandbytes.")
     ] = None,
     ema: Annotated[
         float | None,
@@ -101,7 +119,7 @@ def align(
 ) -> None:
     """Align a model, once per strength: anchors that λ then turns.
 
-    dpo: Diffusion-DPO on preference pairs. draft, refl: the gradient of a reward. rwr: the model's own samples,
+    dpo, mapo: preference pairs. draft, alignprop, refl: the gradient of a reward. rwr: the model's own samples,
     weighted by a reward. ddpo: policy gradients, for rewards without a gradient.
 
     Each anchor is OUT/beta-β: weights, a model card, the curve. On several GPUs or nodes: accelerate launch -m deradiff
@@ -122,7 +140,9 @@ def align(
             terminal.pass_on_warnings()
             from deradiff.alignment import runs
 
-            own = arguments.given(context, "keep", "ceiling", "per_prompt")
+            own = arguments.given(
+                context, "keep", "ceiling", "reward_scale", "reward_dropout", "pretraining", "per_prompt"
+            )
             own |= {} if window is None else {"window": _window(window)}
             sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
             settings = _settings(context, preset, base, schedule)
@@ -161,17 +181,18 @@ def _settings(context: arguments.Context, name: str | None, base: str | None, sc
 
     given = arguments.given
     wanted = given(context, "method", "data", "reward", "resolution", "held_out", "lora_rank", "batch", "precision")
-    wanted |= given(context, "gradient_checkpointing", "cache")
+    wanted |= given(context, "gradient_checkpointing", "cache", "flip")
     plan = given(context, "steps", "accumulate", "learning_rate", "warmup", "optimizer")
     if average := given(context, "ema"):
         plan["average"] = average["ema"]
     method = wanted.get("method")
     start = called(name) if name else usual(base, method or "dpo")
+    paired = start.method in ("dpo", "mapo")
     if method not in (None, start.method):
         raise ValueError(f"the preset {name} is for {start.method}; --method {method} has other settings")
     if name is None and not find(base):
         asked = {"data": wanted, "resolution": wanted, "batch": wanted, "steps": plan, "learning_rate": plan}
-        asked |= {} if start.method == "dpo" else {"reward": wanted}
+        asked |= {} if paired else {"reward": wanted}
         missing = [f"--{key.replace('_', '-')}" for key, known in asked.items() if key not in known]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
@@ -180,9 +201,10 @@ def _settings(context: arguments.Context, name: str | None, base: str | None, sc
         start = replace(start, options={key: value for key, value in start.options.items() if key != "ceiling"})
     if (world := find(start.base)) and wanted.get("resolution", world.resolution) != world.resolution:
         raise ValueError(f"{world.title} have {world.resolution} pixels a side: leave --resolution out")
-    if start.method != "dpo" and "cache" in wanted:
-        raise ValueError(f"--no-cache: {start.method} has no pairs to cache")
-    if start.method == "dpo" and wanted.get("data", start.data) != "own":
+    if not paired and (useless := {"cache", "flip"} & wanted.keys()):
+        given_as = ", ".join(f"--{'' if wanted[name] else 'no-'}{name}" for name in sorted(useless))
+        raise ValueError(f"{given_as}: {start.method} has no pairs")
+    if paired and wanted.get("data", start.data) != "own":
         wanted.setdefault("reward", None)
     if "lora_rank" in wanted:
         wanted["lora_rank"] = wanted["lora_rank"] or None

@@ -50,8 +50,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline of a folder, a hub id or a world that ships with deradiff (`digits`), with `scheduler`.
 
-    Raises `OSError` for a model that cannot be found or read, `ValueError` for a scheduler that does not fit it and for
-    a revision of a model that is not on the hub.
+    Raises `OSError` for a model that cannot be found or read, `ValueError` for one that lacks weights, a scheduler that
+    does not fit it and a revision of a model that is not on the hub.
     """
     require_on_hub(source, revision)
     if world := find(source):
@@ -62,9 +62,21 @@ def load_pipeline(
             pipe = DiffusionPipeline.from_pretrained(
                 source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
             )
+        require_weights(source, pipe.components)
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     return pipe
+
+
+def require_weights(source: str, parts: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a model of `source` lacks weights: diffusers leaves them without values, and warns."""
+    models = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    absent = [f"{name}.{key}" for name, model in models.items() for key, p in model.named_parameters() if p.is_meta]
+    if absent:
+        raise ValueError(
+            f"the model {source} is not whole: {len(absent)} weights are missing, {absent[0]} for one. Copy or "
+            "download it again"
+        )
 
 
 class _BakedRecord(Record):
