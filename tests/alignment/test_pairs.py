@@ -139,7 +139,8 @@ def test_what_is_missing_for_the_hub_is_said(monkeypatch: pytest.MonkeyPatch, tm
         raise OSError("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated to access it.")
 
     install(monkeypatch, gated)
-    with pytest.raises(OSError, match=naming("huggingface.co/datasets/yuvalkirstain/pickapic_v1", "hf auth login")):
+    page = "huggingface.co/datasets/pickapic-anonymous/pickapic_v1"
+    with pytest.raises(OSError, match=naming(page, "hf auth login")):
         open_pairs("pickapic-v1")
 
 
