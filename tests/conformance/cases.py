@@ -17,7 +17,7 @@ from torch import nn
 
 from adjustments import adjust_inputs, adjust_pipeline
 from arrays import Arrays, arrays_of, difference, equal, is_finite, largest
-from results import NotTried, described
+from results import TOLERANCE, NotTried, described
 
 Changes = Callable[[], dict[str, Any]]
 """Makes arguments of a call that take the place of the test's own; `dict` makes none."""
@@ -161,6 +161,12 @@ class Baseline:
     scale: float
     seconds: float
     """For one run."""
+    rounding: float
+    """How far the reference moves when the last bits of its denoiser do."""
+
+    def same(self, scale: float) -> float:
+        """What is the same, in units of `scale`: pipelines that clip or threshold make much of the last bits."""
+        return max(TOLERANCE, 10 * self.rounding / scale)
 
 
 def baseline(case: Case) -> Baseline:
@@ -183,7 +189,8 @@ def baseline(case: Case) -> Baseline:
             break
     if not scale > 1e-6:
         raise NotTried(f"another denoiser makes no other output (they differ by {scale:g})")
-    return Baseline(anchors, reference, anchor, scale, seconds)
+    rounding = difference(reference, case.run_with(with_other_last_bits(case.denoisers)))
+    return Baseline(anchors, reference, anchor, scale, seconds, rounding)
 
 
 def _first_run(case: Case) -> Arrays:
@@ -201,6 +208,18 @@ def _first_run(case: Case) -> Arrays:
                 problem = error
     why = "it returns nothing" if problem is None else described(problem)
     raise NotTried(f"the plain pipeline does not run: {why}") from problem
+
+
+def with_other_last_bits(denoisers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies of which about half of the weights are the next number in single precision."""
+    generator = torch.Generator().manual_seed(2)
+    others = copied(denoisers)
+    with torch.no_grad():
+        for weight in (weight for other in others.values() for weight in other.parameters()):
+            if weight.is_floating_point():
+                up = torch.rand(weight.shape, generator=generator) < 0.5
+                weight.copy_(torch.where(up, weight * (1 + 2**-23), weight))
+    return others
 
 
 def perturbed(denoisers: Mapping[str, nn.Module], strength: float) -> dict[str, nn.Module]:

@@ -14,11 +14,8 @@ import deradiff
 from arrays import Arrays, difference, equal, halves, is_twice
 from cases import Baseline, Case, Changes, copied
 from oracles import Oracles
-from progress import first_predictions, told_progress
-from results import TOLERANCE, Check, NotTried, Outcome, described
-
-ROUNDING = 1e-5
-"""Relative to the largest number among them, what is the same for predictions in single precision."""
+from progress import told_progress
+from results import Check, NotTried, Outcome, described
 
 SLOW = 1.5
 """Seconds for one run: beyond, checks that repeat what another has shown are left out."""
@@ -64,7 +61,9 @@ class Checks:
     def half(self) -> Check:
         """λ = ½."""
         self.dial.lam = 0.5
-        return self.oracles.judged(self.case.run(self.pipe), self.base.scale, both=True)
+        return self.oracles.judged(
+            self.case.run(self.pipe), self.base.scale, self.base.same(self.base.scale), both=True
+        )
 
     def remove(self) -> Check:
         """The pipeline as it was."""
@@ -97,17 +96,13 @@ class Checks:
         """The rows of a batch one by one, where there are two images or guidance makes two of one."""
         changes = dict if self.two is None or self._problem_with(self.two) else self.two
         with self.realigned(0.5) as (pipe, dial):
-            run = functools.partial(self.case.run, pipe, changes)
-            whole, predicted = first_predictions(pipe, dial, run)
+            whole = self.case.run(pipe, changes)
             dial.micro_batch = 1
-            parts, again = first_predictions(pipe, dial, run)
-        away = difference(whole, parts) / self.base.scale
-        first = float((again - predicted).abs().max() / predicted.abs().max())
-        numbers = {"first predictions": first}
-        # Networks sum a batch in another order than a row: later steps may make much of that where they clip.
-        if away < TOLERANCE or (first < ROUNDING and away < 100 * TOLERANCE):
-            return Check("passes", "", numbers, away)
-        return Check("wrong", f"{away:.1e} of the anchor's effect from the whole batch", numbers, away)
+            parts = self.case.run(pipe, changes)
+        away, same = difference(whole, parts) / self.base.scale, self.base.same(self.base.scale)
+        if away < same:
+            return Check("passes", "", {"the same": same}, away)
+        return Check("wrong", f"{away:.1e} of the anchor's effect from the whole batch", {"the same": same}, away)
 
     def _same(self, output: Arrays, expected: Arrays) -> Check:
         away = difference(output, expected) / self.base.scale
@@ -168,12 +163,12 @@ class Checks:
             "[1, ·]": difference(falling[0], halves(anchor)[0]) / scale,
             "[·, 0]": difference(falling[1], halves(reference)[1]) / scale,
         }
-        away = max(numbers.values())
-        if away >= TOLERANCE and self.images_depend(changes):
+        away, same = max(numbers.values()), self.base.same(scale)
+        if away >= same and self.images_depend(changes):
             raise NotTried("in the plain pipeline an image depends on the others of its batch")
-        judged = self.oracles.judged(half, scale, changes)
-        numbers |= judged.numbers
-        if away >= TOLERANCE:
+        judged = self.oracles.judged(half, scale, same, changes)
+        numbers |= judged.numbers | {"the same": same}
+        if away >= same:
             return Check("wrong", f"an image differs from what it is at its own λ by {away:.1e}", numbers, away)
         away = max(away, judged.difference or 0.0)
         return Check(judged.outcome, judged.why and f"both at ½: {judged.why}", numbers, away)

@@ -19,7 +19,7 @@ from arrays import Arrays, difference, equal, halves, is_twice
 from cases import Case, Changes
 from checks import SLOW, Checks
 from oracles import Oracles
-from results import TOLERANCE, Check, NotTried, described
+from results import Check, NotTried, described
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -63,6 +63,7 @@ class _LoraCheck:
                 break
         else:
             raise NotTried(f"no LoRA has an effect in the plain pipeline to measure by, at most {self.scale:.1e}")
+        self.same = checks.base.same(self.scale)
         self.oracles = _LoraOracles(self.case, {self.case.main: getattr(plain, self.case.main)}, self.path, self)
 
     def _loaded(self) -> Any:
@@ -93,7 +94,7 @@ class _LoraCheck:
             dial.lam = 1.0
             numbers["λ=1"] = difference(case.run(pipe), self.anchor) / self.scale
             dial.lam = 0.5
-            judged = self.oracles.judged(case.run(pipe), self.scale)
+            judged = self.oracles.judged(case.run(pipe), self.scale, self.same)
             numbers |= {"λ=½": judged.difference, "of": judged.numbers}
             if self.two is not None:
                 dial.lam = [0, 1]
@@ -101,7 +102,7 @@ class _LoraCheck:
         problems = [
             f"{name} is {away:.1e} of the LoRA's effect away"
             for name, away in numbers.items()
-            if isinstance(away, float) and not away < TOLERANCE
+            if isinstance(away, float) and not away < self.same
         ]
         if not equal(case.run(pipe), self.reference):
             problems.append("remove() leaves something of it")

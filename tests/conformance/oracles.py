@@ -21,7 +21,7 @@ from arrays import Arrays, difference
 from cases import Case, Changes, copied, scheduler_classes
 from lock_step import in_lock_step, of_posteriors, of_predictions
 from mixing import mixed
-from results import TOLERANCE, Check, NotTried, described
+from results import Check, NotTried, described
 
 Oracle = Literal["lock_step", "wrapper"]
 
@@ -55,8 +55,13 @@ class Oracles:
         modules = {name: mixed_module(own[name], anchor, HALF) for name, anchor in self.anchors.items()}
         return self.case.run(self.case.build(modules), changes)
 
-    def judged(self, output: Arrays, scale: float, changes: Changes = dict, *, both: bool = False) -> Check:
-        """Whether `output` is what the first oracle gives that can be had; where `both`, the other is told as well."""
+    def judged(
+        self, output: Arrays, scale: float, same: float, changes: Changes = dict, *, both: bool = False
+    ) -> Check:
+        """Whether `output` is what the first oracle gives that can be had; where `both`, the other is told as well.
+
+        Differences are in units of `scale`; those below `same` are none.
+        """
         numbers: dict[str, Any] = {}
         decided: float | None = None
         for name in self._oracles:
@@ -71,7 +76,7 @@ class Oracles:
             decided = numbers[name] if decided is None else decided
         if decided is None:
             raise NotTried("no oracle can be had: " + "; ".join(str(why) for why in numbers.values()))
-        if decided < TOLERANCE:
+        if decided < same:
             return Check("passes", numbers=numbers, difference=decided)
         return Check("wrong", f"{decided:.1e} of the anchor's effect from the oracle", numbers, decided)
 

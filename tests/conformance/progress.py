@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from arrays import Arrays
 from cases import Case, scheduler_classes
-from results import NotTried
 
 
 class Step(NamedTuple):
@@ -54,28 +51,6 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
         ]
         for run in runs.values()
     ]
-
-
-def first_predictions(pipe: Any, dial: Any, run: Callable[[], Arrays]) -> tuple[Arrays, Tensor]:
-    """What a run of the realigned `pipe` draws, and the models' guided predictions at its first step."""
-    own = pipe.scheduler.step
-    kept: list[Tensor] = []
-
-    @functools.wraps(own)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
-        if not kept and dial.last is not None:
-            kept.append(dial.last.predictions.double())
-        return output
-
-    pipe.scheduler.step = step
-    try:
-        drawn = run()
-    finally:
-        pipe.scheduler.step = own
-    if not kept:
-        raise NotTried("no step of the pipeline's own scheduler was seen")
-    return drawn, kept[0]
 
 
 def _watched(scheduler_class: Any, seen: Any) -> Any:

@@ -60,6 +60,7 @@ def _try(test_class: type, result: Result, save: Callable[[], None]) -> None:
         "compared": "latents" if case.latent else "outputs",
         "seconds a run": round(base.seconds, 2),
         "anchor's effect": base.scale,
+        "the same": base.same(base.scale),
     }
     two = two_images(case)
     if two is not None:

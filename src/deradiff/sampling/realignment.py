@@ -58,7 +58,8 @@ def realign(
     The pipeline is changed in place and used as before; the handle turns λ and undoes everything.
 
     Args:
-        pipe: a diffusers pipeline with a `unet` or `transformer`, the reference; or with several denoisers.
+        pipe: a diffusers pipeline with a `unet` or `transformer`, the reference; or with several denoisers. Tested are
+            PASSES of the COUNT pipeline classes that the tests of diffusers VERSION build (docs/tasks/pipelines.md).
         anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
             named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`). For a pipeline with several denoisers,
             as Wan 2.2's, either of these for each of them, `{"transformer": ..., "transformer_2": ...}`, of which what
@@ -79,8 +80,7 @@ def realign(
         batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
         anchor_device: a second device for the anchors' weights, where they stay and are evaluated while the reference
             is on its own; None puts them beside the reference. A LoRA has no weights to be put elsewhere.
-        reuse: carry predictions over between steps, at less than two evaluations a step and with an error: a `Reuse`,
-            or every how many steps all models are evaluated. None is exact.
+        reuse: carry predictions over between steps: a `Reuse`, or every how many steps all are evaluated; None is exact.
         tolerance: short for `Reuse(tolerance=...)`: the error that may be made, relative to λ's own effect.
         subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
         revision: the hub revision of the anchor.
