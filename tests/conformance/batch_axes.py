@@ -91,8 +91,15 @@ def table(results: Iterable[Result]) -> dict[str, dict[str, Any]]:
 
 
 def write_table(results: Iterable[Result], file: Path) -> None:
-    """Write it as the package has it."""
-    file.write_text(json.dumps(table(results), indent=1, sort_keys=True) + "\n")
+    """Write it as the package has it. What `file` already says of arguments that no result has seen stays."""
+    results = list(results)
+    seen = {(model, path) for result in results for model, paths in result.axes.items() for path in paths}
+    known = table(results)
+    for model, paths in (json.loads(file.read_text()) if file.exists() else {}).items():
+        unseen = {path: axis for path, axis in paths.items() if (model, path) not in seen and model not in NO_ROWS}
+        if unseen:
+            known[model] = unseen | known.get(model, {})
+    file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def _calls(case: Case, name: str, changes: Changes) -> list[tuple[int, Shapes]]:

@@ -59,7 +59,7 @@ def realign(
 
     Args:
         pipe: a diffusers pipeline with a `unet` or `transformer`, the reference; or with several denoisers. Tested are
-            PASSES of the COUNT pipeline classes that the tests of diffusers VERSION build (docs/tasks/pipelines.md).
+            203 of the 208 pipeline classes that the tests of diffusers 0.42.1 build (docs/tasks/pipelines.md).
         anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
             named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`). For a pipeline with several denoisers,
             as Wan 2.2's, either of these for each of them, `{"transformer": ..., "transformer_2": ...}`, of which what
