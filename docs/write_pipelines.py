@@ -96,7 +96,8 @@ def _reasons(pipelines: dict[str, Any], verdict: str) -> Iterator[str]:
 
 
 def _escaped(reason: str) -> str:
-    """A message as text: what stands in angle or square brackets is no markup."""
+    """A message as text, without the place in the code: what stands in brackets, or between stars, is no markup."""
+    reason = reason.partition(", in deradiff/")[0].partition(", in conformance/")[0]
     return reason.replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*").replace("_", "\\_")
 
 

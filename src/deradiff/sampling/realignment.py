@@ -80,7 +80,7 @@ def realign(
         batched: evaluate LoRA anchors and the reference in one forward pass where PEFT can; else one pass per model.
         anchor_device: a second device for the anchors' weights, where they stay and are evaluated while the reference
             is on its own; None puts them beside the reference. A LoRA has no weights to be put elsewhere.
-        reuse: carry predictions over between steps: a `Reuse`, or every how many steps all are evaluated; None is exact.
+        reuse: carry predictions over between steps: a `Reuse`, or every how many all are evaluated; None is exact.
         tolerance: short for `Reuse(tolerance=...)`: the error that may be made, relative to λ's own effect.
         subfolder: where in the anchor's folder or repository the denoiser lies, if not in the usual places.
         revision: the hub revision of the anchor.
