@@ -7,9 +7,8 @@ is exact but for the sampler's own steps, which it shares. Even cases may set th
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -253,15 +252,15 @@ def run(count: int, steps: int, samples: int, out: Path, workers: int) -> list[G
     (out / "cases").mkdir(exist_ok=True)
     cases = [GuidedCase.drawn(number, steps, samples) for number in range(count)]
     missing = [case for case in cases if not _file(out, case).exists()]
-    todos = [Todo(None, partial(_itself, case)) for case in missing]
-    with (
-        taken(out, "a comparison under guidance"),
-        terminal.progress("comparing") as on_step,
-        Processes(workers, partial(_store, out), torch.set_num_threads, 1) as processes,
-    ):
-        for done, _ in enumerate(work(todos, processes), count - len(missing) + 1):
+    with taken(out, "a comparison under guidance"), terminal.progress("comparing") as on_step:
+        for done, _ in enumerate(_computed(out, missing, workers), count - len(missing) + 1):
             on_step(done, count)
     return [read(GuidedRecord, _file(out, case), "case", "delete it, and it is computed again") for case in cases]
+
+
+def _computed(out: Path, cases: Sequence[GuidedCase], workers: int) -> Iterator[Any]:
+    with Processes(workers, partial(_store, out), torch.set_num_threads, 1) as processes:
+        yield from work([Todo(None, partial(_itself, case)) for case in cases], processes)
 
 
 def _itself(case: GuidedCase) -> GuidedCase:
@@ -294,11 +293,14 @@ def _told(record: GuidedRecord) -> tuple[Estimate, float]:
     return Estimate(bias / shift, error / shift), record.left_out * record.deviation / shift
 
 
-def _typical(records: Sequence[GuidedRecord], arm: str) -> Measured:
-    """The median of an arm's absolute error, with the standard error of a median, and the greatest."""
+def _typical(records: Sequence[GuidedRecord], arm: str) -> Measured | None:
+    """The median of an arm's absolute error, its standard error as of a normal sample, and the greatest.
+
+    None for fewer than two cases.
+    """
+    if len(records) < 2:
+        return None
     off = torch.tensor([abs(record.error[arm][0]) for record in records], dtype=torch.float64)
-    if not len(off):
-        return [math.nan, math.nan, math.nan]
     return [float(off.median()), 1.2533 * float(off.std()) / len(off) ** 0.5, float(off.max())]
 
 
@@ -353,7 +355,7 @@ def _print(told: dict[str, Any]) -> None:
         for heading in (name, "cases", *ARMS):
             table.add_column(heading, justify="left" if heading == name else "right")
         for value, row in told[name].items():
-            errors = [f"{mid:.1%} ± {error:.1%} ({most:.1%})" for mid, error, most in (row[arm] for arm in ARMS)]
+            errors = ["-" if (found := row[arm]) is None else _words(found) for arm in ARMS]
             table.add_row(value, str(row["cases"]), *errors)
         console.print(table)
     for half, counts in told["verdict"].items():
@@ -361,10 +363,18 @@ def _print(told: dict[str, Any]) -> None:
         console.print(
             f"{half} {counts['cases']} cases: {counts['claims']} claims, of which beyond the margin: cases "
             f"{counts['beyond the margin']}; {counts['trusted']} trusted, of which off by more than "
-            f"{GUIDED_TRUSTED:.0%}: {counts['trusted and off']}. Where Algorithm 1 is off by over 5% "
-            f"({large['cases']} of the claims): median error {large['plain'][0]:.1%}, weighted "
-            f"{large['combined'][0]:.1%}"
+            f"{GUIDED_TRUSTED:.0%}: {counts['trusted and off']}"
         )
+        if large["plain"] is not None:
+            console.print(
+                f"  where Algorithm 1 is off by over 5% ({large['cases']} of the claims): {_words(large['plain'])}, "
+                f"weighted {_words(large['combined'])}"
+            )
+
+
+def _words(typical: Measured) -> str:
+    middle, error, most = typical
+    return f"{middle:.1%} ± {error:.1%} ({most:.1%})"
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from deradiff import realign
 from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.guided_weights import GuidanceFit, GuidedWeights, left_out
-from deradiff.algorithm.path_weights import ImportanceWeights, joined
+from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle, joined
 from deradiff.algorithm.verdict import GUIDED_TRUSTED, MOST_LEFT_OUT, compare, guided_kind, verdict
 from deradiff.worlds.gaussian_mixture import World, crossing
 from realigned_worlds import FAMILIES, realigned, sample
@@ -64,7 +65,7 @@ def test_both_parts_of_a_guided_run_are_what_they_are_written_out(guided_run):
 def test_what_guided_weights_leave_out_is_the_retrained_models_own_guidance(guided_run):
     """The formula of `guided_weights`, with the integral that only a closed-form world knows, meets the target."""
     world, x, run, written_out = guided_run
-    call = {"prompt": "wide", "guidance_scale": SCALE, "steps": 60, "samples": 3000}
+    call: dict[str, Any] = {"prompt": "wide", "guidance_scale": SCALE, "steps": 60, "samples": 3000}
     reward = world.rewards["slope"]
     target = reward(sample(world, FAMILIES["DDPM"], {"slope": LAM * TILT}, **call))
     shift = float(target.mean() - reward(sample(world, FAMILIES["DDPM"], {}, **call)).mean())
@@ -81,7 +82,8 @@ def test_what_guided_weights_leave_out_is_the_retrained_models_own_guidance(guid
 
 
 def test_little_guidance_is_claimed_and_weights_mend_what_algorithm_1_is_off_by():
-    world, family, call = crossing(), FAMILIES["DDPM"], {"prompt": "right", "guidance_scale": 1.1}
+    world, family = crossing(), FAMILIES["DDPM"]
+    call: dict[str, Any] = {"prompt": "right", "guidance_scale": 1.1}
     reward = world.rewards["slope"]
     x, dial = realigned(world, family, {"a": {"slope": 1.0}}, 0.5, steps=50, **call)
     target, reference = (reward(sample(world, family, tilt, steps=50, **call)) for tilt in ({"slope": 0.5}, {}))
@@ -161,22 +163,42 @@ def test_guided_claims_end_where_the_bound_does():
         assert guided_kind(Estimate(0.0, 0.0), bound) == "no target"
 
 
-def run_of(x: torch.Tensor, scale: float, lams: list[float]) -> ImportanceWeights:
-    """A guided run whose two weights are alike."""
-    guidance = GuidedWeights(scale, 0.01 * x, 0.01 * x, torch.ones_like(x))
-    settings = {"path_kl": None, "memoryless": False, "obstacles": frozenset({"guidance"}), "predictions": 9}
-    return ImportanceWeights(x, {}, lams=torch.tensor(lams)[:, None].expand(-1, len(x)), guidance=guidance, **settings)
+def run_of(
+    x: torch.Tensor, scale: float, lams: list[float], *others: Obstacle, apart: float = 0.0
+) -> ImportanceWeights:
+    """A guided run of a deterministic sampler, whose two weights are alike but for `apart`."""
+    return ImportanceWeights(
+        log_weights=x,
+        log_ratios={},
+        path_kl=None,
+        memoryless=False,
+        lams=torch.tensor(lams)[:, None].expand(-1, len(x)),
+        obstacles=frozenset({"guidance", *others}),
+        predictions=9,
+        guidance=GuidedWeights(scale, 0.01 * x, (0.01 - apart) * x, torch.ones_like(x)),
+    )
 
 
 def test_claims_are_for_one_anchor_between_0_and_1_and_for_guidance_alone():
     x = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     run = run_of(x, 2.0, [0.5])
-    assert left_out(run.guidance) == 0
     assert verdict(run, x, baseline=-1.0).kind == "trust" and verdict(run).kind == "trust"
     assert verdict(run, x).kind == "depends"
-    assert verdict(run_of(x, 2.0, [1.5]), x, baseline=-1.0).kind == "no target"
-    assert verdict(run_of(x, 2.0, [0.2, 0.3]), x, baseline=-1.0).kind == "no target"
-    assert verdict(replace(run, guidance=None), x, baseline=-1.0).kind == "no target"
-    assert verdict(replace(run, obstacles=frozenset({"guidance", "reuse"})), x, baseline=-1.0).kind == "no target"
-    assert joined([run, run.rows(slice(0, 3))]).guidance.combined.shape == (403,)
+    for without in (
+        run_of(x, 2.0, [0.5], apart=0.5),
+        run_of(x, 2.0, [1.5]),
+        run_of(x, 2.0, [0.2, 0.3]),
+        run_of(x, 2.0, [0.5], "reuse"),
+        replace(run, guidance=None),
+    ):
+        assert verdict(without, x, baseline=-1.0).kind == "no target"
+    together = joined([run, run.rows(slice(0, 3))]).guidance
+    assert together is not None and together.combined.shape == (403,)
     assert joined([run, run_of(x, 2.1, [0.5])]).guidance is None
+
+
+def test_the_bound_is_within_prompts():
+    """Its parts have other means for each prompt, of which only the strength's counts."""
+    x = torch.tensor([0.0, 1.0, 10.0, 11.0], dtype=torch.float64)
+    guidance = GuidedWeights(2.0, x, 0 * x, torch.tensor([1.0, 1.0, 3.0, 3.0]))
+    assert left_out(guidance, torch.tensor([0, 0, 1, 1])) == pytest.approx(2 * (2 * 0.5) ** 0.5)
