@@ -2,7 +2,8 @@
 
 Worlds, samplers, β, λ and guidance scales are drawn at random, seeded by the case's number. Reference, anchor and
 retrained model are exact with a prompt and without, so the target, the retrained model sampled with the same guidance,
-is exact but for the sampler's own steps, which it shares. Even cases may set thresholds; odd ones judge them.
+is exact but for the sampler's own steps, which it shares. The verdict's thresholds were chosen on the first cases
+(`CHOSEN_ON`) and are judged on the others.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ ARMS = ("plain", "conditional", "combined", "guided")
 """Algorithm 1; weighted by log W_c; by `w log W_c + (1-w) log W_u`; by the squares of guided differences."""
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+
+CHOSEN_ON = 80
+"""How many cases, the first ones, the verdict's thresholds were chosen with."""
+
+CLAIMS: tuple[Kind, ...] = ("trust", "off", "unclear")
+"""The verdicts that say how far off a run is."""
 
 
 # -- one case ---------------------------------------------------------------------------------------------------------
@@ -305,19 +312,20 @@ def _typical(records: Sequence[GuidedRecord], arm: str) -> Measured | None:
 
 
 def summary(records: Sequence[GuidedRecord]) -> dict[str, Any]:
-    """The tables: errors by guidance scale, bound, sampler and kind of empty prompt; the verdict by half."""
+    """The tables: errors by guidance scale, bound, sampler and kind of empty prompt; the verdict."""
     kept = [record for record in records if abs(record.shift) >= LEAST_SHIFT]
 
     def row(chosen: Sequence[GuidedRecord]) -> dict[str, Any]:
-        return {"cases": len(chosen)} | {arm: _typical(chosen, arm) for arm in ARMS}
+        claims = sum(_judged(record) in CLAIMS for record in chosen)
+        return {"cases": len(chosen), "claims": claims} | {arm: _typical(chosen, arm) for arm in ARMS}
 
     def by(key: Callable[[GuidedRecord], Any], values: Sequence[Any]) -> dict[str, Any]:
         return {str(value): row([record for record in kept if key(record) == value]) for value in values}
 
     bounds = {f"up to {low:.0%}": [r for r in kept if _told(r)[1] <= low] for low in (0.05, 0.1, MOST_LEFT_OUT)}
     bounds[f"above {MOST_LEFT_OUT:.0%}"] = [r for r in kept if _told(r)[1] > MOST_LEFT_OUT]
-    halves = {"chosen on": [r for r in kept if r.case["number"] % 2 == 0]}
-    halves["judged on"] = [r for r in kept if r.case["number"] % 2]
+    parts = {"chosen on": [r for r in kept if r.case["number"] < CHOSEN_ON]}
+    parts["judged on"] = [r for r in kept if r.case["number"] >= CHOSEN_ON]
     return {
         "drawn": len(records),
         "steps": records[0].case["steps"],
@@ -326,14 +334,18 @@ def summary(records: Sequence[GuidedRecord]) -> dict[str, Any]:
         "bound": {name: row(chosen) for name, chosen in bounds.items()},
         "sampler": by(lambda r: r.case["sampler"], list(SAMPLERS)),
         "empty": by(lambda r: r.case["empty"], get_args(Empty)),
-        "verdict": {name: _verdicts(half) for name, half in halves.items()},
-        "all": [record.model_dump() for record in kept],
+        "verdict": {name: _verdicts(part) for name, part in parts.items()},
+        "all": [
+            {"case": record.case, "shift": record.shift, "bound": _told(record)[1], "kind": _judged(record)}
+            | {"error": record.error}
+            for record in kept
+        ],
     }
 
 
 def _verdicts(records: Sequence[GuidedRecord]) -> dict[str, Any]:
     """How often something is claimed, and how often it is not so, beyond two standard errors."""
-    claims = [record for record in records if _judged(record) in ("trust", "off", "unclear")]
+    claims = [record for record in records if _judged(record) in CLAIMS]
     trusted = [record for record in claims if _judged(record) == "trust"]
     wrong = [r for r in claims if abs(r.error["combined"][0]) - 2 * r.error["combined"][1] > margin(_told(r)[1])]
     missed = [r for r in trusted if abs(r.error["plain"][0]) - 2 * r.error["plain"][1] > GUIDED_TRUSTED]
@@ -352,16 +364,16 @@ def _print(told: dict[str, Any]) -> None:
     console = terminal.LiteralConsole()
     for name in ("guidance", "bound", "sampler", "empty"):
         table = Table(caption="median error ± standard error (greatest), as shares of the target's shift")
-        for heading in (name, "cases", *ARMS):
+        for heading in (name, "cases", "claims", *ARMS):
             table.add_column(heading, justify="left" if heading == name else "right")
         for value, row in told[name].items():
             errors = ["-" if (found := row[arm]) is None else _words(found) for arm in ARMS]
-            table.add_row(value, str(row["cases"]), *errors)
+            table.add_row(value, str(row["cases"]), str(row["claims"]), *errors)
         console.print(table)
-    for half, counts in told["verdict"].items():
+    for part, counts in told["verdict"].items():
         large = counts["Algorithm 1 off by over 5%"]
         console.print(
-            f"{half} {counts['cases']} cases: {counts['claims']} claims, of which beyond the margin: cases "
+            f"{part} {counts['cases']} cases: {counts['claims']} claims, of which beyond the margin: cases "
             f"{counts['beyond the margin']}; {counts['trusted']} trusted, of which off by more than "
             f"{GUIDED_TRUSTED:.0%}: {counts['trusted and off']}"
         )

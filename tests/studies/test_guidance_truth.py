@@ -60,6 +60,7 @@ def test_an_interrupted_run_goes_on_and_its_tables_count_every_case_once(tmp_pat
         }
 
     monkeypatch.setattr(guidance, "compute", drawn)
+    monkeypatch.setattr(guidance, "CHOSEN_ON", 1)
     monkeypatch.setattr(guidance, "_computed", lambda out, cases, workers: map(partial(guidance._store, out), cases))
     run(2, 10, 100, tmp_path / "out", 1)
     records = run(6, 10, 100, tmp_path / "out", 1)
@@ -68,4 +69,4 @@ def test_an_interrupted_run_goes_on_and_its_tables_count_every_case_once(tmp_pat
     assert told["drawn"] == 6 and len(told["all"]) == 5  # the one without a shift is left out
     assert sum(row["cases"] for row in told["guidance"].values()) == 5
     assert told["bound"]["above 20%"]["cases"] == 1
-    assert told["verdict"]["judged on"]["claims"] == 2 and told["verdict"]["chosen on"]["trusted"] == 2
+    assert told["verdict"]["judged on"]["claims"] == 3 and told["verdict"]["chosen on"]["cases"] == 1

@@ -37,7 +37,7 @@ GUIDED_TRUSTED = 0.03
 
 MOST_LEFT_OUT = 0.2
 """The largest bound of what guided weights leave out (`left_out`), as a share of the shift, at which a verdict says
-something. Chosen on one half of the cases of `studies.closed_forms.guidance`, judged on the other."""
+something. Chosen on the first cases of `studies.closed_forms.guidance`, judged on the others."""
 
 OBSTACLES: dict[Obstacle, str] = {
     "guidance": "guided predictions are no model's own, so no retrained model is the target (guidance scale 1 has one)",
