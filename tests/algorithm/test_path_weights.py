@@ -91,6 +91,7 @@ def test_guidance_annealing_img2img_and_renoising_have_no_exact_target_and_say_s
     ddpm = FAMILIES["DDPM"]
     _, dial = realigned(world, ddpm, anchors, 0.5, samples=8, steps=6, guidance_scale=3.0, prompt="right")
     assert dial.importance_weights.obstacles == {"guidance"}
+    _, dial = realigned(world, ddpm, anchors, 1.5, samples=8, steps=6, guidance_scale=3.0, prompt="right")
     assert "guidance scale 1" in dial.verdict().words and dial.verdict().kind == "no target"
     _, dial = realigned(world, ddpm, anchors, Power(2), samples=8, steps=6)
     assert dial.importance_weights.obstacles == {"annealing"}

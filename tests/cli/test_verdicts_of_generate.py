@@ -38,7 +38,7 @@ def test_every_lam_has_a_verdict_in_print_and_in_the_record(tmp_path):
 
 
 def test_guided_runs_say_once_why_they_have_no_exact_target(tmp_path):
-    result = generate(tmp_path / "out", "--lam", "0.25,0.5", "--guidance-scale", "3")
+    result = generate(tmp_path / "out", "--lam", "1.25,1.5", "--guidance-scale", "3")
     assert result.exit_code == 0, result.output
     assert result.output.count("guided predictions are no model's own") == 1
     assert {judged["kind"] for judged in record(tmp_path / "out")["verdicts"]} == {"no target"}

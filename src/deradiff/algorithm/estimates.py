@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,3 +62,14 @@ def rows_of_groups(groups: Tensor | None, images: int) -> list[Tensor]:
     if len(groups) != images:
         raise ValueError(f"{images} images need a prompt each, got {len(groups)}")
     return [torch.nonzero(groups.cpu() == group).flatten() for group in groups.unique().cpu()]
+
+
+def covariance(a: Tensor, b: Tensor, groups: Tensor | None) -> float:
+    """The covariance of `a` and `b` within prompts, averaged over images."""
+    total = 0.0
+    for index in rows_of_groups(groups, len(a)):
+        x, y = a.double().cpu()[index], b.double().cpu()[index]
+        total += (
+            float(((x - x.mean()) * (y - y.mean())).sum()) * len(x) / max(len(x) - 1, 1) if len(x) > 1 else math.nan
+        )
+    return total / len(a)

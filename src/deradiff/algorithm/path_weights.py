@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deradiff.algorithm import posteriors
 from deradiff.algorithm.gaussian import kl
+from deradiff.algorithm.guided_weights import GuidanceFit, GuidedWeights, joined_guidance
 from deradiff.algorithm.noise_levels import next_log_snr, weight_clock
 from deradiff.algorithm.step import RealignedPosterior, StepRecord, mixed, realigned_posterior
 
@@ -37,7 +38,7 @@ class ImportanceWeights:
     """What is known about one realigned run, per image. Made by `Dial.importance_weights`.
 
     Attributes:
-        log_weights: log W; 0 for an image at λ = 0 or 1.
+        log_weights: log W; 0 for an image at λ = 0 or 1. Under guidance, of the guided predictions.
         log_ratios: `log p_i(path)/p_0(path)` of each anchor, from the noise actually drawn; empty where the sampler is
             deterministic or multistep, or where a model was not evaluated at every step. Where the sampler is
             `memoryless` this is the anchor's implicit reward divided by its β, up to a constant per prompt.
@@ -47,6 +48,8 @@ class ImportanceWeights:
         lams: λ of each anchor and image at the last step.
         obstacles: what keeps the weights from having an exact target.
         predictions: how many predictions entered.
+        guidance: the weights of the conditional and the unconditional predictions apart; None without guidance, and
+            where it is not one scale for the whole run (rescaled, in an interval), or not two rows for each image.
     """
 
     log_weights: Float[Tensor, " batch"]
@@ -56,6 +59,7 @@ class ImportanceWeights:
     lams: Float[Tensor, "anchor batch"]
     obstacles: frozenset[Obstacle]
     predictions: int
+    guidance: GuidedWeights | None = None
 
     def rows(self, index: Int[Tensor, " rows"] | slice) -> ImportanceWeights:
         """These images alone, as when a batch holds several λ."""
@@ -65,6 +69,7 @@ class ImportanceWeights:
             log_ratios={name: ratio[index] for name, ratio in self.log_ratios.items()},
             path_kl=None if self.path_kl is None else self.path_kl[index],
             lams=self.lams[:, index],
+            guidance=None if self.guidance is None else self.guidance.rows(index),
         )
 
 
@@ -81,7 +86,14 @@ def joined(runs: Sequence[ImportanceWeights]) -> ImportanceWeights:
         memoryless=all(run.memoryless for run in runs),
         lams=torch.cat([run.lams for run in runs], 1),
         obstacles=frozenset().union(*(run.obstacles for run in runs)),
+        guidance=joined_guidance([run.guidance for run in runs]),
     )
+
+
+_PARTS = ("first part", "second part")
+"""The log weights of a guided run's two rows of each image."""
+
+_STRENGTH = "strength"
 
 
 @dataclass(frozen=True)
@@ -93,23 +105,36 @@ class _Outputs:
     mixture_weights: Float[Tensor, "model #batch"]
     distances: dict[tuple[int, int], Tensor]
     """`||out_i - out_j||²` of every image."""
-    spread: Float[Tensor, " batch"]
-    """`Σ_{i<j} w_i w_j ||out_i - out_j||²`."""
+    spreads: dict[str, Float[Tensor, " batch"]]
+    """`Σ_{i<j} w_i w_j ||out_i - out_j||²`, by the name of the log weight that it adds to."""
 
     @classmethod
-    def of(cls, step: StepRecord) -> _Outputs:
+    def of(cls, step: StepRecord, unguided: Tensor | None) -> _Outputs:
         outputs = [output[:, : step.sample.shape[1]].float() for output in step.predictions]
         weights = step.mixture_weights.to(outputs[0].device, torch.float32)
-        distances, spread = {}, torch.zeros(len(step.sample), device=outputs[0].device)
-        for i, j in combinations(range(len(outputs)), 2):
-            distances[i, j] = (outputs[i] - outputs[j]).flatten(1).square().sum(1)
-            spread = spread + weights[i] * weights[j] * distances[i, j]
-        return cls(step.models, outputs, weights, distances, spread)
+        distances = _distances(outputs)
+        spreads = {"log_weights": _spread(weights, distances, len(step.sample))}
+        if unguided is not None:
+            parts = first, second = unguided.unbind(1)
+            for name, part in zip(_PARTS, parts, strict=True):
+                spreads[name] = _spread(weights, _distances(list(part)), len(step.sample))
+            spreads[_STRENGTH] = -2 * mixed(second - first, weights).flatten(1).square().sum(1)  # d log SNR is 2 dH
+        return cls(step.models, outputs, weights, distances, spreads)
 
     def from_mixture(self, k: int) -> Float[Tensor, " batch"]:
         """`||Σ_j w_j out_j - out_k||²`, since the weights sum to one."""
         away = sum(self.mixture_weights[i if j == k else j] * d for (i, j), d in self.distances.items() if k in (i, j))
-        return away - self.spread
+        return away - self.spreads["log_weights"]
+
+
+def _distances(outputs: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+    return {
+        (i, j): (outputs[i] - outputs[j]).flatten(1).square().sum(1) for i, j in combinations(range(len(outputs)), 2)
+    }
+
+
+def _spread(weights: Tensor, distances: Mapping[tuple[int, int], Tensor], batch: int) -> Float[Tensor, " batch"]:
+    return sum((weights[i] * weights[j] * d for (i, j), d in distances.items()), torch.zeros(batch).to(weights))
 
 
 class PathWeights:
@@ -138,6 +163,7 @@ class PathWeights:
         self._obstacles: set[Obstacle] = set()
         self._lams: Any = None
         self._predictions = 0
+        self._guidance = GuidanceFit()
 
     def before_step(
         self,
@@ -145,14 +171,15 @@ class PathWeights:
         step: StepRecord,
         lams: Tensor,
         guided: bool,
+        unguided: Float[Tensor, "model part batch *latent"] | None,
         estimated: bool,
         realigned: RealignedPosterior | None,
     ) -> None:
         """Predictions are in: close the interval that led here. Call before the scheduler's own step.
 
         `lams` are λ of all anchors, `[anchor, #batch]`; `guided` says that the predictions are not the models' own,
-        `estimated` that some were carried over from earlier steps; `realigned` is what the step will be drawn from,
-        where that was made.
+        which are `unguided` where two of them were combined; `estimated` that some were carried over from earlier
+        steps; `realigned` is what the step will be drawn from, where that was made.
         """
         if estimated:
             self._obstacles.add("reuse")
@@ -162,12 +189,16 @@ class PathWeights:
             self._obstacles.add("annealing")
         if not self._predictions and step.progress.steps > 0:
             self._obstacles.add("partial")
-        evaluation, clock = _Outputs.of(step), weight_clock(scheduler, step.log_snr)
+        channels = step.sample.shape[1]  # without learned variances
+        if unguided is not None:
+            unguided = unguided[:, :, :, :channels].float()
+            self._guidance.add(unguided, step.predictions[:, :, :channels].float())
+        evaluation, clock = _Outputs.of(step, unguided), weight_clock(scheduler, step.log_snr)
         if math.isnan(clock):
             self._obstacles.add("unknown noise")
         if self._evaluation is not None and math.isfinite(clock - self._clock) and clock > self._clock:
             self.add_first_half(clock)
-            self._add("log_weights", evaluation.spread, (self._clock - clock) / 2)
+            self._add_half(evaluation, clock)
         self._evaluation, self._clock, self._first_half_added = evaluation, clock, False
         self._lams = lams
         self._predictions += 1
@@ -204,8 +235,12 @@ class PathWeights:
     def add_first_half(self, until: float) -> None:
         """Count the first half of the interval to the clock's `until`, once."""
         if not self._first_half_added:
-            self._add("log_weights", self._evaluation.spread, (self._clock - until) / 2)
+            self._add_half(self._evaluation, until)
         self._first_half_added = True
+
+    def _add_half(self, evaluation: _Outputs, until: float) -> None:
+        for name, spread in evaluation.spreads.items():
+            self._add(name, spread, (self._clock - until) / 2)
 
     def after_step(self, previous: Tensor) -> None:
         """The step led to `previous`: add its part to the densities of the path (the last step has none)."""
@@ -222,19 +257,19 @@ class PathWeights:
         self._sums = {name: total.detach() for name, total in self._sums.items()}
         self._densities = None
         if self._evaluation is not None:
-            spread = self._evaluation.spread.detach()
-            self._evaluation = replace(self._evaluation, outputs=[], distances={}, spread=spread)
+            spreads = {name: spread.detach() for name, spread in self._evaluation.spreads.items()}
+            self._evaluation = replace(self._evaluation, outputs=[], distances={}, spreads=spreads)
 
     @property
     def log_weights(self) -> Float[Tensor, " batch"]:
         """log W so far."""
-        return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spread))
+        return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spreads["log_weights"]))
 
     def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
         if self._evaluation is None:
             raise RuntimeError("no realigned step has been taken yet: run the pipeline first")
-        nothing = torch.zeros_like(self._evaluation.spread, dtype=torch.float64, device="cpu")
+        nothing = torch.zeros_like(self._evaluation.spreads["log_weights"], dtype=torch.float64, device="cpu")
         sums = {name: total.cpu().double() for name, total in self._sums.items()}
         ratios = {name.removeprefix("ratio "): total for name, total in sums.items() if name.startswith("ratio ")}
         return ImportanceWeights(
@@ -245,7 +280,14 @@ class PathWeights:
             lams=self._lams.expand(-1, len(nothing)),
             obstacles=frozenset(self._obstacles),
             predictions=self._predictions,
+            guidance=self._guided_weights(sums),
         )
+
+    def _guided_weights(self, sums: Mapping[str, Tensor]) -> GuidedWeights | None:
+        """The parts' weights where every step had them."""
+        if self._guidance.steps < self._predictions or _STRENGTH not in sums:
+            return None
+        return self._guidance.weights(*(sums[name] for name in (*_PARTS, _STRENGTH)))
 
     def _add(self, name: str, summand: Tensor, factor: float = 1.0) -> None:
         before = self._sums.get(name)

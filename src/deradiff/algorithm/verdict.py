@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from deradiff.algorithm.estimates import Estimate, mean, normalized, rows_of_groups
+from deradiff.algorithm.estimates import Estimate, covariance, mean, normalized, rows_of_groups
+from deradiff.algorithm.guided_weights import left_out
 from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle
 
 TRUSTED = 0.02
@@ -30,6 +31,13 @@ EVEN = 0.3
 
 ENOUGH = 8.0
 """Effective images per prompt below which a weighted mean is mostly the bias of dividing by few weights."""
+
+GUIDED_TRUSTED = 0.03
+"""As `TRUSTED`, under guidance, with the margin for what the weights leave out (`_margin`) included."""
+
+MOST_LEFT_OUT = 0.2
+"""The largest bound of what guided weights leave out (`left_out`), as a share of the shift, at which a verdict says
+something. Chosen on the first cases of `studies.closed_forms.guidance`, judged on the others."""
 
 OBSTACLES: dict[Obstacle, str] = {
     "guidance": "guided predictions are no model's own, so no retrained model is the target (guidance scale 1 has one)",
@@ -175,8 +183,9 @@ def verdict(
         scores: a score of every image. By default the exponent `Σ λ_i log p_i/p_0` of the paths, which is the anchors'
             implicit reward in units of β, or log W itself where the sampler is not memoryless.
         groups: the prompt of every image, as an index; all the same by default.
-        baseline: the reference's own mean score (λ = 0), from which the shift is counted. Without it the shift is
-            estimated by `Cov(score, Σ λ_i log p_i/p_0)`, its first-order value, where the sampler is memoryless.
+        baseline: the reference's own mean score (λ = 0, at the same guidance), from which the shift is counted. Without
+            it, and without guidance, the shift is estimated by `Cov(score, Σ λ_i log p_i/p_0)`, its first-order value,
+            where the sampler is memoryless.
         name: what the score is called in the words.
 
     Raises:
@@ -186,20 +195,23 @@ def verdict(
     if not bool((lams == lams[:, :1]).all()):
         raise ValueError("the images of this run have different λ: judge run.rows(...) of one λ at a time")
     alone = sorted({0.0, *lams[:, 0].tolist()}) in ([0.0], [0.0, 1.0]) and float(lams[:, 0].sum()) <= 1
-    exponent = _exponent(run)
+    guidance = run.guidance if run.obstacles == {"guidance"} else None
+    log_weights, exponent = run.log_weights, _exponent(run)
+    if guidance is not None:  # whose paths' densities are those of the guided predictions, which are no rewards
+        log_weights, exponent = guidance.combined, None
     if scores is not None:
         given = name
     elif exponent is not None:
         scores, given = exponent, "implicit reward"
     else:
-        scores, given = run.log_weights, "log W"
-    comparison = compare(scores, run.log_weights, groups)
-    spread = _within(run.log_weights, run.log_weights, groups) ** 0.5
+        scores, given = log_weights, "log W"
+    comparison = compare(scores, log_weights, groups)
+    spread = covariance(log_weights, log_weights, groups) ** 0.5
     shift = None
     if baseline is not None:
         shift = comparison.weighted.value - baseline
     elif exponent is not None and given != "log W":
-        shift = _within(scores, exponent, groups)
+        shift = covariance(scores, exponent, groups)
     error = None
     if shift:
         error = Estimate(comparison.bias.value / abs(shift), comparison.bias.error / abs(shift))
@@ -207,6 +219,10 @@ def verdict(
     kind: Kind
     if alone and "annealing" not in run.obstacles:
         kind, words = "exact", "exact: one model alone, nothing is mixed"
+    elif guidance is not None and len(lams) == 1 and 0 < float(lams[0, 0]) < 1:
+        deviation = covariance(scores, scores, groups) ** 0.5
+        unknown = left_out(guidance, groups) * (1.0 if given == "log W" else deviation / abs(shift or math.nan))
+        kind, words = _judged_guided(comparison, error, given, spread, guidance.scale, unknown)
     elif run.obstacles:
         kind, words = "no target", _without_target(run.obstacles, spread)
     else:
@@ -222,12 +238,8 @@ def _without_target(obstacles: frozenset[Obstacle], spread: float) -> str:
 
 def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: float) -> tuple[Kind, str]:
     """What the numbers of a run with a target say, of the score called `given`; `spread` is that of log W."""
-    if comparison.images < ENOUGH * comparison.prompts:
-        each = comparison.images / comparison.prompts
-        return "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
-    if comparison.evenness < EVEN or comparison.effective / comparison.prompts < ENOUGH:
-        effective = f"{comparison.effective:.3g} of {comparison.images} effective"
-        return "uneven", f"cannot tell: weights too uneven ({effective}), use particles"
+    if (poor := _too_poor(comparison, "use particles")) is not None:
+        return poor
     if given == "log W":
         if spread <= TRUSTED:
             return "trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation"
@@ -240,6 +252,67 @@ def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: 
         return "off", f"{given} is off by about {abs(error.value):.0%} of its shift, use the weighted mean"
     share = f"{abs(error.value):.0%} ± {error.error:.0%}"
     return "unclear", f"off by {share} of the shift of the {given}: more images would tell"
+
+
+def _judged_guided(
+    comparison: Comparison, error: Estimate | None, given: str, spread: float, scale: float, unknown: float
+) -> tuple[Kind, str]:
+    """As `_judged`, under guidance of this `scale`: the target is the retrained model sampled with the same.
+
+    `unknown` bounds what the weights leave out: a share of the shift, or of log W in standard deviations of any score.
+    """
+    if (poor := _too_poor(comparison, "and particles have no guided weights")) is not None:
+        return poor
+    same = f"the retrained model at guidance {scale:.3g}"
+    if given == "log W":
+        whole = spread + unknown
+        if whole <= TRUSTED:
+            return "trust", f"trust: against {same} no score is off by more than {whole:.1%} of its standard deviation"
+        return "depends", f"depends on the score: against {same} off by up to {whole:.2g} of its standard deviations"
+    if error is None:
+        return "depends", f"against {same} {given} is off by {comparison.bias}; its shift is not known (baseline=)"
+    off, within = abs(error.value), 2 * error.error + margin(unknown)
+    words = {
+        "trust": f"trust: against {same} {given} is off by {off + within:.1%} of its shift or less",
+        "off": f"against {same} {given} is off by {off:.0%} ± {within:.0%} of its shift, use the weighted mean",
+        "unclear": f"against {same} {given} is off by {off:.0%} ± {within:.0%} of its shift",
+        "no target": f"no claim: at guidance {scale:.3g} the weights may leave out up to {unknown:.0%} of the shift "
+        f"of the {given}, and {MOST_LEFT_OUT:.0%} is the most at which their error was measured to be small",
+    }
+    kind = guided_kind(error, unknown)
+    return kind, words[kind]
+
+
+def guided_kind(error: Estimate, unknown: float) -> Kind:
+    """The verdict on a guided run, from the `error` that its weights tell and the bound on what they leave out.
+
+    Both as shares of the shift; `unknown` is `guided_weights.left_out` times the score's deviation, by the shift.
+    """
+    off, within = abs(error.value), 2 * error.error + margin(unknown)
+    if not unknown <= MOST_LEFT_OUT:
+        return "no target"
+    if off + within <= GUIDED_TRUSTED:
+        return "trust"
+    return "off" if off > within else "unclear"
+
+
+def margin(unknown: float) -> float:
+    """By how much of the shift a guided weighted mean is taken to be off, of the bound on what it leaves out.
+
+    A quarter of the bound, which supposes that what is left out and the score go together wholly, and one percent.
+    """
+    return unknown / 4 + 0.01
+
+
+def _too_poor(comparison: Comparison, cure: str) -> tuple[Kind, str] | None:
+    """Why a weighted mean cannot be believed at all: too few images, or too few effective ones."""
+    if comparison.images < ENOUGH * comparison.prompts:
+        each = comparison.images / comparison.prompts
+        return "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
+    if comparison.evenness < EVEN or comparison.effective / comparison.prompts < ENOUGH:
+        effective = f"{comparison.effective:.3g} of {comparison.images} effective"
+        return "uneven", f"cannot tell: weights too uneven ({effective}), {cure}"
+    return None
 
 
 # -- other λ from the same run ----------------------------------------------------------------------------------------
@@ -320,14 +393,3 @@ def _exponent(run: ImportanceWeights) -> Tensor | None:
     if not run.memoryless or not run.log_ratios:
         return None
     return sum((row.to(ratio) * ratio for row, ratio in zip(run.lams, run.log_ratios.values(), strict=True)), 0)
-
-
-def _within(a: Tensor, b: Tensor, groups: Tensor | None) -> float:
-    """The covariance of `a` and `b` within prompts, averaged over images."""
-    total = 0.0
-    for index in rows_of_groups(groups, len(a)):
-        x, y = a.double().cpu()[index], b.double().cpu()[index]
-        total += (
-            float(((x - x.mean()) * (y - y.mean())).sum()) * len(x) / max(len(x) - 1, 1) if len(x) > 1 else math.nan
-        )
-    return total / len(a)

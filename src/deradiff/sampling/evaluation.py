@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
 from deradiff.algorithm.step import with_reference_weight
+from deradiff.sampling.call_arguments import tensors_of
 from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 _SERIAL = itertools.count()
@@ -50,6 +52,8 @@ class StepEvaluation:
     """The run that the denoiser was called in."""
     component: Any = None
     """The realigned component that was called, the first of them within the step."""
+    returned: list[Mapping[int, Any]] = field(default_factory=list, compare=False)
+    """What the models returned in each call of the denoiser within the step, before the pipeline guides."""
     serial: int = field(default_factory=_SERIAL.__next__, compare=False)
     """Later evaluations have higher numbers."""
 
@@ -69,6 +73,22 @@ class StepEvaluation:
         further = replace(self, rows=rows)
         blend = None if self.blend is None else further._by_row()
         return replace(self, rows=self.rows + rows, calls=self.calls + 1, blend=blend, serial=next(_SERIAL))
+
+    def unguided(
+        self, predictions: Float[Tensor, "model batch predicted *latent"]
+    ) -> Float[Tensor, "model part batch predicted *latent"] | None:
+        """The two predictions of each image that the pipeline made each of `predictions` of, by guidance.
+
+        None where it was not two of their shape, or a model was told a guidance scale itself.
+        """
+        batch, known = predictions.shape[1], all({*self.models} <= {*outputs} for outputs in self.returned)
+        if self.distilled or not known or self.rows != 2 * batch:
+            return None
+        calls = [[tensors_of(outputs[model])[0] for outputs in self.returned] for model in self.models]
+        if any(sum(map(len, parts)) != self.rows or parts[0].ndim < 2 for parts in calls):
+            return None
+        rows = torch.stack([torch.cat(parts)[:, : predictions.shape[2]] for parts in calls])
+        return rows.unflatten(1, (2, batch)) if rows.shape[2:] == predictions.shape[2:] else None
 
     def at_progress(self, progress: Progress) -> StepEvaluation:
         """The same predictions for a step at another progress: frames may each be stepped at their own (SkyReels)."""

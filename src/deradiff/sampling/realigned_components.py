@@ -68,6 +68,7 @@ class RealignedComponent:
         try:
             outputs = self.denoisers.predict(evaluation.evaluated, args, kwargs, evaluation.blend, share=share)
             if len(outputs) > 1:
+                evaluation.returned.append(outputs)
                 return merged(outputs, evaluation)
             ((model, output),) = outputs.items()
             return alone(output, model, evaluation)

@@ -145,7 +145,10 @@ class RealignedSteps:
         if run.estimator is not None:
             run.estimator.tell(evaluation.at)
         guided = evaluation.distilled or evaluation.rows != len(sample)
-        observe = partial(run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, estimated)
+        unguided = evaluation.unguided(predictions) if guided and not estimated else None
+        observe = partial(
+            run.path_weights.before_step, run.scheduler, run.last, evaluation.lams, guided, unguided, estimated
+        )
         if len(evaluation.models) == 1:
             observe(None)
             return own_step(**arguments)
