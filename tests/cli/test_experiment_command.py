@@ -124,7 +124,7 @@ def test_the_report_has_all_of_it(done: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_plans_are_written_once(tmp_path: Path) -> None:
     out = tmp_path / "plan.yaml"
     deradiff("plan", "--preset", "aig-sd14", "--models", "mine", "--out", out)
-    assert read_plan(out).models["ReFL"].source == "mine/refl"
+    assert read_plan(out).models["ReFL"].source == "mine/refl/beta-0"
     assert f"{out} exists" in deradiff("plan", "--preset", "digits", "--out", out, status=2)
     assert yaml.safe_load(deradiff("plan", "--preset", "digits"))["reference"] == "digits"
     assert "'mine'" in deradiff("plan", "--preset", "mine", status=2)
