@@ -9,13 +9,14 @@ import torch
 
 from deradiff.algorithm.verdict import MOST_LEFT_OUT
 from studies.closed_forms import guidance
-from studies.closed_forms.guidance import SAMPLERS, GuidedCase, GuidedRecord, compute, run, summary
+from studies.closed_forms.guidance import run, summary
+from studies.closed_forms.guided_cases import SAMPLERS, GuidedCase, GuidedRecord, GuidedWorld, compute
 
 
 def test_predictions_without_a_prompt_are_those_of_the_model_that_a_case_names():
     case = GuidedCase(1, 2, 2, 3.0, True, "negative", "DDPM", 2.0, 1.0, 0.5, 10, 100)
     for empty, shift in (("negative", 1), ("tilt", None)):
-        world = guidance._GuidedWorld(GuidedCase(**asdict(case) | {"empty": empty}))
+        world = GuidedWorld(GuidedCase(**asdict(case) | {"empty": empty}))
         denoiser = world.model(1.0, "epsilon")
         x, none = torch.randn(5, 2, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
         expected = super(type(denoiser), denoiser).forward(

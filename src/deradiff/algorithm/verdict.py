@@ -33,7 +33,7 @@ ENOUGH = 8.0
 """Effective images per prompt below which a weighted mean is mostly the bias of dividing by few weights."""
 
 GUIDED_TRUSTED = 0.03
-"""As `TRUSTED`, under guidance, with the margin for what the weights leave out (`_margin`) included."""
+"""As `TRUSTED`, under guidance, with the margin for what the weights leave out (`margin`) included."""
 
 MOST_LEFT_OUT = 0.2
 """The largest bound of what guided weights leave out (`left_out`), as a share of the shift, at which a verdict says
