@@ -22,6 +22,7 @@ from tiny import noise
 from tiny_parts import TEXT_WIDTH, text_encoder, tokenizer
 
 KINDS = ["sd", "sdxl", "sd3", "flux"]
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 PROJECTIONS = ("q_proj", "v_proj", "q", "v", "fc1")
 
 
@@ -212,3 +213,32 @@ def test_a_style_lora_stays_active_beside(tmp_path):
         anchor.load_lora_weights(dict(style), adapter_name="style")
         assert (drawn(pipe, call) - drawn(anchor, call)).abs().max() < 1e-4 * styled.abs().max()
     assert torch.equal(drawn(pipe, call), styled)
+
+
+def test_a_scale_in_the_files_metadata_is_that_of_its_text_parts_too(tmp_path):
+    pipe, _, call = make("sdxl")
+    weights = both("sdxl")
+    parts = {name: {k.partition(".")[2]: t for k, t in weights.items() if k.startswith(f"{name}.")} for name in PARTS}
+    settings = {"r": 2, "lora_alpha": 1, "lora_dropout": 0.5, "target_modules": ["q_proj", "v_proj", "fc1"]}
+    type(pipe).save_lora_weights(
+        tmp_path,
+        unet_lora_layers=parts["unet"],
+        text_encoder_lora_layers=parts["text_encoder"],
+        text_encoder_2_lora_layers=parts["text_encoder_2"],
+        unet_lora_adapter_metadata=settings | {"target_modules": ["to_q", "to_k", "to_v"]},
+        text_encoder_lora_adapter_metadata=settings,
+        text_encoder_2_lora_adapter_metadata=settings | {"lora_alpha": 4},
+    )
+    plain = make("sdxl")[0]
+    plain.load_lora_weights(tmp_path)
+    plain.unet.eval()  # diffusers leaves the layers' dropout on
+    with deradiff.realign(pipe, tmp_path, text_encoder="both"):
+        assert torch.equal(drawn(pipe, call), drawn(plain, call))
+
+
+def test_in_half_precision_an_anchor_is_what_diffusers_loads(tmp_path):
+    pipe, plain, call = make("sd")[0].to(torch.bfloat16), make("sd")[0].to(torch.bfloat16), make("sd")[2]
+    file = file_of(both("sd"), tmp_path)
+    plain.load_lora_weights(file.parent, weight_name=file.name)
+    with deradiff.realign(pipe, file, text_encoder="both"):
+        assert torch.equal(drawn(pipe, call), drawn(plain, call))
