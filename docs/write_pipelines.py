@@ -32,7 +32,8 @@ with {versions} and the tests
 in a checkout of diffusers of {checkout}. Each test builds a pipeline of tiny random models. It is realigned with a
 perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
 deradiff (`tests/conformance/README.md`). The weights are random: the table says that Algorithm 1 is carried out to the
-letter, not how good its images are. Your own models are checked in a minute by
+letter, not how good its images are. Where not bit for bit, the same means 1e-4 of the anchor's own effect, or ten times
+what the last bits of the weights make in that pipeline, if that is more. Your own models are checked in a minute by
 
     deradiff doctor PIPELINE --anchor ANCHOR
 
