@@ -4,9 +4,10 @@ import csv
 import json
 import logging
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -275,17 +276,29 @@ def test_ordinary_commands_say_nothing_more(models: tuple[Path, Path], tmp_path:
     assert result.exit_code == 0 and "warning" not in result.stderr, result.stderr
 
 
-def test_threads_that_share_a_tokenizer_take_turns() -> None:
-    """A fast tokenizer keeps a call's padding in itself: without turns a few of these calls come back unpadded."""
+@pytest.mark.parametrize("other", ["__call__", "encode", "tokenize"])
+def test_threads_that_share_a_tokenizer_take_turns(other: str) -> None:
+    """A fast tokenizer keeps a call's padding in itself: another thread's between setting and using it must wait."""
     tokenizer: Any = tiny_parts.tokenizer()
-    lengths: list[int] = []
+    asked, done = Event(), Event()
+    set_padding = tokenizer.set_truncation_and_padding
 
-    def encode(_: int) -> None:
-        with truncation._observed(tokenizer, lambda *_: None):
-            for _ in range(300):
-                encoded = tokenizer("a fox", padding="max_length", max_length=20, truncation=True)
-                lengths.append(len(encoded["input_ids"]))
+    def set_and_let_the_other_come(*args: Any, **kwargs: Any) -> None:
+        set_padding(*args, **kwargs)
+        if current_thread() is main_thread() and not asked.is_set():
+            asked.set()
+            done.wait(0.3)  # for nothing, where it has to wait
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(encode, range(4)))
-    assert set(lengths) == {20} and len(lengths) == 1200
+    def encode_otherwise() -> None:
+        assert asked.wait(30)
+        with truncation._observed(tokenizer, None):
+            getattr(type(tokenizer), other)(tokenizer, "a fox")
+        done.set()
+
+    with patch.object(tokenizer, "set_truncation_and_padding", set_and_let_the_other_come):
+        thread = Thread(target=encode_otherwise)
+        thread.start()
+        with truncation._observed(tokenizer, None):
+            encoded = tokenizer("a fox", padding="max_length", max_length=20, truncation=True)
+        thread.join(30)
+    assert len(encoded["input_ids"]) == 20 and done.is_set()

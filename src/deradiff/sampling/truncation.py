@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import wraps
 from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,7 +82,7 @@ def watched(pipe: Any, tokenizers: Mapping[str, Any] | None = None) -> Iterator[
 
 @contextmanager
 def taking_turns(pipe: Any) -> Iterator[None]:
-    """While this lasts, calls of the pipeline's tokenizers take turns, which pipelines of other threads may share."""
+    """While this lasts, uses of the pipeline's tokenizers take turns, which pipelines of other threads may share."""
     with ExitStack() as stack:
         for tokenizer in _tokenizers(pipe).values():
             stack.enter_context(_observed(tokenizer, None))
@@ -139,8 +140,8 @@ def _observed(tokenizer: Any, hear: Callable[[str, int, str], None] | None) -> I
 def _that_tells(kind: Any) -> Any:
     """A subclass of a tokenizer's class whose calls tell the listeners of what they cut.
 
-    Calls take turns: a fast tokenizer keeps the padding and truncation of the present call in itself, and another
-    thread's would take their place.
+    Whatever encodes takes turns: a fast tokenizer keeps the padding and truncation of the present call in itself, and
+    another thread's would take their place. Pipelines with textual inversion use `tokenize` as well as calls.
     """
     listeners: list[tuple[int, Callable[[str, int, str], None] | None]] = []
     turn = RLock()
@@ -161,7 +162,17 @@ def _that_tells(kind: Any) -> Any:
                         hear(prompt, limit, lost)
         return kind.__call__(self, text, *arguments, **options)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__, _LISTENERS: listeners})
+    def one_by_one(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def in_its_turn(*arguments: Any, **options: Any) -> Any:
+            with turn:
+                return method(*arguments, **options)
+
+        return in_its_turn
+
+    own: dict[str, Any] = {name: one_by_one(getattr(kind, name)) for name in ("encode", "tokenize")}
+    own |= {"__call__": call, "__module__": kind.__module__, _LISTENERS: listeners}
+    return type(kind.__name__, (kind,), own)
 
 
 def _lost(kind: Any, tokenizer: Any, text: str, limit: int, special: bool) -> str | None:
