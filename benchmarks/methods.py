@@ -35,7 +35,7 @@ STRENGTHS: dict[str, list[float]] = {
     # The range of Annealed Importance Guidance: from the hacked model to the base.
     "draft": [0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0],
     "alignprop": [2.0],
-    "refl": [1000.0],
+    "refl": [3000.0],
     "rwr": [0.5],
     "ddpo": [0.0],
 }

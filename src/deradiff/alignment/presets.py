@@ -78,7 +78,11 @@ _DRAFT_NOTES = (
     "Pick-a-Pic (--count 50000 draws as many). The paper trains on HPSv2 and on PickScore (--reward pickscore). "
     "λ_KL = 0 is DRaFT without KL."
 )
-_UNSCALED, _SCALED = ({"reward_scale": scale, "reward_dropout": 0.0} for scale in (1.0, 100.0))
+_UNSCALED, _SCALED, _DIGITS_SCALED = ({"reward_scale": scale, "reward_dropout": 0.0} for scale in (1.0, 100.0, 300.0))
+_DIGITS_NOTES = (
+    "The reward scale of 300 is chosen so that Annealed Importance Guidance's λ_KL, 0.1 to 50, goes from the hacked "
+    "model to the base here, too"
+)
 _NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
 
 _PLAIN = TrainingPlan(
@@ -160,6 +164,7 @@ _DIGITS = Preset(
     reward="digits",
 )
 _DIGITS_BY_REWARD = replace(_DIGITS, plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=32)
+_DIGITS_BY_GRADIENT = replace(_DIGITS_BY_REWARD, notes=_DIGITS_NOTES)
 
 PRESETS: dict[str, Preset] = {
     "deradiff-sdxl": replace(
@@ -246,15 +251,15 @@ PRESETS: dict[str, Preset] = {
     # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
     "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
     "digits-mapo": replace(_DIGITS, method="mapo", betas=(0.1,), prompt_dropout=0.1),
-    "digits-draft": replace(_DIGITS_BY_REWARD, method="draft", betas=(2.0,), options={"keep": 1, **_SCALED}),
+    "digits-draft": replace(_DIGITS_BY_GRADIENT, method="draft", betas=(2.0,), options={"keep": 1, **_DIGITS_SCALED}),
     "digits-alignprop": replace(
-        _DIGITS_BY_REWARD, method="alignprop", betas=(2.0,), options={"window": (1, 25), **_SCALED}
+        _DIGITS_BY_GRADIENT, method="alignprop", betas=(2.0,), options={"window": (1, 25), **_DIGITS_SCALED}
     ),
     "digits-refl": replace(
-        _DIGITS_BY_REWARD,
+        _DIGITS_BY_GRADIENT,
         method="refl",
-        betas=(1000.0,),
-        options={"window": (20, 25), "pretraining": 0.0, **_SCALED},
+        betas=(3000.0,),
+        options={"window": (20, 25), "pretraining": 0.0, **_DIGITS_SCALED},
     ),
     "digits-rwr": replace(
         _DIGITS,
