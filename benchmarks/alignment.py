@@ -22,10 +22,11 @@ from PIL import Image
 from realignment import LORA_RANK, REPEATS, SD15_UNET, Figure, at_least, interleaved, report, weights_in_memory
 from torch import nn
 
-from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS, Base, Policy
+from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.image_transforms import pair_pixels
 from deradiff.alignment.latent_cache import CachedBatch, write_cache
+from deradiff.alignment.lora_targets import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.pairs import PairFolder
 from deradiff.alignment.training import BatchPart, TrainingPlan, TrainingRun
 from deradiff.files.records import versions

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deradiff.alignment import dpo
-from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.loop import train
+from deradiff.alignment.lora_targets import WIDER_TARGETS
 from deradiff.alignment.objectives import bradley_terry, diffusion_dpo
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.alignment.training import Report as Progress

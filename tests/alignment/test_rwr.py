@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import row_generators
+from deradiff.alignment.lora_targets import WIDER_TARGETS
 from deradiff.alignment.own_samples import draw_samples
 from deradiff.alignment.rwr import ReferenceSamples, pick, tilted_weights, train_rwr, weighted_mean
 from deradiff.alignment.sampling import SamplerSettings

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from deradiff.alignment.data_order import passes
+from deradiff.alignment.lora_targets import LORA_TARGETS
 from deradiff.anchors.checks import denoiser_of, prediction_type
 from deradiff.sampling.pictures import upcast
 from deradiff.sampling.truncation import watched
@@ -20,12 +21,6 @@ from deradiff.sampling.truncation import watched
 Conditions = dict[str, Tensor]
 """What a denoiser is told besides latents and time, a row per sample: `prompt_embeds`, and for SDXL
 `pooled_prompt_embeds` and `time_ids` (original height and width, top and left of the crop, target height and width)."""
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The attention projections, which the published LoRA alignments train."""
-
-WIDER_TARGETS = (*LORA_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
-"""Feed-forward layers and convolutions as well: small models need them."""
 
 
 class Base:

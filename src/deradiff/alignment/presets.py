@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from deradiff.alignment.base import LORA_TARGETS, WIDER_TARGETS
+from deradiff.alignment.lora_targets import LORA_TARGETS, WIDER_TARGETS
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 

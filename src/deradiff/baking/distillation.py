@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress, finite
 from deradiff.algorithm.step import mixed, with_reference_weight
-from deradiff.alignment.base import WIDER_TARGETS, Base, Conditions, EncodedPrompts
+from deradiff.alignment.base import Base, Conditions, EncodedPrompts
 from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.loop import train
+from deradiff.alignment.lora_targets import WIDER_TARGETS
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.alignment.training import BatchPart, LossCurve, Report, TrainingPlan, TrainingRun

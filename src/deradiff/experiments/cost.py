@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from deradiff.alignment.base import LORA_TARGETS
+from deradiff.alignment.lora_targets import LORA_TARGETS
 from deradiff.worlds import find
 
 TERA = 1e12
