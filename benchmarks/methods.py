@@ -8,7 +8,7 @@ interrupted run goes on where it was. The table goes to benchmarks/methods.json.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ STRENGTHS: dict[str, list[float]] = {
     "rwr": [0.5],
     "ddpo": [0.0],
 }
+LONGER = ("draft", 0.1, 250)
+"""A strength that has not converged after its preset's steps, and how many it is given besides."""
+
 PROMPTS, IMAGES, STEPS, SEED = 60, 16, 25, 17
 
 
@@ -57,6 +60,11 @@ def measured(anchor: Path | None) -> dict[str, Any]:
     variety = images.view(PROMPTS, IMAGES, -1).var(1).sum(1)
     numbers = {"reward": rewards.mean(1), "legible": seen.float().view(PROMPTS, IMAGES).mean(1), "variety": variety}
     return {name: {**asdict(mean(values)), "by_prompt": values.tolist()} for name, values in numbers.items()}
+
+
+def row_of(anchor: Path) -> dict[str, Any]:
+    """What is measured of an anchor, and how far it says that it went."""
+    return measured(anchor) | {"path_kl": json.loads((anchor / "alignment.json").read_text())["path_kl"]}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> Estimate:
@@ -78,8 +86,13 @@ def main() -> None:
                 with terminal.stages(console) as report:
                     made = align_all(usual("digits", method), [strength], chosen.out / method, report, cpu=True)
                 (anchor,) = made
-                record = json.loads((anchor / "alignment.json").read_text())
-                rows[f"{method} {strength:g}"] = measured(anchor) | {"path_kl": record["path_kl"]}
+                rows[f"{method} {strength:g}"] = row_of(anchor)
+        method, strength, steps = LONGER
+        settings = usual("digits", method)
+        settings = replace(settings, plan=replace(settings.plan, steps=steps))
+        with terminal.stages(console) as report:
+            (anchor,) = align_all(settings, [strength], chosen.out / f"{method}-{steps}-steps", report, cpu=True)
+        rows[f"{method} {strength:g}, {steps} steps"] = row_of(anchor)
     show(console, rows)
     claim = {name: asdict(difference(rows["draft 0"][name], rows["draft 50"][name])) for name in ("reward", "variety")}
     console.print(
