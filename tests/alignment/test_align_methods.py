@@ -52,7 +52,7 @@ def test_every_method_makes_an_anchor_and_its_card(method: str, tmp_path: Path) 
     away = record["path_kl"]
     assert away["value"] > 0 and away["error"] > 0 and (away["scheduler"], away["steps"]) == ("ddim", 4)
     card = (anchor / "README.md").read_text()
-    strength = "without KL" if "beta-0" == anchor.name else f"at {methods.METHODS[method].symbol} ="
+    strength = "without KL" if anchor.name == "beta-0" else f"at {methods.METHODS[method].symbol} ="
     assert f"aligned by {methods.METHODS[method].title} {strength}" in card and "| path KL to the base |" in card
     has_beta = anchor.name != "beta-0" and method != "mapo"  # the β of MaPO weighs a margin
     assert ("Read it at any strength" in card, "no KL strength" in card) == (has_beta, not has_beta)

@@ -71,8 +71,8 @@ def _reading(regularised: bool) -> str:
     if regularised:
         return "Read it at any strength, with λ turned after training:"
     return textwrap.fill(
-        "Nothing held it to its base, so λ stands for no KL strength: it is how much of the anchor is taken, from 0 (the "
-        "base) to 1 (the anchor). `deradiff search --undo-hacking` looks how far λ can go:",
+        "Nothing held it to its base, so λ stands for no KL strength: it is how much of the anchor is taken, from 0 "
+        "(the base) to 1 (the anchor). `deradiff search --undo-hacking` looks how far λ can go:",
         120,
     )
 
