@@ -25,6 +25,10 @@ from deradiff.search.surrogate import Observed, Surrogate
 FLATTER = 0.5
 """The share of the first rate below which a front counts as bent."""
 
+LEAST = 0.1
+"""The gain up to the knee, in shares of the reference's images beaten, below which a front counts as level: noise rises
+and falls, too."""
+
 DRAWS = 1024
 """Draws from the posterior, each with a knee of its own."""
 
@@ -46,8 +50,8 @@ class Fit(NamedTuple):
 
     @property
     def bent(self) -> Bool[Tensor, " front"]:
-        """Whether the front has a knee: it rises, and then less than `FLATTER` as fast."""
-        return (self.before > 0) & (self.after < FLATTER * self.before)
+        """Whether the front has a knee: it rises by `LEAST`, and then less than `FLATTER` as fast."""
+        return (self.before * self.drift >= LEAST) & (self.after < FLATTER * self.before)
 
 
 def fit(drifts: Float[Tensor, "front point"], gains: Float[Tensor, "front point"]) -> Fit:
