@@ -77,7 +77,7 @@ def _knee(space: SearchSpace, goal: Goal, answer: Knee) -> Iterator[str]:
             f"No knee found: up to a drift of {answer.drift}, {beaten} goes on rising with the drift (a knee has "
             f"probability {answer.probability:.0%}; beyond it the rise would be below {FLATTER:.0%} of that before)."
         )
-        yield "That says neither that the anchor hacks nor that it does not: look at the images, and at held-out scores."
+        yield "That says neither that the anchor hacks nor that it does not: look at the images and at held-out scores."
         return
     where = ", ".join(
         f"{c.name} in [{low:g}, {high:g}]" for c, (low, high) in zip(space.coordinates, answer.ranges, strict=True)
