@@ -143,7 +143,7 @@ class _Arm:
         if not np.isfinite(path_kl).any():
             raise ValueError(
                 "the path KL is not known for this sampler: it needs one that draws noise in every step, such as "
-                "euler-a or ddpm"
+                "euler-a, ddpm or flow-sde"
             )
         return path_kl
 
