@@ -10,6 +10,7 @@ import torch
 
 from deradiff.alignment import methods, runs
 from deradiff.alignment.presets import PRESETS, usual
+from deradiff.sweep.pipelines import known_beta
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
 from messages import naming
@@ -51,7 +52,11 @@ def test_every_method_makes_an_anchor_and_its_card(method: str, tmp_path: Path) 
     away = record["path_kl"]
     assert away["value"] > 0 and away["error"] > 0 and (away["scheduler"], away["steps"]) == ("ddim", 4)
     card = (anchor / "README.md").read_text()
-    assert f"aligned by {methods.METHODS[method].title} at" in card and "| path KL to the base |" in card
+    strength = "without KL" if anchor.name == "beta-0" else f"at {methods.METHODS[method].symbol} ="
+    assert f"aligned by {methods.METHODS[method].title} {strength}" in card and "| path KL to the base |" in card
+    has_beta = anchor.name != "beta-0" and method != "mapo"  # the β of MaPO weighs a margin
+    assert ("Read it at any strength" in card, "no KL strength" in card) == (has_beta, not has_beta)
+    assert known_beta(str(anchor)) == (record["made_of"]["beta"] if has_beta else None)
     settings = record["made_of"]["settings"]
     assert settings["method"] == method and settings["reward"] in card
     again = command("digits", "--method", method, "--out", tmp_path, *SMALL, *OPTIONS[method])

@@ -318,7 +318,9 @@ def test_whatever_was_named_is_escaped(desk: Desk) -> None:
 def test_lam_in_words() -> None:
     assert "strength β/λ = 200 (the anchor's β is 100)" in html.meaning(0.5, 100.0)
     assert "β/λ" not in html.meaning(0.5, None) and "β/λ" not in html.meaning(0.0, 100.0)
-    assert "extrapolation" in html.meaning(1.2, 100.0) and "extrapolation" not in html.meaning(1.0, 100.0)
+    assert "less regularised" in html.meaning(1.2, 100.0) and "regularised" not in html.meaning(1.2, None)
+    assert "extrapolation" in html.meaning(1.2, None) and "extrapolation" in html.meaning(1.2, 100.0)
+    assert "extrapolation" not in html.meaning(1.0, 100.0)
     assert "β/λ" not in html.meaning(0.5, 100.0, annealed=True)  # an annealed λ stands for no strength
 
 

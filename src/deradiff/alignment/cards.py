@@ -9,6 +9,7 @@ import torch
 
 from deradiff.alignment.methods import TrainingMethod
 from deradiff.alignment.training import LossCurve
+from deradiff.sweep.pipelines import NO_KL
 
 
 def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away: dict[str, Any]) -> str:
@@ -37,7 +38,7 @@ def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away
         f"tags: [deradiff, {method.title.lower()}, {'lora' if rank else 'text-to-image'}]",
         "---",
         "",
-        f"# {settings['base']}, aligned by {method.title} at {method.symbol} = {beta:g}",
+        f"# {settings['base']}, aligned by {method.title} {f'at {method.symbol} = {beta:g}' if beta else 'without KL'}",
         "",
         f"A LoRA of rank {rank}." if rank else "All weights of the UNet.",
         "",
@@ -53,7 +54,7 @@ def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away
         "|---|---|",
         *(f"| {step} | {loss:.5f} |" for step, loss in _some(curve)),
         "",
-        "Read it at any strength, with λ turned after training:",
+        _reading(beta > 0 and settings["method"] not in NO_KL),
         "",
         "```python",
         "import deradiff",
@@ -63,6 +64,17 @@ def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away
         "",
     ]
     return "\n".join(lines)
+
+
+def _reading(regularised: bool) -> str:
+    """What λ means for this anchor."""
+    if regularised:
+        return "Read it at any strength, with λ turned after training:"
+    return textwrap.fill(
+        "Nothing held it to its base, so λ stands for no KL strength: it is how much of the anchor is taken, from 0 "
+        "(the base) to 1 (the anchor). `deradiff search --undo-hacking` looks how far λ can go:",
+        120,
+    )
 
 
 def _some(curve: LossCurve, rows: int = 12) -> Sequence[tuple[int, float]]:

@@ -9,6 +9,7 @@ from deradiff.cli import arguments, options, terminal
 from deradiff.cli.options import machine_option, panel, sampling_option
 
 if TYPE_CHECKING:
+    from deradiff.search.goals import Goal
     from deradiff.search.spaces import SearchSpace
     from deradiff.sweep.workers import Executor
 
@@ -33,6 +34,14 @@ def search(
     require: Annotated[
         list[str] | None, goal_option(help="A condition: 'clip >= reference', 'recall >= 0.6', 'path-kl <= 3'.")
     ] = None,
+    undo_hacking: Annotated[
+        bool,
+        goal_option(
+            "--undo-hacking",
+            help="Look how far λ can go: the knee of how often the reference is beaten in the one --maximize score "
+            "against the drift from it. For anchors trained without KL. Needs 2 seeds of a prompt, better 8.",
+        ),
+    ] = False,
     held_out: Annotated[str, goal_option(help="Scores, with commas between, that the winner is checked by.")] = "",
     features: Annotated[
         str | None, goal_option(help="An extractor (dinov2, clip, inception, digits) to see diversity by.")
@@ -93,7 +102,6 @@ def search(
         from deradiff.experiments.plan import parse_plan
         from deradiff.sampling.devices import device_called, device_name
         from deradiff.search import summary
-        from deradiff.search.goals import Goal
         from deradiff.search.loop import SearchState
         from deradiff.search.running import run
         from deradiff.sweep.description import SamplingSettings
@@ -104,7 +112,7 @@ def search(
         sources = arguments.anchors(anchor)
         if features is None:
             arguments.refuse(context, ["neighbours"], "k of recall, which is measured with --features")
-        goal = Goal.read(maximize or (), minimize or (), require or ())
+        goal = _goal(maximize or [], minimize or [], require or [], undo_hacking)
         space = _space(over, tuple(sources), limits, box)
         place = device_called(device)
         held = [name.strip() for name in held_out.split(",") if name.strip()]
@@ -151,6 +159,17 @@ def search(
     for sentence in summary.sentences(space, goal, outcome, beta):
         terminal.echo(sentence)
     terminal.files(outcome.files)
+
+
+def _goal(maximize: list[str], minimize: list[str], require: list[str], undo_hacking: bool) -> "Goal":
+    """What the options ask for."""
+    from deradiff.search.goals import Goal
+
+    if not undo_hacking:
+        return Goal.read(maximize, minimize, require)
+    if len(maximize) != 1 or minimize or require:
+        raise ValueError("--undo-hacking takes the one score that the anchor was trained on, as in --maximize legible.")
+    return Goal.undo_hacking(*maximize)
 
 
 def _prompts(given: list[str], source: str | None, count: int | None) -> dict[str, Any]:

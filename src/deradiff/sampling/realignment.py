@@ -65,10 +65,10 @@ def realign(
             as Wan 2.2's, either of these for each of them, `{"transformer": ..., "transformer_2": ...}`, of which what
             is left out stays the reference's; or one source that has them all, a pipeline or a LoRA file whose keys
             begin with their names.
-        lam: λ, the strength β/λ in units of the anchor's β: 0 is the reference, 1 the anchor, above 1 extrapolates to
-            less regularisation, below 0 moves away from the anchor. A number or a `Schedule`, a list of these with one
-            per image of the batch, or, with several anchors, a dictionary of any of those (`lams.parse_lam`). With
-            several denoisers it is the same for all, or a dictionary of any of these for each.
+        lam: λ, how much of the anchor: 0 is the reference, 1 the anchor, above 1 extrapolates, below 0 moves away from
+            the anchor. Of an anchor aligned at β it stands for the strength β/λ. A number or a `Schedule`, a list of
+            these with one per image of the batch, or, with several anchors, a dictionary of any of those
+            (`lams.parse_lam`). With several denoisers it is the same for all, or a dictionary of any of these for each.
         method: "mixture" mixes predictions, one evaluation per model and step. "interpolate" runs one model with
             interpolated weights (a LoRA at scale λ): half the cost, a first-order approximation of the mixture.
         path: where the mixture is taken. "auto": mixed predictions wherever the scheduler's step is affine in them

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deradiff.search.answers import Best, Front
-from deradiff.search.goals import Goal
+from deradiff.search.goals import DRIFT, Goal
+from deradiff.search.knees import Knee, drawn
 from deradiff.search.loop import SearchState
 from deradiff.search.spaces import Coordinate, Point, SearchSpace
 
@@ -19,14 +20,21 @@ BAND = 1.6448536269514722
 """Standard deviations that hold 90% of a normal distribution."""
 
 
-def draw(space: SearchSpace, goal: Goal, state: SearchState, answer: Best | Front, path: Path) -> None:
+def draw(space: SearchSpace, goal: Goal, state: SearchState, answer: Best | Front | Knee, path: Path) -> None:
     """Write the figure of a search to `path` as PNG (DeRaDiff, figure 8).
 
     For one objective: a panel for every coordinate along the line through the answer, with the acquisition function
-    below. For several: every pair of objectives, with the Pareto set.
+    below. For several: every pair of objectives, with the Pareto set. For a knee: the front, and the score beside it.
     """
     from matplotlib.figure import Figure
 
+    if isinstance(answer, Knee):
+        figure = Figure(figsize=(10.6, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _bent(left, space, state, answer)
+        _paid(right, space, goal, state, answer)
+        figure.savefig(path, format="png", dpi=150)
+        return
     panels = len(space.coordinates) if isinstance(answer, Best) else max(1, len(goal.objectives) - 1)
     figure = Figure(figsize=(2.2 + 4.4 * panels, 5.6 if isinstance(answer, Best) else 4.4), layout="constrained")
     if isinstance(answer, Best):
@@ -152,4 +160,58 @@ def _front(axes: Axes, space: SearchSpace, goal: Goal, answer: Front, j: int) ->
     axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"{goal.objectives[0]}, gain over the reference")
     axes.set_ylabel(f"{goal.objectives[j]}, gain over the reference")
+    axes.grid(alpha=0.25)
+
+
+def _bent(axes: Axes, space: SearchSpace, state: SearchState, answer: Knee) -> None:
+    """How often the reference is beaten against the drift: evaluations, draws of the front, and the knee."""
+    assert state.models is not None and state.proposal is not None
+    places = drawn(space, state.models, state.proposal.candidates, 0)
+    for drifts, gains in zip(places.drifts[:40], places.gains[:40], strict=True):
+        order = drifts.argsort()
+        axes.plot(drifts[order].tolist(), (0.5 + gains[order].cummax(0).values).tolist(), color=BLUE, alpha=0.08)
+    axes.plot([], [], color=BLUE, alpha=0.5, label="draws of the front")
+    axes.errorbar(
+        [-one.gains[1] for one in answer.evaluations],
+        [0.5 + one.gains[0] for one in answer.evaluations],
+        [BAND * one.errors[0] for one in answer.evaluations],
+        [BAND * one.errors[1] for one in answer.evaluations],
+        fmt="o",
+        color=INK,
+        markersize=4,
+        linewidth=1,
+        label="evaluations",
+    )
+    _labelled(axes, answer)
+    _marked(axes, answer)
+    axes.set_ylabel("share of the reference's images beaten")
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def _paid(axes: Axes, space: SearchSpace, goal: Goal, state: SearchState, answer: Knee) -> None:
+    """The score itself against the drift."""
+    assert state.tables is not None and goal.knee is not None
+    drifts, scores = state.tables.points[DRIFT].mean(1), state.tables.points[goal.knee].mean(1)
+    axes.plot(drifts.tolist(), scores.tolist(), "o", color=INK, markersize=4)
+    _marked(axes, answer)
+    axes.set_ylabel(f"mean {goal.knee}")
+    for drift, score, point in zip(drifts.tolist(), scores.tolist(), state.points, strict=True):
+        text = ", ".join(f"{value:g}" for value in point)
+        axes.annotate(text, (drift, score), xytext=(5, -9), textcoords="offset points", fontsize="x-small")
+    axes.set_title(f"{', '.join(c.name for c in space.coordinates)} beside each point", fontsize="medium")
+
+
+def _labelled(axes: Axes, answer: Knee) -> None:
+    if answer.point is None:
+        axes.set_title(f"no knee (probability of one {answer.probability:.0%})", fontsize="medium")
+    else:
+        axes.set_title(f"knee at a drift of {answer.drift}", fontsize="medium")
+
+
+def _marked(axes: Axes, answer: Knee) -> None:
+    """The knee and its interval along the drift."""
+    if answer.point is not None:
+        axes.axvspan(answer.drift.low, answer.drift.high, color=ORANGE, alpha=0.12, linewidth=0)
+        axes.axvline(answer.drift.value, color=ORANGE, linewidth=1.5, label="knee, and 90% of where it may lie")
+    axes.set_xlabel("drift from the reference, √(path KL)")
     axes.grid(alpha=0.25)

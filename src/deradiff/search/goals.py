@@ -15,9 +15,15 @@ from torch import Tensor
 from deradiff.sweep.notation import decimal
 
 PATH_KL = "path-kl"
+DRIFT = "drift"
+"""The square root of the path KL, which grows like λ while the models disagree alike along their paths."""
 RECALL, VENDI, DISTANCE = "recall", "vendi", "distance"
-MEASURES = (PATH_KL, RECALL, VENDI, DISTANCE)
+MEASURES = (PATH_KL, DRIFT, RECALL, VENDI, DISTANCE)
 """What is measured besides the scores of the plan; the last three of the features of its first extractor."""
+
+BEATS = "beats-reference:"
+"""Before the name of a score: how often an image has more of it than one that the reference draws for its prompt from
+other noise. 0.5 for the reference itself; n/(n+1) is what the best of n of its images reaches."""
 
 REFERENCE = "reference"
 
@@ -105,10 +111,12 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Goal:
-    """One objective or several, and conditions. Several have a Pareto set instead of a best point."""
+    """One objective or several, and conditions. Several have a Pareto set instead of a best point, or a knee."""
 
     objectives: tuple[Objective, ...]
     constraints: tuple[Constraint, ...] = ()
+    knee: str | None = None
+    """The score of which the knee is wanted, `undo_hacking`."""
 
     @classmethod
     def read(cls, maximize: Sequence[str], minimize: Sequence[str] = (), require: Sequence[str] = ()) -> Goal:
@@ -119,16 +127,32 @@ class Goal:
             raise ValueError("a search needs something to maximise or to minimise: the name of a score")
         return cls(tuple(wanted), tuple(Constraint.read(text) for text in require))
 
+    @classmethod
+    def undo_hacking(cls, score: str) -> Goal:
+        """How far λ can go before more of the anchor buys less of `score`: the knee of a front (`knees`).
+
+        Gained is how often the reference's images are beaten, and the drift is the price. The score itself would be a
+        bad measure of gain: a hacked reward goes on rising where images are ruined. But a reward only ranks images, and
+        beyond all that the reference draws there is nothing left to beat. Raises `ValueError` unless `score` is the
+        name of one.
+        """
+        wanted = Objective.read(score).terms
+        if wanted != ((score.strip(), 1.0),) or score.strip() in MEASURES or score.strip().startswith(BEATS):
+            raise ValueError(f"{score!r} is no score by name: a knee is looked for in one score, as in legible")
+        ((name, _),) = wanted
+        return cls((Objective(((BEATS + name, 1.0),)), Objective(((DRIFT, -1.0),))), knee=name)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The scores and measures that it needs, each once."""
         parts: list[Objective | Constraint] = [*self.objectives, *self.constraints]
-        return tuple(dict.fromkeys(name for part in parts for name, _ in part.terms))
+        names = [name for part in parts for name, _ in part.terms]
+        return tuple(dict.fromkeys([*names, *([self.knee] if self.knee else [])]))
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Those that are rewards."""
-        return tuple(name for name in self.names if name not in MEASURES)
+        """The rewards among them, also those that images are compared by."""
+        return tuple(dict.fromkeys(name.removeprefix(BEATS) for name in self.names if name not in MEASURES))
 
 
 _TERM = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\s*\*?\s+|(?P<times>[0-9.eE+-]+)\*)?(?P<name>[A-Za-z][^\s*]*)")

@@ -9,6 +9,7 @@ import numpy as np
 
 from deradiff.search.answers import Best, Front, best, front
 from deradiff.search.goals import Goal, Tables
+from deradiff.search.knees import Knee, knee, towards_knee
 from deradiff.search.proposals import Proposal, Surrogates, propose
 from deradiff.search.spaces import Point, SearchSpace
 from deradiff.search.surrogate import Observed
@@ -45,8 +46,8 @@ def maximise(
     fraction: float = FRACTION,
     state: SearchState | None = None,
     report: Callable[[SearchState], None] | None = None,
-) -> Best | Front:
-    """Find the point of `space` that `goal` likes best, or the Pareto set of several objectives.
+) -> Best | Front | Knee:
+    """Find the point of `space` that `goal` likes best, the Pareto set of several objectives, or the knee of a front.
 
     The end points come first, then what log noisy expected improvement proposes (DeRaDiff's Algorithm 2 with the noise
     taken seriously). Everything random follows from `seed` and the number of evaluations, so a search that is begun
@@ -59,7 +60,7 @@ def maximise(
         budget: evaluations altogether; the end points count.
         seed: of everything random in the search. The images have seeds of their own.
         fraction: stop where the expected gain is below this share of the standard error of the gain so far. 0 uses the
-            whole budget, as does a search for several objectives.
+            whole budget, as does a search for several objectives or for a knee.
         state: what the search leaves behind, for figures.
         report: told of the state after every evaluation.
 
@@ -80,7 +81,8 @@ def maximise(
         chance = _chance(seed, len(now.points))
         now.models = Surrogates.of(space, goal, now.points, now.tables, chance)
         candidates = space.candidates(chance, now.points, _promising(space, now.models, now.points), now.refused)
-        now.proposal = propose(space, now.models, now.points, candidates, chance)
+        look = propose if goal.knee is None else towards_knee
+        now.proposal = look(space, now.models, now.points, candidates, chance)
         if report is not None:
             report(now)
         stopped = _why_stop(now, goal, budget, fraction)
@@ -88,6 +90,9 @@ def maximise(
             break
         assert now.proposal.point is not None
         _take(now, now.proposal.point, evaluate)
+    if goal.knee is not None:
+        candidates = now.proposal.candidates
+        return knee(space, goal, now.points, now.tables, now.models, candidates, stopped, chance)
     if len(goal.objectives) > 1:
         return front(space, goal, now.points, now.tables, now.models, stopped, chance)
     return best(space, goal, now.points, now.tables, now.models, now.proposal, stopped, chance)
@@ -112,6 +117,7 @@ def _why_stop(now: SearchState, goal: Goal, budget: int, fraction: float) -> str
     if len(goal.objectives) > 1:
         return ""
     error = _error_of_gain(goal, now.tables)
+    assert now.proposal.gain is not None
     if now.proposal.gain < fraction * error:
         return (
             f"another evaluation is expected to gain {now.proposal.gain:.2g}, less than {fraction:g} of the gain's "

@@ -57,12 +57,12 @@ class Proposal:
 
     point: Point | None
     """None where every candidate is known already."""
-    gain: float
+    gain: float | None
     """Expected improvement of the best score, in its own unit; of several objectives, of the hypervolume under their
-    front, each in standard deviations."""
+    front, each in standard deviations. None of a search for a knee, which improves nothing."""
     candidates: list[Point]
     values: Float[Tensor, " candidate"]
-    """The expected improvement at each."""
+    """The expected improvement at each; of a search for a knee, what makes it worth a look (`knees.towards_knee`)."""
 
 
 def propose(

@@ -23,7 +23,7 @@ from deradiff.experiments.results import Results, by_prompt
 from deradiff.measures.diversity import mean_pairwise_distance, vendi_score
 from deradiff.measures.precision_recall import squared_distances, squared_radii
 from deradiff.measures.statistics import require_features
-from deradiff.search.goals import DISTANCE, MEASURES, PATH_KL, RECALL, VENDI
+from deradiff.search.goals import BEATS, DISTANCE, DRIFT, MEASURES, PATH_KL, RECALL, VENDI
 
 ENOUGH = 0.5
 """The share of an arm's images that must have scores."""
@@ -49,12 +49,14 @@ def require_measured(plan: Plan, prompts: str, names: Sequence[str], weighted: b
     if weighted and seeds < FEW:
         raise ValueError(f"importance weights compare the images of a prompt: give {FEW:g} seeds at least, not {seeds}")
     for name in names:
-        if name not in (*MEASURES, *plan.scores):
+        if name.removeprefix(BEATS) not in plan.scores and name not in MEASURES:
             known = ", ".join([*plan.scores, *MEASURES])
             raise ValueError(f"{name!r} is not measured here: scores and measures are {known}")
+        if weighted and name.startswith(BEATS):
+            raise ValueError(f"{name} compares single images, which weights do not: leave the weights out")
         if name in OF_FEATURES and not plan.features:
             raise ValueError(f"{name} compares images by features: name an extractor")
-        if name in WITHIN_PROMPTS and seeds < 2:
+        if (name in WITHIN_PROMPTS or name.startswith(BEATS)) and seeds < 2:
             raise ValueError(f"{name} compares the images of a prompt: give two seeds at least")
 
 
@@ -104,7 +106,7 @@ def _read(
     for arm in read:
         arm.require_enough()
     kept = np.logical_and.reduce([arm.there for arm in read])
-    if {*names} & {*WITHIN_PROMPTS}:
+    if any(name in WITHIN_PROMPTS or name.startswith(BEATS) for name in names):
         kept = kept & (kept.sum(1, keepdims=True) >= 2)
     return read, kept
 
@@ -133,15 +135,15 @@ class _Arm:
         return len(results.contents.texts[self._prompts]), len(results.plan.prompts[self._prompts].seeds)
 
     def _table(self, name: str) -> Table:
-        if name != PATH_KL:
-            return self._results.scores(self._arm, self._prompts, name)
+        if name not in (PATH_KL, DRIFT):
+            return self._results.scores(self._arm, self._prompts, name.removeprefix(BEATS))
         if not any(lam for _, lam in self._arm.anchors):
             return np.zeros(self._shape)  # the reference
         path_kl = self._results.path_kl(self._arm, self._prompts)
         if not np.isfinite(path_kl).any():
             raise ValueError(
                 "the path KL is not known for this sampler: it needs one that draws noise in every step, such as "
-                "euler-a or ddpm"
+                "euler-a, ddpm or flow-sde"
             )
         return path_kl
 
@@ -193,6 +195,10 @@ class _Arm:
             table = np.zeros(kept.shape)
             table[kept] = self._covers(reference, kept)
             return _averaged(table, kept)
+        if name == DRIFT:
+            return _averaged(self._tables[name], kept).sqrt()
+        if name.startswith(BEATS):
+            return _averaged(_beaten(self._tables[name], reference._tables[name], kept), kept)
         if self._weights is None or name == PATH_KL:
             return _averaged(self._tables[name], kept)
         return _weighted(self._tables[name], self._weights, kept)
@@ -222,6 +228,16 @@ def _averaged(table: Table, kept: Kept) -> Float[Tensor, " unit"]:
     if len(kept) == 1:
         return torch.from_numpy(table[kept])
     return torch.from_numpy(by_prompt(np.where(kept, table, np.nan))[kept.any(1)])
+
+
+def _beaten(table: Table, reference: Table, kept: Kept) -> Table:
+    """For every image the share of the reference's that score less, of the same prompt and of another seed.
+
+    Ties count half. From the same noise the two would be alike, which is no comparison of what the models draw.
+    """
+    wins = np.sign(table[:, :, None] - reference[:, None, :]) / 2 + 0.5
+    others = kept[:, None, :] & ~np.eye(kept.shape[1], dtype=bool)
+    return np.where(others, wins, 0).sum(2) / others.sum(2).clip(min=1)
 
 
 def _weighted(table: Table, log_weights: Table, kept: Kept) -> Float[Tensor, " unit"]:

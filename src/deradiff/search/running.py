@@ -27,6 +27,7 @@ from deradiff.search.answers import Best, Front
 from deradiff.search.checks import Check, check, nothing_to_check
 from deradiff.search.evaluation import PointEvaluator
 from deradiff.search.goals import Goal, Tables
+from deradiff.search.knees import Knee
 from deradiff.search.loop import FRACTION, PointRefused, SearchState, maximise
 from deradiff.search.spaces import Point, SearchSpace
 from deradiff.sweep.jobs import Report
@@ -44,9 +45,9 @@ FACT = "search"
 class SearchOutcome:
     """What a search found, and where it is written down."""
 
-    answer: Best | Front
+    answer: Best | Front | Knee
     checks: dict[Point, Check]
-    """Of the winner, or of every point of the front."""
+    """Of the winner, or of every point of the front; none where no knee was found."""
     refused: dict[Point, str]
     """Points that could not be used, and why."""
     verdict: dict[str, Any] | None
@@ -123,7 +124,7 @@ def run(
         answer = maximise(
             space, goal, evaluate, budget=budget, seed=seed, fraction=fraction, state=state, report=on_evaluation
         )
-        winners = [answer.point] if isinstance(answer, Best) else [member.point for member in answer.points]
+        winners = _winners(answer)
         _remember(evaluator, identity, winners)
         results = evaluator.drawn(list(dict.fromkeys([*state.points, *winners])))
         reference = evaluator.reference(results)
@@ -132,6 +133,13 @@ def run(
         outcome = SearchOutcome(answer, checks, state.refused, verdict, evaluator.left_out)
         outcome.files.extend(_written(folder, evaluator, goal, state, outcome, results, seed))
     return outcome
+
+
+def _winners(answer: Best | Front | Knee) -> list[Point]:
+    """The points that an answer names."""
+    if isinstance(answer, Front):
+        return [member.point for member in answer.points]
+    return [] if answer.point is None else [answer.point]
 
 
 def _checked(
@@ -148,7 +156,7 @@ def _verdict(
 ) -> dict[str, Any] | None:
     """How far the best point's first score is from the retrained model's."""
     name = goal.objectives[0].terms[0][0]
-    if len(goal.objectives) > 1 or name not in goal.scores:
+    if len(goal.objectives) > 1 or not winners or name not in goal.scores:
         return None
     verdict = results.verdict(evaluator.space.arm(results.plan, winners[0]), evaluator.prompts, name)
     return None if verdict is None else verdict.record()
@@ -231,6 +239,7 @@ def record(evaluator: PointEvaluator, goal: Goal, outcome: SearchOutcome, seed: 
         "space": {"kind": space.kind, "anchors": space.anchors, "simplex": space.simplex, "places": space.places}
         | {"coordinates": [asdict(coordinate) for coordinate in space.coordinates]},
         "objectives": [str(objective) for objective in goal.objectives],
+        "knee": goal.knee,
         "conditions": [condition.text for condition in goal.constraints],
         "weighted": evaluator.weighted,
         "nearby": evaluator.nearby,
@@ -251,10 +260,9 @@ def _sheet(evaluator: PointEvaluator, outcome: SearchOutcome, results: Results) 
     """The first prompts by the reference, the winners and the anchors."""
     space, plan = evaluator.space, results.plan
     columns: dict[str, Arm] = {"reference": evaluator.reference(results)}
+    words = {Best: "best", Front: "on the front", Knee: "before the knee"}[type(outcome.answer)]
     for point in list(outcome.checks)[:SHOWN]:
-        columns[f"{space.text(point)}\n{'best' if isinstance(outcome.answer, Best) else 'on the front'}"] = space.arm(
-            plan, point
-        )
+        columns[f"{space.text(point)}\n{words}"] = space.arm(plan, point)
     for point, name in zip(space.alone(), space.anchors, strict=False):
         if point in [evaluation.point for evaluation in outcome.answer.evaluations] and point not in outcome.checks:
             columns[f"{name}\nλ = 1"] = space.arm(plan, point)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from deradiff.search.answers import LEVEL, Best, Condition, Front, Interval
 from deradiff.search.goals import Goal
+from deradiff.search.knees import FLATTER, Knee
 from deradiff.search.loop import SearchState
 from deradiff.search.running import SearchOutcome
 from deradiff.search.spaces import Point, SearchSpace
@@ -24,6 +25,9 @@ def sentences(
         yield from (check.sentence for check in outcome.checks.values())
         if outcome.verdict and outcome.verdict["kind"] not in UNTOLD:
             yield f"Beside a retrained model: {outcome.verdict['words']}."
+    elif isinstance(answer, Knee):
+        yield from _knee(space, goal, answer)
+        yield from (check.sentence for check in outcome.checks.values())
     else:
         yield from _front(space, goal, outcome, answer)
     yield f"Stopped after {len(answer.evaluations)} evaluations: {answer.stopped}."
@@ -38,7 +42,8 @@ def evaluated(space: SearchSpace, state: SearchState) -> str:
     assert state.tables is not None and state.proposal is not None
     names = [f"{name} {float(table[-1].mean()):.4g}" for name, table in state.tables.points.items()]
     then = state.proposal.point
-    after = "" if then is None else f"; next {space.text(then)}, expected to gain {state.proposal.gain:.2g}"
+    gain = "" if state.proposal.gain is None else f", expected to gain {state.proposal.gain:.2g}"
+    after = "" if then is None else f"; next {space.text(then)}{gain}"
     return f"{len(state.points)}. {space.text(state.points[-1])}: {', '.join(names)}{after}"
 
 
@@ -63,6 +68,30 @@ def _best(space: SearchSpace, goal: Goal, answer: Best, anchor_beta: float | Non
     ]
     if wide:
         yield f"Where the best {' and '.join(wide)} lies can hardly be told: draw more prompts, or more seeds of them."
+
+
+def _knee(space: SearchSpace, goal: Goal, answer: Knee) -> Iterator[str]:
+    beaten = f"how often the reference's images are beaten in {goal.knee}"
+    if answer.point is None:
+        yield (
+            f"No knee found: up to a drift of {answer.drift}, {beaten} goes on rising with the drift (a knee has "
+            f"probability {answer.probability:.0%}; beyond it the rise would be below {FLATTER:.0%} of that before)."
+        )
+        yield "That says neither that the anchor hacks nor that it does not: look at the images and at held-out scores."
+        return
+    where = ", ".join(
+        f"{c.name} in [{low:g}, {high:g}]" for c, (low, high) in zip(space.coordinates, answer.ranges, strict=True)
+    )
+    yield (
+        f"Take {space.text(answer.point)}: surely before the knee, which lies at {where} with probability {LEVEL:.0%}, "
+        f"at a drift of {answer.drift}."
+    )
+    assert answer.beats is not None and answer.gain is not None
+    yield (
+        f"There an image has more {goal.knee} than one of the reference with probability {answer.beats}, and "
+        f"{_signed(answer.gain)} of it on average."
+    )
+    yield f"Beyond the knee {beaten} rises {answer.slowing} times as fast with the drift as before it."
 
 
 def _front(space: SearchSpace, goal: Goal, outcome: SearchOutcome, answer: Front) -> Iterator[str]:

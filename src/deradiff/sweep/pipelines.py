@@ -121,6 +121,9 @@ def anchor_source(source: str) -> str | Path:
 def known_beta(source: str) -> float | None:
     """The β that an anchor was aligned at: one that ships, or a folder that `deradiff align` wrote; else None.
 
+    None as well for an anchor of a method without a KL term (`NO_KL`), or whose KL term had a strength of 0: then there
+    is no β, and λ is how much of the anchor is taken.
+
     A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that a world does not
     have, like `anchor_source`.
     """
@@ -128,21 +131,31 @@ def known_beta(source: str) -> float | None:
         return anchor.beta
     file = Path(source) / "alignment.json"
     try:
-        beta = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of.beta
+        made_of = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         warnings.warn(str(error), stacklevel=2)
         return None
-    return beta if math.isfinite(beta) and beta > 0 else None
+    regularised = math.isfinite(made_of.beta) and made_of.beta > 0 and made_of.settings.method not in NO_KL
+    return made_of.beta if regularised else None
 
 
-class _Beta(Record):
+NO_KL = ("mapo",)
+"""Methods of `deradiff align` whose strength weighs something else than a divergence from the reference."""
+
+
+class _AlignedBy(Record):
+    method: str = ""
+
+
+class _MadeOf(Record):
     beta: float
+    settings: _AlignedBy = _AlignedBy()
 
 
 class _Aligned(Record):
-    made_of: _Beta
+    made_of: _MadeOf
 
 
 def scheduler_like(present: Any, name: str) -> Any:

@@ -59,7 +59,7 @@ def exhibits(results: Results) -> Iterator[Exhibit]:
 
 def strips(results: Results) -> Iterator[Exhibit]:
     """For each anchor, its pictures at all λ (DeRaDiff, figure 3)."""
-    for anchor in results.plan.models:
+    for anchor, model in results.plan.models.items():
         steps = by_lam(results, anchor)
         inner = [arm for lam, arm in steps if lam not in (0.0, 1.0)]
         yield from _compared(
@@ -69,8 +69,9 @@ def strips(results: Results) -> Iterator[Exhibit]:
             best_set(results, inner),
             key("strip", anchor),
             f"{anchor} at every λ",
-            f"The reference (λ = 0), the anchor {anchor} (λ = 1) and DeRaDiff between and beyond them, with the KL "
-            "strength β/λ that a λ stands for; beyond λ = 1 it extrapolates.",
+            f"The reference (λ = 0), the anchor {anchor} (λ = 1) and DeRaDiff between and beyond them"
+            f"{'' if model.beta is None else ', with the KL strength β/λ that a λ stands for'}; beyond λ = 1 it "
+            "extrapolates.",
             "DeRaDiff, figure 3",
         )
 
