@@ -18,9 +18,11 @@ from typing import Any, Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deradiff.algorithm.characters import MEANINGS, Character, covers
 from deradiff.algorithm.comparisons import ENOUGH, EVEN, Comparison, compare
 from deradiff.algorithm.estimates import Estimate, covariance, mean
 from deradiff.algorithm.guided_weights import left_out
+from deradiff.algorithm.pair_terms import LAMS
 from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle
 
 TRUSTED = 0.02
@@ -45,22 +47,23 @@ OBSTACLES: dict[Obstacle, str] = {
 }
 
 
-TRUSTING = ("exact", "trust")
+TRUSTING = ("exact", "trust", "plain")
 """The kinds of verdict that tell a person to believe the plain mean."""
 
 
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
-Kind = Literal["exact", "trust", "off", "depends", "unclear", "uneven", "few", "no target"]
+Kind = Literal["exact", "trust", "plain", "off", "depends", "unclear", "uneven", "few", "no target"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How far a realigned run can be trusted, for one score at one λ.
 
-    `kind` is "exact" (one model alone), "trust", "off" (use the weighted mean), "depends" (on the score; none is
-    given), "unclear" (more images would tell), "uneven" (use particles), "few" (images per prompt) or "no target".
-    `error` is the bias as a share of the shift from the reference, None where that shift is not known.
+    `kind` is "exact" (one model alone), "trust", "plain" (samples of a stepwise anchor, without weights), "off" (use
+    the weighted mean), "depends" (on the score; none is given), "unclear" (more images would tell), "uneven" (use
+    particles), "few" (images per prompt) or "no target". `error` is the bias as a share of the shift from the
+    reference, None where that shift is not known. `target` is the model that the verdict compares with, in words.
     """
 
     kind: Kind
@@ -69,6 +72,7 @@ class Verdict:
     comparison: Comparison
     error: Estimate | None
     path_kl: Estimate | None
+    target: str = ""
 
     def __str__(self) -> str:
         return self.words
@@ -87,7 +91,7 @@ class Verdict:
         plain = {"covariance": compared.covariance, "skewed": compared.skewed, "effective": compared.effective}
         plain |= {"tail": compared.tail, "tail_limit": compared.tail_limit}
         return (
-            {"kind": self.kind, "words": self.words, "score": self.score}
+            {"kind": self.kind, "words": self.words, "score": self.score, "target": self.target}
             | {"images": compared.images, "prompts": compared.prompts}
             | {name: None if x is None else [_finite(x.value), _finite(x.error)] for name, x in numbers.items()}
             | {name: _finite(x) for name, x in plain.items()}
@@ -106,6 +110,7 @@ def verdict(
     *,
     baseline: float | None = None,
     name: str = "score",
+    character: Character | None = None,
 ) -> Verdict:
     """Judge a run at one λ.
 
@@ -118,11 +123,14 @@ def verdict(
             it, and without guidance, the shift is estimated by `Cov(score, Σ λ_i log p_i/p_0)`, its first-order value,
             where the sampler is memoryless.
         name: what the score is called in the words.
+        character: what kind of anchor it is, where it was examined. Without, the verdict presumes a tilt, and says so.
 
     Raises:
-        ValueError: the images have different λ; see also `compare`.
+        ValueError: the images have different λ, or a character is given for several anchors; see also `compare`.
     """
     lams = run.lams
+    if character is not None and len(lams) != 1:
+        raise ValueError(f"a character is one anchor's, and this run has {len(lams)}: leave it out")
     if not bool((lams == lams[:, :1]).all()):
         raise ValueError("the images of this run have different λ: judge run.rows(...) of one λ at a time")
     alone = sorted({0.0, *lams[:, 0].tolist()}) in ([0.0], [0.0, 1.0]) and float(lams[:, 0].sum()) <= 1
@@ -158,7 +166,41 @@ def verdict(
         kind, words = "no target", _without_target(run.obstacles, spread)
     else:
         kind, words = _judged(comparison, error, given, spread)
-    return Verdict(kind, words, given, comparison, error, path_kl)
+    if kind != "exact":
+        kind, words = _for_character(character, kind, words, run)
+    return Verdict(kind, words, given, comparison, error, path_kl, _target(character, kind))
+
+
+def _for_character(character: Character | None, kind: Kind, words: str, run: ImportanceWeights) -> tuple[Kind, str]:
+    """What a verdict that presumes a tilt comes to for an anchor of this character."""
+    if character is None:
+        if kind == "off":
+            words += ", if the anchor is the optimum of its alignment (deradiff examine)"
+        return kind, words
+    if character.kind == "tilt" or (character.kind == "unknown" and kind == "trust"):
+        return kind, words
+    if character.kind != "stepwise":
+        return "no target", f"no claim: the anchor is {MEANINGS[character.kind]}"
+    if run.obstacles & {"annealing", "reuse"}:
+        return kind, words
+    if not covers(float(run.lams[0, 0])):
+        return (
+            "no target",
+            f"no claim: the anchor is stepwise between λ = {min(LAMS):g} and 1, and was not tested beyond",
+        )
+    return "plain", f"plain samples: the anchor is {MEANINGS['stepwise']}"
+
+
+def _target(character: Character | None, kind: Kind) -> str:
+    """The model that a verdict compares with."""
+    if kind == "exact":
+        return "the model itself"
+    if kind == "no target":
+        return "none"
+    if kind == "plain":
+        return "the model retrained at β/λ, which mixing predictions is"
+    presumed = "" if character is not None and character.kind == "tilt" else ", if the anchor is the optimum of its own"
+    return f"the optimum of alignment at β/λ{presumed}"
 
 
 def _without_target(obstacles: frozenset[Obstacle], spread: float) -> str:
