@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from deradiff.algorithm import schedules as schedules
     from deradiff.anchors import load_anchor as load_anchor
     from deradiff.baking import bake as bake
+    from deradiff.examination import examine as examine
     from deradiff.sampling.dial import Dial as Dial
     from deradiff.sampling.particles import sample_particles as sample_particles
     from deradiff.sampling.realignment import lam_for_beta as lam_for_beta
     from deradiff.sampling.realignment import realign as realign
     from deradiff.sampling.reuse import Reuse as Reuse
+    from deradiff.sweep.characters import load_character as load_character
 
 __version__ = "0.2.0"
 
@@ -20,12 +22,25 @@ _HOME = {
     "Reuse": "deradiff.sampling.reuse",
     "Dial": "deradiff.sampling.dial",
     "bake": "deradiff.baking",
+    "examine": "deradiff.examination",
+    "load_character": "deradiff.sweep.characters",
     "lam_for_beta": "deradiff.sampling.realignment",
     "load_anchor": "deradiff.anchors",
     "realign": "deradiff.sampling.realignment",
     "sample_particles": "deradiff.sampling.particles",
 }
-__all__ = ["Dial", "Reuse", "bake", "lam_for_beta", "load_anchor", "realign", "sample_particles", "schedules"]
+__all__ = [
+    "Dial",
+    "Reuse",
+    "bake",
+    "examine",
+    "lam_for_beta",
+    "load_anchor",
+    "load_character",
+    "realign",
+    "sample_particles",
+    "schedules",
+]
 
 
 def __getattr__(name: str) -> Any:

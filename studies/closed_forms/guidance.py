@@ -17,8 +17,9 @@ import torch
 import typer
 from rich.table import Table
 
+from deradiff.algorithm.comparisons import EVEN
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.verdict import EVEN, GUIDED_TRUSTED, MOST_LEFT_OUT, Kind, guided_kind, margin
+from deradiff.algorithm.verdict import GUIDED_TRUSTED, MOST_LEFT_OUT, Kind, guided_kind, margin
 from deradiff.cli import terminal
 from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken

@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deradiff.algorithm.comparisons import compare
 from deradiff.algorithm.guided_weights import left_out
-from deradiff.algorithm.verdict import compare
 from deradiff.files.reading import Record as FileRecord
 from deradiff.sampling.realignment import realign
 from deradiff.worlds.closed_form import GaussianMixture, QuadraticReward, linear_reward

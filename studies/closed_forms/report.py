@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from deradiff.algorithm.comparisons import EVEN
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.verdict import EVEN, TRUSTED, TRUSTING
+from deradiff.algorithm.verdict import TRUSTED, TRUSTING
 from deradiff.files.figure_styles import ARMS
 from deradiff.files.outputs import replaced
 from deradiff.files.pages import counted, templates

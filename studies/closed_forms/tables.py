@@ -11,8 +11,9 @@ from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
+from deradiff.algorithm.comparisons import EVEN
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.verdict import EVEN, TRUSTED, TRUSTING
+from deradiff.algorithm.verdict import TRUSTED, TRUSTING
 from studies.closed_forms.comparison import Record
 
 EVENNESS = (0.0, 0.01, 0.03, 0.1, 0.2, EVEN, 0.5, 0.7, 0.9, 1.0)

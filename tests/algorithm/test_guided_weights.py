@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from deradiff import realign
+from deradiff.algorithm.comparisons import compare
 from deradiff.algorithm.estimates import Estimate
 from deradiff.algorithm.guided_weights import GuidanceFit, GuidedWeights, left_out
 from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle, joined
-from deradiff.algorithm.verdict import GUIDED_TRUSTED, MOST_LEFT_OUT, compare, guided_kind, verdict
+from deradiff.algorithm.verdict import GUIDED_TRUSTED, MOST_LEFT_OUT, guided_kind, verdict
 from deradiff.worlds.gaussian_mixture import World, crossing
 from realigned_worlds import FAMILIES, realigned, sample
 from tiny import make

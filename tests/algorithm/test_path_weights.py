@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deradiff import realign
+from deradiff.algorithm.comparisons import EVEN, compare
 from deradiff.algorithm.schedules import Power
-from deradiff.algorithm.verdict import EVEN, compare
 from deradiff.worlds.gaussian_mixture import crossing, random_world
 from realigned_worlds import FAMILIES, Family, realigned, sample
 from tiny import make

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deradiff.algorithm.comparisons import ENOUGH, compare
 from deradiff.algorithm.estimates import effective_sample_size, normalized
+from deradiff.algorithm.other_lams import at_other_lam, slope
 from deradiff.algorithm.path_weights import ImportanceWeights, joined
-from deradiff.algorithm.verdict import ENOUGH, at_other_lam, compare, slope, verdict
+from deradiff.algorithm.verdict import verdict
 from deradiff.worlds.gaussian_mixture import crossing, random_world
 from messages import naming
 from realigned_worlds import FAMILIES, realigned
@@ -126,6 +128,10 @@ def test_every_kind_of_verdict():
     assert verdict(run_of(0.1 * x), x, baseline=-1.0).kind == "off"
     assert verdict(run_of(0.1 * torch.randn(1000, generator=chance)), x, baseline=-1.0).kind in ("unclear", "trust")
     assert verdict(run_of(0.1 * torch.randn(30, generator=chance)), x[:30], baseline=-1.0).kind == "unclear"
+    hopeless = verdict(run_of(8 * x + torch.randn(1000, generator=chance)), x)
+    assert "as a direction" in hopeless.words and "raise" in hopeless.words and "k̂" in hopeless.words
+    assert hopeless.comparison.tail > hopeless.comparison.tail_limit and hopeless.record()["smoothed"]
+    assert "lower" in verdict(run_of(-8 * x), x).words
     words = verdict(run_of(torch.tensor([0.0] + [-5000.0] * 99)), x[:100]).words
     assert "too uneven (1 of 100" in words and "particles" in words
     assert ENOUGH > 1

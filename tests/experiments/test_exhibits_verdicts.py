@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from agreement_results import Scored, column, differences, plan_of, results_of
+from deradiff.algorithm.comparisons import Comparison
 from deradiff.algorithm.estimates import Estimate
-from deradiff.algorithm.verdict import Comparison, Verdict
+from deradiff.algorithm.verdict import Verdict
 from deradiff.experiments.plan import Arm
 from deradiff.experiments.reporting import agreement_exhibits
 from deradiff.experiments.reporting.agreement_pairs import ComparedPair, studies
@@ -23,7 +24,7 @@ def results() -> Scored:
 
 def verdict_of(kind: Any, weighted: float, error: Estimate | None) -> Verdict:
     nothing = Estimate(0.0, 0.0)
-    compared = Comparison(nothing, Estimate(weighted, 0.0), nothing, 0.0, 0.0, 30.0, 60, 6)
+    compared = Comparison(nothing, Estimate(weighted, 0.0), nothing, nothing, 0.0, 0.0, 0.1, 0.5, 30.0, 60, 6)
     return Verdict(kind, f"{kind} it is", "pickscore", compared, error, None)
 
 

@@ -13,6 +13,7 @@ from deradiff.experiments.plan import Plan, Prompts, parse_plan, read_plan, writ
 from deradiff.experiments.presets import FINE_STRENGTHS, KL_STRENGTHS, POWERS, PRESETS, STRENGTHS, TEST_PROMPTS, preset
 from deradiff.experiments.running import in_batches
 from deradiff.files.prompts import Entry
+from deradiff.sweep import fingerprints
 from deradiff.sweep.description import NoiseOptimization, ReversibleNoise
 from messages import naming
 from small_experiment import SMALL, small
@@ -258,12 +259,12 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.safetensors").write_bytes(b"one")
-    first = sources.fingerprint(str(model))
-    assert sources.fingerprint(str(model), known=first) == first
+    first = fingerprints.fingerprint(str(model))
+    assert fingerprints.fingerprint(str(model), known=first) == first
     (model / "notes.md").write_text("not a weight")
-    assert sources.fingerprint(str(model))["sha256"] == first["sha256"]
+    assert fingerprints.fingerprint(str(model))["sha256"] == first["sha256"]
     (model / "weights.safetensors").write_bytes(b"two")
-    assert sources.fingerprint(str(model), known=first)["sha256"] != first["sha256"]
+    assert fingerprints.fingerprint(str(model), known=first)["sha256"] != first["sha256"]
 
 
 def test_a_source_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +273,7 @@ def test_a_source_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     with pytest.raises(OSError, match=naming("nobody/nothing", "no route")):
-        sources.fingerprint("nobody/nothing")
+        fingerprints.fingerprint("nobody/nothing")
 
 
 # -- the papers' -------------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from deradiff.alignment.training import TrainingPlan
 from deradiff.anchors import AnchorError
 from deradiff.baking import Distillation, Sampler
 from deradiff.cli import app, arguments
-from deradiff.experiments.sources import fingerprint
 from deradiff.study.plan import parse_plan as parse_study
 from deradiff.sweep import batches, notation
+from deradiff.sweep.fingerprints import fingerprint
 from deradiff.sweep.pipelines import load_pipeline
 from deradiff.sweep.settings import Column, Settings
 from messages import naming

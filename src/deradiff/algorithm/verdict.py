@@ -15,22 +15,18 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from deradiff.algorithm.estimates import Estimate, covariance, mean, normalized, rows_of_groups
+from deradiff.algorithm.characters import MEANINGS, Character, covers
+from deradiff.algorithm.comparisons import ENOUGH, EVEN, Comparison, compare
+from deradiff.algorithm.estimates import Estimate, covariance, mean
 from deradiff.algorithm.guided_weights import left_out
+from deradiff.algorithm.pair_terms import LAMS
 from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle
 
 TRUSTED = 0.02
 """A run is called trustworthy where its error is below this share of the whole shift, two standard errors included."""
-
-EVEN = 0.3
-"""The least share of effective samples at which a weighted mean is believed (`studies.closed_forms` shows why)."""
-
-ENOUGH = 8.0
-"""Effective images per prompt below which a weighted mean is mostly the bias of dividing by few weights."""
 
 GUIDED_TRUSTED = 0.03
 """As `TRUSTED`, under guidance, with the margin for what the weights leave out (`margin`) included."""
@@ -51,87 +47,23 @@ OBSTACLES: dict[Obstacle, str] = {
 }
 
 
-TRUSTING = ("exact", "trust")
+TRUSTING = ("exact", "trust", "plain")
 """The kinds of verdict that tell a person to believe the plain mean."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What weighting changes in the mean of a score.
-
-    `plain` is Algorithm 1's mean, `weighted` the retrained model's by the same samples, `bias` weighted minus plain
-    with a standard error of its own (the two share their samples). `covariance` predicts the weighted mean at first
-    order, `plain + Cov(score, log W)`, and `skewed` at second, with `½ κ₃(score, log W, log W)`: where exponentials are
-    hopeless they still point in the right direction. All within prompts, averaged over images.
-    """
-
-    plain: Estimate
-    weighted: Estimate
-    bias: Estimate
-    covariance: float
-    skewed: float
-    effective: float
-    """Effective images, summed over prompts."""
-    images: int
-    prompts: int
-
-    @property
-    def evenness(self) -> float:
-        """The share of effective images."""
-        return self.effective / self.images
-
-
-def compare(
-    scores: Float[Tensor, " score"], log_weights: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
-) -> Comparison:
-    """Plain and weighted mean of `scores`, with standard errors for the given prompts.
-
-    Raises `ValueError` for scores that are not as many as weights, or not finite.
-    """
-    if scores.shape != log_weights.shape or not bool(torch.isfinite(scores).all()):
-        raise ValueError(
-            f"a finite score for each of the {len(log_weights)} images is needed, got {len(scores)}, "
-            f"{int((~torch.isfinite(scores)).sum())} of them not finite"
-        )
-    f, w, logs = scores.double().cpu(), normalized(log_weights.cpu(), groups), log_weights.double().cpu()
-    images, rows = len(f), rows_of_groups(groups, len(f))
-    plain = weighted = covariance = third = effective = 0.0
-    variances = torch.zeros(3, dtype=torch.float64)
-    for index in rows:
-        x, v, n = f[index], w[index], len(index)
-        share, centred, away = n / images, x - x.mean(), x - v @ x
-        plain, weighted = plain + share * float(x.mean()), weighted + share * float(v @ x)
-        effective += float(1 / v.square().sum())
-        influences = torch.stack([centred, n * v * away, n * v * away - centred])
-        variances += share**2 * (influences.square().sum(1) / (n * (n - 1)) if n > 1 else math.nan)
-        log_w = logs[index] - logs[index].mean()
-        covariance += share * float((centred * log_w).sum() / (n - 1)) if n > 1 else math.nan
-        third += share * float((centred * log_w.square()).mean())
-    errors = variances.sqrt().tolist()
-    return Comparison(
-        plain=Estimate(plain, errors[0]),
-        weighted=Estimate(weighted, errors[1]),
-        bias=Estimate(weighted - plain, errors[2]),
-        covariance=plain + covariance,
-        skewed=plain + covariance + third / 2,
-        effective=effective,
-        images=images,
-        prompts=len(rows),
-    )
 
 
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
-Kind = Literal["exact", "trust", "off", "depends", "unclear", "uneven", "few", "no target"]
+Kind = Literal["exact", "trust", "plain", "off", "depends", "unclear", "uneven", "few", "no target"]
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How far a realigned run can be trusted, for one score at one λ.
 
-    `kind` is "exact" (one model alone), "trust", "off" (use the weighted mean), "depends" (on the score; none is
-    given), "unclear" (more images would tell), "uneven" (use particles), "few" (images per prompt) or "no target".
-    `error` is the bias as a share of the shift from the reference, None where that shift is not known.
+    `kind` is "exact" (one model alone), "trust", "plain" (samples of a stepwise anchor, without weights), "off" (use
+    the weighted mean), "depends" (on the score; none is given), "unclear" (more images would tell), "uneven" (use
+    particles), "few" (images per prompt) or "no target". `error` is the bias as a share of the shift from the
+    reference, None where that shift is not known. `target` is the model that the verdict compares with, in words.
     """
 
     kind: Kind
@@ -140,6 +72,7 @@ class Verdict:
     comparison: Comparison
     error: Estimate | None
     path_kl: Estimate | None
+    target: str = ""
 
     def __str__(self) -> str:
         return self.words
@@ -151,12 +84,14 @@ class Verdict:
             "plain": compared.plain,
             "weighted": compared.weighted,
             "bias": compared.bias,
+            "smoothed": compared.smoothed,
             "error": self.error,
             "path_kl": self.path_kl,
         }
         plain = {"covariance": compared.covariance, "skewed": compared.skewed, "effective": compared.effective}
+        plain |= {"tail": compared.tail, "tail_limit": compared.tail_limit}
         return (
-            {"kind": self.kind, "words": self.words, "score": self.score}
+            {"kind": self.kind, "words": self.words, "score": self.score, "target": self.target}
             | {"images": compared.images, "prompts": compared.prompts}
             | {name: None if x is None else [_finite(x.value), _finite(x.error)] for name, x in numbers.items()}
             | {name: _finite(x) for name, x in plain.items()}
@@ -175,6 +110,7 @@ def verdict(
     *,
     baseline: float | None = None,
     name: str = "score",
+    character: Character | None = None,
 ) -> Verdict:
     """Judge a run at one λ.
 
@@ -187,11 +123,14 @@ def verdict(
             it, and without guidance, the shift is estimated by `Cov(score, Σ λ_i log p_i/p_0)`, its first-order value,
             where the sampler is memoryless.
         name: what the score is called in the words.
+        character: what kind of anchor it is, where it was examined. Without, the verdict presumes a tilt, and says so.
 
     Raises:
-        ValueError: the images have different λ; see also `compare`.
+        ValueError: the images have different λ, or a character is given for several anchors; see also `compare`.
     """
     lams = run.lams
+    if character is not None and len(lams) != 1:
+        raise ValueError(f"a character is one anchor's, and this run has {len(lams)}: leave it out")
     if not bool((lams == lams[:, :1]).all()):
         raise ValueError("the images of this run have different λ: judge run.rows(...) of one λ at a time")
     alone = sorted({0.0, *lams[:, 0].tolist()}) in ([0.0], [0.0, 1.0]) and float(lams[:, 0].sum()) <= 1
@@ -227,7 +166,41 @@ def verdict(
         kind, words = "no target", _without_target(run.obstacles, spread)
     else:
         kind, words = _judged(comparison, error, given, spread)
-    return Verdict(kind, words, given, comparison, error, path_kl)
+    if kind != "exact":
+        kind, words = _for_character(character, kind, words, run)
+    return Verdict(kind, words, given, comparison, error, path_kl, _target(character, kind))
+
+
+def _for_character(character: Character | None, kind: Kind, words: str, run: ImportanceWeights) -> tuple[Kind, str]:
+    """What a verdict that presumes a tilt comes to for an anchor of this character."""
+    if character is None:
+        if kind == "off":
+            words += ", if the anchor is the optimum of its alignment (deradiff examine)"
+        return kind, words
+    if character.kind == "tilt" or (character.kind == "unknown" and kind == "trust"):
+        return kind, words
+    if character.kind != "stepwise":
+        return "no target", f"no claim: the anchor is {MEANINGS[character.kind]}"
+    if run.obstacles & {"annealing", "reuse"}:
+        return kind, words
+    if not covers(float(run.lams[0, 0])):
+        return (
+            "no target",
+            f"no claim: the anchor is stepwise between λ = {min(LAMS):g} and 1, and was not tested beyond",
+        )
+    return "plain", f"plain samples: the anchor is {MEANINGS['stepwise']}"
+
+
+def _target(character: Character | None, kind: Kind) -> str:
+    """The model that a verdict compares with."""
+    if kind == "exact":
+        return "the model itself"
+    if kind == "no target":
+        return "none"
+    if kind == "plain":
+        return "the model retrained at β/λ, which mixing predictions is"
+    presumed = "" if character is not None and character.kind == "tilt" else ", if the anchor is the optimum of its own"
+    return f"the optimum of alignment at β/λ{presumed}"
 
 
 def _without_target(obstacles: frozenset[Obstacle], spread: float) -> str:
@@ -238,7 +211,7 @@ def _without_target(obstacles: frozenset[Obstacle], spread: float) -> str:
 
 def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: float) -> tuple[Kind, str]:
     """What the numbers of a run with a target say, of the score called `given`; `spread` is that of log W."""
-    if (poor := _too_poor(comparison, "use particles")) is not None:
+    if (poor := _too_poor(comparison, given, "use particles")) is not None:
         return poor
     if given == "log W":
         if spread <= TRUSTED:
@@ -261,7 +234,7 @@ def _judged_guided(
 
     `unknown` bounds what the weights leave out: a share of the shift, or of log W in standard deviations of any score.
     """
-    if (poor := _too_poor(comparison, "and particles have no guided weights")) is not None:
+    if (poor := _too_poor(comparison, given, "and particles have no guided weights")) is not None:
         return poor
     same = f"the retrained model at guidance {scale:.3g}"
     if given == "log W":
@@ -304,85 +277,21 @@ def margin(unknown: float) -> float:
     return unknown / 4 + 0.01
 
 
-def _too_poor(comparison: Comparison, cure: str) -> tuple[Kind, str] | None:
-    """Why a weighted mean cannot be believed at all: too few images, or too few effective ones."""
+def _too_poor(comparison: Comparison, given: str, cure: str) -> tuple[Kind, str] | None:
+    """Why a weighted mean of the score called `given` cannot be believed: too few images, or too few effective ones."""
     if comparison.images < ENOUGH * comparison.prompts:
         each = comparison.images / comparison.prompts
         return "few", f"cannot tell: {each:.3g} image{'s' * (each != 1)} of a prompt, {ENOUGH:g} at least are needed"
     if comparison.evenness < EVEN or comparison.effective / comparison.prompts < ENOUGH:
         effective = f"{comparison.effective:.3g} of {comparison.images} effective"
-        return "uneven", f"cannot tell: weights too uneven ({effective}), {cure}"
+        if comparison.tail > comparison.tail_limit:
+            effective += f", k̂ = {comparison.tail:.2f} where {comparison.tail_limit:.2f} is the most"
+        words = f"cannot tell: weights too uneven ({effective}), {cure}"
+        raised = comparison.covariance - comparison.plain.value
+        if given != "log W" and raised:
+            words += f"; as a direction, weights would {'raise' if raised > 0 else 'lower'} the {given}"
+        return "uneven", words
     return None
-
-
-# -- other λ from the same run ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A mean at another λ than the run's, estimated from the run: `effective` of its `images` carry it."""
-
-    mean: Estimate
-    effective: float
-    images: int
-
-
-def at_other_lam(
-    run: ImportanceWeights,
-    scores: Float[Tensor, " image"],
-    lam: float | int | dict[str, float],
-    groups: Int[Tensor, " image"] | None = None,
-) -> Elsewhere:
-    """The retrained model's mean score at λ', from samples drawn at λ, by importance weights.
-
-    A path drawn at λ has the weight `W exp(Σ (λ'_i - λ_i) log p_i/p_0)` at λ'.
-
-    Raises:
-        ValueError: the sampler is not memoryless, so that the path ratios are no function of the image; λ' is not given
-            for exactly the anchors; or so few images are effective at λ' that the estimate would be noise.
-    """
-    if not run.memoryless or not run.log_ratios:
-        raise ValueError(
-            "other λ can be estimated from a memoryless run alone (DDPM, Euler ancestral, DDIM at η = 1) in which "
-            "every model was evaluated at every step (λ neither 0 nor 1)"
-        )
-    names = list(run.log_ratios)
-    wanted = lam if isinstance(lam, dict) else dict.fromkeys(names, float(lam))
-    if set(wanted) != set(names) or (len(names) > 1 and not isinstance(lam, dict)):
-        raise ValueError(f"λ must be given for exactly the anchors {names}, got {lam!r}")
-    log_weights = run.log_weights
-    for row, (anchor, ratio) in zip(run.lams, run.log_ratios.items(), strict=True):
-        log_weights = log_weights + (wanted[anchor] - row.to(ratio)) * ratio
-    comparison = compare(scores, log_weights, groups)
-    if comparison.evenness < EVEN / 2 or comparison.effective < ENOUGH * comparison.prompts:
-        raise ValueError(
-            f"λ = {lam} is too far from the run's own: {comparison.effective:.3g} of {comparison.images} images would "
-            f"carry the estimate. Choose a nearer λ, draw more images, or run it"
-        )
-    return Elsewhere(comparison.weighted, comparison.effective, comparison.images)
-
-
-def slope(
-    run: ImportanceWeights, scores: Float[Tensor, " image"], groups: Int[Tensor, " image"] | None = None
-) -> dict[str, Estimate]:
-    """The derivative of the retrained model's mean score in each λ: `Cov_W(score, log p_i/p_0)`.
-
-    Raises `ValueError` as `at_other_lam` does.
-    """
-    if not run.memoryless or not run.log_ratios:
-        raise ValueError("the derivative in λ needs a memoryless run with every model evaluated, like `at_other_lam`")
-    weights, f = normalized(run.log_weights.cpu(), groups), scores.double().cpu()
-    slopes = {}
-    for anchor, ratio in run.log_ratios.items():
-        value = variance = 0.0
-        for index in rows_of_groups(groups, len(f)):
-            w, n, share = weights[index], len(index), len(index) / len(f)
-            product = (f[index] - w @ f[index]) * (ratio.cpu()[index] - w @ ratio.cpu()[index])
-            inside = w @ product
-            value += share * float(inside) * n / max(n - 1, 1)
-            variance += share**2 * float((n * w * (product - inside)).square().sum() / (n * max(n - 1, 1)))
-        slopes[anchor] = Estimate(value, variance**0.5)
-    return slopes
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, doctor, experiment, generate, search, studio, study, terminal
+from deradiff.cli import align, bake, cost, demo, doctor, examine, experiment, generate, search, studio, study, terminal
 
 
 class Commands(TyperGroup):
@@ -49,6 +49,7 @@ app.command()(bake.bake)
 app.command()(cost.cost)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
+app.command()(examine.examine)
 app.command()(search.search)
 app.command()(studio.studio)
 app.add_typer(experiment.app, name="experiment")

@@ -68,6 +68,10 @@ def generate(
             help="Draw every image from this many weighted particles: exact as they grow, at so many times the cost.",
         ),
     ] = None,
+    character: Annotated[
+        Path | None,
+        dial_option(help="What `deradiff examine` wrote of this anchor, for a verdict that knows its kind."),
+    ] = None,
     seed: options.Seeds = ["0"],  # noqa: B006
     scheduler: options.Scheduler = None,
     steps: options.Steps = 25,
@@ -90,6 +94,8 @@ def generate(
     """Sample prompts at many λ, from the same noise for every λ: a contact sheet, single images, a JSON record."""
     with terminal.refusing_wrong_input():
         anchors = arguments.anchors(anchor)
+        if len(anchors) > 1:
+            arguments.refuse(context, ["character"], "a character is one anchor's, and there are several")
         shape = notation.schedule(schedule, over)
         if shape is None:
             arguments.refuse(context, ["over"], "a λ that stays the same runs over nothing; name a --schedule")
@@ -111,8 +117,16 @@ def generate(
             if anchor_beta is None and len(anchors) == 1:
                 chosen["anchor_beta"] = known_beta(*anchors.values())
             settings = Settings(**arguments.values(context, Settings.model_fields) | chosen)
+            known_character = None
+            if character is not None:
+                from deradiff.sweep.characters import load_character
+
+                (source,) = anchors.values()
+                known_character = load_character(
+                    character, reference, source, revision=revision, anchor_revision=anchor_revision
+                )
             with RunFolder(out, force=force) as folder, realigned(settings) as (pipe, dial):
-                verdicts = draw(settings, pipe, dial, folder, on_step)
+                verdicts = draw(settings, pipe, dial, folder, on_step, known_character=known_character)
     _print_verdicts(verdicts)
     count = len(settings.rows) * len(settings.columns)
     terminal.files([folder.sheet, folder.record, f"{folder.images} ({count} images)"])

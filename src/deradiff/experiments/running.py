@@ -14,12 +14,13 @@ from typing import Any
 
 from deradiff.experiments.drawings import PlannedImage, group_of, kind_of, planned_images
 from deradiff.experiments.plan import Plan
-from deradiff.experiments.sources import Fingerprint, fingerprints, resolve, sources
+from deradiff.experiments.sources import fingerprints, resolve, sources
 from deradiff.experiments.store import Image, Missing, Store, StoreError
 from deradiff.experiments.worker import Done, Draw, Score
 from deradiff.files.records import versions
 from deradiff.sampling.truncation import Cut, PromptCut
 from deradiff.sweep.description import Drawing, metadata
+from deradiff.sweep.fingerprints import Fingerprint
 from deradiff.sweep.jobs import Report
 from deradiff.sweep.workers import Executor, Todo, work
 

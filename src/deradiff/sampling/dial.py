@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from deradiff.algorithm.characters import Character
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.schedules import Schedule
@@ -203,9 +204,10 @@ class Dial:
         *,
         baseline: float | None = None,
         name: str = "score",
+        character: Character | None = None,
     ) -> Verdict:
         """How far the present or last run can be trusted, for a score of its images: see `verdict.verdict`."""
-        return verdict(self.importance_weights, scores, groups, baseline=baseline, name=name)
+        return verdict(self.importance_weights, scores, groups, baseline=baseline, name=name, character=character)
 
     @property
     def path(self) -> Space:

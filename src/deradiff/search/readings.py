@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from deradiff.algorithm.comparisons import ENOUGH as FEW
 from deradiff.algorithm.estimates import normalized
-from deradiff.algorithm.verdict import ENOUGH as FEW
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.results import Results, by_prompt

@@ -16,6 +16,7 @@ from deradiff.sampling.dial import Dial
 from deradiff.sampling.realignment import realign
 from deradiff.sampling.truncation import cuts
 from deradiff.sweep.batches import Diagnostics, OnStep, default_of, sample
+from deradiff.sweep.characters import KnownCharacter
 from deradiff.sweep.description import about, call_of, metadata
 from deradiff.sweep.pipelines import DTYPES, anchor_source, load_pipeline
 from deradiff.sweep.prompt_embeddings import Remembering
@@ -87,12 +88,15 @@ def draw(
     dial: Dial,
     folder: RunFolder,
     on_step: OnStep | None = None,
+    *,
+    known_character: KnownCharacter | None = None,
     **further: Any,
 ) -> list[dict[str, Any]]:
     """Sample the sweep with what `realigned` gave, and write images, contact sheet and record into `folder`.
 
     Returns the verdict of every column (see `verdicts.judged`), which stand in the record too. `on_step(done, total)`
-    is told about every sampling step of every image; `further` goes into the record as it is. Raises `NotFinite` at an
+    is told about every sampling step of every image; `known_character` is the anchor's, where it was examined;
+    `further` goes into the record as it is. Raises `NotFinite` at an
     image of NaN or infinity: those before it are in the folder, as after any interruption.
     """
     made = made_of(settings, pipe, dial)
@@ -115,7 +119,11 @@ def draw(
     verdicts = []
     for number, column in enumerate(settings.columns):
         places = range(number, len(drawings), columns)
-        verdicts.append({"lam": column.lam} | judged([(drawings[place], known[place]) for place in places]))
+        column_images = [(drawings[place], known[place]) for place in places]
+        verdict = judged(column_images, known_character.character if known_character else None)
+        if known_character is not None and verdict["kind"] != "exact":
+            verdict = known_character.said_of(verdict, made["scheduler"], made["guidance_scale"])
+        verdicts.append({"lam": column.lam} | verdict)
     cut = [cut.record() for cut in cuts(pipe)]
     results = {"sheet": folder.sheet.name, "verdicts": verdicts, "cut_prompts": cut, "images": listed}
     folder.finish(sheet, made | further | results)

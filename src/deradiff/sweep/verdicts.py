@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deradiff.algorithm.characters import Character
 from deradiff.algorithm.path_weights import joined
 from deradiff.algorithm.verdict import verdict
 from deradiff.sampling.reuse import Reused
@@ -15,12 +16,14 @@ from deradiff.sweep.batches import Diagnostics
 from deradiff.sweep.description import Drawing
 
 
-def judged(images: Sequence[tuple[Drawing, Diagnostics]]) -> dict[str, Any]:
+def judged(images: Sequence[tuple[Drawing, Diagnostics]], character: Character | None = None) -> dict[str, Any]:
     """How far one column can be trusted, as a record: the verdict in words, and the numbers behind it.
+
+    `character` is the anchor's, where it was examined.
 
     Images that a safety checker blacked out are counted: their paths count in the verdict, their pictures are none.
     """
-    judgement = _judged([drawing for drawing, _ in images], [diagnostics for _, diagnostics in images])
+    judgement = _judged([drawing for drawing, _ in images], [diagnostics for _, diagnostics in images], character)
     hidden = sum(diagnostics.blacked_out for _, diagnostics in images)
     if not hidden:
         return judgement
@@ -28,12 +31,12 @@ def judged(images: Sequence[tuple[Drawing, Diagnostics]]) -> dict[str, Any]:
     return judgement | {"words": words, "blacked_out": hidden}
 
 
-def _judged(drawings: Sequence[Drawing], known: Sequence[Diagnostics]) -> dict[str, Any]:
+def _judged(drawings: Sequence[Drawing], known: Sequence[Diagnostics], character: Character | None) -> dict[str, Any]:
     runs = [diagnostics.run for diagnostics in known if diagnostics.run is not None]
     if len(runs) == len(known):
         prompts = list(dict.fromkeys(drawing.prompt for drawing in drawings))
         groups = torch.tensor([prompts.index(drawing.prompt) for drawing in drawings])
-        weighed = verdict(joined(runs), groups=groups).record()
+        weighed = verdict(joined(runs), groups=groups, character=character).record()
         return weighed | _approximate([diagnostics.reused for diagnostics in known if diagnostics.reused is not None])
     swarms = [diagnostics.particles for diagnostics in known if diagnostics.particles is not None]
     if not swarms:

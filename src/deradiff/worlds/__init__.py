@@ -17,6 +17,9 @@ class ShippedAnchor:
     path: Path
     beta: float
     code: str
+    method: str | None = None
+    """How it was aligned (`alignment.methods`), and with which reward."""
+    reward: str | None = None
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ WORLD = ShippedWorld(
     title="the digits",
     reference=reference_path(),
     anchors={
-        **{f"{b:g}": ShippedAnchor(anchor_path(b), b, f"digits.anchor_path({b:g})") for b in BETAS},
-        "lora": ShippedAnchor(lora_path(), LORA_BETA, "digits.lora_path()"),
+        **{f"{b:g}": ShippedAnchor(anchor_path(b), b, f"digits.anchor_path({b:g})", "dpo", "digits") for b in BETAS},
+        "lora": ShippedAnchor(lora_path(), LORA_BETA, "digits.lora_path()", "dpo", "digits"),
     },
     load=load_pipeline,
     sample_prompts=_sample_prompts,
