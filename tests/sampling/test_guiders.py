@@ -27,6 +27,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 from safetensors.torch import save_file
 
 from deradiff import realign
+from deradiff.algorithm.schedules import Power, Progress, Schedule
+from deradiff.sampling.blocked_methods import DialError
 from oracle import lock_step
 from tiny import NEGATIVE, PROMPTS, SIZE, assert_close, denoiser, denoiser_name, distance, make, noise, sample
 from tiny_loras import fused, lora_weights
@@ -151,3 +153,29 @@ def test_what_a_guider_drops_at_random_is_the_same_for_every_model():
         assert_close(sample(pipe, call), plain)
         dial.lam = 1.0
         assert_close(sample(pipe, call), plain)
+
+
+class Until(Schedule):
+    """λ = ½ up to some part of the run and 0 from there on."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def __str__(self) -> str:
+        return f"until {self.end}"
+
+    def _value(self, s: float) -> float:
+        return 0.5 if s < self.end else 0.0
+
+
+@pytest.mark.parametrize("schedule", [Power(1.0), Until(0.5)], ids=["from 0", "to 0"])
+def test_a_guider_that_remembers_steps_without_one_of_the_models_is_refused(schedule):
+    call, guider = CALLS["sd3"], GUIDERS["APG"]
+    pipe = Modular("sd3", guider("sd3"))
+    own = [Modular("sd3", guider("sd3")), Modular("sd3", guider("sd3"), True)]
+    with realign(pipe.pipe, make("sd3")[1], schedule) as dial:
+        with pytest.raises(DialError, match="other models were evaluated"):
+            sample(pipe, call)
+        dial.watching = True
+        expected = lock_step(own, call, lambda i: schedule.at(Progress(i / 4, i / 4)))
+        assert_close(sample(pipe, call), expected, tolerance=3e-5)

@@ -242,3 +242,32 @@ def test_in_half_precision_an_anchor_is_what_diffusers_loads(tmp_path):
     plain.load_lora_weights(file.parent, weight_name=file.name)
     with deradiff.realign(pipe, file, text_encoder="both"):
         assert torch.equal(drawn(pipe, call), drawn(plain, call))
+
+
+def test_prompt_embeddings_of_another_dial_are_refused(tmp_path):
+    pipe, other, call = make("sd")
+    file = file_of(both("sd"), tmp_path)
+    with deradiff.realign(pipe, file, lam=0.5, text_encoder="both"):
+        embedded = pipe.encode_prompt(call["prompt"], "cpu", 1, True, call["negative_prompt"])
+    del call["prompt"], call["negative_prompt"]
+    call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), embedded, strict=True))
+    with (
+        deradiff.realign(pipe, file, lam=0.5, text_encoder="both"),
+        pytest.raises(DialError, match="another realignment"),
+    ):
+        drawn(pipe, call)
+    with deradiff.realign(pipe, other, lam=0.5), pytest.raises(DialError, match="another realignment"):
+        drawn(pipe, call)
+
+
+def test_a_text_encoder_answers_for_the_models_of_one_dial(tmp_path):
+    pipe, _, call = make("sd")
+    second = make("sd")[0]
+    second.text_encoder = pipe.text_encoder
+    file = file_of(both("sd"), tmp_path)
+    with deradiff.realign(pipe, file, lam=0.5, text_encoder="both"):
+        expected = drawn(pipe, call)
+        with pytest.raises(DialError, match=naming("text_encoder", "a copy of it")):
+            deradiff.realign(second, file, lam=0.5, text_encoder="both")
+        assert torch.equal(drawn(pipe, call), expected)
+    deradiff.realign(second, file, lam=0.5, text_encoder="both").remove()

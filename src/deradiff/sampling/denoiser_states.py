@@ -33,6 +33,9 @@ def bring_in(reference: Any) -> None:
 
 
 def splits_batches(reference: Any) -> bool:
-    """Whether attention takes the batch apart by itself, as perturbed-attention guidance does."""
-    processors = getattr(reference, "attn_processors", {}).values()
-    return any("PAG" in type(processor).__name__ for processor in processors)
+    """Whether attention may take the batch apart by itself, as perturbed-attention guidance does.
+
+    A processor from outside of diffusers' models may (that of StyleAligned has all images look at the first one).
+    """
+    kinds = {type(processor) for processor in getattr(reference, "attn_processors", {}).values()}
+    return any("PAG" in kind.__name__ or not kind.__module__.startswith("diffusers.models.") for kind in kinds)

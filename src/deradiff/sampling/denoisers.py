@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from deradiff.sampling.lora_anchors import LoraAnchors
 from deradiff.sampling.per_model import is_divided, of_model, same_noise
 from deradiff.sampling.reuse import AUTO, INTERPOLATE, Reuse
 from deradiff.sampling.shared_settings import Mirror
+from deradiff.sampling.torch_hooks import noting_changes
 from deradiff.sampling.unshared_state import HookWatch
 
 
@@ -51,10 +53,12 @@ class Denoisers:
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
         self._timestep = timestep_argument(self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
-        self._hooks = HookWatch(reference)
+        self._hooks = HookWatch(reference, [a.module for a in anchors if a.module is not None])
         self._synced: list[Mirror] = []
         self.micro_batch: int | None = None
         self._divisible = True
+        self._rows_changed = False
+        """Whether a forward hook has changed something since hooks were registered last."""
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -76,7 +80,7 @@ class Denoisers:
             anchor.unload(self.reference)
         self.anchors = tuple(Anchor(anchor.name, anchor.source) for anchor in self.anchors)
         self._mirrors, self._synced = {}, []
-        self._hooks.begin()
+        self._hooks = HookWatch(self.reference)
         self.forget_blend()
 
     def argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -123,8 +127,8 @@ class Denoisers:
         if share and share > 1 and rows % share == 0 and blend is None and (batch := self._batch(args, kwargs)):
             chosen, back = batch.distinct_images(share)
             if len(chosen) < rows:
-                outputs = self.predict(models, *batch.chosen(chosen))
-                if self._are_rows(outputs.values(), len(chosen)):
+                few = batch.chosen(chosen)
+                if outputs := self._of_rows(partial(self.predict, models, *few), len(chosen)):
                     return {k: output_rows(output, back) for k, output in outputs.items()}
         while True:
             try:
@@ -138,7 +142,9 @@ class Denoisers:
 
     def _batch(self, args: tuple, kwargs: dict[str, Any]) -> Batch | None:
         """The call's arguments as a batch whose rows can be chosen; None where they cannot."""
-        if not self._divisible or splits_batches(self.reference) or is_divided((args, kwargs)):
+        if not self._divisible or self._hooks.foreign or self._rows_changed or is_divided((args, kwargs)):
+            return None
+        if splits_batches(self.reference):
             return None
         rows = len(self.argument("input", args, kwargs))
         try:
@@ -146,10 +152,17 @@ class Denoisers:
         except UnknownBatch:
             return None
 
-    def _are_rows(self, outputs: Iterable[Any], rows: int) -> bool:
-        """Whether what the models returned for `rows` can be taken apart by them; where not, batches stay whole."""
-        self._divisible &= all(is_only_rows(output, rows) for output in outputs)
-        return self._divisible
+    def _of_rows(self, evaluate: Callable[[], dict[int, Any]], rows: int) -> dict[int, Any] | None:
+        """What the models return for `rows` that were put together otherwise than the pipeline has them.
+
+        None where they cannot be: what comes back cannot be taken apart by rows, or a forward hook of a person's own
+        changes something, maybe by its row's place. From then on batches stay as they are.
+        """
+        with noting_changes(self._hooks.hooked) as changed:
+            outputs = evaluate()
+        self._divisible &= all(is_only_rows(output, rows) for output in outputs.values())
+        self._rows_changed |= bool(changed)
+        return outputs if self._divisible and not changed else None
 
     def _predict_in_parts(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None, rows: int
@@ -159,16 +172,19 @@ class Denoisers:
         if (batch := self._batch(args, kwargs)) is None:
             raise UnmirroredState(
                 f"dial.micro_batch divides the batch, and of this call of {type(self.reference).__name__} it is not "
-                "known where that is in every argument and in what comes back (or its attention takes it apart itself, "
-                'as perturbed-attention guidance does, or text_encoder="both" gives each model its own prompt '
-                "embeddings): set dial.micro_batch = None and draw fewer images at a time"
+                "known where that is in every argument and in what comes back, or something may act by the place of a "
+                f"row in it ({self._hooks.foreign or 'perturbed-attention guidance, processors of your own'}, or a "
+                'forward hook), or text_encoder="both" gives each model its own prompt embeddings: set '
+                "dial.micro_batch = None and draw fewer images at a time"
             )
         parts = []
         for part in torch.arange(rows).split(self.micro_batch):
             weights = blend and {k: w[part] if isinstance(w, Tensor) else w for k, w in blend.items()}
-            parts.append(self._predict(models, *batch.chosen(part), weights))
-            if not self._are_rows(parts[-1].values(), len(part)):
+            call = batch.chosen(part)
+            outputs = self._of_rows(partial(self._predict, models, *call, weights), len(part))
+            if outputs is None:
                 return self._predict_in_parts(models, args, kwargs, blend, rows)  # which refuses
+            parts.append(outputs)
         return {k: joined_outputs([part[k] for part in parts]) for k in parts[0]}
 
     def _predict(
@@ -311,9 +327,10 @@ class Denoisers:
         bring_in(self.reference)
         if self._loras.find():
             self.forget_blend()
-        if self._hooks.changed():
-            for mirror in self._mirrors.values():
-                mirror.layers.hooks_changed()
+        changes = self._hooks.look()
+        self._rows_changed &= not changes.forward_hooks
+        for mirror in self._mirrors.values():
+            mirror.layers.changed(changes)
         names = [anchor.name for k, anchor in enumerate(self.anchors, 1) if k in models and anchor.module is not None]
         self._synced = [self._mirrors[name] for name in names]
         for mirror in self._synced:
@@ -328,11 +345,12 @@ class Denoisers:
         copies = len(models)
         adapters = [self.anchors[k - 1].adapter or "" if k else "__base__" for k in models] * batch.rows
         args, kwargs = batch.repeated(copies)
-        with self._loras.by_row(adapters, kwargs) as kwargs:
-            output = self._call_reference(args, kwargs)
         rows = batch.rows * copies
-        if not self._are_rows([output], rows):
+        with self._loras.by_row(adapters, kwargs) as kwargs:
+            together = self._of_rows(lambda: {0: self._call_reference(args, kwargs)}, rows)
+        if together is None:
             return None
+        output = together[0]
         outputs = {k: output_rows(output, torch.arange(i, rows, copies)) for i, k in enumerate(models)}
         for model in models:
             _require_finite(outputs[model], self.names[model])

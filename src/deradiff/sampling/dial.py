@@ -33,7 +33,8 @@ from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
-from deradiff.sampling.per_model import PerModel, is_divided
+from deradiff.sampling.evaluation import brought
+from deradiff.sampling.per_model import divided, foreign, is_divided
 from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
@@ -75,16 +76,24 @@ class Dial:
         self._own = threading.local()
         self._pipes: list[weakref.ref[Pipeline]] = []
         self._undo: list[Callable[[], None]] = []
+        self._owner = object()  # what is different for each of this dial's models is known by it
         self._removed = False
         self._reuse = reuse
         self._components: dict[str, RealignedComponent] = {}
         for name, own in denoisers.items():
             own.require_blendable(lams[name], method, reuse)
-            self._components[name] = RealignedComponent(name, own, lams[name], RealignedSteps(own, method, path))
-        for component in self._components.values():
-            self._undo.append(component.hook(self, partial(self._call, component)))
-        self._undo += [encoder.hook(self, self._runs.lock) for encoder in text_encoders]
-        self.attach(pipe)
+            self._components[name] = RealignedComponent(
+                name, own, lams[name], RealignedSteps(own, method, path), self._owner
+            )
+        try:
+            for component in self._components.values():
+                self._undo.append(component.hook(self, partial(self._call, component)))
+            self._undo += [encoder.hook(self, self._runs.lock, self._owner) for encoder in text_encoders]
+            self.attach(pipe)
+        except BaseException:
+            while self._undo:
+                self._undo.pop()()
+            raise
 
     def __repr__(self) -> str:
         denoisers = [component.denoisers for component in self._components.values()]
@@ -252,6 +261,12 @@ class Dial:
         if self._removed:
             raise DialError("this dial was removed, and its pipeline is realigned no more: call realign() again")
 
+    def _require_denoisers(self, scheduler: SchedulerMixin) -> None:
+        """Raise `DialError` where a pipeline with this scheduler was given another denoiser."""
+        for pipe in self._living_pipes():
+            if any(own is scheduler for own in schedulers_of(pipe)):
+                self._require_references(pipe)
+
     def _require_references(self, pipe: Pipeline) -> None:
         """Raise `DialError` for a pipeline without the denoisers that were realigned."""
         own = {name: unwrapped(denoiser) for name, denoiser in denoisers_of(pipe).items()}
@@ -288,6 +303,8 @@ class Dial:
                 "dial takes: a second pipeline uses this denoiser with a scheduler of its own (call "
                 "dial.attach(that_pipeline)), or this one takes steps by itself, which cannot be realigned"
             )
+        if any(value.origin.owner is not self._owner for value in divided((args, kwargs))):
+            raise foreign()
         with self._runs.lock:
             self._hook_new()
             return component.answer(self._runs.present(), self.watching, args, kwargs)
@@ -337,9 +354,7 @@ class Dial:
     @contextmanager
     def _begin(self, scheduler: SchedulerMixin) -> Iterator[None]:
         """A run begins (`set_timesteps`)."""
-        for pipe in self._living_pipes():
-            if any(own is scheduler for own in schedulers_of(pipe)):
-                self._require_references(pipe)
+        self._require_denoisers(scheduler)
         with self._runs.lock:
             self._start(scheduler)
             yield
@@ -364,14 +379,11 @@ class Dial:
         """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
         with self._runs.lock:
             run = self._runs.of(scheduler)
-            evaluation, run.pending, run.fresh = run.pending, None, False
-            prediction = arguments["model_output"]
-            if isinstance(prediction, PerModel):
-                evaluation, prediction = prediction.origin, prediction.stacked()
-            elif evaluation is None:  # another model's step through this scheduler, or interpolated weights
+            pending, run.pending, run.fresh = run.pending, None, False
+            evaluation, prediction = brought(arguments["model_output"], pending, self._owner)
+            if evaluation is None:  # another model's step through this scheduler, or interpolated weights
+                self._require_denoisers(scheduler)
                 return own_step(**arguments)
-            else:
-                prediction = prediction[None]
             if evaluation.run is not run:
                 evaluation.run.path_weights.add_obstacle("several schedulers")
             output = evaluation.component.steps.take(run, evaluation, prediction, own_step, arguments)

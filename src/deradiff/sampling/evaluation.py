@@ -13,7 +13,9 @@ from torch import Tensor
 
 from deradiff.algorithm.schedules import Progress
 from deradiff.algorithm.step import with_reference_weight
+from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.call_arguments import tensors_of
+from deradiff.sampling.per_model import PerModel, foreign, remembered
 from deradiff.sampling.reuse import INTERPOLATE, PredictionEstimator
 
 _SERIAL = itertools.count()
@@ -56,6 +58,11 @@ class StepEvaluation:
     """What the models returned in each call of the denoiser within the step, before the pipeline guides."""
     serial: int = field(default_factory=_SERIAL.__next__, compare=False)
     """Later evaluations have higher numbers."""
+
+    @property
+    def owner(self) -> Any:
+        """Stands for the dial whose models these are."""
+        return self.component.owner
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -134,6 +141,30 @@ class StepEvaluation:
             raise wrong_count(self.mixture_weights.shape[1], self.rows)
         repeated = self.mixture_weights.repeat(1, self.rows // self.mixture_weights.shape[1])
         return dict(zip(self.models, repeated, strict=True))
+
+
+def brought(prediction: Tensor, pending: StepEvaluation | None, owner: Any) -> tuple[StepEvaluation | None, Tensor]:
+    """What a scheduler is to step from: the evaluation that a prediction is of, and every model's, stacked.
+
+    None, and the prediction as it is, where none of the `owner`'s models was evaluated. Raises `DialError` for a
+    prediction of other models, of another step's, and for one that lost its models on the way.
+    """
+    if isinstance(prediction, PerModel):
+        evaluation = prediction.origin
+        if evaluation.owner is not owner or not isinstance(evaluation, StepEvaluation):
+            raise foreign()
+        if pending is not None and pending.serial > evaluation.serial:
+            raise remembered()
+        return evaluation, prediction.stacked()
+    if pending is None:
+        return None, prediction
+    if pending.returned:
+        raise DialError(
+            "the denoiser gave predictions of several models, and the scheduler's step got a plain tensor: between "
+            "them the pipeline leaves what torch does for each model (a kernel or an autograd function of its own), "
+            "which cannot be realigned"
+        )
+    return pending, prediction[None]
 
 
 def wrong_count(images: int, batch: int) -> ValueError:

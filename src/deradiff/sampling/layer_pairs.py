@@ -13,6 +13,12 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from deradiff.sampling.blocked_methods import UnmirroredState
 
+_NEUTRAL = {"training", "upcast_attention", "upcast_softmax", "dropout", "sample_size", "gradient_checkpointing"}
+"""Settings of layers that do not enter the function computed, or act in training only; see `anchors.checks`."""
+
+_OTHER = object()
+"""Stands for what is no plain value, or absent."""
+
 
 class LayerPair(NamedTuple):
     """A layer of the reference and its counterpart in an anchor; `path` leads to both."""
@@ -75,6 +81,43 @@ def require_same_kind(pair: LayerPair, anchor: str) -> None:
         )
 
 
+def require_same_settings(pair: LayerPair, anchor: str) -> None:
+    """Raise `UnmirroredState` where a layer has another setting than its counterpart, or layers that it has not.
+
+    Settings are plain attributes, such as the `padding_mode` of convolutions that makes pictures tile. What only one
+    of the two has, and its class does not know, nobody reads.
+    """
+    original, counterpart = pair.original, pair.counterpart
+    for name in original._modules.keys() | counterpart._modules.keys():
+        has, other_has = (layer._modules.get(name) is not None for layer in (original, counterpart))
+        if has != other_has and "_orig_mod" not in (name, *original._modules, *counterpart._modules):
+            side, other = ("reference", f"anchor {anchor!r}") if has else (f"anchor {anchor!r}", "reference")
+            raise UnmirroredState(
+                f"{place(pair.path)} has a layer {name!r} in the {side} and none in the {other}: put it into both "
+                "(dial.modules has the anchors), or take it out"
+            )
+    own, others = original.__dict__, counterpart.__dict__
+    for name in own.keys() | others.keys():
+        if name[0] == "_" or name in _NEUTRAL or (name == "p" and isinstance(original, _DropoutNd)):
+            continue
+        value, other_value = (
+            _plain(layer.__dict__.get(name, getattr(type(layer), name, _OTHER))) for layer in (original, counterpart)
+        )
+        if _OTHER not in (value, other_value) and value != other_value:
+            raise UnmirroredState(
+                f"{name} of {place(pair.path)} is {value!r} in the reference and {other_value!r} in the anchor "
+                f"{anchor!r}: set it on both (dial.modules has the anchors)"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared, lists as tuples (which is what a configuration read from a file has)."""
+    if isinstance(value, (tuple, list)):
+        entries = tuple(map(_plain, value))
+        return _OTHER if _OTHER in entries else entries
+    return value if value is None or isinstance(value, (bool, int, float, str, torch.dtype)) else _OTHER
+
+
 def require_same_tensors(pair: LayerPair, anchor: str) -> None:
     """Raise `UnmirroredState` where a layer's tensors are of another class or precision.
 
@@ -124,7 +167,7 @@ def _lay_out_like(tensor: Tensor, other: Tensor) -> None:
 
 def require_same_forward(pair: LayerPair, anchor: str) -> None:
     """Raise `UnmirroredState` where one layer's `forward` was replaced and the other's was not."""
-    original, counterpart = (_replaced_forward(layer) for layer in (pair.original, pair.counterpart))
+    original, counterpart = (replaced_forward(layer) for layer in (pair.original, pair.counterpart))
     if original != counterpart:
         side, other = ("reference", f"anchor {anchor!r}") if original else (f"anchor {anchor!r}", "reference")
         raise UnmirroredState(
@@ -144,7 +187,7 @@ def name_of(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
-def _replaced_forward(layer: Any) -> str | None:
+def replaced_forward(layer: Any) -> str | None:
     """What runs instead of its class's `forward` below the hooks of diffusers and accelerate; None where that runs."""
     own = layer.__dict__
     forward = own.get("forward")

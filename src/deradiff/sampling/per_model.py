@@ -55,7 +55,7 @@ class PerModel(Tensor):
         kwargs = kwargs or {}
         if operation is Tensor.__iter__:
             return iter(args[0].unbind(0))
-        models, origin = _common([*_operands((args, kwargs))])
+        models, origin = _common([*divided((args, kwargs))])
         target = kwargs.get("out", args[0] if args and _in_place(operation) else None)
         if isinstance(target, Tensor) and not isinstance(target, PerModel):
             _divide(target, models, origin)
@@ -151,30 +151,53 @@ def of_model(value: Any, model: int) -> Any:
 @torch.compiler.disable
 def is_divided(value: Any) -> bool:
     """Whether anything in `value` is different for each model."""
-    return any(True for _ in _operands(value))
+    return any(True for _ in divided(value))
 
 
-def _operands(value: Any) -> Iterator[PerModel | ModelsOwn]:
+def divided(value: Any) -> Iterator[PerModel | ModelsOwn]:
+    """All in `value` that is different for each model."""
     if isinstance(value, (PerModel, ModelsOwn)):
         yield value
     elif isinstance(value, (list, tuple)):
         for entry in value:
-            yield from _operands(entry)
+            yield from divided(entry)
     elif isinstance(value, dict):
-        yield from _operands(list(value.values()))
+        yield from divided(list(value.values()))
 
 
 def _common(operands: Sequence[PerModel | ModelsOwn]) -> tuple[tuple[int, ...], Any]:
     """The models of all operands, and their latest origin."""
     tensors = [operand for operand in operands if isinstance(operand, PerModel)]
     models = {tuple(operand.parts) for operand in operands}
-    if len(models) > 1:
-        raise DialError(
-            "the pipeline's guidance combines predictions of steps at which other models were evaluated, as one that "
-            "remembers earlier predictions does: set dial.watching = True, and dial.reuse = None, so that every model "
-            "is evaluated at every step"
-        )
+    origins = {id(tensor.origin): tensor.origin for tensor in tensors}
+    if len(models) > 1 or (len(origins) > 1 and _miss_a_model([*origins.values()])):
+        raise remembered()
     return models.pop(), max((tensor.origin for tensor in tensors), key=lambda origin: origin.serial, default=None)
+
+
+def _miss_a_model(origins: Sequence[Any]) -> bool:
+    """Whether they are of several steps of a run which has evaluated other models at some: tensors kept from those
+    would be one model's and nobody's.
+    """
+    steps = [origin for origin in origins if getattr(origin, "run", None) is not None]
+    return any(step.at != steps[0].at for step in steps) and any(len(step.run.evaluated) > 1 for step in steps)
+
+
+def remembered() -> DialError:
+    """A prediction is combined with one of a step at which other models were evaluated."""
+    return DialError(
+        "the pipeline's guidance combines predictions of steps at which other models were evaluated, as one that "
+        "remembers earlier predictions does: set dial.watching = True, and dial.reuse = None, so that every model is "
+        "evaluated at every step"
+    )
+
+
+def foreign() -> DialError:
+    """Something is different for each model of another realignment, whose models are not these."""
+    return DialError(
+        "here is what was made for the models of another realignment, such as prompt embeddings made while that was in "
+        'force with text_encoder="both": make them anew with this pipeline'
+    )
 
 
 def _in_place(operation: Callable[..., Any]) -> bool:

@@ -34,6 +34,8 @@ class RealignedComponent:
     denoisers: Denoisers
     lams: Lams
     steps: RealignedSteps
+    owner: Any
+    """Stands for the dial, of which this is a component."""
 
     @property
     def reference(self) -> Any:
@@ -62,6 +64,7 @@ class RealignedComponent:
             distilled=any(kwargs.get(name) is not None for name in _DISTILLED),
             watching=watching,
         )
+        run.evaluated.add((evaluation.evaluated, evaluation.blend is None))
         if self.steps.method == "mixture" or len(evaluation.models) == 1:
             run.pending = evaluation
         share = evaluation.images if run.fresh else None  # all λ of one noise begin alike

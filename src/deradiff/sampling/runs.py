@@ -48,6 +48,8 @@ class Run:
     lams: Lams | None = None
     """The λ that `mixture_weights` are for, which the dial may have left behind since."""
     mixture_weights: Float[Tensor, "model #image"] | None = None
+    evaluated: set[tuple[tuple[int, ...], bool]] = field(default_factory=set)
+    """Which models were evaluated together so far, and whether they alone."""
     over: bool = False
     copied: bool = False
     """Whether the pipeline copied the scheduler in the middle of a call: it may be elsewhere than the others are."""

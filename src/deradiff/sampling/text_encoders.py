@@ -15,8 +15,9 @@ from torch import nn
 
 from deradiff.anchors import Anchor
 from deradiff.anchors.adapters import adapter_layers
+from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling import blocked_methods
-from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.module_hook import hook_module
 from deradiff.sampling.per_model import merged
@@ -26,22 +27,35 @@ from deradiff.sampling.per_model import merged
 class _BeforeAllSteps:
     """The origin of prompt embeddings: earlier than every evaluation of the denoiser."""
 
+    owner: Any
+    """Stands for the dial whose models the embeddings are for."""
     serial: int = -1
 
 
 class RealignedTextEncoder:
-    """The text encoder `component` of a pipeline, for the reference and `anchors`; some have adapters in it."""
+    """The text encoder `component` of a pipeline, for the reference and `anchors`; some have adapters in it.
+
+    Raises `DialError` for an encoder that answers for the models of another dial.
+    """
 
     def __init__(self, component: str, encoder: nn.Module, anchors: Sequence[Anchor]):
+        if DIAL in encoder.__dict__:
+            raise DialError(
+                f"{component} answers for the models of another pipeline that is realigned with "
+                'text_encoder="both": give this pipeline a copy of it, or remove the other one\'s dial first'
+            )
         own = [replace(a, module=None, adapter=a.text_adapters.get(component), text_adapters={}) for a in anchors]
         self._component, self._models = component, Denoisers(encoder, own, batched=False)
 
-    def hook(self, dial: Any, lock: AbstractContextManager[Any]) -> Callable[[], None]:
-        """Answer for the encoder from now on, one thread at a time; returns what undoes this."""
+    def hook(self, dial: Any, lock: AbstractContextManager[Any], owner: Any) -> Callable[[], None]:
+        """Answer for the encoder from now on, one thread at a time, for the dial for which `owner` stands.
+
+        Returns what undoes this.
+        """
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with lock:
-                return self._answer(args, kwargs)
+                return self._answer(args, kwargs, _BeforeAllSteps(owner))
 
         unhook = hook_module(self._models.reference, dial, call, {"save_pretrained": blocked_methods.saving})
 
@@ -51,7 +65,7 @@ class RealignedTextEncoder:
 
         return undo
 
-    def _answer(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _answer(self, args: tuple, kwargs: dict[str, Any], origin: _BeforeAllSteps) -> Any:
         """What the encoder returns for each model: an anchor without parts here has what the reference has."""
         if any(layer.merged for _, layer in adapter_layers(self._models.reference)):
             raise UnmirroredState(
@@ -62,4 +76,4 @@ class RealignedTextEncoder:
         own = [k for k in models if k == 0 or self._models.anchors[k - 1].adapter]
         self._models.begin()
         outputs = self._models.predict(own, args, kwargs)
-        return merged({k: outputs.get(k, outputs[0]) for k in models}, _BeforeAllSteps())
+        return merged({k: outputs.get(k, outputs[0]) for k in models}, origin)

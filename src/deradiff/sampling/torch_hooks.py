@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from deradiff.sampling.blocked_methods import UnmirroredState
 from deradiff.sampling.layer_pairs import LayerPair, name_of, place
 
+_ROW_ADAPTERS = "deradiff.sampling.lora_anchors"
+"""Where the hook comes from that gives every row its adapter."""
+
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -76,6 +79,43 @@ def tried_on(pairs: Sequence[LayerPair], owner: str, other: str) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def noting_changes(layers: Sequence[Any]) -> Iterator[list[str]]:
+    """While this lasts, the list is told which forward hooks of torch on `layers` change what goes through.
+
+    Such a hook may do so by the place of a row in its batch, which nobody sees from outside.
+    """
+    changed: list[str] = []
+    replaced = []
+    for layer in layers:
+        for table in (getattr(layer, name) for name in _TABLES):
+            for key, hook in list(table.items()):
+                if getattr(hook, "__module__", None) != _ROW_ADAPTERS:
+                    noted = _noted(hook, changed)
+                    table[key] = noted
+                    replaced.append((table, key, hook, noted))
+    try:
+        yield changed
+    finally:
+        for table, key, hook, noted in replaced:
+            if table.get(key) is noted:
+                table[key] = hook
+
+
+def _noted(hook: Callable[..., Any], changed: list[str]) -> Callable[..., Any]:
+    @torch.compiler.disable
+    def noted(*given: Any) -> Any:
+        before = _versions(given)
+        result = hook(*given)
+        returned = [] if result is None else [id(leaf) for leaf in pytree.tree_leaves(result)]
+        if _versions(given) != before or not {*returned} <= {one for one, _ in before}:
+            changed.append(name_of(hook))
+        return result
+
+    noted.__qualname__ = name_of(hook)  # what another one around it calls it
+    return noted
 
 
 def _unmatched(layer: Any, counterpart: Any, table: str) -> list[tuple[int, Callable[..., Any]]]:

@@ -10,9 +10,9 @@ before each call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.group_offloading import (
@@ -24,6 +24,7 @@ from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, FeedForwardSk
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook, apply_layerwise_casting_hook
 from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from deradiff.sampling.blocked_methods import UnmirroredState
 from deradiff.sampling.layer_pairs import (
@@ -31,8 +32,10 @@ from deradiff.sampling.layer_pairs import (
     hooks_of,
     layer_pairs,
     place,
+    replaced_forward,
     require_same_forward,
     require_same_kind,
+    require_same_settings,
     require_same_tensors,
 )
 from deradiff.sampling.torch_hooks import guarded, hooked, tried_on
@@ -41,49 +44,91 @@ _PLACING = (GroupOffloadingHook, LazyPrefetchGroupOffloadingHook, LayerExecution
 _PERTURBING = (AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook, SmoothedEnergyGuidanceHook)
 """What guiders hook: without a memory, and of one layer's input alone, so that a copy does the same on another."""
 
-_QUERIES = ("to_q", "query", "q_proj")
-"""What diffusers names as the projections that smoothed energy guidance hooks."""
+_KNOWN_CODE = ("torch", "diffusers", "peft", "transformers", "deradiff", "bitsandbytes", "torchao", "optimum")
+"""Whose layers treat the rows of a batch alike."""
+
+
+class Changes(NamedTuple):
+    """What was done to a model since the last look, or a run has begun: then everything may have been."""
+
+    layers: bool
+    """Layers were replaced, put in or taken out."""
+    hooks: bool
+    """Hooks of diffusers came or went, or a layer got another `forward`."""
+    forward_hooks: bool
+    """Forward hooks of torch were registered, on whatever model."""
 
 
 class HookWatch:
-    """Notices that hooks of diffusers came or went on a model, and refuses those that remember earlier calls."""
+    """Notices what is done to the layers of a model, and refuses hooks of diffusers that remember earlier calls.
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    `anchors` are the models beside it, whose forward hooks of torch may take a batch apart, too.
+    """
+
+    def __init__(self, model: nn.Module, anchors: Sequence[nn.Module] = ()):
+        self._model, self._anchors = model, anchors
         self._modules: list[tuple[str, nn.Module]] = []
         self._tables: tuple[dict[str, Any], ...] | None = None
-        self._forwards: list[Any] = []
+        self._children: tuple[dict[str, Any], ...] = ()
+        self._seen: tuple[list[Any], list[Any], int] = [], [], -1
         self.draws = False
         """Whether a hook drops values at random, as AutoGuidance's with a dropout below 1 do."""
+        self.foreign: str | None = None
+        """Code that is not diffusers' and runs in a layer, in words: it may take a batch apart. None without any."""
+        self.hooked: list[Any] = []
+        """The layers with forward hooks of torch."""
 
     def begin(self) -> None:
         """A run begins, or it is all over: layers may have been replaced since the last one, and are let go of."""
-        self._modules, self._tables, self._forwards = [], None, []
+        self._modules, self._tables, self._children, self._seen = [], None, (), ([], [], -1)
+        self.hooked = []
 
-    def changed(self) -> bool:
-        """Whether there are other hooks than at the last look, or a run has begun since.
+    def look(self) -> Changes:
+        """What was done since the last look. Cheap where nothing was: it is asked before every evaluation.
 
-        A hook sets the `forward` of its layer's instance. Guiders hook no leaves but projections to queries; what else
-        is on a leaf is found when a run begins.
+        A hook of diffusers sets the `forward` of its layer's instance; torch numbers the hooks that it registers.
         Raises `UnmirroredState` for a hook that remembers earlier calls: models that take turns would be handed one
         another's memory, and those with weights of their own would not have it at all.
         """
-        began = self._tables is None
-        if self._tables is None:
+        layers, forwards, number = self._seen
+        now = [child for table in self._children for child in table.values()]
+        began = self._tables is None or now != layers
+        if began:
             self._modules = list(self._model.named_modules())
-            self._tables = tuple(
-                one.__dict__ for path, one in self._modules if one._modules or path.rpartition(".")[2] in _QUERIES
-            )
-        forwards = [table["forward"] for table in self._tables if "forward" in table]
-        if not began and forwards == self._forwards:
-            return False
+            self._tables = tuple(one.__dict__ for _, one in self._modules)
+            self._children = tuple(one._modules for _, one in self._modules if one._modules)
+            now = [child for table in self._children for child in table.values()]
+        assert self._tables is not None
+        present = [table["forward"] for table in self._tables if "forward" in table]
+        changes = Changes(began, began or present != forwards, began or RemovableHandle.next_id != number)
+        if changes.hooks:
+            self._look_at_hooks()
+            self.foreign = _foreign(self._model, self._modules)
+        if changes.forward_hooks:
+            models = [one for _, one in self._modules], *(anchor.modules() for anchor in self._anchors)
+            self.hooked = [layer for own in models for layer in own if layer._forward_hooks or layer._forward_pre_hooks]
+        self._seen = now, present, RemovableHandle.next_id
+        return changes
+
+    def _look_at_hooks(self) -> None:
         self.draws = False
         for path, module in self._modules:
             for name, hook in hooks_of(module).items():
                 require_no_memory(hook, name, path, "reference")
                 self.draws |= isinstance(hook, _PERTURBING) and 0 < getattr(hook, "dropout", 0) < 1
-        self._forwards = forwards
-        return True
+
+
+def _foreign(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> str | None:
+    """The first layer with a class or `forward` from elsewhere; a whole model from elsewhere has its own word."""
+    if type(model).__module__.partition(".")[0] not in _KNOWN_CODE:
+        return None
+    for path, module in modules:
+        kind = type(module)
+        if kind.__module__.partition(".")[0] not in _KNOWN_CODE:
+            return f"{kind.__name__} at {place(path)}"
+        if "forward" in module.__dict__ and (name := replaced_forward(module)) is not None:
+            return f"{name} as the forward of {place(path)}"
+    return None
 
 
 def require_no_memory(hook: Any, name: str, path: str, owner: str) -> None:
@@ -111,9 +156,14 @@ class Counterparts:
         """A run begins: everything may have changed since the last one."""
         self._pairs, self._compared = None, False
 
-    def hooks_changed(self) -> None:
-        """Hooks of the reference came or went since the last comparison."""
-        self._compared = False
+    def changed(self, changes: Changes) -> None:
+        """What was done to the reference since the last comparison is to be compared anew."""
+        if changes.layers:
+            self.begin()
+        elif changes.hooks:
+            self._compared = False
+        if changes.forward_hooks and self._pairs is not None:
+            self._looked_on = hooked(self._pairs)
 
     def compare(self) -> None:
         """Raise `UnmirroredState` for what is on one of the two alone; layerwise casting is set on the anchor, too.
@@ -134,6 +184,7 @@ class Counterparts:
                 require_same_forward(pair, self._name)
         if self._pairs is None:
             for pair in pairs:
+                require_same_settings(pair, self._name)
                 require_same_tensors(pair, self._name)
         self._pairs, self._compared = pairs, True  # where nothing was raised: what was is refused at every call
 
