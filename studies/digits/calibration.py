@@ -24,7 +24,7 @@ SCALES = torch.logspace(math.log10(0.002), math.log10(4), 160, dtype=torch.float
 """The s that are tried."""
 
 CLEAR = 2.0
-"""Where the calibrated λ differs from β/λ by fewer standard errors, β/λ stands. Chosen on the shipped anchors."""
+"""Where the calibrated λ differs from β/λ by fewer standard errors, β/λ stands."""
 
 
 @dataclass(frozen=True)

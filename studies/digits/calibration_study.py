@@ -1,12 +1,14 @@
 """Does a calibrated λ come nearer to the retrained model than β/λ does? On the shipped anchors, and on cells.
 
-A cell of `learned` holds Algorithm 1's mean reward at λ = 0, ¼, ½, ¾, 1 and 2 of an anchor, from the same noise. A
-monotone cubic through those tells it at any constant λ in between, so that a calibrated λ is judged without drawing.
-The shipped anchors, of another reward, other captions and other trainings, are what `calibration.CLEAR` was chosen on.
+A cell of `learned` holds Algorithm 1's mean reward at λ = 0, ¼, ½, ¾, 1 and 2 of an anchor, and the digits' experiment
+that of the shipped anchors, all from the same noise. A monotone cubic through those tells it at any constant λ in
+between, so that a calibrated λ is judged without drawing. The shipped anchors, of another reward, other captions and
+other trainings, are what thresholds may be chosen on; the cells judge.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -19,6 +21,7 @@ from scipy.interpolate import PchipInterpolator
 
 from deradiff.alignment.base import Base
 from deradiff.alignment.objectives import bradley_terry
+from deradiff.files.models import reading_model
 from deradiff.files.reading import read
 from deradiff.files.writing import write_json
 from deradiff.sweep.jobs import Report, reproducible
@@ -27,38 +30,41 @@ from deradiff.worlds.digits.rewards import DigitsReward
 from studies.digits import learned, learned_models, models
 from studies.digits.anchors import Pairs
 from studies.digits.calibration import Margins, calibrate, margins
-from studies.digits.learned import Plan, contrast
+from studies.digits.learned import Plan
 from studies.digits.learned_models import STRENGTHS, Cell, folder_of, merged
 from studies.digits.truth_models import TruthSettings, draw_scored
 
 DRAWS = 16
-"""Timesteps and noises of every pair."""
+"""Timesteps and noises of every pair of a cell."""
 
-SHIPPED_PAIRS = 500
-SHIPPED_ANCHORS = (30.0, 100.0, 250.0, 500.0, 1000.0, 2000.0)
-SHIPPED_LAMS = {30.0: (0.06, 0.12, 0.3, 0.6), 100.0: (0.1, 0.2, 0.4, 0.7), 250.0: (0.25, 0.5)}
-"""Where Algorithm 1 is drawn from the three strongest anchors; between these a monotone cubic tells."""
+SHIPPED_ANCHORS = (30.0, 100.0, 250.0, 500.0)
+SHIPPED_PAIRS, SHIPPED_DRAWS = 250, 12
+
+DATA = Path(__file__).parents[2] / "docs" / "data"
+EXPERIMENT = DATA / "digits-experiment"
 
 Case = dict[str, Any]
 
 
-def search(unets: Mapping[float, Any], pairs: Pairs, seed: int) -> dict[float, Margins]:
+def search(unets: Mapping[float, Any], pairs: Pairs, seed: int, draws: int = DRAWS) -> dict[float, Margins]:
     """What the line search needs of every anchor: inner products on `pairs`."""
     pipe = learned_models.reference()
     latents, base = pairs.ordered(), Base(pipe)
     with torch.no_grad():
         embedded = torch.cat([pipe.text_encoder(part).last_hidden_state for part in pairs.tokens.split(256)])
-    return margins(base, pipe.unet, unets, latents, embedded, DRAWS, seed)
+    return margins(base, pipe.unet, unets, latents, embedded, draws, seed)
 
 
 def case(of: Margins, anchor: float, target: float, curve: Mapping[float, float], retrained: Sequence[float]) -> Case:
     """A λ by β/λ and by calibration, and the errors of Algorithm 1 there, as shares of the retrained model's shift.
 
-    `curve` is Algorithm 1's mean reward by λ, with 0 and 1; `retrained` the model's and its standard error.
+    `curve` is Algorithm 1's mean reward by λ, with 0 and 1; `retrained` the model's and the standard
+    error of the difference at β/λ.
     """
     lams = sorted(curve)
     reward = PchipInterpolator(lams, [curve[lam] for lam in lams])
     found = calibrate(of, anchor, target)
+    quarters = [calibrate(of.within(low, low + 250), anchor, target) for low in (0, 250, 500, 750)]
     shift = retrained[0] - curve[0.0]
 
     def error(lam: float) -> float:
@@ -69,11 +75,12 @@ def case(of: Margins, anchor: float, target: float, curve: Mapping[float, float]
         "target": target,
         **found.record(),
         "shift": shift,
-        "shift error": retrained[1],
+        "standard error of the difference": retrained[1],
         "error at β/λ": error(found.plain),
         "error at the search's": error(found.search),
         "error at the quotient": error(found.ratio),
         "error calibrated": error(found.lam),
+        "by quarters of the timesteps": [[quarter.ratio, quarter.error] for quarter in quarters],
     }
 
 
@@ -94,7 +101,7 @@ def of_cell(models_folder: Path, cell: Cell, record: Mapping[str, Any], plan: Pl
         curve = {0.0: means["reference"], 1.0: means[str(anchor)]}
         curve |= {c["lam"]: means[str(anchor / c["lam"])] + c["algorithm 1"][0] for c in its}
         for c in its:
-            retrained = [means[str(anchor / c["lam"])], c["shift"][1]]
+            retrained = [means[str(anchor / c["lam"])], c["algorithm 1"][1]]
             made.append(case(found[anchor], anchor, anchor / c["lam"], curve, retrained) | {"lam of": c["lam"]})
     return made
 
@@ -102,29 +109,30 @@ def of_cell(models_folder: Path, cell: Cell, record: Mapping[str, Any], plan: Pl
 # -- the anchors that ship --------------------------------------------------------------------------------------------
 
 
-def shipped(plan: Plan, report: Report) -> list[Case]:
-    """Every weaker shipped anchor as the target of each of the three strongest."""
-    unets = {beta: UNet2DConditionModel.from_pretrained(anchor_path(beta)) for beta in SHIPPED_ANCHORS}
-    for unet in unets.values():
-        unet.to(memory_format=torch.channels_last)
-    reward, groups = DigitsReward(), torch.arange(10).repeat_interleave(plan.images)
-    start, drawn = learned_models.reference().unet, {}
-    for number, (name, unet) in enumerate({0.0: start, **unets}.items()):
-        images, _ = learned.draw(learned.pipeline(unet), plan)
-        drawn[name] = reward(images, [""] * len(images))
-        report("shipped anchors as they are", number + 1, len(unets) + 1, f"{name:g}")
-    found = search({beta: unets[beta] for beta in SHIPPED_LAMS}, _shipped_pairs(), 8100)
+def shipped(report: Report) -> list[Case]:
+    """Every weaker shipped anchor as the target of each of the four strongest, by the rewards of the experiment.
+
+    That drew every anchor at the λ of all targets, at guidance 1.5 (`docs/tasks/digits-experiment.md`).
+    """
+    unets = {}
+    for beta in SHIPPED_ANCHORS:
+        with reading_model(anchor_path(beta)):
+            unet = UNet2DConditionModel.from_pretrained(anchor_path(beta))
+        unets[beta] = unet.to(memory_format=torch.channels_last)
+    report("line search", 0, 1, "drawing pairs")
+    found = search(unets, _shipped_pairs(), 8100, SHIPPED_DRAWS)
     report("line search", 1, 1, "done")
+    drawn = list(csv.DictReader((EXPERIMENT / "agreement-heat-diffusion-dpo-digits-digits.csv").open(encoding="utf-8")))
+    arms = list(csv.DictReader((EXPERIMENT / "equal-cost-digits.csv").open(encoding="utf-8")))
+    reference = next(float(row["mean score"]) for row in arms if row["arm"] == "reference")
     made = []
-    for number, (anchor, lams) in enumerate(SHIPPED_LAMS.items()):
-        curve = {0.0: float(drawn[0.0].mean()), 1.0: float(drawn[anchor].mean())}
-        for lam in lams:
-            curve[lam] = float(learned.realigned(start, unets[anchor], lam, plan, reward)[0].mean())
-        for target in SHIPPED_ANCHORS:
-            if target > anchor:
-                shift = contrast(drawn[target], None, drawn[0.0], None, groups)
-                made.append(case(found[anchor], anchor, target, curve, [float(drawn[target].mean()), shift.error]))
-        report("realigning shipped anchors", number + 1, len(SHIPPED_LAMS), f"{anchor:g}")
+    for anchor in SHIPPED_ANCHORS:
+        its = [row for row in drawn if float(row["anchor_beta"]) == anchor]
+        curve = {0.0: reference} | {float(row["lambda"]): float(row["approximated"]) for row in its}
+        for row in sorted(its, key=lambda row: float(row["lambda"]), reverse=True):
+            if float(row["lambda"]) < 1:
+                retrained = [float(row["retrained"]), float(row["standard_error"])]
+                made.append(case(found[anchor], anchor, float(row["target_beta"]), curve, retrained))
     return made
 
 
@@ -133,22 +141,71 @@ def _shipped_pairs() -> Pairs:
     prompts = captions.sample_prompts(SHIPPED_PAIRS, 8200)
     texts = [prompt for prompt in prompts for _ in range(2)]
     generator = torch.Generator().manual_seed(8300)
-    latents, scores = draw_scored(learned_models.reference(), texts, TruthSettings(sampling_steps=20), generator)
+    latents, scores = draw_scored(learned_models.reference(), texts, TruthSettings(sampling_steps=12), generator)
     rewards = scores[DigitsReward().name].view(-1, 2)
     wins = bradley_terry(rewards[:, 0], rewards[:, 1], 0.25, generator)
     return Pairs(latents.view(-1, 2, 4, 8, 8), models.token_ids(prompts), rewards, wins)
 
 
+# -- reward-weighted anchors ------------------------------------------------------------------------------------------
+
+
+def matched() -> list[Case]:
+    """The analogue for weighted anchors, from the numbers of `python -m studies.digits truth` that are committed.
+
+    λ is chosen so that Algorithm 1 moves the reward by the share of its anchor's shift that the weights demand: that of
+    `E[r exp(λ r/β)] / E[exp(λ r/β)] - E[r]` at λ to that at 1, from the reference's samples. What Algorithm 1 then
+    gives is that share of the anchor's own shift, so nothing needs to be drawn to know its error.
+    """
+    told = read(dict[str, Any], DATA / "digits-truth.json", "numbers of the study", "restore it")
+    made = []
+    for record in told["cases"]:
+        of, arms = record["case"], record["arms"]
+        if of["family"] != "weighted" or len(of["target"]) > 1:
+            continue
+        ((reward, lam),) = of["target"].items()
+        moved = {name: arm[reward]["value"] - arms["reference"][reward]["value"] for name, arm in arms.items()}
+        demanded = [told["training"][f"weighted/{reward}-{at:g}"]["mean_rewards"][reward] for at in (lam, 1.0)]
+        some, whole = (means["tilted"]["value"] - means["reference"]["value"] for means in demanded)
+        shift, reached = record["errors"][reward]["shift"], some / whole * moved[f"anchor {reward}"]
+        gap = record["errors"][reward]["gaps"]["algorithm 1"]
+        made.append(
+            {
+                "reward": reward,
+                "lam": lam,
+                "guidance": of["guidance_scale"],
+                "share": some / whole,
+                "error at β/λ": [gap["value"] / abs(shift["value"]), gap["error"] / abs(shift["value"])],
+                "error matched": [reached / moved["retrained"] - 1, shift["error"] / abs(shift["value"])],
+            }
+        )
+    return made
+
+
+def matched_table() -> str:
+    """In Markdown: every weighted target that is committed, with the errors at λ and at the λ that matches."""
+    lines = [
+        "| reward | λ | guidance | share demanded | Algorithm 1 at λ | where it has that share |",
+        "|" + "---|" * 6,
+    ]
+    for c in matched():
+        errors = [
+            f"{100 * value:+.0f} ± {100 * error:.0f}%" for value, error in (c["error at β/λ"], c["error matched"])
+        ]
+        lines.append(f"| {c['reward']} | {c['lam']:g} | {c['guidance']:g} | {c['share']:.0%} | {' | '.join(errors)} |")
+    return "\n".join(lines) + "\n"
+
+
 # -- running and telling ----------------------------------------------------------------------------------------------
 
 
-def run(out: Path, plan: Plan, report: Report, shipped_images: int = 16) -> Path:
+def run(out: Path, plan: Plan, report: Report) -> Path:
     """Calibrate the shipped anchors, and all cells of Diffusion-DPO that the study in `out` has, into one file."""
     file = out / "calibration.json"
     told = read(dict[str, Any], file, "table of calibrations", "delete it") if file.exists() else {}
     with reproducible(1):
         if "shipped" not in told:
-            told["shipped"] = shipped(Plan(images=shipped_images, batch=plan.batch), report)
+            told["shipped"] = shipped(report)
             write_json(file, told)
         found = learned.load(out / "cells")
         for cell in learned.cells("dpo"):
@@ -197,4 +254,4 @@ def verdicts(told: Mapping[str, Sequence[Case]]) -> str:
 def report_of(file: Path) -> str:
     """The tables of a file that `run` wrote."""
     told = read(dict[str, list[dict[str, Any]]], file, "table of calibrations", "run `calibration` again")
-    return f"{table(told)}\n{verdicts(told)}"
+    return f"{table(told)}\n{verdicts(told)}\n{matched_table()}"

@@ -31,6 +31,7 @@ from deradiff.sweep.jobs import Report, reproducible
 from deradiff.worlds.digits.rewards import BoldReward, InkReward
 from studies.digits import learned_models
 from studies.digits.learned_models import CONTROL, PROMPTS, STRENGTHS, TRAIN, Cell, Trainings
+from studies.digits.truth_models import Pool
 
 REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward())}
 
@@ -112,7 +113,7 @@ def run(out: Path, todo: Iterable[Cell], plan: Plan, report: Report) -> list[Pat
                 pool = learned_models.load_pool(models, plan.trainings)
                 for strength in strengths(cell):
                     learned_models.train(models, pool, cell, strength, plan.trainings, report)
-                write_json(file, compute(models, cell, plan, report))
+                write_json(file, compute(models, cell, plan, pool, report))
             report("cells", number + 1, len(todo), cell.name)
     return [files / f"{cell.name}.json" for cell in todo]
 
@@ -120,7 +121,7 @@ def run(out: Path, todo: Iterable[Cell], plan: Plan, report: Report) -> list[Pat
 # -- a cell -----------------------------------------------------------------------------------------------------------
 
 
-def compute(models: Path, cell: Cell, plan: Plan, report: Report) -> dict[str, Any]:
+def compute(models: Path, cell: Cell, plan: Plan, pool: Pool, report: Report) -> dict[str, Any]:
     """Draw by every model as it is and by Algorithm 1 from both anchors, and compare: plain data."""
     reward = REWARDS[cell.reward]
     groups = torch.arange(len(PROMPTS)).repeat_interleave(plan.images)
@@ -141,7 +142,11 @@ def compute(models: Path, cell: Cell, plan: Plan, report: Report) -> dict[str, A
             report(f"{cell.name}: comparing", len(cases), len(LAMS) * 2, f"{anchor:g} at λ = {lam:g}")
     means = {str(name): list(contrast(values, None, None, None, groups)) for name, values in drawn.items()}
     curves = {str(name): learned_models.curve_of(models, cell, name) for name in names}
-    told = {"cell": asdict(cell), "half": half(cell), "plan": asdict(plan), "versions": versions()}
+    told: dict[str, Any] = {"cell": asdict(cell), "half": half(cell), "plan": asdict(plan), "versions": versions()}
+    if cell.family == "weighted":
+        betas = [name for name in names if not isinstance(name, str)]
+        shares = {str(beta): learned_models.effective_share(pool, cell.reward, beta) for beta in betas}
+        told["effective shares of the samples"] = shares
     return {**told, "curves": curves, "means": means, "cases": cases}
 
 

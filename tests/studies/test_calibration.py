@@ -12,7 +12,7 @@ from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.objectives import diffusion_dpo
 from deradiff.worlds.digits import anchor_path, load_pipeline
 from studies.digits.calibration import SCALES, Margins, calibrate, margins, minimum
-from studies.digits.calibration_study import case
+from studies.digits.calibration_study import case, matched, matched_table
 
 
 def test_the_polynomial_is_the_loss_of_mixed_predictions() -> None:
@@ -84,3 +84,13 @@ def test_errors_are_read_off_the_curve_of_realigned_rewards() -> None:
     assert told["shift"] == 0.5 and told["error at β/λ"] == pytest.approx((1.4 - 1.5) / 0.5)
     assert 0.5 < told["lam"] < 1 and told["error calibrated"] > told["error at β/λ"]
     assert math.isfinite(told["log error"])
+
+
+def test_weighted_anchors_are_matched_by_the_share_of_the_shift_that_their_weights_demand() -> None:
+    """From the committed numbers: nothing is drawn."""
+    found = {(c["reward"], c["lam"], c["guidance"]): c for c in matched()}
+    quarter = found["ink", 0.25, 1.0]
+    assert quarter["share"] == pytest.approx(0.327, abs=0.001)  # more than ¼: the reward's exponential is no line
+    assert quarter["error at β/λ"][0] == pytest.approx(-0.051 / 0.244, abs=0.005)
+    assert abs(quarter["error matched"][0]) < 0.5 * abs(quarter["error at β/λ"][0])
+    assert "| ink | 0.25 | 1 | 33% |" in matched_table()

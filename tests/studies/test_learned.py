@@ -52,6 +52,7 @@ def test_an_interrupted_cell_goes_on_where_it_was_and_holds_what_it_claims(tmp_p
     record = found["weighted-ink-1"]
     assert record["half"] == "tuned" and record["cell"] == {"family": "weighted", "reward": "ink", "seed": 1}
     assert [(case["anchor"], case["lam"]) for case in record["cases"]] == [(1.0, 0.5), (2.0, 0.5)]
+    assert all(0 < share <= 1 for share in record["effective shares of the samples"].values())
     assert record["means"].keys() == {"reference", "1.0", "2.0", "4.0"}
     for case in record["cases"]:
         means = record["means"]
