@@ -97,6 +97,65 @@ def _print_truth(console: Any, record: dict[str, Any]) -> None:
 
 
 @app.command()
+def learned(
+    out: Annotated[Path, typer.Option("--out", help="Folder of models and cells. An interrupted run continues.")],
+    family: Annotated[str | None, typer.Option(help="Only this one: dpo, weighted, draft or ddpo.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Only this one: bold or ink.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed of training: 0 or 1.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A miniature, which proves nothing.")] = False,
+) -> None:
+    """Judge verdicts by four families of learned models, cell by cell: hours, on one thread.
+
+    A cell is a family, a reward and a seed of training. Its file, OUT/cells/FAMILY-REWARD-SEED.json, can be committed
+    by itself (docs/data/learned); `learned-tables` makes tables of those that are there.
+    """
+    console = terminal.LiteralConsole()
+    with console.status("Loading torch and diffusers …"):
+        terminal.pass_on_warnings()
+        from studies.digits import learned as study
+
+    with terminal.refusing_wrong_input(), terminal.stages(console) as report:
+        todo = study.cells(family, reward, seed)
+        files = study.run(out, todo, study.quick() if quick else study.Plan(), report)
+    terminal.files(files)
+
+
+@app.command()
+def learned_tables(
+    data: Annotated[Path, typer.Argument(help="Folder of cells.")] = Path("docs/data/learned"),
+) -> None:
+    """Print what the cells in a folder say, and which of the study's are missing."""
+    with terminal.refusing_wrong_input():
+        terminal.pass_on_warnings()
+        from studies.digits import learned as study
+        from studies.digits import learned_report
+
+        found = study.load(data)
+        if not found:
+            raise ValueError(f"{data} holds no cells of the study: run `python -m studies.digits learned --out OUT`")
+        print(learned_report.report(found))
+
+
+@app.command()
+def calibration(
+    out: Annotated[Path, typer.Option("--out", help="The folder of `learned`, whose cells of Diffusion-DPO are read.")],
+) -> None:
+    """Hold a calibrated λ against β/λ, on the shipped anchors and on the cells that OUT has, into OUT/calibration.json.
+
+    Run it again once there are more cells.
+    """
+    console = terminal.LiteralConsole()
+    with console.status("Loading torch and diffusers …"):
+        terminal.pass_on_warnings()
+        from studies.digits import calibration_study
+        from studies.digits.learned import Plan
+
+    with terminal.refusing_wrong_input(), terminal.stages(console) as report:
+        file = calibration_study.run(out, Plan(), report)
+    print(calibration_study.report_of(file))
+
+
+@app.command()
 def quality(
     samples: Annotated[int, typer.Option(min=100, help="Pictures to draw from the reference.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,

@@ -1,0 +1,144 @@
+"""Can λ be calibrated? The line search of the loss at the target's strength, on pairs that were held out.
+
+β/λ presumes that what an anchor adds to its reference's predictions goes with 1/β. Diffusion-DPO's loss says what it
+goes with, as far as the anchor's own direction tells: along `ε_ref + s d`, d = ε_anchor - ε_ref, the margin of a pair
+is a polynomial `s A + s² B` whose coefficients are inner products of predictions that are at hand. They are computed
+once for every pair, timestep and noise, and then the loss at every s and every β costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deradiff.alignment.base import Base
+
+SCALES = torch.logspace(math.log10(0.002), math.log10(4), 160, dtype=torch.float64)
+"""The s that are tried."""
+
+CLEAR = 2.0
+"""Where the calibrated λ differs from β/λ by fewer standard errors, β/λ stands."""
+
+
+@dataclass(frozen=True)
+class Margins:
+    """`e_w - e_w^ref - (e_l - e_l^ref) = s linear + s² square`, for every pair and every draw of timestep and noise."""
+
+    linear: Float[Tensor, "pair draw"]
+    square: Float[Tensor, "pair draw"]
+    timesteps: Int[Tensor, "pair draw"]
+
+    def within(self, low: int, high: int) -> Margins:
+        """The draws with `low <= t < high`; the others count nothing."""
+        inside = (self.timesteps >= low) & (self.timesteps < high)
+        return replace(self, linear=self.linear * inside, square=self.square * inside)
+
+    def losses(self, beta: float) -> Float[Tensor, "pair scale"]:
+        """Diffusion-DPO's loss at `beta` of every pair, averaged over its draws, at each of `SCALES`."""
+        found = [F.softplus(0.5 * beta * (s * self.linear + s * s * self.square)).mean(1) for s in SCALES.tolist()]
+        return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def margins(
+    base: Base,
+    reference: nn.Module,
+    anchors: Mapping[Any, nn.Module],
+    latents: Float[Tensor, "pair 2 *latent"],
+    embedded: Float[Tensor, "pair token width"],
+    draws: int,
+    seed: int,
+    per_pass: int = 128,
+) -> dict[Any, Margins]:
+    """Of every anchor, for pairs with the winner first. Timesteps are stratified over a pair's `draws`.
+
+    The reference is evaluated once, and noise and timesteps are the same for all anchors.
+    """
+    count, generator = len(latents), torch.Generator().manual_seed(seed)
+    steps = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) * (base.timesteps / draws)
+    timesteps = steps.long().clamp(max=base.timesteps - 1)
+    found: dict[Any, list[Tensor]] = {name: [] for name in anchors}
+    for start in range(0, count * draws, per_pass):
+        flat = torch.arange(start, min(start + per_pass, count * draws))
+        pair, t = flat // draws, timesteps.flatten()[flat].repeat(2)
+        noise = torch.randn(len(flat), *latents.shape[2:], generator=generator).repeat(2, *[1] * (latents.ndim - 2))
+        noisy = base.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
+        told = {"prompt_embeds": embedded[pair].repeat(2, 1, 1)}
+        before = base.predict(reference, noisy, t, told)
+        for name, anchor in anchors.items():
+            away = (base.predict(anchor, noisy, t, told) - before).double().flatten(1)
+            error = (before - noise).double().flatten(1)
+            terms = torch.stack([2 * (error * away).mean(1), away.square().mean(1)])
+            winner, loser = terms.view(2, 2, -1).unbind(1)
+            found[name].append(winner - loser)
+    both = {name: torch.cat(parts, 1).view(2, count, draws) for name, parts in found.items()}
+    return {name: Margins(linear, square, timesteps) for name, (linear, square) in both.items()}
+
+
+def minimum(losses: Float[Tensor, "*sample scale"]) -> Float[Tensor, "*sample"]:
+    """The s of the lowest loss, between `SCALES` by a parabola in log s; at an end of them where the loss falls on."""
+    best = losses.argmin(-1).clamp(1, len(SCALES) - 2)
+    left, here, right = (losses.gather(-1, (best + k).unsqueeze(-1)).squeeze(-1) for k in (-1, 0, 1))
+    bend = (left - 2 * here + right).clamp(min=1e-300)
+    moved = (0.5 * (left - right) / bend).clamp(-1, 1)
+    width = math.log(float(SCALES[1] / SCALES[0]))
+    return (SCALES.log()[best] + moved * width).exp()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A λ for a strength: `plain` is the quotient of strengths, `ratio` the line search's.
+
+    `error` is the standard error of the logarithm of `ratio`.
+    """
+
+    plain: float
+    search: float
+    ratio: float
+    error: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether `ratio` says anything else than `plain`."""
+        return abs(math.log(self.ratio / self.plain)) > CLEAR * self.error
+
+    @property
+    def lam(self) -> float:
+        """What is taken: within (0, 1) the line search's where it is clear, otherwise β/λ's."""
+        return self.ratio if self.clear and self.plain < 1 else self.plain
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "plain": self.plain,
+            "search": self.search,
+            "ratio": self.ratio,
+            "log error": self.error,
+            "lam": self.lam,
+        }
+
+
+def calibrate(of: Margins, anchor_beta: float, target_beta: float, bootstraps: int = 200, seed: int = 0) -> Calibrated:
+    """The λ that stands for `target_beta`, by the quotient `s*(target_beta) / s*(anchor_beta)`.
+
+    s*(β) minimises the loss at β over the pairs. The anchor's own strength is the control variate: s* there is 1 where
+    its training has converged and generalises, both searches share their pairs and noise, and where the square term is
+    small the quotient is β/λ without any noise at all. The error is that of resampled pairs.
+    """
+    own, target = of.losses(anchor_beta), of.losses(target_beta)
+    count, generator = len(own), torch.Generator().manual_seed(seed)
+    chosen = torch.randint(count, (bootstraps, count), generator=generator)
+    shares = torch.zeros(bootstraps, count, dtype=torch.float64).scatter_add_(
+        1, chosen, torch.full(chosen.shape, 1 / count, dtype=torch.float64)
+    )
+    quotients = minimum(shares @ target) / minimum(shares @ own)
+    search = float(minimum(target.mean(0)))
+    ratio = search / float(minimum(own.mean(0)))
+    return Calibrated(anchor_beta / target_beta, search, ratio, float(quotients.log().std()))

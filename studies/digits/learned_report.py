@@ -1,0 +1,154 @@
+"""The tables of the study of learned families, made of whatever cells are there."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from deradiff.algorithm.estimates import Estimate
+from deradiff.algorithm.verdict import TRUSTED, TRUSTING
+from studies.digits.learned import SEEDS, TUNED, cells
+
+ARMS = ("algorithm 1", "weighted")
+
+CELL = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One λ of one anchor over the seeds that are there; errors are shares of the shift, `kinds` a verdict a seed."""
+
+    family: str
+    reward: str
+    half: str
+    anchor: float
+    lam: float
+    shift: Estimate
+    errors: dict[str, Estimate]
+    kinds: tuple[str, ...]
+    seeds: int
+
+    def judgement(self, kind: str) -> str:
+        """A verdict beside the truth: right, a miss, a false alarm, or open where nothing was claimed.
+
+        "Off" claims that the weighted mean is nearer: where it is not, that was a false alarm.
+        """
+        off = {arm: max(0.0, abs(error.value) - 2 * error.error) for arm, error in self.errors.items()}
+        if kind in TRUSTING:
+            return "right" if off["algorithm 1"] <= TRUSTED else "miss"
+        if kind != "off":
+            return "open"
+        nearer = abs(self.errors["weighted"].value) < abs(self.errors["algorithm 1"].value)
+        return "right" if off["algorithm 1"] > 0 and nearer else "false alarm"
+
+
+def shares(case: Mapping[str, Any], arm: str) -> Estimate:
+    """The error of a way of sampling as a share of the shift, whose own error counts too."""
+    (shift, shift_error), (gap, gap_error) = case["shift"], case[arm]
+    return Estimate(gap / abs(shift), math.hypot(gap_error / shift, gap * shift_error / shift**2))
+
+
+def training_noise(found: Mapping[str, CELL]) -> dict[tuple[str, str], float]:
+    """By family and arm, the standard deviation between seeds of an error, as a share of the shift, beyond sampling's.
+
+    Pooled over all cases that have two seeds: half the squared difference of two less their own variances. Zero where
+    that is negative; a family without two seeds is left out.
+    """
+    pools: dict[tuple[str, str], list[float]] = {}
+    for cell in cells():
+        other = cell.__class__(cell.family, cell.reward, 1)
+        if cell.seed or not {cell.name, other.name} <= found.keys():
+            continue
+        for first, second in zip(found[cell.name]["cases"], found[other.name]["cases"], strict=True):
+            for arm in ARMS:
+                a, b = shares(first, arm), shares(second, arm)
+                pools.setdefault((cell.family, arm), []).append(
+                    ((a.value - b.value) ** 2 - a.error**2 - b.error**2) / 2
+                )
+    return {key: math.sqrt(max(0.0, mean(values))) for key, values in pools.items()}
+
+
+def rows(found: Mapping[str, CELL]) -> list[Row]:
+    """A row for every case, its seeds averaged; the error holds the noise of sampling and, given two, of training."""
+    noise, made = training_noise(found), []
+    for family, reward in dict.fromkeys((cell.family, cell.reward) for cell in cells()):
+        its = [found[cell.name] for cell in cells(family, reward) if cell.name in found]
+        for cases in zip(*(cell["cases"] for cell in its), strict=True):
+            errors = {}
+            for arm in ARMS:
+                each = [shares(case, arm) for case in cases]
+                variance = sum(e.error**2 + noise.get((family, arm), 0.0) ** 2 for e in each) / len(each) ** 2
+                errors[arm] = Estimate(mean(e.value for e in each), math.sqrt(variance))
+            shift = Estimate(
+                mean(case["shift"][0] for case in cases),
+                math.sqrt(sum(case["shift"][1] ** 2 for case in cases)) / len(cases),
+            )
+            kinds = tuple(case["verdict"]["kind"] for case in cases)
+            anchor, lam = cases[0]["anchor"], cases[0]["lam"]
+            made.append(Row(family, reward, its[0]["half"], anchor, lam, shift, errors, kinds, len(cases)))
+    return made
+
+
+def missing(found: Mapping[str, CELL]) -> list[str]:
+    """The cells of the study that are not there."""
+    return [cell.name for cell in cells() if cell.name not in found]
+
+
+def split() -> str:
+    """Which half of families and rewards thresholds were chosen on, in words."""
+    pairs = list(dict.fromkeys((cell.family, cell.reward) for cell in cells()))
+    tuned = ", ".join(f"{family} {reward}" for family, reward in pairs if (family, reward) in TUNED)
+    judged = ", ".join(f"{family} {reward}" for family, reward in pairs if (family, reward) not in TUNED)
+    return f"Thresholds may be chosen on {tuned}; judged by {judged}."
+
+
+def table(found: Mapping[str, CELL]) -> str:
+    """In Markdown: every case, its shift, the errors of Algorithm 1 and of weighted means, the verdicts."""
+    lines = [
+        "| models | reward | half | anchor | λ | seeds | shift | Algorithm 1 | weighted | verdict | which is |",
+        "|" + "---|" * 11,
+    ]
+    for row in rows(found):
+        judged = ", ".join(row.judgement(kind) for kind in row.kinds)
+        lines.append(
+            f"| {row.family} | {row.reward} | {row.half} | {row.anchor:g} | {row.lam:g} | {row.seeds} of {len(SEEDS)} "
+            f"| {row.shift.value:+.3f} ± {row.shift.error:.3f} | {_percent(row.errors['algorithm 1'])} "
+            f"| {_percent(row.errors['weighted'])} | {', '.join(row.kinds)} | {judged} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: Estimate) -> str:
+    return f"{100 * share.value:+.0f} ± {100 * share.error:.0f}%"
+
+
+def judgements(found: Mapping[str, CELL]) -> str:
+    """In Markdown: how often verdicts were right, by family and half."""
+    counts: dict[tuple[str, str, str], Counter[str]] = {}
+    for row in rows(found):
+        counts.setdefault((row.half, row.family, row.reward), Counter()).update(map(row.judgement, row.kinds))
+    outcomes = ("right", "false alarm", "miss", "open")
+    lines = ["| half | models | reward | " + " | ".join(outcomes) + " |", "|" + "---|" * (3 + len(outcomes))]
+    for place, count in sorted(counts.items()):
+        lines.append(f"| {' | '.join(place)} | {' | '.join(str(count[outcome]) for outcome in outcomes)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(found: Mapping[str, CELL]) -> str:
+    """All tables, the split, the noise of training, and what is missing: Markdown."""
+    noise = [
+        f"{family}, {arm}: {100 * share:.0f}% of the shift" for (family, arm), share in training_noise(found).items()
+    ]
+    absent = missing(found)
+    told = [
+        split(),
+        table(found),
+        judgements(found),
+        f"Noise of training (standard deviation between seeds): {'; '.join(noise) or 'not known, no two seeds'}.",
+        f"Cells that are missing, {len(absent)} of {len(cells())}: {', '.join(absent) or 'none'}.",
+    ]
+    return "\n".join(f"{part}\n" for part in told)
