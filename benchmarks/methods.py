@@ -88,10 +88,10 @@ def main() -> None:
                 (anchor,) = made
                 rows[f"{method} {strength:g}"] = row_of(anchor)
         method, strength, steps = LONGER
-        settings = usual("digits", method)
-        settings = replace(settings, plan=replace(settings.plan, steps=steps))
+        preset = usual("digits", method)
+        longer = replace(preset, plan=replace(preset.plan, steps=steps))
         with terminal.stages(console) as report:
-            (anchor,) = align_all(settings, [strength], chosen.out / f"{method}-{steps}-steps", report, cpu=True)
+            (anchor,) = align_all(longer, [strength], chosen.out / f"{method}-{steps}-steps", report, cpu=True)
         rows[f"{method} {strength:g}, {steps} steps"] = row_of(anchor)
     show(console, rows)
     claim = {name: asdict(difference(rows["draft 0"][name], rows["draft 50"][name])) for name in ("reward", "variety")}

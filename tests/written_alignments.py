@@ -26,7 +26,7 @@ from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, Trai
 from deradiff.baking import distillation
 from deradiff.baking.drawing import Sampler
 from deradiff.sampling.dial import Dial
-from deradiff.sweep.pipelines import known_beta
+from deradiff.sweep.alignment_records import known_beta
 from deradiff.worlds.digits.rewards import DigitsReward
 from restorable import Written, pipe
 from small_experiment import silent

@@ -19,8 +19,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from deradiff.algorithm.estimates import effective_sample_size
-from deradiff.alignment.base import WIDER_TARGETS, Base, Policy
+from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.draft import train_draft
+from deradiff.alignment.lora_targets import WIDER_TARGETS
 from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr
 from deradiff.alignment.sampling import SamplerSettings

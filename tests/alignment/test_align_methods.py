@@ -10,7 +10,7 @@ import torch
 
 from deradiff.alignment import methods, runs
 from deradiff.alignment.presets import PRESETS, usual
-from deradiff.sweep.pipelines import known_beta
+from deradiff.sweep.alignment_records import known_beta
 from deradiff.worlds.digits import captions
 from deradiff.worlds.digits.rewards import DigitsReward
 from messages import naming

@@ -26,7 +26,8 @@ from deradiff.files.writing import atomic_file
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.shared_settings import UnmirroredState
 from deradiff.sweep import drawing
-from deradiff.sweep.pipelines import anchor_source, known_beta
+from deradiff.sweep.alignment_records import known_beta
+from deradiff.sweep.pipelines import anchor_source
 from deradiff.worlds import digits
 from messages import naming
 from studies.digits.__main__ import app as studies

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import deradiff
 from deradiff.cli import app
-from deradiff.examination.alignments import Origin, origin_of
+from deradiff.examination.alignments import origin_of
 from deradiff.examination.pairs import given
 from deradiff.files.writing import write_json
+from deradiff.sweep.alignment_records import Alignment
 from deradiff.sweep.characters import load_character
 from messages import naming
 
@@ -104,11 +105,11 @@ def aligned(folder: Path, method: str, beta: float) -> str:
 
 
 def test_an_anchor_is_known_by_its_record(tmp_path):
-    assert origin_of("digits:250", None, None, None) == Origin("dpo", 250.0, "digits")
+    assert origin_of("digits:250", None, None, None) == Alignment("dpo", 250.0, "digits")
     dpo, rwr = aligned(tmp_path / "dpo", "dpo", 500.0), aligned(tmp_path / "rwr", "rwr", 0.8)
-    assert origin_of(dpo, None, None, None) == Origin("dpo", 500.0, "ink")
-    assert origin_of(rwr, None, None, "bold") == Origin("rwr", None, "bold")  # its β is in points of the reward
-    assert origin_of(str(tmp_path), "dpo", 100.0, None) == Origin("dpo", 100.0, None)
+    assert origin_of(dpo, None, None, None) == Alignment("dpo", 500.0, "ink")
+    assert origin_of(rwr, None, None, "bold") == Alignment("rwr", None, "bold")  # its β is in points of the reward
+    assert origin_of(str(tmp_path), "dpo", 100.0, None) == Alignment("dpo", 100.0, None)
     with pytest.raises(ValueError, match=naming(500, 100)):
         origin_of(dpo, None, 100.0, None)
     with pytest.raises(ValueError, match="rwr"):

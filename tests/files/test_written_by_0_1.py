@@ -11,7 +11,7 @@ from PIL import Image
 from deradiff.experiments.store import Store
 from deradiff.files.records import read_png
 from deradiff.study.plan import read_plan as read_study
-from deradiff.sweep.pipelines import known_beta
+from deradiff.sweep.alignment_records import known_beta
 from deradiff.sweep.settings import Settings
 from programs import invoked
 

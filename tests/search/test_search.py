@@ -52,6 +52,7 @@ def find(
 ) -> tuple[Best | Front, SearchState]:
     state = SearchState()
     answer = maximise(space or spaces.lam("anchor"), goal, measured(score), state=state, **options)  # type: ignore[arg-type]
+    assert isinstance(answer, Best | Front)
     return answer, state
 
 

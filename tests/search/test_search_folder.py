@@ -214,7 +214,7 @@ def test_hacking_shows_in_what_was_held_out(tmp_path: Path) -> None:
     recall = next(one for one in found.compared if one.name == "recall")
     assert recall.winner < 0.5 and recall.suspicious
     bold = next(one for one in found.compared if one.name == "bold")
-    assert bold.difference.value == pytest.approx(3 * falls.answer.point[0]) and not bold.suspicious  # type: ignore[union-attr]
+    assert bold.difference.value == pytest.approx(3 * falls.answer.point[0]) and not bold.suspicious  # type: ignore[union-attr, index]
     fine = search(tmp_path / "y", Smooth(best=0.05), Goal.read(["legible"]), plan())
     (sentence,) = [check.sentence for check in fine.checks.values()]
     assert sentence.startswith("No sign of reward hacking: bold rises (+0.1")

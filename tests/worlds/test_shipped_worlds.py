@@ -9,7 +9,8 @@ from deradiff.alignment.presets import usual
 from deradiff.baking.distillation import Distillation
 from deradiff.baking.distillation import usual as usual_distillation
 from deradiff.rewards import COMPUTED
-from deradiff.sweep.pipelines import anchor_source, known_beta, load_pipeline, usual_guidance
+from deradiff.sweep.alignment_records import known_beta
+from deradiff.sweep.pipelines import anchor_source, load_pipeline, usual_guidance
 from deradiff.worlds import SHIPPED, ShippedWorld, find, find_anchor
 from messages import naming
 

@@ -9,7 +9,7 @@ import torch
 
 from deradiff.alignment.methods import TrainingMethod
 from deradiff.alignment.training import LossCurve
-from deradiff.sweep.pipelines import NO_KL
+from deradiff.sweep.alignment_records import NO_KL
 
 
 def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away: dict[str, Any]) -> str:

@@ -110,8 +110,8 @@ def generate(
         }
         with terminal.progress("sampling") as on_step:
             from deradiff.files.folders import RunFolder
+            from deradiff.sweep.alignment_records import known_beta
             from deradiff.sweep.drawing import draw, realigned
-            from deradiff.sweep.pipelines import known_beta
             from deradiff.sweep.settings import Settings
 
             if anchor_beta is None and len(anchors) == 1:

@@ -104,8 +104,8 @@ def search(
         from deradiff.search import summary
         from deradiff.search.loop import SearchState
         from deradiff.search.running import run
+        from deradiff.sweep.alignment_records import known_beta
         from deradiff.sweep.description import SamplingSettings
-        from deradiff.sweep.pipelines import known_beta
         from deradiff.sweep.workers import cores
 
     with terminal.refusing_wrong_input(), terminal.stages(console) as report:

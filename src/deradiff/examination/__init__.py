@@ -12,12 +12,13 @@ from deradiff.algorithm import pair_terms, tilts
 from deradiff.algorithm.characters import STEPWISE_METHODS, Character, character_of
 from deradiff.algorithm.pair_terms import PairTest, pair_test
 from deradiff.algorithm.tilts import TiltTest, tilt_test
-from deradiff.examination.alignments import Origin, origin_of
+from deradiff.examination.alignments import origin_of
 from deradiff.examination.drawing import LAMS, draw
 from deradiff.examination.pairs import PAIRS, compared, given, terms_of
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.rewards import Reward, load
+from deradiff.sweep.alignment_records import Alignment
 from deradiff.sweep.batches import default_of
 from deradiff.sweep.drawing import realigned
 from deradiff.sweep.fingerprints import fingerprint
@@ -38,7 +39,7 @@ class Examination:
     character: Character
     tilt: TiltTest | None
     pairs: PairTest | None
-    origin: Origin
+    origin: Alignment
     made_of: dict[str, Any]
     """Settings, models with their hashes, sampler and versions."""
 

@@ -27,7 +27,7 @@ SCORED_TOGETHER = 64
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ExaminedImages:
     """What the tests need, and the reference's own images, prompt by prompt."""
 
     scores: Float[Tensor, "lam prompt image"]
@@ -36,7 +36,7 @@ class Drawn:
     of_reference: list[list[Image.Image]]
 
 
-def draw(pipe: Any, dial: Dial, settings: Settings, reward: Reward, on_step: OnStep) -> Drawn:
+def draw(pipe: Any, dial: Dial, settings: Settings, reward: Reward, on_step: OnStep) -> ExaminedImages:
     """Draw `settings`, whose columns are `LAMS`, and score the images.
 
     Raises `ValueError` for a sampler whose weights have no target, a reward that is not finite and images that a safety
@@ -65,7 +65,7 @@ def draw(pipe: Any, dial: Dial, settings: Settings, reward: Reward, on_step: OnS
     of_reference = [
         [images[(prompt * seeds + i) * columns] for i in range(seeds)] for prompt in range(len(settings.prompts))
     ]
-    return Drawn(table(scores), table(log_weights), None if ratios is None else table(ratios), of_reference)
+    return ExaminedImages(table(scores), table(log_weights), None if ratios is None else table(ratios), of_reference)
 
 
 def _weights(run: ImportanceWeights) -> tuple[Tensor, Tensor | None]:

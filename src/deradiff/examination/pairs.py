@@ -18,7 +18,7 @@ from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.alignment.pairs import open_pairs
 from deradiff.anchors import load_anchor
-from deradiff.examination.drawing import Drawn
+from deradiff.examination.drawing import ExaminedImages
 from deradiff.files.folders import FolderSettings
 from deradiff.files.reading import read
 from deradiff.sampling.denoisers import Denoisers
@@ -59,7 +59,7 @@ def given(source: str | Path, reference: str, count: int) -> list[PreferencePair
     return found
 
 
-def compared(drawn: Drawn, settings: Settings) -> list[PreferencePair]:
+def compared(drawn: ExaminedImages, settings: Settings) -> list[PreferencePair]:
     """The reference's own images, paired prompt by prompt: the better half by the reward with the worse half.
 
     None where they are too few for the test.

@@ -16,8 +16,9 @@ from deradiff.algorithm.schedules import Schedule, finite
 from deradiff.sampling.reuse import RESERVED
 from deradiff.studio import curves
 from deradiff.sweep import notation
+from deradiff.sweep.alignment_records import known_beta
 from deradiff.sweep.description import SamplingSettings
-from deradiff.sweep.pipelines import SCHEDULERS, known_beta
+from deradiff.sweep.pipelines import SCHEDULERS
 from deradiff.sweep.settings import Column, Settings
 
 LONGEST_PROMPT = 2000

@@ -17,7 +17,7 @@ from deradiff.studio.drawing import StepReport
 from deradiff.studio.image_requests import Desk, Loading, Waiting
 from deradiff.studio.jobs import Cancelled
 from deradiff.studio.page import Page
-from deradiff.sweep.pipelines import known_beta
+from deradiff.sweep.alignment_records import known_beta
 from deradiff.sweep.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,5 @@
 """A reference pipeline from the words of a command line: which model, which scheduler, which device."""
 
-import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,46 +114,6 @@ def anchor_source(source: str) -> str | Path:
     """The folder of an anchor that ships (`digits:lora`); any other source as it is."""
     anchor = find_anchor(source)
     return anchor.path if anchor else source
-
-
-def known_beta(source: str) -> float | None:
-    """The β that an anchor was aligned at: one that ships, or a folder that `deradiff align` wrote; else None.
-
-    None as well for an anchor of a method without a KL term (`NO_KL`), or whose KL term had a strength of 0: then there
-    is no β, and λ is how much of the anchor is taken.
-
-    A record that is there and cannot be read costs a warning. Raises `ValueError` for an anchor that a world does not
-    have, like `anchor_source`.
-    """
-    if anchor := find_anchor(source):
-        return anchor.beta
-    file = Path(source) / "alignment.json"
-    try:
-        made_of = read(_Aligned, file, "record of an alignment", "so its β is not known").made_of
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        warnings.warn(str(error), stacklevel=2)
-        return None
-    regularised = math.isfinite(made_of.beta) and made_of.beta > 0 and made_of.settings.method not in NO_KL
-    return made_of.beta if regularised else None
-
-
-NO_KL = ("mapo",)
-"""Methods of `deradiff align` whose strength weighs something else than a divergence from the reference."""
-
-
-class _AlignedBy(Record):
-    method: str = ""
-
-
-class _MadeOf(Record):
-    beta: float
-    settings: _AlignedBy = _AlignedBy()
-
-
-class _Aligned(Record):
-    made_of: _MadeOf
 
 
 def scheduler_like(present: Any, name: str) -> Any:
