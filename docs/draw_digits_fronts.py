@@ -32,6 +32,8 @@ def number(row: Row, name: str, error: str | None = None) -> str:
     value, off = row[name], row[error or f"s.e. of {name}"]
     if not value or value == "nan":
         return ""
+    if value == "inf":  # a direction in which the arm's images do not differ at all
+        return "∞"
     known = off and off != "nan" and float(off) > 0
     return f"{float(value):.3g} ± {float(off):.1g}" if known else f"{float(value):.3g}"
 

@@ -85,7 +85,8 @@ class TradeOffPanel:
 def trade_offs(panels: Sequence[Sequence[TradeOffPanel]]) -> Figure:
     """A grid of panels; a row shares its reward."""
     columns = max(map(len, panels))
-    figure = Figure(figsize=(min(WIDTH, 3.9 * columns + 0.8), 2.75 * len(panels) + 1.1), layout="constrained")
+    width = min(WIDTH, max(6.6, 3.9 * columns + 0.8))
+    figure = Figure(figsize=(width, 2.75 * len(panels) + 1.1), layout="constrained")
     axes: Any = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
     for number, (row, some) in enumerate(zip(axes, panels, strict=True)):
         for column, (ax, panel) in enumerate(zip(row, some, strict=False)):
@@ -213,10 +214,14 @@ def fill_of(kind: str, look: int) -> Fill:
 
 
 def legend(figure: Figure) -> None:
-    """One legend above all panels, no wider than they; what has the same label is there once."""
+    """One legend above all panels, no wider than they; what has the same label is there once.
+
+    The figure has room for three lines of it, and grows by what is more: panels keep their height.
+    """
     entries = legend_entries(figure.axes)
     # A character of the legend's 10 points is 0.07 inches wide on average, the marker and the gap six of them.
     columns = max(1, int(figure.get_figwidth() / (0.07 * (6 + max(map(len, entries))))))
+    figure.set_figheight(figure.get_figheight() + 0.24 * max(0, math.ceil(len(entries) / columns) - 3))
     figure.legend(
         entries.values(),
         entries.keys(),
