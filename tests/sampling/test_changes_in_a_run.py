@@ -116,18 +116,20 @@ def test_a_prediction_that_lost_its_models_is_refused():
 class OfTheFirst(AttnProcessor):
     """Self-attention in which all images look at the first one, as StyleAligned's."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if encoder_hidden_states is None:
             halves = hidden_states.chunk(2)
             encoder_hidden_states = torch.cat([half[:1].expand_as(half) for half in halves])
-        return super().__call__(attn, hidden_states, encoder_hidden_states, **kwargs)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
 class OfTheFirstRow(nn.Conv2d):
     """A layer from elsewhere that looks at its first row."""
 
-    def forward(self, sample: Tensor) -> Tensor:
-        output = super().forward(sample)
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
         return output + output[:1]
 
 

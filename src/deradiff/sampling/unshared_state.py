@@ -105,8 +105,8 @@ class HookWatch:
             self._look_at_hooks()
             self.foreign = _foreign(self._model, self._modules)
         if changes.forward_hooks:
-            models = [one for _, one in self._modules], *(anchor.modules() for anchor in self._anchors)
-            self.hooked = [layer for own in models for layer in own if layer._forward_hooks or layer._forward_pre_hooks]
+            layers_of_all = [layer for model in (self._model, *self._anchors) for layer in model.modules()]
+            self.hooked = [layer for layer in layers_of_all if layer._forward_hooks or layer._forward_pre_hooks]
         self._seen = now, present, RemovableHandle.next_id
         return changes
 
