@@ -112,7 +112,7 @@ class Places(NamedTuple):
 def drawn(space: SearchSpace, models: Surrogates, candidates: Sequence[Point], seed: int) -> Places:
     """Draws of gain and drift at all `candidates`, and where each has its knee."""
     at = space.unit(candidates)
-    gains = models.gains[0].samples(at, DRAWS, seed)
+    gains = models.gains[0].samples(at, DRAWS, seed).clamp(-0.5, 0.5)  # none or all of the reference's are beaten
     drifts = (-models.gains[1].samples(at, DRAWS, seed + 1)).clamp(min=0)
     lines = fit(drifts, gains)
     before = drifts <= lines.drift[:, None]
@@ -124,12 +124,13 @@ def towards_knee(
 ) -> Proposal:
     """The candidate that is likely to lie before the knee or at it, and of which little is known.
 
-    It has the largest product of that chance and the posterior deviation of its gain. What lies beyond matters less: a
-    line through a few points is known soon, and the answer lies before the knee.
+    Its worth is the posterior deviation of its gain times its leverage on the line from the origin: its drift as a
+    share of the knee's, nothing beyond, in the mean of the draws. What lies beyond matters less, since the answer lies
+    before the knee.
     """
     places = drawn(space, models, candidates, seed)
-    chances = (places.drifts <= places.fit.drift[:, None]).double().mean(0)
-    values = chances * models.gains[0].deviation(space.unit(candidates))
+    way = places.drifts / places.fit.drift[:, None].clamp(min=1e-12)
+    values = torch.where(way <= 1, way, 0).mean(0) * models.gains[0].deviation(space.unit(candidates))
     open_to = torch.tensor([point not in {*known} for point in candidates])
     if not bool(open_to.any()):
         return Proposal(None, None, candidates, values)
