@@ -12,7 +12,6 @@ import shutil
 import sys
 from itertools import groupby
 from pathlib import Path
-from statistics import mean
 
 HERE = Path(__file__).parent
 DATA = HERE / "data" / "digits-fronts"
@@ -59,10 +58,10 @@ def fronts(report: Path) -> str:
     return "\n".join(lines)
 
 
-def equal_cost(report: Path) -> str:
-    """Every arm of the baselines by what it costs, with what it gains."""
+def equal_cost(report: Path, prompts: str) -> str:
+    """Every arm of the baselines by what it costs, with what it gains on one of the sets."""
     lines = ["| arm | evaluations, of plain | seconds, of plain | reward | gained |", "|---|---|---|---|---|"]
-    for row in sorted(read(report, "equal-cost-digits"), key=lambda row: float(row["evaluations / reference's"])):
+    for row in sorted(read(report, f"equal-cost-{prompts}"), key=lambda row: float(row["evaluations / reference's"])):
         low, high = float(row["95% from"]), float(row["95% to"])
         gained = f"{float(row['difference to the reference']):+.2f} ({low:+.2f} to {high:+.2f})"
         best = " ·" if row["non-dominated"] else ""
@@ -72,24 +71,28 @@ def equal_cost(report: Path) -> str:
 
 
 def beyond() -> str:
-    """λ > 1: closed forms, and the digits against models trained there."""
-    lines = ["| λ | worlds in closed form | digits |", "|---|---|---|"]
-    closed = {row["lam"]: row for row in json.loads((HERE / "data" / "extrapolation.json").read_text())["rows"]}
+    """λ > 1 in closed form: errors of Algorithm 1 and of the weighted mean, as shares of the shift."""
+    lines = ["| λ | Algorithm 1 | weighted mean | effective share |", "|---|---|---|---|"]
+    for row in json.loads((HERE / "data" / "extrapolation.json").read_text())["rows"]:
+        ways = (f"{row[way]['median']:.1%} (at most {row[way]['worst']:.0%})" for way in ("plain", "weighted"))
+        lines.append(f"| {row['lam']:g} | {' | '.join(ways)} | {row['ess']:.2f} |")
+    return "\n".join(lines)
+
+
+def trained_there() -> str:
+    """λ > 1 on the digits: what Algorithm 1 makes of weaker anchors, against models trained there."""
     experiment = HERE / "data" / "digits-experiment"
-    (reference,) = {
-        float(row["mean score"])
-        for row in read(experiment, "front-digits-digits")
-        if row["arm"] == "reference" and row["prompts"] == "digits"
-    }
-    off: dict[float, list[float]] = {}
-    for row in read(experiment, "agreement-heat-diffusion-dpo-digits-digits"):
-        if (lam := float(row["lambda"])) > 1:
-            off.setdefault(lam, []).append(float(row["difference"]) / (float(row["retrained"]) - reference))
-    for lam in sorted({*closed, *off}):
-        world, shares = closed.get(lam), off.get(lam, [])
-        left = f"{world['plain']['median']:.1%} (at most {world['plain']['worst']:.0%})" if world else ""
-        right = f"{mean(shares):+.1%} ({len(shares)} pairs)" if shares else ""
-        lines.append(f"| {lam:.3g} | {left} | {right} |")
+    rows = read(experiment, "front-digits-digits")
+    (reference,) = {float(row["mean score"]) for row in rows if (row["arm"], row["prompts"]) == ("reference", "digits")}
+    lines = ["| λ | anchor → target | retrained | realigned | error, of the shift |", "|---|---|---|---|---|"]
+    pairs = read(experiment, "agreement-heat-diffusion-dpo-digits-digits")
+    for row in sorted(pairs, key=lambda row: float(row["lambda"])):
+        if float(row["lambda"]) > 1:
+            retrained, found = float(row["retrained"]), float(row["approximated"])
+            off, error = (float(row[name]) / (retrained - reference) for name in ("difference", "standard_error"))
+            name = f"{row['anchor_beta'].removesuffix('.0')} → {row['target_beta'].removesuffix('.0')}"
+            lam = f"{float(row['lambda']):.3g}"
+            lines.append(f"| {lam} | {name} | {retrained:.2f} | {found:.2f} | {off:+.1%} ± {error:.1%} |")
     return "\n".join(lines)
 
 
@@ -102,14 +105,19 @@ def main() -> None:
             ("front-digits-digits", "front-path-kl"),
             ("front-digits-digits", "front-legible-digits", "front-path-kl"),
         ),
-        "baselines": (("equal-cost-digits",), ("equal-cost-digits",)),
+        "baselines": (("equal-cost-eight", "equal-cost-few"), ("equal-cost-eight", "equal-cost-few")),
     }
     for run, (figures, tables) in wanted.items():
         for name in figures:
             shutil.copyfile(runs[run] / "report" / f"{name}.png", HERE / "images" / f"digits-{run}-{name}.png")
         for name in tables:
             shutil.copyfile(runs[run] / "report" / f"{name}.csv", DATA / f"{run}-{name}.csv")
-    for table in (fronts(runs["fronts"] / "report"), equal_cost(runs["baselines"] / "report"), beyond()):
+    for table in (
+        fronts(runs["fronts"] / "report"),
+        *(equal_cost(runs["baselines"] / "report", prompts) for prompts in ("eight", "few")),
+        beyond(),
+        trained_there(),
+    ):
         print(table, end="\n\n")
 
 
