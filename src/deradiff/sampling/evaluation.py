@@ -153,7 +153,8 @@ def brought(prediction: Tensor, pending: StepEvaluation | None, owner: Any) -> t
         evaluation = prediction.origin
         if evaluation.owner is not owner or not isinstance(evaluation, StepEvaluation):
             raise foreign()
-        if pending is not None and pending.serial > evaluation.serial:
+        # An earlier call of the same step is no earlier step: a guider may take one of two predictions alone.
+        if pending is not None and (pending.run, pending.at) != (evaluation.run, evaluation.at):
             raise remembered()
         return evaluation, prediction.stacked()
     if pending is None:
