@@ -224,13 +224,20 @@ def test_cancel_stops_this_page_and_no_other(studio: Any, address: str, chromium
         exact(other)
         last = pixels(studio)
         studio.click("#sampling-panel > button")
-        restart(studio)
-        set_number(studio, "#steps input[type=number]", "200")
-        settled(studio, lambda: re.search(r"Step \d+ of 200", studio.inner_text("#status")))
         restart(other)
-        set_number(other, NUMBER, "1")
-        studio.click("#cancel")
-        settled(studio, lambda: "Cancelled" in studio.inner_text("#status"))
+        # On a busy machine the steps may be over before the cancel comes: then it is tried again.
+        for steps in ("200", "199", "198", "197", "196"):
+            restart(studio)
+            set_number(studio, "#steps input[type=number]", steps)
+            settled(studio, lambda: re.search(r"Step \d+ of \d{3}", studio.inner_text("#status")))
+            if steps == "200":
+                set_number(other, NUMBER, "1")
+            studio.click("#cancel")
+            settled(studio, lambda: re.search("Cancelled|Exact: ", studio.inner_text("#status")))
+            if "Cancelled" in studio.inner_text("#status"):
+                break
+            last = pixels(studio)
+        assert "Cancelled" in studio.inner_text("#status")
         settled(studio, lambda: np.array_equal(pixels(studio), last))
         # A cancel during the preview, or the rest after it, is for the exact image too.
         for moment in ("preview", "rest"):
