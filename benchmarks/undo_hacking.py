@@ -36,8 +36,10 @@ from deradiff.search.evaluation import PointEvaluator
 from deradiff.search.knees import Knee
 from deradiff.search.running import run
 from deradiff.search.spaces import Point, SearchSpace
+from deradiff.sweep.alignment_records import alignment_of
 from deradiff.sweep.jobs import reproducible
 from deradiff.sweep.workers import cores
+from deradiff.worlds import find_anchor
 from deradiff.worlds.digits import captions, classifier
 
 WITHIN, KEPT = 0.01, 0.5
@@ -134,7 +136,7 @@ def compared(source: str, answers: dict[str, Knee], judge: Judge) -> dict[str, A
         low, high = (middle, high) if lost.mean() >= -WITHIN else (low, middle)
     best = round(low * STEP, 2) or None
     found: dict[str, Any] = {
-        "source": source if source.startswith("digits:") else "deradiff align digits --method draft --beta 0",
+        "source": described_source(source),
         "judging prompts": len(reward),
         "legibility of the reference": [float(legible.mean()), error(legible)],
         "grid": {f"{lam:g}": [*with_error(gain), *with_error(lost)] for lam, (gain, lost) in sorted(grid.items())},
@@ -148,6 +150,12 @@ def compared(source: str, answers: dict[str, Knee], judge: Judge) -> dict[str, A
             share = [float(gain.mean() / grid[best][0].mean()), quotient_error(gain, grid[best][0])]
             found[name] |= {"gain": with_error(gain), "legibility": with_error(lost), "share kept": share}
     return found
+
+
+def described_source(source: str) -> str:
+    """What the anchor is, without the folder that it lies in here."""
+    made = alignment_of(source)
+    return source if find_anchor(source) else f"{made.method}, {'no KL' if made.beta is None else f'β = {made.beta:g}'}"
 
 
 def described(answer: Knee) -> dict[str, Any]:

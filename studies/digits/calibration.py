@@ -1,9 +1,9 @@
 """Can λ be calibrated? The line search of the loss at the target's strength, on pairs that were held out.
 
 β/λ presumes that what an anchor adds to its reference's predictions goes with 1/β. Diffusion-DPO's loss says what it
-goes with, as far as the anchor's own direction tells: along `ε_ref + s d`, d = ε_anchor - ε_ref, the margin of a pair
-is a polynomial `s A + s² B` whose coefficients are inner products of predictions that are at hand. They are computed
-once for every pair, timestep and noise, and then the loss at every s and every β costs nothing.
+goes with, as far as the anchor's own direction tells: along the line from the one to the other its terms
+(`algorithm.pair_terms`) are computed once for every pair, timestep and noise, and then the loss at every point of the
+line and every β costs nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from deradiff.algorithm.pair_terms import PairTerms, terms
 from deradiff.alignment.base import Base
 
 SCALES = torch.logspace(math.log10(0.002), math.log10(4), 160, dtype=torch.float64)
@@ -28,26 +28,23 @@ CLEAR = 2.0
 
 
 @dataclass(frozen=True)
-class Margins:
-    """`e_w - e_w^ref - (e_l - e_l^ref) = s linear + s² square`, for every pair and every draw of timestep and noise."""
+class TimedTerms(PairTerms):
+    """The terms of every pair at every draw, and the timestep of each draw."""
 
-    linear: Float[Tensor, "pair draw"]
-    square: Float[Tensor, "pair draw"]
-    timesteps: Int[Tensor, "pair draw"]
+    timesteps: Int[Tensor, "draw pair"]
 
-    def within(self, low: int, high: int) -> Margins:
+    def within(self, low: int, high: int) -> TimedTerms:
         """The draws with `low <= t < high`; the others count nothing."""
         inside = (self.timesteps >= low) & (self.timesteps < high)
         return replace(self, linear=self.linear * inside, square=self.square * inside)
 
-    def losses(self, beta: float) -> Float[Tensor, "pair scale"]:
-        """Diffusion-DPO's loss at `beta` of every pair, averaged over its draws, at each of `SCALES`."""
-        found = [F.softplus(0.5 * beta * (s * self.linear + s * s * self.square)).mean(1) for s in SCALES.tolist()]
-        return torch.stack(found, 1)
+    def curves(self, beta: float) -> Float[Tensor, "pair scale"]:
+        """The loss at `beta` of every pair at each of `SCALES`."""
+        return torch.stack([self.losses(s, beta) for s in SCALES.tolist()], 1)
 
 
 @torch.no_grad()
-def margins(
+def timed_terms(
     base: Base,
     reference: nn.Module,
     anchors: Mapping[Any, nn.Module],
@@ -56,7 +53,7 @@ def margins(
     draws: int,
     seed: int,
     per_pass: int = 128,
-) -> dict[Any, Margins]:
+) -> dict[Any, TimedTerms]:
     """Of every anchor, for pairs with the winner first. Timesteps are stratified over a pair's `draws`.
 
     The reference is evaluated once, and noise and timesteps are the same for all anchors.
@@ -73,13 +70,10 @@ def margins(
         told = {"prompt_embeds": embedded[pair].repeat(2, 1, 1)}
         before = base.predict(reference, noisy, t, told)
         for name, anchor in anchors.items():
-            away = (base.predict(anchor, noisy, t, told) - before).double().flatten(1)
-            error = (before - noise).double().flatten(1)
-            terms = torch.stack([2 * (error * away).mean(1), away.square().mean(1)])
-            winner, loser = terms.view(2, 2, -1).unbind(1)
-            found[name].append(winner - loser)
-    both = {name: torch.cat(parts, 1).view(2, count, draws) for name, parts in found.items()}
-    return {name: Margins(linear, square, timesteps) for name, (linear, square) in both.items()}
+            after = base.predict(anchor, noisy, t, told)
+            found[name].append(terms(noise.double(), before.double(), after.double()))
+    both = {name: torch.cat(parts, 1).view(2, count, draws).transpose(1, 2) for name, parts in found.items()}
+    return {name: TimedTerms(linear, square, timesteps.T) for name, (linear, square) in both.items()}
 
 
 def minimum(losses: Float[Tensor, "*sample scale"]) -> Float[Tensor, "*sample"]:
@@ -125,14 +119,16 @@ class Calibrated:
         }
 
 
-def calibrate(of: Margins, anchor_beta: float, target_beta: float, bootstraps: int = 200, seed: int = 0) -> Calibrated:
+def calibrate(
+    of: TimedTerms, anchor_beta: float, target_beta: float, bootstraps: int = 200, seed: int = 0
+) -> Calibrated:
     """The λ that stands for `target_beta`, by the quotient `s*(target_beta) / s*(anchor_beta)`.
 
     s*(β) minimises the loss at β over the pairs. The anchor's own strength is the control variate: s* there is 1 where
     its training has converged and generalises, both searches share their pairs and noise, and where the square term is
     small the quotient is β/λ without any noise at all. The error is that of resampled pairs.
     """
-    own, target = of.losses(anchor_beta), of.losses(target_beta)
+    own, target = of.curves(anchor_beta), of.curves(target_beta)
     count, generator = len(own), torch.Generator().manual_seed(seed)
     chosen = torch.randint(count, (bootstraps, count), generator=generator)
     shares = torch.zeros(bootstraps, count, dtype=torch.float64).scatter_add_(

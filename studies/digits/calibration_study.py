@@ -29,7 +29,7 @@ from deradiff.worlds.digits import anchor_path, captions
 from deradiff.worlds.digits.rewards import DigitsReward
 from studies.digits import learned, learned_models, models
 from studies.digits.anchors import Pairs
-from studies.digits.calibration import Margins, calibrate, margins
+from studies.digits.calibration import TimedTerms, calibrate, timed_terms
 from studies.digits.learned import Plan
 from studies.digits.learned_models import STRENGTHS, Cell, folder_of, merged
 from studies.digits.truth_models import TruthSettings, draw_scored
@@ -46,16 +46,18 @@ EXPERIMENT = DATA / "digits-experiment"
 Case = dict[str, Any]
 
 
-def search(unets: Mapping[float, Any], pairs: Pairs, seed: int, draws: int = DRAWS) -> dict[float, Margins]:
+def search(unets: Mapping[float, Any], pairs: Pairs, seed: int, draws: int = DRAWS) -> dict[float, TimedTerms]:
     """What the line search needs of every anchor: inner products on `pairs`."""
     pipe = learned_models.reference()
     latents, base = pairs.ordered(), Base(pipe)
     with torch.no_grad():
         embedded = torch.cat([pipe.text_encoder(part).last_hidden_state for part in pairs.tokens.split(256)])
-    return margins(base, pipe.unet, unets, latents, embedded, draws, seed)
+    return timed_terms(base, pipe.unet, unets, latents, embedded, draws, seed)
 
 
-def case(of: Margins, anchor: float, target: float, curve: Mapping[float, float], retrained: Sequence[float]) -> Case:
+def case(
+    of: TimedTerms, anchor: float, target: float, curve: Mapping[float, float], retrained: Sequence[float]
+) -> Case:
     """A λ by β/λ and by calibration, and the errors of Algorithm 1 there, as shares of the retrained model's shift.
 
     `curve` is Algorithm 1's mean reward by λ, with 0 and 1; `retrained` the model's and the standard
@@ -201,6 +203,7 @@ def matched_table() -> str:
 
 def run(out: Path, plan: Plan, report: Report) -> Path:
     """Calibrate the shipped anchors, and all cells of Diffusion-DPO that the study in `out` has, into one file."""
+    out.mkdir(parents=True, exist_ok=True)
     file = out / "calibration.json"
     told = read(dict[str, Any], file, "table of calibrations", "delete it") if file.exists() else {}
     with reproducible(1):

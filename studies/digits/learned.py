@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from deradiff.sweep.jobs import Report, reproducible
 from deradiff.worlds.digits.rewards import BoldReward, InkReward
 from studies.digits import learned_models
 from studies.digits.learned_models import CONTROL, PROMPTS, STRENGTHS, TRAIN, Cell, Trainings
+from studies.digits.truth import Amounts, draw, sampler
 from studies.digits.truth_models import Pool
 
 REWARDS: dict[str, Reward] = {reward.name: reward for reward in (BoldReward(), InkReward())}
@@ -44,21 +45,18 @@ TUNED = frozenset({("dpo", "bold"), ("weighted", "ink"), ("draft", "bold"), ("dd
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Amounts):
     """What is trained, and what is drawn to compare it: `images` of each of the ten prompts, by DDPM, guidance 1."""
 
-    trainings: Trainings = field(default_factory=Trainings)
     images: int = 40
-    steps: int = 25
-    batch: int = 320
-    seed: int = 7
+    trainings: Trainings = field(default_factory=Trainings)
 
 
 def quick() -> Plan:
     """A miniature that takes a minute and proves nothing: it tries whether everything runs."""
     trainings = Trainings(per_prompt=24, sampling_steps=2, held_out_pairs=8, held_out_samples=8, batch=8, ddpo_steps=2)
     short = {name: replace(getattr(trainings, name), steps=2, cosine=2, evaluate_every=1) for name in TRAIN}
-    return Plan(replace(trainings, **short), images=8, steps=3, batch=80)
+    return Plan(trainings=replace(trainings, **short), images=8, steps=3, batch=80)
 
 
 def half(cell: Cell) -> str:
@@ -130,7 +128,7 @@ def compute(models: Path, cell: Cell, plan: Plan, pool: Pool, report: Report) ->
     start = base_of(models, cell)
     for number, name in enumerate(["reference", *(n for n in names if n != CONTROL)]):
         unet = start if name == "reference" else learned_models.merged(learned_models.folder_of(models, cell, name))
-        images, _ = draw(pipeline(unet), plan)
+        images = draw(sampler(unet), PROMPTS, 1.0, plan)
         drawn[name] = reward(images, [""] * len(images))
         report(f"{cell.name}: models as they are", number + 1, len(names) + 1, str(name))
     cases = []
@@ -157,42 +155,13 @@ def base_of(models: Path, cell: Cell) -> UNet2DConditionModel:
     return learned_models.merged(learned_models.folder_of(models, cell, CONTROL))
 
 
-def pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The digits with that model, sampled with noise from the very end of the schedule."""
-    pipe = learned_models.reference()
-    pipe.unet = unet
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", clip_sample=False)
-    return pipe
-
-
-def draw(
-    pipe: StableDiffusionPipeline, plan: Plan, dial: Any = None
-) -> tuple[Float[Tensor, "image 3 32 32"], list[ImportanceWeights]]:
-    """Pictures in [0, 1], those of a prompt together, and the importance weights of `dial` after every batch."""
-    drawn, weights = [], []
-    per_call = max(1, plan.batch // plan.images)
-    for start in range(0, len(PROMPTS), per_call):
-        call = pipe(
-            list(PROMPTS[start : start + per_call]),
-            num_images_per_prompt=plan.images,
-            num_inference_steps=plan.steps,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed((plan.seed << 32) + start),
-            output_type="pt",
-        )
-        drawn.append(call.images.float())
-        if dial is not None:
-            weights.append(dial.importance_weights)
-    return torch.cat(drawn), weights
-
-
 def realigned(
     start: UNet2DConditionModel, anchor: UNet2DConditionModel, lam: Any, plan: Plan, reward: Reward
 ) -> tuple[Float[Tensor, " image"], ImportanceWeights]:
     """Rewards of Algorithm 1's pictures, and their weights."""
-    pipe = pipeline(start)
+    pipe, runs = sampler(start), list[ImportanceWeights]()
     with realign(pipe, anchor, lam) as dial:
-        images, runs = draw(pipe, plan, dial)
+        images = draw(pipe, PROMPTS, 1.0, plan, lambda: runs.append(dial.importance_weights))
     return reward(images, [""] * len(images)), joined(runs)
 
 

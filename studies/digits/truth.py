@@ -7,7 +7,7 @@ which leave the ink's colour open, and set beside the retrained model through th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,19 +46,25 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Amounts:
+    """How much is drawn: `images` of every prompt in so many `steps`, a `batch` of them at a time."""
+
+    images: int = 16
+    steps: int = 25
+    batch: int = 320
+    seed: int = 7
+
+
+@dataclass(frozen=True)
+class Plan(Amounts):
     """What is drawn. Plain and weighted means come from `prompts` x `images`, particles from `prompts` x K."""
 
     prompts: int = 200
-    images: int = 16
     counts: tuple[int, ...] = (4, 16, 64)
     """K at guidance 1, where the particles' target is the retrained model's."""
     guided_counts: tuple[int, ...] = (4, 16)
     """K at any other guidance."""
-    steps: int = 25
     guidance_scales: tuple[float, ...] = (1.0, 1.5)
-    batch: int = 320
-    seed: int = 7
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ def _plain(
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
         pipe = _pipeline(trained, name)
-        images = _draw(pipe, prompts(plan), guidance_scale, plan)
+        images = draw(pipe, prompts(plan), guidance_scale, plan)
         write_json(file, _measured(images, torch.zeros(plan.prompts, plan.images)))
     report("models as they are", len(list(file.parent.glob("*.json"))), planned, name)
 
@@ -252,13 +258,13 @@ def compute(trained: Path, case: Case, plan: Plan, known: Record) -> Record:
 
     with realign(pipe, anchors, case.target) as dial:
         runs: list[ImportanceWeights] = []
-        images = _draw(pipe, texts, scale, plan, lambda: runs.append(dial.importance_weights))
+        images = draw(pipe, texts, scale, plan, lambda: runs.append(dial.importance_weights))
         whole = joined(runs)
         arms["algorithm 1"], arms["weighted"] = of(images), _measured(images, whole.log_weights.view(shape))
         for count in plan.counts if scale == 1 else plan.guided_counts:
             arms[f"particles {count}"] = _particles(pipe, texts, scale, plan, count)
     with realign(pipe, anchors, case.target, method="interpolate"):
-        arms["interpolated"] = of(_draw(pipe, texts, scale, plan))
+        arms["interpolated"] = of(draw(pipe, texts, scale, plan))
     verdicts = {}
     for name, reward in REWARDS.items():
         found = verdict(
@@ -283,10 +289,14 @@ def _errors(arms: Mapping[str, Record]) -> Record:
 
 
 def _pipeline(trained: Path, name: str) -> StableDiffusionPipeline:
-    """The shipped reference, or a trained model, sampled with noise from the very end of the schedule."""
+    """The shipped reference, or a trained model."""
+    return sampler(None if name == SHIPPED else _unet(trained / name))
+
+
+def sampler(unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """The digits, with another denoiser if one is given, sampled with noise from the very end of the schedule."""
     pipe = load_pipeline()
-    if name != SHIPPED:
-        pipe.unet = _unet(trained / name)
+    pipe.unet = pipe.unet if unet is None else unet
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace", clip_sample=False)
     return pipe
@@ -298,12 +308,12 @@ def _unet(folder: Path) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_pretrained(folder).to(memory_format=torch.channels_last)
 
 
-def _batches(texts: list[str], each: int, plan: Plan) -> Iterator[tuple[int, list[str]]]:
+def _batches(texts: Sequence[str], each: int, plan: Amounts) -> Iterator[tuple[int, list[str]]]:
     size = max(1, plan.batch // each)
-    yield from ((start, texts[start : start + size]) for start in range(0, len(texts), size))
+    yield from ((start, list(texts[start : start + size])) for start in range(0, len(texts), size))
 
 
-def _call(guidance_scale: float, plan: Plan, start: int) -> dict[str, Any]:
+def _call(guidance_scale: float, plan: Amounts, start: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed((plan.seed << 32) + start)
     return {
         "num_inference_steps": plan.steps,
@@ -313,11 +323,11 @@ def _call(guidance_scale: float, plan: Plan, start: int) -> dict[str, Any]:
     }
 
 
-def _draw(
+def draw(
     pipe: StableDiffusionPipeline,
-    texts: list[str],
+    texts: Sequence[str],
     guidance_scale: float,
-    plan: Plan,
+    plan: Amounts,
     after: Callable[[], None] = lambda: None,
 ) -> Float[Tensor, "image 3 32 32"]:
     """Pictures in [0, 1], `plan.images` of every prompt; `after` is called after every batch."""

@@ -11,7 +11,7 @@ from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import Noised, errors
 from deradiff.alignment.objectives import diffusion_dpo
 from deradiff.worlds.digits import anchor_path, load_pipeline
-from studies.digits.calibration import SCALES, Margins, calibrate, margins, minimum
+from studies.digits.calibration import SCALES, TimedTerms, calibrate, minimum, timed_terms
 from studies.digits.calibration_study import case, matched, matched_table
 
 
@@ -19,8 +19,8 @@ def test_the_polynomial_is_the_loss_of_mixed_predictions() -> None:
     pipe, generator = load_pipeline(), torch.Generator().manual_seed(1)
     base, anchor = Base(pipe), UNet2DConditionModel.from_pretrained(anchor_path(100.0))
     latents, told = torch.randn(3, 2, 4, 8, 8, generator=generator), torch.randn(3, 16, 64, generator=generator)
-    found = margins(base, pipe.unet, {"a": anchor}, latents, told, draws=2, seed=5, per_pass=6)["a"]
-    assert found.timesteps.sort(1).values.div(500).long().tolist() == [[0, 1]] * 3  # stratified
+    found = timed_terms(base, pipe.unet, {"a": anchor}, latents, told, draws=2, seed=5, per_pass=6)["a"]
+    assert found.timesteps.T.sort(1).values.div(500).long().tolist() == [[0, 1]] * 3  # stratified
 
     class Mixed(torch.nn.Module):
         def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
@@ -28,37 +28,35 @@ def test_the_polynomial_is_the_loss_of_mixed_predictions() -> None:
             before.sample = torch.lerp(before.sample, after.sample, SCALES[100].item())
             return before
 
-    # The same noise again: what `margins` draws after the timesteps.
+    # The same noise again: what `timed_terms` draws after the timesteps.
     again = torch.Generator().manual_seed(5)
     torch.rand(3, 2, generator=again)
     noise = torch.randn(6, 4, 8, 8, generator=again).repeat(2, 1, 1, 1)
-    pair, t = torch.arange(3).repeat_interleave(2), found.timesteps.flatten().repeat(2)
+    pair, t = torch.arange(3).repeat_interleave(2), found.timesteps.T.flatten().repeat(2)
     noisy = base.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
     noised = Noised(noisy, t, {"prompt_embeds": told[pair].repeat(2, 1, 1)}, noise)
     with torch.no_grad():
         loss = diffusion_dpo(*errors(base, Mixed(), noised), *errors(base, pipe.unet, noised), beta=300.0)
-    assert found.losses(300.0).mean(0)[100].item() == pytest.approx(loss.item(), rel=1e-3)
+    assert found.curves(300.0).mean(0)[100].item() == pytest.approx(loss.item(), rel=1e-3)
 
 
-def drawn(pairs: int, effect: float, bend: float, seed: int = 2) -> Margins:
-    """Margins whose linear terms have that mean and a standard deviation of 1e-3, square terms one of `bend`."""
+def drawn(pairs: int, effect: float, bend: float, seed: int = 2) -> TimedTerms:
+    """Terms whose linear ones have that mean and a standard deviation of 1e-3, square ones one of `bend`."""
     generator = torch.Generator().manual_seed(seed)
     linear, square = torch.randn(2, pairs, 4, generator=generator, dtype=torch.float64)
-    return Margins(1e-3 * linear - effect, bend * square, torch.zeros(pairs, 4, dtype=torch.long))
+    return TimedTerms((effect - 1e-3 * linear).T / 2, bend * square.T, torch.zeros(4, pairs, dtype=torch.long))
 
 
 def test_the_minimum_lies_between_the_scales() -> None:
     of = drawn(500, 1e-4, 5e-4)
     for beta in (300.0, 1000.0, 4000.0):
         exact = minimize_scalar(
-            lambda s, beta=beta: (
-                torch.nn.functional.softplus(0.5 * beta * (s * of.linear + s * s * of.square)).mean().item()
-            ),
+            lambda s, beta=beta: of.loss(s, beta),
             bounds=(0, 4),
             method="bounded",
             options={"xatol": 1e-8},
         ).x
-        assert minimum(of.losses(beta).mean(0)).item() == pytest.approx(exact, rel=2e-3)
+        assert minimum(of.curves(beta).mean(0)).item() == pytest.approx(exact, rel=2e-3)
 
 
 def test_without_a_square_term_the_quotient_is_that_of_the_strengths() -> None:

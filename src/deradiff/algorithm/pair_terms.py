@@ -60,10 +60,14 @@ class PairTerms:
         kept = torch.arange(self.pairs) % parts != part
         return PairTerms(self.linear[:, kept], self.square[:, kept])
 
+    def losses(self, strength: float, beta: float) -> Float[Tensor, " pair"]:
+        """The loss of `ε_ref + strength Δ` at `beta` on every pair, averaged over its draws."""
+        margins = beta * (strength * self.linear.double() - strength**2 / 2 * self.square.double())
+        return -F.logsigmoid(margins).mean(0)
+
     def loss(self, strength: float, beta: float) -> float:
         """The loss of `ε_ref + strength Δ` at `beta`."""
-        margins = beta * (strength * self.linear.double() - strength**2 / 2 * self.square.double())
-        return float(-F.logsigmoid(margins).mean())
+        return float(self.losses(strength, beta).mean())
 
     def best(self, beta: float) -> float:
         """`s(β)`, from 0 to `FARTHEST`."""
@@ -72,6 +76,18 @@ class PairTerms:
         k = losses.index(min(losses))
         low, high = float(grid[max(k - 1, 0)]), float(grid[min(k + 1, len(grid) - 1)])
         return float(minimize_scalar(self.loss, args=(beta,), bounds=(low, high), method="bounded").x)
+
+
+def terms(
+    target: Float[Tensor, "prediction *latent"],
+    reference: Float[Tensor, "prediction *latent"],
+    anchor: Float[Tensor, "prediction *latent"],
+) -> Float[Tensor, "term pair"]:
+    """`l` and `q`, of what both models predict for the winners of some pairs and then for their losers."""
+    away = anchor - reference
+    both = torch.stack([((target - reference) * away).flatten(1).mean(1), away.square().flatten(1).mean(1)])
+    winners, losers = both.chunk(2, dim=1)
+    return winners - losers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deradiff.algorithm.pair_terms import BLOCKS, PairTerms
+from deradiff.algorithm.pair_terms import BLOCKS, PairTerms, terms
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import Unreadable, passes, row_generators
 from deradiff.alignment.dpo import noise_pairs
@@ -62,7 +62,7 @@ def given(source: str | Path, reference: str, count: int) -> list[PreferencePair
 def compared(drawn: ExaminedImages, settings: Settings) -> list[PreferencePair]:
     """The reference's own images, paired prompt by prompt: the better half by the reward with the worse half.
 
-    None where they are too few for the test.
+    No pairs at all where they would be too few for the test.
     """
     pairs = []
     for prompt, (text, images) in enumerate(zip(settings.prompts, drawn.of_reference, strict=True)):
@@ -122,11 +122,8 @@ def _terms(
             outputs = _Both(denoisers)
             base.predict(outputs, noised.noisy.to(base.denoiser.dtype), noised.timesteps, noised.conditions)
             reference, anchor = (output.float() for output in outputs.predictions)
-            away = anchor - reference
-            inner = ((noised.target.float() - reference) * away).flatten(1).mean(1).view(2, -1)
-            squared = away.square().flatten(1).mean(1).view(2, -1)
-            linear[draw, rows.start : rows.stop] = (inner[0] - inner[1]).double().cpu()
-            square[draw, rows.start : rows.stop] = (squared[0] - squared[1]).double().cpu()
+            found = terms(noised.target.float(), reference, anchor).double().cpu()
+            linear[draw, rows.start : rows.stop], square[draw, rows.start : rows.stop] = found
         report(number + 1, len(chunks))
     return PairTerms(linear, square)
 

@@ -176,8 +176,9 @@ def _common(operands: Sequence[PerModel | ModelsOwn]) -> tuple[tuple[int, ...], 
 
 
 def _miss_a_model(origins: Sequence[Any]) -> bool:
-    """Whether they are of several steps of a run which has evaluated other models at some: tensors kept from those
-    would be one model's and nobody's.
+    """Whether they are of several steps of a run that has evaluated other models at some of them.
+
+    A tensor kept from such a step would be one model's, and nobody's.
     """
     steps = [origin for origin in origins if getattr(origin, "run", None) is not None]
     return any(step.at != steps[0].at for step in steps) and any(len(step.run.evaluated) > 1 for step in steps)

@@ -68,6 +68,7 @@ class HookWatch:
     def __init__(self, model: nn.Module, anchors: Sequence[nn.Module] = ()):
         self._model, self._anchors = model, anchors
         self._modules: list[tuple[str, nn.Module]] = []
+        self._layers: list[Any] = []
         self._tables: tuple[dict[str, Any], ...] | None = None
         self._children: tuple[dict[str, Any], ...] = ()
         self._seen: tuple[list[Any], list[Any], int] = [], [], -1
@@ -81,7 +82,7 @@ class HookWatch:
     def begin(self) -> None:
         """A run begins, or it is all over: layers may have been replaced since the last one, and are let go of."""
         self._modules, self._tables, self._children, self._seen = [], None, (), ([], [], -1)
-        self.hooked = []
+        self._layers, self.hooked = [], []
 
     def look(self) -> Changes:
         """What was done since the last look. Cheap where nothing was: it is asked before every evaluation.
@@ -95,6 +96,7 @@ class HookWatch:
         began = self._tables is None or now != layers
         if began:
             self._modules = list(self._model.named_modules())
+            self._layers = [layer for model in (self._model, *self._anchors) for layer in model.modules()]
             self._tables = tuple(one.__dict__ for _, one in self._modules)
             self._children = tuple(one._modules for _, one in self._modules if one._modules)
             now = [child for table in self._children for child in table.values()]
@@ -105,8 +107,8 @@ class HookWatch:
             self._look_at_hooks()
             self.foreign = _foreign(self._model, self._modules)
         if changes.forward_hooks:
-            layers_of_all = [layer for model in (self._model, *self._anchors) for layer in model.modules()]
-            self.hooked = [layer for layer in layers_of_all if layer._forward_hooks or layer._forward_pre_hooks]
+            # Where each row of a batch has its own adapter, that is every time: walking the trees would show.
+            self.hooked = [layer for layer in self._layers if layer._forward_hooks or layer._forward_pre_hooks]
         self._seen = now, present, RemovableHandle.next_id
         return changes
 
