@@ -413,7 +413,7 @@ def main() -> None:
         "guided": guided,
         "times": lambda: times(chosen.rounds),
         "sweep": lambda: sweep(max(2, chosen.rounds // 2)),
-        "sd15": lambda: shaped("SD 1.5", 8, 25, 1, 2, "cpu", compiled=None),
+        "sd15": lambda: shaped("SD 1.5", 8, 25, 1, max(2, chosen.rounds // 2 + 1), "cpu", compiled=None),
         "accelerator": lambda: accelerator(chosen.rounds),
     }
     asked = ((part, measures[part]()) for part in chosen.parts if part in measures)

@@ -67,8 +67,11 @@ def page(record: dict[str, Any]) -> str:
         *(f"| {_named(name)} | {' | '.join(_signs(pipeline))} |" for name, pipeline in pipelines.items()),
         "",
     ]
+    partly = [*_refused_parts(pipelines)]
     refused = [*_reasons(pipelines, "refused")]
     untried = [*_reasons(pipelines, "not tried")]
+    if partly:
+        lines += ["## Refused in part", "", *partly, ""]
     if refused:
         lines += ["## Refused", "", *refused, ""]
     if untried:
@@ -94,6 +97,22 @@ def _reasons(pipelines: dict[str, Any], verdict: str) -> Iterator[str]:
         if pipeline["verdict"] == verdict:
             reason = pipeline["reasons"][0] if pipeline["reasons"] else ""
             yield f"- {_named(name)}: {_escaped(reason)}"
+
+
+def _refused_parts(pipelines: dict[str, Any]) -> Iterator[str]:
+    """What a pipeline that can be realigned refuses all the same; those that refuse one thing alike in one line."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, pipeline in pipelines.items():
+        for column, checks in COLUMNS.items() if pipeline["verdict"] == "passes" else ():
+            for check in checks:
+                if pipeline["checks"].get(check, [""])[0] == "refused":
+                    reason = next(r for r in pipeline["reasons"] if r.startswith(f"{check}: "))
+                    if check == "micro_batch":
+                        reason = "it is not known of these where the batch is in every argument"
+                    alike.setdefault((column, reason), []).append(_named(name))
+    for (column, reason), names in alike.items():
+        told = names[0] if len(names) == 1 else f"{len(names)} pipelines, see the table"
+        yield f"- **{column}** ({told}): {_escaped(reason)}"
 
 
 def _escaped(reason: str) -> str:

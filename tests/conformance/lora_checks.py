@@ -89,7 +89,9 @@ class _LoraCheck:
         """Numbers, and what is wrong with them."""
         case, pipe = self.case, self.case.build()
         file = str(Path(self.folder, FILE))
-        with deradiff.realign(pipe, file, lam=0.0, batched=batched) as dial:
+        # The file does not say whose it is; the plain pipeline takes it for the first one's too.
+        anchor = file if len(case.denoisers) == 1 else {case.main: file}
+        with deradiff.realign(pipe, anchor, lam=0.0, batched=batched) as dial:
             numbers: dict[str, Any] = {"λ=0": difference(case.run(pipe), self.reference) / self.scale}
             dial.lam = 1.0
             numbers["λ=1"] = difference(case.run(pipe), self.anchor) / self.scale

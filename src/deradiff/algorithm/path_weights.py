@@ -265,6 +265,11 @@ class PathWeights:
         """log W so far."""
         return self._sums.get("log_weights", torch.zeros_like(self._evaluation.spreads["log_weights"]))
 
+    @property
+    def guidance(self) -> GuidedWeights | None:
+        """The parts' weights so far, where every step had them and one scale explains the guidance."""
+        return self._guided_weights(self._sums)
+
     def result(self) -> ImportanceWeights:
         """What is known so far. Raises `RuntimeError` before the first step."""
         if self._evaluation is None:

@@ -234,7 +234,7 @@ def _judged_guided(
 
     `unknown` bounds what the weights leave out: a share of the shift, or of log W in standard deviations of any score.
     """
-    if (poor := _too_poor(comparison, given, "and particles have no guided weights")) is not None:
+    if (poor := _too_poor(comparison, given, "use particles")) is not None:
         return poor
     same = f"the retrained model at guidance {scale:.3g}"
     if given == "log W":

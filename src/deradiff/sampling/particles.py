@@ -3,7 +3,8 @@
 Algorithm 1 is the proposal; the factor that it drops (`path_weights`) is the weight. K particles per prompt walk
 through the pipeline as one batch; where their weights grow uneven, the light ones are replaced by copies of the heavy
 ones before noise separates them again (`algorithm.smc`). As K grows they follow the distribution of the model aligned
-at β/λ, at exactly K times the network evaluations of one image.
+at β/λ, at exactly K times the network evaluations of one image. Under guidance the weights are those of
+`algorithm.guided_weights`, and the target is the retrained model under the same guidance, but for what these leave out.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from deradiff.algorithm import posteriors
-from deradiff.algorithm.path_weights import ImportanceWeights, PathWeights
+from deradiff.algorithm.guided_weights import left_out
+from deradiff.algorithm.path_weights import ImportanceWeights, Obstacle, PathWeights
 from deradiff.algorithm.smc import Population, WeightedParticles
 from deradiff.algorithm.verdict import OBSTACLES
 from deradiff.sampling import pictures
@@ -60,7 +62,17 @@ class Particles(WeightedParticles):
     @property
     def why_inexact(self) -> str:
         """Why these particles have no retrained model as their target; empty where they have one."""
-        return "; ".join(OBSTACLES[obstacle] for obstacle in sorted(self.run.obstacles))
+        return "; ".join(self._obstacle(obstacle) for obstacle in sorted(self.run.obstacles))
+
+    def _obstacle(self, obstacle: Obstacle) -> str:
+        guidance = self.run.guidance
+        if obstacle != "guidance" or guidance is None:
+            return OBSTACLES[obstacle]
+        prompts, count = self.log_weights.shape
+        unknown = left_out(guidance, torch.arange(prompts).repeat_interleave(count))
+        return (
+            f"weights at guidance {guidance.scale:.3g} leave out up to {unknown:.2g} of a score's standard deviations"
+        )
 
 
 def sample_particles(
@@ -132,7 +144,8 @@ class RealignedPaths:
     def __init__(self, population: Population, temper: float) -> None:
         self.population, self.temper = population, temper
         self.resampled_by = "no step was taken"
-        self._counted = torch.zeros((), dtype=torch.float64)
+        self._counted: dict[bool, Tensor] = {}
+        """The log weights that particles have by now, of guidance's parts apart and of the mixed predictions."""
         self._scheduler: SchedulerMixin | None = None
 
     def __call__(self, path_weights: PathWeights, scheduler: SchedulerMixin, previous: Tensor) -> Tensor:
@@ -148,10 +161,10 @@ class RealignedPaths:
             return previous
         if path_weights.ahead is not None:
             path_weights.add_first_half(path_weights.ahead)
-            self._weigh(path_weights.log_weights)
+            self._weigh(path_weights)
             rows = self.population.resample()
             if rows is not None:
-                self._counted = self._counted[rows]
+                self._counted = {apart: total[rows] for apart, total in self._counted.items()}
                 path_weights.select(rows.to(previous.device))
                 previous = previous[rows.to(previous.device)]
         times, threshold = len(self.population.lineage), self.population.threshold
@@ -160,7 +173,7 @@ class RealignedPaths:
 
     def result(self, drawn: pictures.DrawnPictures, run: ImportanceWeights) -> Particles:
         """The particles at the end of the run."""
-        self._weigh(run.log_weights)
+        self._weigh(run)
         return Particles(
             **vars(self.population.result()),
             images=drawn.images,
@@ -169,11 +182,17 @@ class RealignedPaths:
             blacked_out=torch.tensor(drawn.blacked_out),
         )
 
-    def _weigh(self, log_weights: Float[Tensor, " image"]) -> None:
-        """Take over what has been added to the log weights since the last time."""
-        total = log_weights.cpu().double()
-        self.population.weigh(self.temper * (total - self._counted))
-        self._counted = total
+    def _weigh(self, run: PathWeights | ImportanceWeights) -> None:
+        """Take over what has been added to the log weights since the last time.
+
+        Those of guidance's parts apart while one scale explains the guidance, and of the mixed predictions otherwise.
+        """
+        totals = {False: run.log_weights.cpu().double()}
+        if run.guidance is not None:
+            totals[True] = run.guidance.combined.cpu().double()
+        apart = run.guidance is not None
+        self.population.weigh(self.temper * (totals[apart] - self._counted.get(apart, 0)))
+        self._counted = totals
 
 
 def _repeated(value: Any, prompts: int, count: int) -> Any:
