@@ -179,8 +179,10 @@ def _for_character(character: Character | None, kind: Kind, words: str, run: Imp
         return kind, words
     if character.kind == "tilt" or (character.kind == "unknown" and kind == "trust"):
         return kind, words
-    if character.kind != "stepwise":
-        return "no target", f"no claim: the anchor is {MEANINGS[character.kind]}"
+    if character.kind == "unknown":
+        return "no target", "no claim: what kind of anchor it is did not show when it was examined"
+    if character.kind == "neither":
+        return "no target", f"no claim: the anchor is {MEANINGS['neither']}"
     if run.obstacles & {"annealing", "reuse"}:
         return kind, words
     if not covers(float(run.lams[0, 0])):
@@ -188,7 +190,7 @@ def _for_character(character: Character | None, kind: Kind, words: str, run: Imp
             "no target",
             f"no claim: the anchor is stepwise between λ = {min(LAMS):g} and 1, and was not tested beyond",
         )
-    return "plain", f"plain samples: the anchor is {MEANINGS['stepwise']}"
+    return "plain", "plain samples: the anchor is stepwise, so images stand for the retrained model's as they are"
 
 
 def _target(character: Character | None, kind: Kind) -> str:
