@@ -218,7 +218,7 @@ def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: 
     if given == "log W":
         if spread <= TRUSTED:
             return "trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation"
-        return "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
+        return "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations"
     if error is None:
         return "depends", f"{given} is off by {comparison.bias}; its shift from the reference is not known"
     if abs(error.value) + 2 * error.error <= TRUSTED:
@@ -245,7 +245,7 @@ def _judged_guided(
             return "trust", f"trust: against {same} no score is off by more than {whole:.1%} of its standard deviation"
         return "depends", f"depends on the score: against {same} off by up to {whole:.2g} of its standard deviations"
     if error is None:
-        return "depends", f"against {same} {given} is off by {comparison.bias}; its shift is not known (baseline=)"
+        return "depends", f"against {same} {given} is off by {comparison.bias}; its whole shift is not known"
     off, within = abs(error.value), 2 * error.error + margin(unknown)
     words = {
         "trust": f"trust: against {same} {given} is off by {off + within:.1%} of its shift or less",

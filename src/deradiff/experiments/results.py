@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from deradiff.algorithm.guided_weights import GuidedWeights, joined_guidance
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.experiments.characters import restored, sampler
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
-from deradiff.experiments.store import Store, StoredDiagnostics
+from deradiff.experiments.store import Store, StoredDiagnostics, StoredGuidance
 from deradiff.sweep.characters import CharacterFile, KnownCharacter
 
 Table = Float[np.ndarray, "prompt seed"]
@@ -264,4 +265,12 @@ def _weights(arm: Arm, known: Sequence[dict[str, Any]]) -> ImportanceWeights:
         ),
         obstacles=frozenset(obstacle for record in records for obstacle in record.obstacles),
         predictions=records[0].predictions,
+        guidance=joined_guidance([_guided(record.guidance) for record in records]),
     )
+
+
+def _guided(held: StoredGuidance | None) -> GuidedWeights | None:
+    if held is None:
+        return None
+    parts = (held.conditional, held.unconditional, held.strength)
+    return GuidedWeights(held.scale, *(torch.tensor([part], dtype=torch.float64) for part in parts))
