@@ -190,7 +190,7 @@ def _for_character(character: Character | None, kind: Kind, words: str, run: Imp
             "no target",
             f"no claim: the anchor is stepwise between λ = {min(LAMS):g} and 1, and was not tested beyond",
         )
-    return "plain", "plain samples: the anchor is stepwise, so images stand for the retrained model's as they are"
+    return "plain", "plain samples: take the images as they are; the anchor is stepwise, and mixing is retraining"
 
 
 def _target(character: Character | None, kind: Kind) -> str:

@@ -74,7 +74,7 @@ def studio(
             with console.status("Opening the studio …"):
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
-                from deradiff.studio import scenes, server
+                from deradiff.studio import scenes
                 from deradiff.studio.examined_anchors import ExaminedAnchors
                 from deradiff.studio.image_requests import Desk
                 from deradiff.studio.models import LoadedModels, MachineSettings
@@ -93,6 +93,8 @@ def studio(
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
                 examined = ExaminedAnchors(character or (), sources, [reference, *sources_of.values()])
+                from deradiff.studio import server  # Gradio takes seconds: what is wrong was said before
+
                 desk = Desk(LoadedModels(sources, machine), tuple(reward or ()), examined)
                 closing.callback(desk.close)
                 application = server.app(desk, start, library.resolve(), token, root)

@@ -45,8 +45,8 @@ def trust(results: Results, prompts: str) -> Exhibit | None:
     )
     if not {anchor for anchor, _ in lines} <= results.characters.keys():
         caption += (
-            " Of an anchor that was not examined the weighted mean is right on a condition: `deradiff examine` finds "
-            "out what kind of anchor it is, and the plan names its file as the model's `character`."
+            " Of an anchor that was not examined the weighted mean is right on a condition: deradiff examine finds out "
+            "what kind of anchor it is, and the plan names the file that it writes as the model's character."
         )
     if substitute := results.plan.prompts[prompts].substitute_for:
         caption += f" The prompts, {prompts}, are a substitute for {substitute}."
@@ -81,7 +81,7 @@ def anchors(results: Results) -> Exhibit:
         for name, known in results.characters.items()
     ]
     caption = (
-        "What kind of anchor each is, as `deradiff examine` found it from samples and preference pairs. It decides "
+        "What kind of anchor each is, as deradiff examine found it from samples and preference pairs. It decides "
         "what a weight means, and the words above go by it."
     )
     return Exhibit("trust-anchors", SECTION, "What kind of anchor each is", caption, *table(rows))
