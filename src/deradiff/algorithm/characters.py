@@ -39,7 +39,7 @@ MEANINGS: dict[CharacterKind, str] = {
     "tilt": "a tilt: the weighted mean is the retrained model's",
     "stepwise": "stepwise: mixing predictions is retraining, plain samples are the estimate",
     "neither": "neither a tilt nor stepwise: λ says how much of the anchor, and no more",
-    "unknown": "not known: the samples do not tell what weights mean",
+    "unknown": "of no known kind: the samples do not tell what weights mean",
 }
 
 

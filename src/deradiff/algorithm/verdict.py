@@ -179,8 +179,10 @@ def _for_character(character: Character | None, kind: Kind, words: str, run: Imp
         return kind, words
     if character.kind == "tilt" or (character.kind == "unknown" and kind == "trust"):
         return kind, words
-    if character.kind != "stepwise":
-        return "no target", f"no claim: the anchor is {MEANINGS[character.kind]}"
+    if character.kind == "unknown":
+        return "no target", "no claim: what kind of anchor it is did not show when it was examined"
+    if character.kind == "neither":
+        return "no target", f"no claim: the anchor is {MEANINGS['neither']}"
     if run.obstacles & {"annealing", "reuse"}:
         return kind, words
     if not covers(float(run.lams[0, 0])):
@@ -188,7 +190,7 @@ def _for_character(character: Character | None, kind: Kind, words: str, run: Imp
             "no target",
             f"no claim: the anchor is stepwise between λ = {min(LAMS):g} and 1, and was not tested beyond",
         )
-    return "plain", f"plain samples: the anchor is {MEANINGS['stepwise']}"
+    return "plain", "plain samples: take the images as they are; the anchor is stepwise, and mixing is retraining"
 
 
 def _target(character: Character | None, kind: Kind) -> str:
@@ -216,7 +218,7 @@ def _judged(comparison: Comparison, error: Estimate | None, given: str, spread: 
     if given == "log W":
         if spread <= TRUSTED:
             return "trust", f"trust: no score is off by more than {spread:.1%} of its standard deviation"
-        return "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations; compare() it"
+        return "depends", f"depends on the score: off by up to {spread:.2g} of its standard deviations"
     if error is None:
         return "depends", f"{given} is off by {comparison.bias}; its shift from the reference is not known"
     if abs(error.value) + 2 * error.error <= TRUSTED:
@@ -243,7 +245,7 @@ def _judged_guided(
             return "trust", f"trust: against {same} no score is off by more than {whole:.1%} of its standard deviation"
         return "depends", f"depends on the score: against {same} off by up to {whole:.2g} of its standard deviations"
     if error is None:
-        return "depends", f"against {same} {given} is off by {comparison.bias}; its shift is not known (baseline=)"
+        return "depends", f"against {same} {given} is off by {comparison.bias}; its whole shift is not known"
     off, within = abs(error.value), 2 * error.error + margin(unknown)
     words = {
         "trust": f"trust: against {same} {given} is off by {off + within:.1%} of its shift or less",

@@ -39,6 +39,13 @@ def studio(
             "may be repeated. The digits have rewards of their own.",
         ),
     ] = None,
+    character: Annotated[
+        list[Path] | None,
+        model_option(
+            "--character",
+            help="What `deradiff examine` wrote of an anchor, for verdicts that know its kind; may be repeated.",
+        ),
+    ] = None,
     allow_pickle: options.AllowPickle = False,
     library: Annotated[Path, page_option(help="The folder for curves and presets that are kept by name.")] = Path(
         "deradiff-studio"
@@ -67,7 +74,8 @@ def studio(
             with console.status("Opening the studio …"):
                 from deradiff import rewards
                 from deradiff.sampling.devices import device_called
-                from deradiff.studio import scenes, server
+                from deradiff.studio import scenes
+                from deradiff.studio.examined_anchors import ExaminedAnchors
                 from deradiff.studio.image_requests import Desk
                 from deradiff.studio.models import LoadedModels, MachineSettings
                 from deradiff.studio.sources import Sources
@@ -84,7 +92,10 @@ def studio(
                 prompt = world.example[1] if world else "a typhoon in a teacup"
                 lams = [0.5] if len(sources_of) == 1 else [round(1 / len(sources_of), 2)] * len(sources_of)
                 start = scenes.scene(reference, list(sources_of.values()), prompt, lams)
-                desk = Desk(LoadedModels(sources, machine), tuple(reward or ()))
+                examined = ExaminedAnchors(character or (), sources, [reference, *sources_of.values()])
+                from deradiff.studio import server  # Gradio takes seconds: what is wrong was said before
+
+                desk = Desk(LoadedModels(sources, machine), tuple(reward or ()), examined)
                 closing.callback(desk.close)
                 application = server.app(desk, start, library.resolve(), token, root)
             desk.warm_up(start)

@@ -47,6 +47,8 @@ class Model(PlanPart):
     family: str = "aligned"
     reward: str = ""
     """The reward it was aligned for, if one: where a plan's models have several, fronts of one leave the others out."""
+    character: str = ""
+    """The file that `deradiff examine` wrote of it as an anchor of the plan's reference: verdicts go by it."""
     made_by: str = ""
     """The command that makes it, for where it is not there."""
 

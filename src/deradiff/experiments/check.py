@@ -19,6 +19,7 @@ from deradiff.alignment.presets import PRESETS
 from deradiff.alignment.prompts import LISTS, PICKAPIC, HubList, load_prompts
 from deradiff.anchors.errors import AnchorError, IncompatibleAnchor
 from deradiff.anchors.sources import locate, select
+from deradiff.experiments.characters import examination, examined, missing
 from deradiff.experiments.plan import Plan, Prompts
 from deradiff.experiments.sources import resolve
 from deradiff.files.hub import Kind, cached, download_command, instead_of, refused
@@ -64,13 +65,16 @@ class Need:
 
 
 def needs(plan: Plan) -> list[Need]:
-    """Everything that drawing and scoring `plan` needs, each once. Nothing is downloaded, and no weights are read."""
+    """Everything that drawing and scoring `plan` needs, each once. Nothing is downloaded.
+
+    Weights are read only of models whose character the plan names, for their hash.
+    """
     anchors = list(_anchors(plan))
     commands = dict.fromkeys(command for need in anchors for command in need.how)
     found = [*_pipelines(plan), *_prompts(plan), *_scorers(plan)]
     found += [need for command in commands for need in _alignment(shlex.split(command))]
     # Last what the others are needed for.
-    return list(dict.fromkeys([*_packages(plan, found), *found, *anchors, *_machine(plan)]))
+    return list(dict.fromkeys([*_packages(plan, found), *found, *anchors, *_characters(plan), *_machine(plan)]))
 
 
 def asked_of_the_hub(known: Iterable[Need]) -> list[str]:
@@ -152,6 +156,13 @@ def _anchors(plan: Plan) -> Iterator[Need]:
         else:
             command = download_command(source, ("*.json", "*.safetensors"))
             yield Need(what, why + instead_of(source), (command,), (source, "model"))
+
+
+def _characters(plan: Plan) -> Iterator[Need]:
+    for name, model in examined(plan):
+        why = missing(plan, model)
+        how = (examination(plan, model),) if why else ()
+        yield Need(f"character of model {name!r}, {model.character}", why, how)
 
 
 def _alignment(words: list[str]) -> Iterator[Need]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from deradiff.algorithm.guided_weights import GuidedWeights, joined_guidance
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.verdict import Verdict, verdict
+from deradiff.experiments.characters import restored, sampler
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
-from deradiff.experiments.store import Store, StoredDiagnostics
+from deradiff.experiments.store import Store, StoredDiagnostics, StoredGuidance
+from deradiff.sweep.characters import CharacterFile, KnownCharacter
 
 Table = Float[np.ndarray, "prompt seed"]
 
@@ -67,6 +70,9 @@ class Results:
         self.failures, self.runs = store.failures(), store.runs()
         self.blacked_out = blacked_out(self.contents, store)
         """Images that a safety checker blacked out: they are not there, and have no scores."""
+        held = store.fact("characters", dict[str, CharacterFile]) or {}
+        self.characters: dict[str, KnownCharacter] = {name: restored(record) for name, record in held.items()}
+        """What kind of anchor the models are that were examined, by their names."""
         self.cut = cut_prompts(self.contents, store)
         """What prompts lost to tokenizers."""
 
@@ -170,25 +176,33 @@ class Results:
         return {(row, column): self._diagnostics[item][0] for row, column, item in items if item in self._diagnostics}
 
     def verdict(self, arm: Arm, prompts: str, name: str) -> Verdict | None:
-        """How far an arm's mean score can be trusted (`verdict.verdict`); None where it has no weights."""
-        rows, known, scores = [], [], []
+        """How far an arm's mean score can be trusted (`verdict.verdict`); None where it has no weights.
+
+        It goes by the anchor's character where that is known, and says where it was examined by another sampler.
+        """
+        rows, drawn, scores = [], [], []
         for row, _, item in self._items(arm, prompts):
             score = self._scores[name].get(item)
             if item in self._diagnostics and score is not None and "log_weight" in self._diagnostics[item][0]:
                 rows.append(row)
-                known.append(self._diagnostics[item][0])
+                drawn.append(self._diagnostics[item][0])
                 scores.append(score)
-        if not known:
+        if not drawn:
             return None
         reference = self.reference
         baseline = self.mean(reference, prompts, name)[0] if reference is not None else float("nan")
-        return verdict(
-            _weights(arm, known),
+        character = self.characters.get(arm.anchors[0][0]) if len(arm.anchors) == 1 else None
+        judged = verdict(
+            _weights(arm, drawn),
             torch.tensor(scores, dtype=torch.float64),
             torch.tensor(rows),
             baseline=baseline if np.isfinite(baseline) else None,
             name=name,
+            character=None if character is None else character.character,
         )
+        if character is None:
+            return judged
+        return replace(judged, words=character.said(judged.kind, judged.words, *sampler(self.plan, self.sampling)))
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -251,4 +265,12 @@ def _weights(arm: Arm, known: Sequence[dict[str, Any]]) -> ImportanceWeights:
         ),
         obstacles=frozenset(obstacle for record in records for obstacle in record.obstacles),
         predictions=records[0].predictions,
+        guidance=joined_guidance([_guided(record.guidance) for record in records]),
     )
+
+
+def _guided(held: StoredGuidance | None) -> GuidedWeights | None:
+    if held is None:
+        return None
+    parts = (held.conditional, held.unconditional, held.strength)
+    return GuidedWeights(held.scale, *(torch.tensor([part], dtype=torch.float64) for part in parts))

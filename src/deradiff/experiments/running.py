@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deradiff.experiments.characters import characters
 from deradiff.experiments.drawings import PlannedImage, group_of, kind_of, planned_images
 from deradiff.experiments.plan import Plan
 from deradiff.experiments.sources import fingerprints, resolve, sources
@@ -181,8 +182,8 @@ def run(
         again: try once more what could not be drawn or scored.
 
     An image that is NaN, infinite or blacked out is kept as a failure, and the others go on. Warns of prompts that were
-    cut (`truncation.PromptCut`), and of what workers were warned of. Raises `StoreError`, and whatever a model raises;
-    all that was done until then stays.
+    cut (`truncation.PromptCut`), and of what workers were warned of. Raises `StoreError`, `ValueError` for a character
+    of other weights, before anything is drawn, and whatever a model raises; all that was done until then stays.
     """
     outcome, began = Outcome(), time.perf_counter()
     made: list[Executor] = []
@@ -196,6 +197,8 @@ def run(
         try:
             store.remember("plan", plan.model_dump(mode="json"))
             whole = contents(plan, store)
+            prints = store.fact("fingerprints", dict[str, Fingerprint]) or {}
+            store.remember("characters", characters(plan, prints))
             store.begin({"versions": versions(), "plan": plan.name, **(about or {})})
             outcome.lost += len(set(store.check(thoroughly)) & set(whole.drawings))
             tried = {} if again else store.unmade()

@@ -58,6 +58,15 @@ CREATE TABLE features (
 DAMAGED = "restore the store from a copy, or begin a new experiment"
 
 
+class StoredGuidance(Record):
+    """The weights of an image drawn at one guidance scale: see `guided_weights.GuidedWeights`."""
+
+    scale: float
+    conditional: float
+    unconditional: float
+    strength: float
+
+
 class StoredDiagnostics(Record):
     """What is known of an image; how much of it depends on how it was drawn."""
 
@@ -67,6 +76,7 @@ class StoredDiagnostics(Record):
     memoryless: bool = False
     obstacles: list[Obstacle] = Field(default_factory=list)
     predictions: int = 0
+    guidance: StoredGuidance | None = None
     effective: float | None = None
     families: int | None = None
     collapsed: bool = False

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from deradiff.algorithm import posteriors
+from deradiff.algorithm.characters import MEANINGS, Character
 from deradiff.algorithm.path_weights import joined
-from deradiff.algorithm.verdict import verdict
+from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.rewards import PictureReward
 from deradiff.sampling.dial import Dial
 from deradiff.sampling.pictures import upcast
@@ -22,6 +23,7 @@ from deradiff.sampling.reuse import Reuse
 from deradiff.studio.denoised_latents import denoised
 from deradiff.studio.jobs import PageJob
 from deradiff.sweep.batches import Diagnostics, sample
+from deradiff.sweep.characters import KnownCharacter
 from deradiff.sweep.description import metadata
 from deradiff.sweep.drawing import made_of
 from deradiff.sweep.settings import Column, Settings, file_name
@@ -76,6 +78,8 @@ class DrawnImage:
     """What loading its models, and drawing it, warned about."""
     blacked_out: bool = False
     """Whether the pipeline's safety checker put a black image in its place: it has no scores."""
+    anchor: str = ""
+    """What kind of anchor it is of, in words; empty where the anchor was not examined."""
 
 
 def preview_of(settings: Settings, how: str) -> Settings:
@@ -106,8 +110,11 @@ def draw(
     job: PageJob,
     report: Callable[[StepReport], None],
     preview: bool = False,
+    known: KnownCharacter | None = None,
 ) -> list[DrawnImage]:
     """Draw an image for every column of `settings`, one prompt's and one seed's.
+
+    `known` is the anchor's character, where it was examined: verdicts go by it.
 
     `report` is told about every step; the job is looked at as often, so that one that was stopped ends there
     (`jobs.Cancelled`). Where the scheduler's steps draw noise, exact images evaluate models without weight as well, so
@@ -134,7 +141,7 @@ def draw(
     sampled = list(sample(pipe, dial, settings.drawings, batch_size=settings.batch_size, on_step=on_step))
     seconds = time.perf_counter() - begun
     made = made_of(settings, pipe, dial)
-    return [_drawn(settings, made, place, image, known, seconds) for place, image, known in sampled]
+    return [_drawn(settings, made, place, image, diagnostics, seconds, known) for place, image, diagnostics in sampled]
 
 
 def scored(images: Sequence[DrawnImage], rewards: Sequence[PictureReward]) -> list[DrawnImage]:
@@ -166,14 +173,20 @@ def _scores(
 
 
 def _drawn(
-    settings: Settings, made: dict[str, Any], place: int, image: Image.Image, diagnostics: Diagnostics, seconds: float
+    settings: Settings,
+    made: dict[str, Any],
+    place: int,
+    image: Image.Image,
+    diagnostics: Diagnostics,
+    seconds: float,
+    known: KnownCharacter | None,
 ) -> DrawnImage:
     column = settings.columns[place]
     own = settings.model_copy(update={"columns": (column,)})
     assert diagnostics.run is not None
-    judged = verdict(joined([diagnostics.run]))
+    judged = verdict(joined([diagnostics.run]), character=_character(known))
     kl = None if diagnostics.run.path_kl is None else float(diagnostics.run.path_kl)
-    reason, kind = judged.words, judged.kind
+    reason, kind = _said(judged, known, made), judged.kind
     if diagnostics.reused is not None and diagnostics.reused.error:
         reason, kind = diagnostics.reused.words, "approximate"  # type: ignore[assignment]
     record = made | metadata(own.drawings[0], made["settings"])
@@ -181,8 +194,8 @@ def _drawn(
     warned = tuple(cut.words for cut in diagnostics.cuts)
     if diagnostics.blacked_out:
         warned += ("the pipeline's safety checker blacked this image out: it is no picture",)
-    name = file_name(own, 0)
-    return DrawnImage(image, own, record, name, {}, kl, reason, kind, seconds, warned, diagnostics.blacked_out)
+    name, anchor = file_name(own, 0), "" if known is None else MEANINGS[known.character.kind]
+    return DrawnImage(image, own, record, name, {}, kl, reason, kind, seconds, warned, diagnostics.blacked_out, anchor)
 
 
 def judged(
@@ -192,10 +205,12 @@ def judged(
     job: PageJob,
     report: Callable[[StepReport], None],
     rewards: Sequence[PictureReward],
+    known: KnownCharacter | None = None,
 ) -> list[str]:
     """How far Algorithm 1 can be trusted for this prompt and λ, in words: for each reward, or at all without any.
 
-    From `JUDGED` images, whose seeds begin with that of `settings`; see `verdict.verdict`.
+    From `JUDGED` images, whose seeds begin with that of `settings`, and by the anchor's character where it is `known`;
+    see `verdict.verdict`.
     """
     dial.reuse, dial.watching = None, False
     prompt, seed = settings.prompts[0], settings.seeds[0]
@@ -206,18 +221,31 @@ def judged(
 
     asked = settings.model_copy(update={"seeds": tuple(range(seed, seed + JUDGED))})
     sampled = list(sample(pipe, dial, asked.drawings, batch_size=settings.batch_size, on_step=on_step))
+    made = made_of(settings, pipe, dial)
     run = joined([diagnostics.run for _, _, diagnostics in sampled if diagnostics.run is not None])
+
+    def said(**scored: Any) -> str:
+        return _said(verdict(run, character=_character(known), **scored), known, made)
+
     hidden = sum(diagnostics.blacked_out for _, _, diagnostics in sampled)
     if hidden:
-        return [f"{verdict(run).words}; no score, as the safety checker blacked out {hidden} of {len(sampled)} images"]
+        return [f"{said()}; no score, as the safety checker blacked out {hidden} of {len(sampled)} images"]
     scores = _scores([image for _, image, _ in sampled], [prompt] * len(sampled), rewards)
-    usable = {name: score for name, score in scores.items() if not isinstance(score, str)}
-    if not usable:
-        return [verdict(run).words]
-    verdicts = {name: verdict(run, score, name=name).words for name, score in usable.items()}
-    if len({*verdicts.values()}) == 1:
-        return [next(iter(verdicts.values()))]
-    return [f"{name}: {reason}" for name, reason in verdicts.items()]
+    verdicts = {name: said(scores=score, name=name) for name, score in scores.items() if not isinstance(score, str)}
+    if len({*verdicts.values()}) <= 1:
+        return [next(iter(verdicts.values()), said())]
+    return [f"{name}: {words}" for name, words in verdicts.items()]
+
+
+def _character(known: KnownCharacter | None) -> Character | None:
+    return None if known is None else known.character
+
+
+def _said(judged: Verdict, known: KnownCharacter | None, made: dict[str, Any]) -> str:
+    """A verdict in one line, which says where the anchor was examined with another sampler than `made` the run."""
+    if known is None:
+        return judged.words
+    return known.said(judged.kind, judged.words, made["scheduler"], made["guidance_scale"])
 
 
 def glimpse_of(pipe: DiffusionPipeline, dial: Dial) -> Image.Image | None:

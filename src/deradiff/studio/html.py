@@ -54,6 +54,7 @@ def facts(drawn: DrawnImage, scoring: bool = False) -> str:
     elif not rows:
         rows.append(("scores", "none: open the studio with --reward pickscore, for instance"))
     rows.append(("path KL", _path_kl(drawn)))
+    rows += [("anchor", drawn.anchor)] if drawn.anchor else []
     rows.append(("trust", drawn.verdict))
     rows.append(("drawn in", f"{drawn.seconds:.2f} s, {label(drawn.settings)}"))
     return str(_messages.facts(rows))

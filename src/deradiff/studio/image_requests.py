@@ -23,8 +23,10 @@ from deradiff.sampling.dial import Dial
 from deradiff.servers.gate import without_values
 from deradiff.studio import drawing
 from deradiff.studio.drawing import DrawnImage, StepReport
+from deradiff.studio.examined_anchors import ExaminedAnchors
 from deradiff.studio.jobs import PageJob, Pages, Turns, streamed
 from deradiff.studio.models import LoadedModels
+from deradiff.sweep.characters import KnownCharacter
 from deradiff.sweep.settings import Settings
 from deradiff.worlds import find
 
@@ -58,8 +60,10 @@ class UnscoredImages(NamedTuple):
 class Desk:
     """Draws for every page, one image at a time."""
 
-    def __init__(self, models: LoadedModels, scored_by: Sequence[str] = ()) -> None:
-        self.models = models
+    def __init__(
+        self, models: LoadedModels, scored_by: Sequence[str] = (), examined: ExaminedAnchors | None = None
+    ) -> None:
+        self.models, self._examined = models, examined
         self.pages, self.turns = Pages(), Turns()
         self._scored_by = tuple(scored_by)
         self._rewards: dict[str, rewards.PictureReward] = {}
@@ -97,7 +101,7 @@ class Desk:
         def work(report: Callable[[Any], None]) -> list[DrawnImage]:
             job.rest(rest)
             with self._models_for(settings, job, report) as (own, pipe, dial):
-                images = drawing.draw(own, pipe, dial, job, report, preview)
+                images = drawing.draw(own, pipe, dial, job, report, preview, self.character(own))
                 warned = self.models.warned(own.reference)
             images = [replace(drawn, warned=(*warned, *drawn.warned)) for drawn in images]
             if preview:
@@ -114,9 +118,13 @@ class Desk:
         def work(report: Callable[[Any], None]) -> list[str]:
             judges = self._judges(settings)
             with self._models_for(settings, job, report) as (own, pipe, dial):
-                return drawing.judged(own, pipe, dial, job, report, judges)
+                return drawing.judged(own, pipe, dial, job, report, judges, self.character(own))
 
         return streamed(work, job)
+
+    def character(self, settings: Settings) -> KnownCharacter | None:
+        """What kind of anchor the image of `settings` is of, where the studio was told."""
+        return None if self._examined is None else self._examined.of(settings)
 
     def loaded(self, page: str, settings: Settings) -> Iterator[Waiting | Loading | None]:
         """Load the models of `settings` for a page; None comes last. Raises as `drawn`."""

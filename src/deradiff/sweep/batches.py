@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from deradiff.algorithm.guided_weights import GuidedWeights
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.sampling import pictures
 from deradiff.sampling.dial import Dial
@@ -68,6 +69,15 @@ def _path(run: ImportanceWeights) -> dict[str, Any]:
         "memoryless": run.memoryless,
         "obstacles": sorted(run.obstacles),
         "predictions": run.predictions,
+    } | ({} if run.guidance is None else {"guidance": _guidance(run.guidance)})
+
+
+def _guidance(guided: GuidedWeights) -> dict[str, float]:
+    return {
+        "scale": guided.scale,
+        "conditional": float(guided.conditional),
+        "unconditional": float(guided.unconditional),
+        "strength": float(guided.strength),
     }
 
 

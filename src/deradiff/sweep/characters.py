@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deradiff.algorithm.characters import Character, CharacterKind
 from deradiff.files.reading import Record, read
@@ -42,24 +41,30 @@ class KnownCharacter:
     character: Character
     examined: Examined
 
-    def remark(self, scheduler: str, guidance_scale: float | None) -> str:
-        """What has to be said of a run that is sampled otherwise, in words; "" for one that is not."""
+    def remark(self, scheduler: str | None, guidance_scale: float | None) -> str:
+        """What has to be said of a run that is sampled otherwise, in words; "" for one that is not.
+
+        None is what the pipeline itself has, where that is not known.
+        """
         was = self.examined
         differing = []
         if scheduler != was.scheduler:
-            differing.append(f"with {was.scheduler}, this run with {scheduler}")
+            differing.append(f"with {was.scheduler}, this run with {scheduler or OWN}")
         if guidance_scale != was.guidance_scale:
             differing.append(f"at guidance {_plain(was.guidance_scale)}, this run at {_plain(guidance_scale)}")
         return f"the anchor was examined {' and '.join(differing)}" if differing else ""
 
-    def said_of(self, verdict: Mapping[str, Any], scheduler: str, guidance_scale: float | None) -> dict[str, Any]:
-        """A verdict's record with that remark in its words."""
-        remark = self.remark(scheduler, guidance_scale)
-        return dict(verdict) | ({"words": f"{verdict['words']} ({remark})"} if remark else {})
+    def said(self, kind: str, words: str, scheduler: str | None, guidance_scale: float | None) -> str:
+        """A verdict's words with that remark; of one model alone, which goes by no character, without."""
+        remark = "" if kind == "exact" else self.remark(scheduler, guidance_scale)
+        return f"{words} ({remark})" if remark else words
+
+
+OWN = "the pipeline's own"
 
 
 def _plain(scale: float | None) -> str:
-    return "unknown" if scale is None else format(scale, "g")
+    return OWN if scale is None else format(scale, "g")
 
 
 def load_character(
@@ -76,15 +81,32 @@ def load_character(
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: a model that is not here and whose hub cannot be reached.
         ValueError: it is no such file, or that of other weights.
     """
-    known = read(CharacterFile, Path(file), WHAT, CURE)
-    for name, source, at in (("reference", reference, revision), ("anchor", anchor, anchor_revision)):
-        present, examined = fingerprint(source, at)["sha256"], known.sha256.get(name, "")
-        if present != examined:
+    known = read_character(file)
+    named = {"reference": (reference, revision), "anchor": (anchor, anchor_revision)}
+    present = {name: (source, fingerprint(source, at)["sha256"]) for name, (source, at) in named.items()}
+    return belonging(known, file, present)
+
+
+def read_character(file: str | Path) -> CharacterFile:
+    """What `file` holds, whatever models it is of. Raises `FileNotFoundError`, and `ValueError` for another file."""
+    return read(CharacterFile, Path(file), WHAT, CURE)
+
+
+def belonging(known: CharacterFile, file: str | Path, present: Mapping[str, tuple[str, str]]) -> KnownCharacter:
+    """The character that `file` holds, if it is that of the models present.
+
+    `present` has the source and the hash of the weights (`fingerprint`) of the "reference" and of the "anchor". Raises
+    `ValueError` where the file is of other weights.
+    """
+    for name, (source, sha256) in present.items():
+        examined = known.sha256.get(name, "")
+        if sha256 != examined:
             was = known.reference if name == "reference" else known.anchor
             raise ValueError(
-                f"{file} is the character of other weights: the {name} {source} has the hash {present[:12]}, and that "
+                f"{file} is the character of other weights: the {name} {source} has the hash {sha256[:12]}, and that "
                 f"of {was}, which was examined, {examined[:12] or 'none'}; {CURE}"
             )
     return KnownCharacter(Character(known.kind, known.why), known.examined)

@@ -121,8 +121,9 @@ def draw(
         places = range(number, len(drawings), columns)
         column_images = [(drawings[place], known[place]) for place in places]
         verdict = judged(column_images, known_character.character if known_character else None)
-        if known_character is not None and verdict["kind"] != "exact":
-            verdict = known_character.said_of(verdict, made["scheduler"], made["guidance_scale"])
+        if known_character is not None:
+            sampler = made["scheduler"], made["guidance_scale"]
+            verdict["words"] = known_character.said(verdict["kind"], verdict["words"], *sampler)
         verdicts.append({"lam": column.lam} | verdict)
     cut = [cut.record() for cut in cuts(pipe)]
     results = {"sheet": folder.sheet.name, "verdicts": verdicts, "cut_prompts": cut, "images": listed}

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from deradiff.experiments.plan import Plan
-from deradiff.experiments.reporting import agreement_exhibits, front_exhibits, picture_exhibits, report_page
+from deradiff.experiments.reporting import (
+    agreement_exhibits,
+    front_exhibits,
+    picture_exhibits,
+    report_page,
+    trust_exhibits,
+)
 from deradiff.experiments.reporting.exhibits import Exhibit, WrittenExhibit, write_exhibit
 from deradiff.experiments.results import Results
 from deradiff.experiments.store import Store
@@ -20,6 +26,7 @@ from deradiff.files.records import slug
 Gather: TypeAlias = Callable[[Results], Iterator[Exhibit]]
 
 GATHERED: dict[str, Gather] = {
+    "trust": trust_exhibits.exhibits,
     "agreement": agreement_exhibits.exhibits,
     "fronts": front_exhibits.exhibits,
     "pictures": picture_exhibits.exhibits,
