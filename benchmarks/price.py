@@ -12,6 +12,8 @@ many evaluations a step it takes; prompts and seeds that nothing was tuned on.
 `sd15`: times beside plain sampling for a UNet of Stable Diffusion 1.5's shape with random weights, on this CPU; and the
 weights in memory.
 
+`bookkeeping`: what the dial itself takes at every step, in processor time.
+
 `accelerator`: the same for SD 1.5's, SDXL's and SD3's shapes in bfloat16 on a GPU, with and without torch.compile.
 
 Each part writes its numbers into benchmarks/price.json; `show` prints tables of what is there. `times`, `sweep` and
@@ -32,7 +34,7 @@ import transformers.utils.logging
 from diffusers import (
     UNet2DConditionModel,
 )
-from price_shapes import accelerator, shaped
+from price_shapes import accelerator, bookkeeping, shaped
 from realignment import interleaved
 from recording import keep_parts
 from rich.console import Console
@@ -392,7 +394,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
             quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
             table.add_row(row["anchor"], str(row["steps"]), row["mode"], f"{row['ratio']:.2f}", quartiles)
         console.print(table)
-    for part in ("sweep", "sd15", "accelerator"):
+    for part in ("sweep", "sd15", "bookkeeping", "accelerator"):
         if part in found:
             console.print(part, json.dumps(found[part], indent=1))
 
@@ -400,7 +402,7 @@ def show(console: Console, found: Mapping[str, Any]) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "parts", nargs="+", choices=("errors", "guided", "times", "sweep", "sd15", "accelerator", "show")
+        "parts", nargs="+", choices=("errors", "guided", "times", "sweep", "sd15", "bookkeeping", "accelerator", "show")
     )
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -414,6 +416,7 @@ def main() -> None:
         "times": lambda: times(chosen.rounds),
         "sweep": lambda: sweep(max(2, chosen.rounds // 2)),
         "sd15": lambda: shaped("SD 1.5", 8, 25, 1, max(2, chosen.rounds // 2 + 1), "cpu", compiled=None),
+        "bookkeeping": lambda: bookkeeping(2 * chosen.rounds),
         "accelerator": lambda: accelerator(chosen.rounds),
     }
     asked = ((part, measures[part]()) for part in chosen.parts if part in measures)
