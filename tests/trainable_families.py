@@ -1,7 +1,7 @@
 """Tiny random pipelines that can be aligned: those of `tiny_families`, with text encoders, tokenizers and a VAE.
 
-`trainable(family)` gives a pipeline and the side of its pictures in pixels. Tokens are letters or words, so that nothing
-is downloaded.
+`trainable(family)` gives a pipeline and the side of its pictures in pixels. Tokens are letters or words, so that
+nothing is downloaded.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,7 +137,7 @@ def sd3() -> tuple[DiffusionPipeline, int]:
         vae=vae(),
         text_encoder_3=None,
         tokenizer_3=None,
-        **encoders,  # type: ignore[arg-type]
+        **encoders,
     )
     return pipe, 16
 

@@ -39,15 +39,15 @@ GUIDED: dict[str, tuple[float, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def bases() -> dict[str, Base]:
+def bases() -> dict[str, tuple[Base, int]]:
     return {}
 
 
-def base_of(bases: dict[str, Base], family: str) -> Base:
-    """One capture for all tests of a family."""
+def base_of(bases: dict[str, tuple[Base, int]], family: str) -> tuple[Base, int]:
+    """One capture for all tests of a family; the base, and the side of its pictures."""
     if family not in bases:
         pipe, side = pipeline_of(family)
-        bases[family] = Base(pipe, side)
+        bases[family] = Base(pipe, side), side
     return bases[family]
 
 
@@ -70,10 +70,12 @@ def own_run(pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", TRAINABLE)
-def test_what_is_sampled_and_decoded_is_what_the_pipeline_draws(bases: dict[str, Base], family: str) -> None:
-    base = base_of(bases, family)
+def test_what_is_sampled_and_decoded_is_what_the_pipeline_draws(
+    bases: dict[str, tuple[Base, int]], family: str
+) -> None:
+    base, side = base_of(bases, family)
     scale, call = GUIDED[family]
-    side, settings = base.call.resolution, SamplerSettings(SAMPLERS.get(family, "flow-euler"), 3, scale)
+    settings = SamplerSettings(SAMPLERS.get(family, "flow-euler"), 3, scale)
     noise, pictures = own_run(base.pipe, num_inference_steps=3, height=side, width=side, **call)
     prompted, unprompted = told(base, PROMPTS, settings)
     with torch.no_grad():
@@ -84,9 +86,10 @@ def test_what_is_sampled_and_decoded_is_what_the_pipeline_draws(bases: dict[str,
 
 
 @pytest.mark.parametrize("family", TRAINABLE)
-def test_latents_of_pictures_are_what_the_decoder_is_given_again(bases: dict[str, Base], family: str) -> None:
-    base = base_of(bases, family)
-    side = base.call.resolution
+def test_latents_of_pictures_are_what_the_decoder_is_given_again(
+    bases: dict[str, tuple[Base, int]], family: str
+) -> None:
+    base, side = base_of(bases, family)
     latents = base.encode_images(torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert tuple(latents.shape[1:]) == base.call.latent_shape(None)
     places = torch.arange(latents.numel(), dtype=torch.float32).view_as(latents)
@@ -169,9 +172,9 @@ def trained(
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 @pytest.mark.parametrize("family", TRAINABLE)
 def test_the_loss_falls_and_a_resumed_run_ends_with_the_same_bits(
-    bases: dict[str, Base], family: str, rank: int | None, tmp_path: Path
+    bases: dict[str, tuple[Base, int]], family: str, rank: int | None, tmp_path: Path
 ) -> None:
-    base = base_of(bases, family)
+    base, _ = base_of(bases, family)
     pairs = Pairs(base)
     curve, (weights, _) = trained(base, rank, pairs, tmp_path / "whole")
     assert curve.held_out[0] == pytest.approx(math.log(2), abs=1e-5) and curve.held_out[-1] < curve.held_out[0] - 1e-3
@@ -184,9 +187,9 @@ def test_the_loss_falls_and_a_resumed_run_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("family", ["sd3", "qwen_image", "wan"])
 def test_reward_weighted_denoising_learns_the_heavier_samples(
-    bases: dict[str, Base], family: str, tmp_path: Path
+    bases: dict[str, tuple[Base, int]], family: str, tmp_path: Path
 ) -> None:
-    base = base_of(bases, family)
+    base, _ = base_of(bases, family)
     latents = torch.randn(8, *base.call.latent_shape(None), generator=torch.Generator().manual_seed(0))
     latents[::2] += 2
     samples, weights = ReferenceSamples(latents, PROMPTS * 4), torch.tensor([1.0, 0.0] * 4)
@@ -195,13 +198,13 @@ def test_reward_weighted_denoising_learns_the_heavier_samples(
     assert curve.held_out[-1] < 0.98 * curve.held_out[0]
 
 
-def test_the_module_is_called_as_the_pipeline_calls_it(bases: dict[str, Base]) -> None:
+def test_the_module_is_called_as_the_pipeline_calls_it(bases: dict[str, tuple[Base, int]]) -> None:
     class Listening(nn.Module):
         def forward(self, **arguments: Any) -> tuple[Tensor]:
             self.arguments = arguments
             return (torch.ones_like(arguments["hidden_states"]),)
 
-    base, heard = base_of(bases, "lumina2"), Listening()
+    base, heard = base_of(bases, "lumina2")[0], Listening()
     noisy, times = torch.randn(2, *base.call.latent_shape(None)), torch.tensor([250.0, 1000.0])
     prediction = base.predict(heard, noisy, times, base.encode_prompts(PROMPTS))
     # It is told the share of the picture, and its answer is minus the velocity.

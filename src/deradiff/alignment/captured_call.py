@@ -60,7 +60,7 @@ class CapturedCall:
             raise CannotCapture(pipe, "it is not called with a prompt")
         self.guidance_is_embedded = bool(getattr(denoiser, "config", {}).get("guidance_embeds"))
         two, self._sample = self._unguided()
-        three = self._observed([SHORT, SHORT, LONG], lambda seen: bool(seen.arguments), steps=2)
+        three = self._observed([SHORT, SHORT, LONG], lambda seen: bool(seen.arguments), steps=self._usual_steps())
         self.mu = two.mu
         """What the pipeline shifts the times of its scheduler by at this resolution, if it does."""
         self._time = TimeArgument.of(pipe, two, denoiser)
@@ -80,7 +80,7 @@ class CapturedCall:
         """Two steps without guidance, which is off at a scale of 1 for most, and at 0 for Z-Image."""
         refused: CannotCapture | None = None
         for self._off in (1.0, 0.0):
-            seen = self._observed([SHORT] * 2, lambda seen: len(seen.steps) == 2, steps=2)
+            seen = self._observed([SHORT] * 2, lambda seen: len(seen.steps) == 2, steps=self._usual_steps())
             try:
                 if [step.evaluations for step in seen.steps] != [1, 2]:
                     raise CannotCapture(self.pipe, "its steps do not evaluate the denoiser once each without guidance")
@@ -89,6 +89,11 @@ class CapturedCall:
                 refused = refused or error
         assert refused is not None
         raise refused
+
+    def _usual_steps(self) -> int:
+        """As many as the pipeline takes by default: Flux.2 shifts its times by their number as well."""
+        usual = self._parameters["num_inference_steps"].default if "num_inference_steps" in self._parameters else 2
+        return max(2, usual) if isinstance(usual, int) else 2
 
     def _longest(self) -> int | None:
         parameter = self._parameters.get("max_sequence_length")

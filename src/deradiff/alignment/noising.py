@@ -23,11 +23,15 @@ Density = Literal["uniform", "logit-normal"]
 class Noising(Protocol):
     """One way of noising, on latents as the scheduler holds them, with a time for each row."""
 
-    prediction: str
-    """What the model predicts: `epsilon`, `v_prediction` or `flow`."""
+    @property
+    def prediction(self) -> str:
+        """What the model predicts: `epsilon`, `v_prediction` or `flow`."""
+        ...
 
-    timesteps: int
-    """How many steps the noise schedule has: the time of pure noise, or one more."""
+    @property
+    def timesteps(self) -> int:
+        """How many steps the noise schedule has: the time of pure noise, or one more."""
+        ...
 
     def drawn(self, generator: torch.Generator) -> Shaped[Tensor, " 1"]:
         """The time of one row. How often each occurs is all the weight that a time has: errors are not weighted."""

@@ -68,8 +68,8 @@ class StableDiffusionCall:
     batch.
     """
 
-    guidance_is_embedded = False
-    mu = None
+    guidance_is_embedded: bool = False
+    mu: float | None = None
 
     def __init__(self, pipe: DiffusionPipeline, denoiser: Any) -> None:
         self.pipe: Any = pipe

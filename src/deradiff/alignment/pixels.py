@@ -93,7 +93,7 @@ def placed(decoder_input: Callable[[Tensor], Tensor], latent: tuple[int, ...]) -
     rows = given.flatten(1).double()
     shift, scale = rows[0], rows[1] - rows[0]
     read = (rows[2:] - shift) / scale
-    source = sum(digit.round().long() * DIGIT**k for k, digit in enumerate(read))
+    source = torch.stack([digit.round().long() * DIGIT**k for k, digit in enumerate(read)]).sum(0)
     if not bool(scale.abs().min() > 0) or (read - read.round()).abs().max() > 0.3 or len(source.unique()) != count:
         raise ValueError(f"latents of {latent} are mixed with one another before they are decoded")
     return PlacedLatents(source, scale.float(), shift.float(), tuple(given.shape[1:]), latent)
