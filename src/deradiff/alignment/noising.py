@@ -132,6 +132,15 @@ class FlowNoising:
         """The velocity, the same at all times."""
         return noise - latents
 
+    def clean(
+        self,
+        noisy: Float[Tensor, "batch *latent"],
+        velocity: Float[Tensor, "batch *latent"],
+        timestep: Shaped[Tensor, ""],
+    ) -> Float[Tensor, "batch *latent"]:
+        """The clean latents that a predicted velocity stands for: `x_t - σ v`, also of pure noise."""
+        return noisy - timestep.to(noisy) / self.timesteps * velocity
+
 
 def shift_at(config: Any, mu: float | None = None) -> float:
     """The shift s of a flow scheduler with this configuration; of one that shifts by resolution, that of its `mu`.

@@ -83,7 +83,8 @@ def placed(decoder_input: Callable[[Tensor], Tensor], latent: tuple[int, ...]) -
     else to them than to move, scale and shift each.
     """
     count = torch.Size(latent).numel()
-    places, digits = torch.arange(count), []
+    places = torch.arange(count)
+    digits: list[Tensor] = []
     while len(digits) == 0 or DIGIT ** len(digits) < count:
         digits.append((places // DIGIT ** len(digits)) % DIGIT)
     asked = torch.stack([torch.zeros(count), torch.ones(count), *[digit.float() for digit in digits]])

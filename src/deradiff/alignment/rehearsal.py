@@ -72,7 +72,8 @@ def _data(settings: Preset, count: int | None, seed: int) -> Iterator[str]:
 @contextmanager
 def _one_layer(pipe: Any) -> Iterator[str]:
     """`pipe` with a random denoiser of its class that has one layer of each kind, where such a setting is known."""
-    component, denoiser = denoiser_of(pipe)
+    component, module = denoiser_of(pipe)
+    denoiser: Any = module
     cut = {name: 1 for name in LAYERS if isinstance(denoiser.config.get(name), int) and denoiser.config[name] > 1}
     if not cut:
         yield "the model itself"

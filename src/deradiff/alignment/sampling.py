@@ -15,9 +15,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deradiff.algorithm.clean_estimates import clean_estimate
-from deradiff.algorithm.noise_levels import log_snr_at
 from deradiff.alignment.base import Base, Conditions
+from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.pixels import decoded
 from deradiff.sampling.pictures import require_decoded, upcast
 from deradiff.sweep import pipelines
@@ -160,11 +159,12 @@ def sample(
             before, moved = latents, scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:
-        latents = getattr(moved, "pred_original_sample", None)
-        if base.is_flow:
-            latents = clean_estimate(scheduler, prediction, before, log_snr_at(scheduler, number, t))
-        if latents is None:
+        clean = getattr(moved, "pred_original_sample", None)
+        if isinstance(base.noising, FlowNoising):
+            clean = base.noising.clean(before, prediction, t)
+        if clean is None:
             raise ValueError(f"{sampling.scheduler} does not say what it takes the clean latents to be: take ddim")
+        latents = clean
     return Sampled(latents, differentiated)
 
 
