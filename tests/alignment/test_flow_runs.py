@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import TrainingPlan, TrainingRun
 from deradiff.anchors import load_anchor
-from deradiff.sweep.pipelines import load_pipeline
 from messages import naming
 from tiny_families import built
 from trainable_families import trainable
@@ -79,7 +77,7 @@ def latents_of(pipe: Any, side: int) -> torch.Tensor:
     return pipe(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(0), **call)[0]
 
 
-@pytest.mark.parametrize(("family", "rank"), [("sd3", 2), ("sd3", None), ("pixart", 2), ("z_image", 2)])
+@pytest.mark.parametrize(("family", "rank"), [("sd3", 2), ("sd3", None), ("z_image", 2)])
 def test_an_anchor_is_written_that_realign_loads(family: str, rank: int | None, tmp_path: Path) -> None:
     pipe, side = trainable(family)
     pairs_folder(tmp_path / "pairs")
@@ -209,19 +207,6 @@ def test_an_anchor_with_another_shift_is_warned_of(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=naming(1.5, 3)):
         load_anchor(tmp_path, pipe)
-
-
-def test_noise_in_every_step_of_a_distilled_model_is_warned_of(tmp_path: Path) -> None:
-    pipe, _ = trainable("sd3")
-    for name in ("plain", "turbo"):
-        pipe.save_pretrained(tmp_path / name)
-    with pytest.warns(UserWarning, match=naming("turbo", "flow-euler")):
-        load_pipeline(str(tmp_path / "turbo"), dtype=torch.float32, scheduler="flow-sde")
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        load_pipeline(str(tmp_path / "turbo"), dtype=torch.float32, scheduler="flow-euler")
-        load_pipeline(str(tmp_path / "plain"), dtype=torch.float32, scheduler="flow-sde")
-    assert not [warning for warning in heard if "flow-euler" in str(warning.message)]
 
 
 def test_a_rehearsal_tries_one_step_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
