@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deradiff.alignment import folders
-from deradiff.alignment.base import Base, Policy
+from deradiff.alignment.base import Base, Policy, stable_diffusion
 from deradiff.alignment.checkpoints import CURE
 from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.dpo import Noised, errors, loss, noise_pairs, train_dpo, train_mapo
@@ -168,8 +168,10 @@ def test_mapo_asks_no_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_aligned_is_refused() -> None:
-    with pytest.raises(ValueError, match="transformer"):
+    with pytest.raises(ValueError, match=naming("StableDiffusion3Pipeline", "prompts")):  # it has no text encoders
         base_of("sd3")
+    with pytest.raises(ValueError, match=naming("StableDiffusion3Pipeline", "transformer")):
+        stable_diffusion(make("sd3")[0], "this")
     base = base_of()
     policy, pairs = Policy(base), InMemory(base, 8)
     arguments: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import Base, Policy
@@ -203,7 +204,7 @@ def test_refls_pre_training_loss_is_the_denoising_error_of_samples(
     for row, generator in zip(order(3, 0, range(4, 6)), row_generators(0, range(4, 6), "pre-training"), strict=True):
         noise = torch.randn(4, 8, 8, generator=generator)
         t = torch.randint(base.timesteps, (1,), generator=generator)
-        alpha = base.scheduler.alphas_cumprod[t]
+        alpha = DDPMScheduler.from_config(base.pipe.scheduler.config).alphas_cumprod[t]
         noisy = alpha.sqrt() * latents[row] + (1 - alpha).sqrt() * noise
         told = conditions(base, [samples.prompts[row]])
         errors.append((base.predict(policy.model, noisy[None], t, told)[0] - noise).square().mean().item())

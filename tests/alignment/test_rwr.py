@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import row_generators
@@ -125,7 +126,7 @@ def test_the_held_out_loss_is_the_weighted_error_by_hand(tmp_path: Path, kind: s
     for row, generator in enumerate(row_generators(7, range(9, 12), "held out"), 9):
         noise = torch.randn(4, 8, 8, generator=generator)
         t = torch.randint(1000, (1,), generator=generator)
-        kept = base.scheduler.alphas_cumprod[t]
+        kept = DDPMScheduler.from_config(base.pipe.scheduler.config).alphas_cumprod[t]
         noisy = kept.sqrt() * samples.latents[row] + (1 - kept).sqrt() * noise
         with torch.no_grad():
             prediction = base.predict(base.denoiser, noisy[None], t, base.encode_prompts([samples.prompts[row]]))

@@ -1,115 +1,105 @@
-"""A Stable Diffusion or SDXL pipeline as training sees it, and the model that is trained beside its reference."""
+"""A pipeline as training sees it, and the model that is trained beside its reference."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from deradiff.alignment.call_roles import Conditions
 from deradiff.alignment.data_order import passes
 from deradiff.alignment.lora_targets import LORA_TARGETS
-from deradiff.anchors.checks import denoiser_of, prediction_type
+from deradiff.alignment.noising import Density, noising_of
+from deradiff.alignment.pipeline_calls import call_of, is_stable_diffusion
+from deradiff.alignment.pixels import Packing, encoded
+from deradiff.anchors.checks import denoisers_of
 from deradiff.sampling.pictures import upcast
-from deradiff.sampling.truncation import watched
 
-Conditions = dict[str, Tensor]
-"""What a denoiser is told besides latents and time, a row per sample: `prompt_embeds`, and for SDXL
-`pooled_prompt_embeds` and `time_ids` (original height and width, top and left of the crop, target height and width)."""
+__all__ = ["Base", "Conditions", "EncodedPrompts", "Policy", "with_dropped"]
 
 
 class Base:
     """The parts of `pipe` around its denoiser, as functions on batches.
 
-    Raises `ValueError` for a pipeline that is not trained by noising latents with Gaussian noise and predicting ε or v:
-    flow matching has other objectives.
+    Of `call`, how the denoiser is told things; of `noising`, how it is trained to denoise. `resolution` is the side of
+    the pictures in pixels, by default the pipeline's own, and `density` spreads the times of a flow
+    (`noising.Density`).
+
+    Raises `ValueError` for a pipeline whose call cannot be captured (`call_roles.CannotCapture`), and for a model that
+    predicts neither ε, nor v, nor the velocity of a flow.
     """
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        name, denoiser = denoiser_of(pipe)
-        if name != "unet":
-            raise ValueError(
-                f"{type(pipe).__name__} denoises with a transformer; what is trained here is the UNet of Stable "
-                "Diffusion and SDXL"
-            )
+    def __init__(self, pipe: DiffusionPipeline, resolution: int | None = None, density: Density | None = None) -> None:
+        self.call = call_of(pipe, resolution)
+        self.noising = noising_of(pipe.scheduler, density, self.call.mu)
         self.pipe: Any = pipe
+        self.component, denoiser = next(iter(denoisers_of(pipe).items()))
         self.denoiser: Any = denoiser
-        self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
-        self.prediction = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"a model that predicts {self.prediction!r} cannot be aligned here: ε or v is needed")
-        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 
     @property
     def timesteps(self) -> int:
         """How many steps the noise schedule has."""
-        return int(self.scheduler.config.num_train_timesteps)
+        return self.noising.timesteps
 
-    @torch.no_grad()
+    @property
+    def is_flow(self) -> bool:
+        """Whether it predicts the velocity of a flow."""
+        return self.noising.prediction == "flow"
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Between latents and what the VAE works on."""
+        return self.call.packing()
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
         """What the denoiser is told of `prompts`, without the size of the picture (see `with_sizes`).
 
         Warns of prompts that are cut (`truncation.PromptCut`).
         """
-        with watched(self.pipe):
-            embedded = self.pipe.encode_prompt(
-                list(prompts),
-                device=self.pipe._execution_device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-        conditions = {"prompt_embeds": embedded[0]}
-        return conditions | ({"pooled_prompt_embeds": embedded[2]} if self.is_xl else {})
+        return self.call.encode_prompts(prompts)
 
-    def with_sizes(self, conditions: Conditions, sizes: Int[Tensor, "batch 6"] | None = None) -> Conditions:
-        """`conditions` with SDXL's `time_ids`; by default a picture of the model's own size, uncropped."""
-        if not self.is_xl or "time_ids" in conditions:
-            return conditions
-        prompts = conditions["prompt_embeds"]
-        if sizes is None:
-            side = self.denoiser.config.sample_size * self.pipe.vae_scale_factor
-            sizes = torch.tensor([[side, side, 0, 0, side, side]]).expand(len(prompts), 6)
-        return conditions | {"time_ids": sizes.to(prompts)}
+    def with_sizes(self, conditions: Conditions, sizes: Shaped[Tensor, "batch 6"] | None = None) -> Conditions:
+        """`conditions` with what the denoiser is told of the sizes of pictures, as SDXL's is (`time_ids`)."""
+        return self.call.with_sizes(conditions, sizes)
 
     @torch.no_grad()
-    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channel h w"]:
-        """Latents of pictures in [-1, 1], as the denoiser sees them: the mean of the encoder's distribution."""
+    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch *latent"]:
+        """Latents of pictures in [-1, 1], as the scheduler steps them: the mean of the encoder's distribution."""
         with upcast(self.pipe.vae) as vae:
-            latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
-        return latents * vae.config.scaling_factor
+            return self.packing.packed(encoded(vae, images))
 
     def noise_of(
         self, generators: Sequence[torch.Generator], shape: Sequence[int], dropout: float | int
-    ) -> tuple[Float[Tensor, "batch *latent"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-        """Noise of `shape`, a timestep, and whether a prompt is dropped, each row by its generator, in this order."""
+    ) -> tuple[Float[Tensor, "batch *latent"], Shaped[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """Noise of `shape`, a time, and whether a prompt is dropped, each row by its generator, in this order."""
         noise = torch.stack([torch.randn(*shape, generator=g) for g in generators])
-        timesteps = torch.cat([torch.randint(self.timesteps, (1,), generator=g) for g in generators])
+        timesteps = torch.cat([self.noising.drawn(g) for g in generators])
         return noise, timesteps, torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
 
     def noised(
         self,
         latents: Float[Tensor, "batch *latent"],
         noise: Float[Tensor, "batch *latent"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
     ) -> Float[Tensor, "batch *latent"]:
         """The latents at `timesteps` of the noise schedule."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
+        return self.noising.noised(latents, noise, timesteps)
 
     def target(
         self,
         latents: Float[Tensor, "batch *latent"],
         noise: Float[Tensor, "batch *latent"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
     ) -> Float[Tensor, "batch *latent"]:
-        """What a perfect model would predict: ε, or v (Salimans and Ho 2022)."""
-        if self.prediction == "epsilon":
-            return noise
-        return self.scheduler.get_velocity(latents, noise, timesteps)
+        """What a perfect model would predict: ε, v, or the velocity of the flow."""
+        return self.noising.target(latents, noise, timesteps)
 
     def predict(
         self,
@@ -118,12 +108,18 @@ class Base:
         timesteps: Shaped[Tensor, " batch"],
         conditions: Conditions,
     ) -> Float[Tensor, "batch *latent"]:
-        """The prediction of `denoiser`: this base's own, or another with its architecture."""
-        more: dict[str, Any] = {}
-        if self.is_xl:
-            sized = self.with_sizes(conditions)
-            more["added_cond_kwargs"] = {"text_embeds": sized["pooled_prompt_embeds"], "time_ids": sized["time_ids"]}
-        return denoiser(noisy, timesteps, encoder_hidden_states=conditions["prompt_embeds"], **more).sample
+        """The prediction of `denoiser`, as the scheduler gets it: this base's own, or another with its architecture."""
+        return self.call.predict(denoiser, noisy, timesteps, conditions)
+
+
+def stable_diffusion(pipe: DiffusionPipeline, what: str) -> Base:
+    """The base of Stable Diffusion or SDXL. Raises `ValueError` for others, which `what` is not for."""
+    if not is_stable_diffusion(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} denoises with a transformer or a network of its own; {what} is for Stable "
+            "Diffusion and SDXL"
+        )
+    return Base(pipe)
 
 
 def with_dropped(conditions: Conditions, dropped: Bool[Tensor, " batch"], empty: Conditions) -> Conditions:

@@ -26,8 +26,8 @@ def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away
         "optimizer": f"{plan['optimizer']}, rate {peak:g}, {plan['warmup']} steps of warm-up",
         **({"reward": settings["reward"]} if settings["reward"] else {}),
         **{name.replace("_", " "): value for name, value in settings["options"].items()},
-        "path KL to the base": f"{away['value']:.4g} ± {away['error']:.2g} nats per picture: DDIM at full noise, "
-        f"{away['steps']} steps, guidance {away['guidance_scale']:g}, {away['prompts']} held-out prompts",
+        "path KL to the base": f"{away['value']:.4g} ± {away['error']:.2g} nats per picture: {away['scheduler']} at "
+        f"full noise, {away['steps']} steps, guidance {away['guidance_scale']:g}, {away['prompts']} held-out prompts",
         "gradients": f"clipped to a norm of {plan['max_norm']:g}",
         "seed": made_of["seed"],
     }
@@ -40,7 +40,7 @@ def card(method: TrainingMethod, made_of: dict[str, Any], curve: LossCurve, away
         "",
         f"# {settings['base']}, aligned by {method.title} {f'at {method.symbol} = {beta:g}' if beta else 'without KL'}",
         "",
-        f"A LoRA of rank {rank}." if rank else "All weights of the UNet.",
+        f"A LoRA of rank {rank}." if rank else "All weights of the denoiser.",
         "",
         textwrap.fill(method.strength, 120),
         "",

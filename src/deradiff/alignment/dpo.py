@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions, Policy, with_dropped
@@ -22,7 +22,7 @@ class Noised:
     """Winners, then losers, with the same noise and timestep in both halves, and what a model should predict."""
 
     noisy: Float[Tensor, "two_pairs *latent"]
-    timesteps: Int[Tensor, " two_pairs"]
+    timesteps: Shaped[Tensor, " two_pairs"]
     conditions: Conditions
     target: Float[Tensor, "two_pairs *latent"]
 
@@ -67,11 +67,10 @@ def noise_pairs(
     clean = batch.latents.to(device, torch.float32)
     noise, timesteps, dropped = base.noise_of(generators, clean.shape[2:], dropout)
     single = {name: rows.to(device) for name, rows in with_dropped(batch.prompts, dropped, empty).items()}
-    if base.is_xl:
-        single["time_ids"] = batch.time_ids.transpose(0, 1).flatten(0, 1).to(single["prompt_embeds"])
     both = clean.transpose(0, 1).flatten(0, 1)
     noise, timesteps = _twice(noise.to(device)), _twice(timesteps.to(device))
-    conditions = {name: prompts if name == "time_ids" else _twice(prompts) for name, prompts in single.items()}
+    sizes = batch.time_ids.transpose(0, 1).flatten(0, 1)
+    conditions = base.with_sizes({name: _twice(prompts) for name, prompts in single.items()}, sizes)
     return Noised(base.noised(both, noise, timesteps), timesteps, conditions, base.target(both, noise, timesteps))
 
 

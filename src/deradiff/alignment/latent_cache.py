@@ -88,6 +88,7 @@ def write_cache(
     base: str,
     resolution: int,
     flip: bool = False,
+    vae: str | None = None,
     limit: int | None = None,
     batch: int = 8,
     shard: int = 1024,
@@ -106,6 +107,7 @@ def write_cache(
         base: the model whose VAE and text encoders these are; a cache serves no other.
         resolution: the side of the training images.
         flip: see `image_transforms.pair_pixels`.
+        vae: the `pixels.vae_fingerprint` of the encoder of images; caches of version 0.1 do not say theirs.
         limit: only the first so many pairs.
         batch: pairs encoded together.
         shard: pairs per file.
@@ -121,12 +123,19 @@ def write_cache(
     if min(batch, shard) < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch, shard and limit must be at least 1, got {batch}, {shard} and {limit}")
     settings = {"format": FORMAT, "source": pairs.fingerprint, "base": base, "resolution": resolution, "limit": limit}
-    begin_or_resume(folder, settings | ({"flip": True} if flip else {}), "cache")
+    settings |= ({"flip": True} if flip else {}) | ({"vae": vae} if vae and not _names_no_vae(folder) else {})
+    begin_or_resume(folder, settings, "cache")
     if not (folder / "finished.json").exists():
         encoding = _Encoding(encode_images, encode_prompts, base, resolution, flip, batch)
         with taken(folder, "a cache"):
             _fill(folder, pairs, encoding, limit, shard, report)
     return LatentCache(folder)
+
+
+def _names_no_vae(folder: Path) -> bool:
+    """Whether there is a cache that an earlier version began, which did not say what encoded its pictures."""
+    file = folder / "settings.json"
+    return file.is_file() and "vae" not in read(FolderSettings, file, "settings of a cache", ANEW).settings
 
 
 def _fill(

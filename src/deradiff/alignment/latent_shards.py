@@ -30,6 +30,7 @@ class CacheSettings(Record):
     resolution: int
     limit: int | None
     flip: bool = False
+    vae: str | None = None
 
 
 class ShardState(Record):

@@ -17,22 +17,23 @@ from deradiff.algorithm.estimates import effective_sample_size
 from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo, train_mapo
 from deradiff.alignment.draft import train_alignprop, train_draft
+from deradiff.alignment.fitting import base_of, reward_of, sampling_of
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.own_samples import OwnSamples, draw_samples
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder, open_pairs
+from deradiff.alignment.pixels import vae_fingerprint
 from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr
-from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
+from deradiff.anchors.checks import prediction_type
 from deradiff.rewards import Reward
-from deradiff.rewards import load as load_reward
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
 from deradiff.worlds import SHIPPED, find
@@ -78,6 +79,26 @@ class TrainingMethod:
     train: Callable[..., LossCurve]
     prompts: Callable[[Any, Preset, int], list[str]]
     """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
+    for_flows: bool = True
+    """Whether it aligns models that predict the velocity of a flow."""
+
+
+def fitted(settings: Preset, pipe: Any) -> Preset:
+    """`settings` for the kind of model that `pipe` is: a flow is sampled by Euler's method where they name no other.
+
+    Raises `ValueError` for a method that is not for flows.
+    """
+    method = METHODS[settings.method]
+    if prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config) != "flow":
+        return settings
+    if not method.for_flows:
+        others = ", ".join(name for name, other in METHODS.items() if other.for_flows)
+        raise ValueError(
+            f"{method.title} is for models that predict ε or v, and {settings.base} is a flow: take {others}"
+        )
+    if not settings.sampling or settings.sampling["scheduler"].startswith("flow"):
+        return settings
+    return replace(settings, sampling={**settings.sampling, "scheduler": "flow-euler"})
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
@@ -96,7 +117,7 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
         if count and not own:
             raise ValueError("--count limits what is cached; without a cache all pairs are used")
         return open_pairs(source, held_out=settings.held_out)
-    pairs, base = open_pairs(source), Base(pipe)
+    pairs, base = open_pairs(source), base_of(pipe, settings)
     planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
     write_cache(
         out / "cache",
@@ -106,6 +127,7 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
         base=settings.model,
         resolution=settings.resolution,
         flip=settings.flip,
+        vae=vae_fingerprint(pipe.vae),
         limit=count,
         shard=256,
         report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
@@ -172,7 +194,7 @@ def prepare_prompts(
     pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
 ) -> TrainingPrompts:
     """The prompts of `settings.data`, of which the last are held out; nothing is written."""
-    texts = _prompts(settings, count, seed)
+    texts = prompts_of(settings, count, seed)
     if len(texts) <= settings.held_out:
         raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -194,26 +216,13 @@ def prepare_refl(
     return replace(data, samples=drawn.samples)
 
 
-def _prompts(settings: Preset, count: int | None, seed: int) -> list[str]:
+def prompts_of(settings: Preset, count: int | None, seed: int) -> list[str]:
+    """The prompts of `settings.data`, so many of them. Raises `ValueError` where there are none."""
     if settings.data != "own":
         return list(load_prompts(settings.data, count, seed if count else None).prompts)
     if (world := find(settings.base)) is None:
         raise ValueError(f"only {_SHIPPED} bring prompts along: name --data, a list of prompts")
     return world.sample_prompts(count or OWN_PROMPTS, seed)
-
-
-def reward_of(settings: Preset, device: Any) -> Reward:
-    """The reward that `settings` name, on that device. Raises `ValueError` if they name none."""
-    if settings.reward is None:
-        raise ValueError("name what is to be maximised: --reward pickscore, hps-v2.1, ...")
-    return load_reward(settings.reward, device=device)
-
-
-def sampling_of(settings: Preset, scheduler: str | None = None) -> SamplerSettings:
-    """How `settings` sample; with another scheduler if one is named."""
-    resolution = None if find(settings.base) else settings.resolution
-    named = {"scheduler": scheduler} if scheduler else {}
-    return SamplerSettings(resolution=resolution, **{**settings.sampling, **named})
 
 
 def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
@@ -251,7 +260,7 @@ def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> li
 
 def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
     """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
-    prompts, reward = _prompts(settings, count, seed), reward_of(settings, pipe.device)
+    prompts, reward = prompts_of(settings, count, seed), reward_of(settings, pipe.device)
     return _own_samples(pipe, settings, out, prompts, settings.options["per_prompt"], reward, seed, report)
 
 
@@ -267,7 +276,7 @@ def _own_samples(
 ) -> OwnSamples:
     return draw_samples(
         out / "samples",
-        Base(pipe),
+        base_of(pipe, settings),
         settings.model,
         prompts,
         per_prompt,
@@ -330,13 +339,14 @@ METHODS: dict[str, TrainingMethod] = {
     "dpo": _paired(
         title="Diffusion-DPO",
         may_be_zero=False,
-        strength="β multiplies half a difference of ε-errors averaged over the elements of a latent, the convention of "
-        "the method's released code.",
+        strength="β multiplies half a difference of squared errors averaged over the elements of a latent: of ε, as in "
+        "the method's released code, or for a flow of the velocity (Flow-DPO with a constant β).",
         loss="log 2 = 0.69315 before alignment",
         train=_with_pairs(train_dpo),
     ),
     "mapo": _paired(
         title="MaPO",
+        for_flows=False,
         may_be_zero=True,
         strength="β multiplies the term of the margin between winner and loser, beside the winners' own denoising "
         "loss: a larger β moves farther, and there is no reference. 0 is fine-tuning on the winners.",
@@ -380,6 +390,7 @@ METHODS: dict[str, TrainingMethod] = {
     ),
     "ddpo": _rewarded(
         title="DDPO",
+        for_flows=False,
         strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the scaled "
         "reward per nat (DPOK); 0 leaves it out (DDPO).",
         batch="pictures",

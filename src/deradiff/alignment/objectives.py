@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 
 def squared_error(
-    prediction: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"]
+    prediction: Float[Tensor, "batch *latent"], target: Float[Tensor, "batch *latent"]
 ) -> Float[Tensor, " batch"]:
-    """The squared error of a prediction of ε, averaged over the elements of each latent."""
-    return (prediction - noise).square().flatten(1).mean(1)
+    """The squared error of a prediction, of ε, v or a velocity, averaged over the elements of each latent."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
 def diffusion_dpo(
@@ -22,11 +22,17 @@ def diffusion_dpo(
 ) -> Float[Tensor, ""]:
     """Diffusion-DPO: `-mean log σ(-½ β [(e_w - e_w^ref) - (e_l - e_l^ref)])` (Wallace et al. 2023, equation 14).
 
-    Each argument is an ε-error `e` per pair (see `squared_error`): of the model and of the reference, on the winner and
-    on the loser of the pair. Winner and loser share noise and timestep.
+    Each argument is an error `e` per pair (see `squared_error`): of the model and of the reference, on the winner and
+    on the loser of the pair. Winner and loser share noise and timestep. Errors are those of what the model predicts.
 
     Convention for `beta`: the errors are *means* over the elements of the latent, and the ½ is written out, as in the
     authors' released code. Equation 14 in the paper, with sums and the factor T ω, has another β for the same loss.
+
+    Of a flow, `e` is the error of the velocity: Flow-DPO (Liu et al. 2025, arXiv 2501.13918), which is derived with
+    β_t = β (1 - σ)² and used with a constant β, as here. At the noise level σ an error of ε is (1 - σ)² that of the
+    velocity, so that a constant β for velocities is β / (1 - σ)² in the convention of ε, and β_t would be a constant
+    there: near pure noise a flow is held far more loosely to its data at the same β. Figures of β for models that
+    predict ε do not carry over.
     """
     margin = (winner - winner_reference) - (loser - loser_reference)
     return -F.logsigmoid(-0.5 * beta * margin).mean()

@@ -19,6 +19,7 @@ from deradiff.alignment.objectives import bradley_terry
 from deradiff.alignment.sampling import decode
 from deradiff.alignment.scoring import scored
 from deradiff.alignment.training import Report
+from deradiff.anchors.checks import denoiser_of
 from deradiff.files.folders import begin_or_resume
 from deradiff.files.inventory import Inventory, inventory, require_picture, require_whole
 from deradiff.files.locks import taken
@@ -63,7 +64,7 @@ def draw_pairs(
         "guidance_scale": guidance_scale,
         "seed": seed,
         "chunk": chunk,
-        "precision": str(pipe.unet.dtype),
+        "precision": str(denoiser_of(pipe)[1].dtype),
     }
     begin_or_resume(folder, settings, "set of drawn pairs")
     parts = [_part(folder, number) for number in range(-(-len(prompts) // chunk))]
@@ -79,11 +80,11 @@ def _draw(
     chunk = settings["chunk"]
     for name in ("images", "chunks"):
         (folder / name).mkdir(exist_ok=True)
-    chunks = range(0, len(prompts), chunk)
+    chunks, base = range(0, len(prompts), chunk), Base(pipe)
     for number, start in enumerate(chunks):
         part = _part(folder, number)
         if not part.exists():
-            rows = _chunk(folder, pipe, prompts[start : start + chunk], start, reward, settings, number)
+            rows = _chunk(folder, base, prompts[start : start + chunk], start, reward, settings, number)
             pictures = inventory(folder, (row[role] for row in rows for role in ("winner", "loser")))
             write_json(part, {"rows": rows, "files": pictures})
         report(min(start + chunk, len(prompts)), len(prompts), f"pairs compared by {reward.name}")
@@ -127,8 +128,9 @@ def _part(folder: Path, number: int) -> Path:
 
 @torch.no_grad()
 def _chunk(
-    folder: Path, pipe: Any, prompts: Sequence[str], start: int, reward: Reward, settings: dict[str, Any], number: int
+    folder: Path, base: Base, prompts: Sequence[str], start: int, reward: Reward, settings: dict[str, Any], number: int
 ) -> list[dict[str, str]]:
+    pipe = base.pipe
     texts = [prompt for prompt in prompts for _ in range(2)]
     generator = torch.Generator().manual_seed((settings["seed"] << 32) + number)
     sampled = pictures.draw(
@@ -140,7 +142,7 @@ def _chunk(
         output_type="latent",
     )
     latents = sampled.require_finite([f"an image of {text!r}" for text in texts]).images
-    drawn = decode(Base(pipe), latents)
+    drawn = decode(base, latents)
     files = []
     for i, image in enumerate(pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(drawn))):
         name = f"images/{start + i // 2:06d}-{'ab'[i % 2]}.png"

@@ -19,7 +19,7 @@ from deradiff.algorithm.estimates import Estimate, mean
 from deradiff.algorithm.gaussian import Gaussian, kl
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import passes, row_generators
-from deradiff.alignment.sampling import SamplerSettings, guided, together, told
+from deradiff.alignment.sampling import SamplerSettings, at_first, guided, shown, together, told
 
 NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
@@ -67,7 +67,7 @@ class Chain:
         timestep = self.scheduler.timesteps[number]
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = number
-        noisy = self.scheduler.scale_model_input(latents, timestep)
+        noisy = shown(self.scheduler, latents, timestep)
         prediction = guided(self.base, denoiser, noisy, timestep, self._known, self.sampling.guidance_scale)
         return posteriors.posterior(self.scheduler, prediction, timestep, latents, **self._eta)
 
@@ -76,7 +76,7 @@ class Chain:
 
         Without gradients.
         """
-        x = self.sampling.noise(self.base, generators) * self.scheduler.init_noise_sigma
+        x = at_first(self.scheduler, self.sampling.noise(self.base, generators))
         for number in range(len(self.scheduler.timesteps)):
             # Not around the `yield`, where it would be in force for the caller as well.
             with torch.no_grad():

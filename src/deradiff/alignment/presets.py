@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from deradiff.alignment.lora_targets import LORA_TARGETS, WIDER_TARGETS
+from deradiff.alignment.noising import Density
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
@@ -35,6 +36,8 @@ class Preset:
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = LORA_TARGETS
     prompt_dropout: float = 0.0
+    density: Density | None = None
+    """How the times of a flow are spread in training; evenly by default."""
     held_out: int = 256
     sampling: dict[str, Any] = field(default_factory=dict)
     """`sampling.SamplerSettings` in training, of the model's own pictures, or the paper's from its result."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from deradiff.algorithm.clean_estimates import NoiseScales, clean_estimate, noise_scales
 from deradiff.algorithm.noise_levels import log_snr_at
 from deradiff.alignment.base import Base
-from deradiff.alignment.sampling import SamplerSettings, decode, guided, together, told
+from deradiff.alignment.sampling import SamplerSettings, decode, guided, shown, together, told
 from deradiff.alignment.scoring import scored
 from deradiff.rewards import Reward
 
@@ -78,7 +78,7 @@ def rewarded(base: Base, prompts: Sequence[str], reward: Reward, sampling: Sampl
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         rows = {name: values.repeat_interleave(len(x) // len(prompts), 0) for name, values in known.items()}
-        return guided(base, base.denoiser, scheduler.scale_model_input(x, t), t, rows, sampling.guidance_scale)
+        return guided(base, base.denoiser, shown(scheduler, x, t), t, rows, sampling.guidance_scale)
 
     def score(clean: Tensor) -> Tensor:
         texts = list(prompts) * len(clean) if len(prompts) == 1 else list(prompts)

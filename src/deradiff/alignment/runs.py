@@ -13,16 +13,22 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from torch import nn
+from transformers import PreTrainedModel
 
 from deradiff.alignment import processes, sharding
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.cards import card
 from deradiff.alignment.checkpoints import CurveRecord
-from deradiff.alignment.methods import METHODS, Data, TrainingMethod, sampling_of
+from deradiff.alignment.fitting import base_of, sampling_of
+from deradiff.alignment.methods import METHODS, Data, TrainingMethod, fitted
 from deradiff.alignment.path_kl import path_kl
 from deradiff.alignment.presets import Preset
+from deradiff.alignment.rehearsal import rehearse
 from deradiff.alignment.training import LossCurve, TrainingRun
+from deradiff.anchors.checks import denoisers_of
 from deradiff.files.folders import require_same
 from deradiff.files.inventory import Inventory, inventory, require_whole
 from deradiff.files.locks import PRIVATE, discard, taken
@@ -86,6 +92,7 @@ def align_all(
 
     with _holding(out, accelerator):
         pipe = load_base(settings).to(accelerator.device)
+        settings = fitted(settings, pipe)
         with accelerator.main_process_first():
             data = method.prepare(pipe, settings, out, count, seed, report)
         if settings.cache and not method.decodes:
@@ -95,6 +102,13 @@ def align_all(
             with _tracked(accelerator, _name(beta), beta):
                 anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
     return anchors if accelerator.is_main_process else []
+
+
+def rehearsed(settings: Preset, *, count: int | None = None, seed: int = 0, cpu: bool = False) -> Iterator[str]:
+    """What `align_all` would do, tried as far as one step (`rehearsal.rehearse`), line by line; nothing is written."""
+    pipe = load_base(settings)
+    pipe.to("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    yield from rehearse(settings, pipe, count=count, seed=seed)
 
 
 def _holding(out: Path, accelerator: Accelerator | None) -> AbstractContextManager[Path]:
@@ -112,6 +126,10 @@ def load_base(settings: Preset) -> Any:
     dtype = DTYPES[settings.precision] if settings.lora_rank else torch.float32
     pipe: Any = pipelines.load_pipeline(settings.base, dtype=dtype)
     if settings.vae is None:
+        if getattr(pipe, "vae", None) is None:
+            raise ValueError(
+                f"{settings.base} has no VAE to make latents of pictures with: alignment trains on latents"
+            )
         pipe.vae = pipe.vae.float()
     else:
         with reading_model(settings.vae):
@@ -122,9 +140,28 @@ def load_base(settings: Preset) -> Any:
 
 
 def _park(pipe: Any) -> None:
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        if getattr(pipe, name, None) is not None:
-            getattr(pipe, name).to("cpu")
+    """All but the denoiser in host memory."""
+    denoisers = denoisers_of(pipe)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name not in denoisers:
+            part.to("cpu")
+
+
+@contextmanager
+def _unparked(pipe: Any) -> Iterator[None]:
+    """While this lasts, all parts are where the denoiser is."""
+    denoiser: Any = next(iter(denoisers_of(pipe).values()))
+    parked = any(
+        part.device != denoiser.device
+        for part in pipe.components.values()
+        if isinstance(part, ModelMixin | PreTrainedModel)
+    )
+    pipe.to(denoiser.device)
+    try:
+        yield
+    finally:
+        if parked:
+            _park(pipe)
 
 
 @contextmanager
@@ -153,8 +190,8 @@ def align(
     """Align `pipe` at the strength `beta` into `out/beta-<β>`, and return that folder.
 
     What is there already is kept; an interrupted alignment goes on at its checkpoint. With `settings.lora_rank` the
-    folder holds a LoRA, otherwise a UNet. The pipeline is given back as it was. Raises `ValueError` if the folder holds
-    an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
+    folder holds a LoRA, otherwise a denoiser. The pipeline is given back as it was. Raises `ValueError` if the folder
+    holds an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
     method, name = METHODS[settings.method], _name(beta)
     label, path, is_first = (
@@ -169,7 +206,8 @@ def align(
         if path.exists():
             require_finished(path, made_of)
             return path
-        base = Base(pipe)
+        with _unparked(pipe):
+            base = base_of(pipe, settings)
         policy = Policy(base, settings.lora_rank, settings.lora_targets, seed)
         if settings.gradient_checkpointing:
             policy.model.enable_gradient_checkpointing()
@@ -225,18 +263,15 @@ def _name(beta: float) -> str:
 def divergence(base: Base, policy: Policy, prompts: list[str], settings: Preset, seed: int) -> dict[str, Any]:
     """The path KL of a trained model to its reference (`path_kl.path_kl`), and how it was measured, as plain data.
 
-    By DDIM at full noise whatever `settings` sample with, which may be deterministic; with their steps and guidance.
+    At full noise whatever `settings` sample with, which may be deterministic: by DDIM, or the SDE of a flow; with their
+    steps and guidance.
     """
-    sampling, parked = sampling_of(settings, "ddim"), base.pipe.text_encoder.device
+    sampling = sampling_of(settings, "flow-sde" if base.is_flow else "ddim")
     # A standard error takes two paths.
     drawn = prompts * 2 if len(prompts) == 1 else prompts
-    base.pipe.to(base.denoiser.device)
-    try:
-        per_pass = max(1, settings.batch // settings.plan.accumulate)
+    per_pass = max(1, settings.batch // settings.plan.accumulate)
+    with _unparked(base.pipe):
         estimate = path_kl(base, policy, drawn, sampling, seed=seed, per_pass=per_pass)
-    finally:
-        if parked != base.denoiser.device:
-            _park(base.pipe)
     return {**asdict(estimate), "prompts": len(prompts), **asdict(sampling)}
 
 
@@ -244,6 +279,8 @@ def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str,
     """What decides the weights, as plain data."""
     changing_nothing = ("source", "betas", "notes", "gradient_checkpointing")
     decisive = {key: value for key, value in asdict(settings).items() if key not in changing_nothing}
+    if settings.density is None:
+        del decisive["density"]
     return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
 
@@ -260,7 +297,15 @@ def _save(
 
     if policy.is_lora:
         layers = {key: value.contiguous() for key, value in get_peft_model_state_dict(policy.model).items()}
-        pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        (component,) = denoisers_of(pipe)
+        LoraBaseMixin.write_lora_layers(
+            {f"{component}.{key}": value for key, value in layers.items()},
+            folder,
+            True,
+            LORA_WEIGHT_NAME_SAFE,
+            None,
+            True,
+        )
     else:
         policy.model.save_pretrained(folder)
     record = {"made_of": made_of, "curve": asdict(curve), "path_kl": away, "versions": versions()}

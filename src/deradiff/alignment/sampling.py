@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deradiff.alignment.base import Base, Conditions
+from deradiff.alignment.noising import FlowNoising
+from deradiff.alignment.pixels import decoded
 from deradiff.sampling.pictures import require_decoded, upcast
 from deradiff.sweep import pipelines
 
@@ -41,15 +43,12 @@ class SamplerSettings:
 
     def prepared(self, base: Base) -> Any:
         """A scheduler for `base` with its timesteps set."""
-        scheduler = pipelines.scheduler_like(base.pipe.scheduler, self.scheduler)
-        scheduler.set_timesteps(self.steps, device=base.denoiser.device)
-        return scheduler
+        return base.call.prepared(pipelines.scheduler_like(base.pipe.scheduler, self.scheduler), self.steps)
 
     def noise(self, base: Base, generators: Sequence[torch.Generator]) -> Float[Tensor, "batch *latent"]:
         """Standard normal noise in single precision at least, a generator for each row."""
-        config = base.denoiser.config
-        side = self.resolution // base.pipe.vae_scale_factor if self.resolution else config.sample_size
-        rows = [torch.randn(config.in_channels, side, side, generator=g) for g in generators]
+        shape = base.call.latent_shape(self.resolution)
+        rows = [torch.randn(*shape, generator=g) for g in generators]
         return torch.stack(rows).to(base.denoiser.device, torch.promote_types(base.denoiser.dtype, torch.float32))
 
 
@@ -70,31 +69,31 @@ class Sampled:
     steps: list[DifferentiatedStep]
 
 
-def conditions(base: Base, prompts: Sequence[str], resolution: int | None = None) -> Conditions:
-    """What the denoiser is told of `prompts`, for pictures of that resolution (by default the model's), uncropped."""
-    prompted = base.encode_prompts(prompts)
-    return base.with_sizes(prompted, _sizes(base, resolution, len(prompts)))
+def conditions(
+    base: Base, prompts: Sequence[str], resolution: int | None = None, guidance_scale: float | None = None
+) -> Conditions:
+    """What the denoiser is told of `prompts`, for pictures of that resolution (by default the model's), uncropped.
+
+    One that is told the guidance scale is told this one, by default its pipeline's.
+    """
+    prompted = base.call.encode_prompts(prompts, guidance_scale)
+    return base.with_sizes(prompted, _sizes(resolution, len(prompts)))
 
 
-@torch.no_grad()
 def unconditional(base: Base, count: int, resolution: int | None = None) -> Conditions:
     """What the denoiser is told without a prompt, `count` times: the pipeline's own choice, zeros for SDXL."""
-    embedded = base.pipe.encode_prompt(
-        [""] * count, device=base.pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=True
-    )
-    without_sizes = {"prompt_embeds": embedded[1]} | ({"pooled_prompt_embeds": embedded[3]} if base.is_xl else {})
-    return base.with_sizes(without_sizes, _sizes(base, resolution, count))
+    return base.with_sizes(base.call.unprompted(count), _sizes(resolution, count))
 
 
 def told(base: Base, prompts: Sequence[str], sampling: SamplerSettings) -> tuple[Conditions, Conditions | None]:
     """What the denoiser is told of `prompts` by `sampling`, and without one, where that guides."""
-    prompted = conditions(base, prompts, sampling.resolution)
-    guided = sampling.guidance_scale > 1
+    prompted = conditions(base, prompts, sampling.resolution, sampling.guidance_scale)
+    guided = sampling.guidance_scale > 1 and not base.call.guidance_is_embedded
     return prompted, unconditional(base, len(prompts), sampling.resolution) if guided else None
 
 
-def _sizes(base: Base, resolution: int | None, count: int) -> Tensor | None:
-    if resolution is None or not base.is_xl:
+def _sizes(resolution: int | None, count: int) -> Tensor | None:
+    if resolution is None:
         return None
     return torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(count, 6)
 
@@ -138,31 +137,48 @@ def sample(
     timesteps = scheduler.timesteps[:until]
     if not 0 <= keep <= len(timesteps):
         raise ValueError(f"gradients through {keep} of {len(timesteps)} steps: name 0 to {len(timesteps)}")
-    if sampling.guidance_scale > 1 and unprompted is None:
+    guides = sampling.guidance_scale > 1 and not base.call.guidance_is_embedded
+    if guides and unprompted is None:
         raise ValueError(f"guidance {sampling.guidance_scale:g} needs what the denoiser is told without a prompt")
-    known = together(unprompted if sampling.guidance_scale > 1 else None, prompted)
+    known = together(unprompted if guides else None, prompted)
 
     def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
         return guided(base, denoiser, noisy, timestep, known, sampling.guidance_scale)
 
-    latents, differentiated = noise * scheduler.init_noise_sigma, []
+    latents, differentiated = at_first(scheduler, noise), []
     draws = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if draws and generators else {}
     for number, t in enumerate(timesteps):
         last = number >= len(timesteps) - keep
         with torch.set_grad_enabled(last and torch.is_grad_enabled()):
-            noisy = scheduler.scale_model_input(latents, t)
+            noisy = shown(scheduler, latents, t)
             recomputed = checkpointing and torch.is_grad_enabled()
             prediction = checkpoint(predict, noisy, t, use_reentrant=False) if recomputed else predict(noisy, t)
             if last:
                 differentiated.append(DifferentiatedStep(noisy, t, prediction))
-            moved = scheduler.step(prediction, t, latents, **extra)
+            before, moved = latents, scheduler.step(prediction, t, latents, **extra)
             latents = moved.prev_sample
     if early:
-        latents = getattr(moved, "pred_original_sample", None)
-        if latents is None:
+        clean = getattr(moved, "pred_original_sample", None)
+        if isinstance(base.noising, FlowNoising):
+            clean = base.noising.clean(before, prediction, t)
+        if clean is None:
             raise ValueError(f"{sampling.scheduler} does not say what it takes the clean latents to be: take ddim")
+        latents = clean
     return Sampled(latents, differentiated)
+
+
+def at_first(scheduler: Any, noise: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *latent"]:
+    """Standard normal noise as the scheduler begins with it; those of flows begin with the noise itself."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def shown(
+    scheduler: Any, latents: Float[Tensor, "batch *latent"], timestep: Shaped[Tensor, ""]
+) -> Float[Tensor, "batch *latent"]:
+    """The scheduler's latents as the denoiser sees them; those of flows are scaled by nothing."""
+    scaled = getattr(scheduler, "scale_model_input", None)
+    return latents if scaled is None else scaled(latents, timestep)
 
 
 def together(unprompted: Conditions | None, prompted: Conditions) -> Conditions:
@@ -178,15 +194,19 @@ def guided(
     known: Conditions,
     guidance_scale: float,
 ) -> Float[Tensor, "batch *latent"]:
-    """`ε(x_t) + w (ε(x_t, c) - ε(x_t))` for guidance w > 1 (Ho and Salimans 2022), else `ε(x_t, c)`.
+    """`ε(x_t) + w (ε(x_t, c) - ε(x_t))` for guidance w > 1 (Ho and Salimans 2022), else `ε(x_t, c)`; ε, v or
+    velocities.
+
+    A denoiser that is told w predicts once. What a pipeline does beyond that formula, such as rescaling, is left out.
 
     `known` is `together` of what the denoiser is told. In single precision at least, whatever the denoiser's is: a
     scheduler's steps are small.
     """
-    shown = torch.cat([noisy, noisy]) if guidance_scale > 1 else noisy
-    at = timestep.expand(len(shown)).to(shown.device)
-    predicted = at_least_single(base.predict(denoiser, shown.to(base.denoiser.dtype), at, known))
-    if guidance_scale == 1:
+    guides = guidance_scale > 1 and not base.call.guidance_is_embedded
+    both = torch.cat([noisy, noisy]) if guides else noisy
+    at = timestep.expand(len(both)).to(both.device)
+    predicted = at_least_single(base.predict(denoiser, both.to(base.denoiser.dtype), at, known))
+    if not guides:
         return predicted
     without_prompt, with_prompt = predicted.chunk(2)
     return torch.lerp(without_prompt, with_prompt, guidance_scale)
@@ -202,7 +222,7 @@ def decode(
     """
 
     def pixels(inputs: Tensor) -> Tensor:
-        return vae.decode(inputs).sample
+        return decoded(vae, inputs)
 
     differentiable = latents.requires_grad and torch.is_grad_enabled()
     with (
@@ -210,11 +230,11 @@ def decode(
         torch.autocast(latents.device.type, enabled=False),
     ):
         exact = latents.to(torch.promote_types(latents.dtype, vae.dtype))
-        scaled = (exact / vae.config.scaling_factor).to(vae.dtype)
+        given = base.packing.unpacked(exact).to(vae.dtype)
         graph = checkpointing and differentiable
-        decoded = checkpoint(pixels, scaled, use_reentrant=False) if graph else pixels(scaled)
-        require_decoded(decoded, latents, vae)
-    return (at_least_single(decoded) / 2 + 0.5).clamp(0, 1)
+        pictures = checkpoint(pixels, given, use_reentrant=False) if graph else pixels(given)
+        require_decoded(pictures, latents, vae)
+    return (at_least_single(pictures) / 2 + 0.5).clamp(0, 1)
 
 
 def at_least_single(values: Tensor) -> Tensor:

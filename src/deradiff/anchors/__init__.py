@@ -198,6 +198,7 @@ def _check_pipeline(folder: Path, label: str, pipe: Pipeline) -> None:
     predicted = checks.scheduler_prediction(folder)
     if predicted is not None:
         checks.require_same_prediction(predicted, label, pipe)
+    checks.warn_if_shifted(folder, label, pipe)
     differing = checks.differing_text_encoders(folder, pipe)
     if differing:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -183,13 +184,35 @@ def prediction_type(scheduler: str, config: Mapping[str, Any]) -> str:
     return "flow" if "FlowMatch" in scheduler or stated == "flow_prediction" else stated
 
 
+def scheduler_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the scheduler in a pipeline's folder; None where it has none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.is_file() else None
+
+
 def scheduler_prediction(folder: Path) -> str | None:
     """The prediction type of the scheduler in a pipeline's folder; None where it has none."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
+    config = scheduler_config(folder)
+    return None if config is None else prediction_type(str(config.get("_class_name", "")), config)
+
+
+def shift_of(config: Mapping[str, Any]) -> float | None:
+    """The constant shift of a flow scheduler's times; None where it depends on the resolution, or there is none."""
+    if config.get("use_dynamic_shifting"):
         return None
-    config = read_json(path)
-    return prediction_type(str(config.get("_class_name", "")), config)
+    shift = config.get("shift", config.get("flow_shift"))
+    return None if shift is None else float(shift)
+
+
+def warn_if_shifted(folder: Path, label: str, pipe: Pipeline) -> None:
+    """Warn where the scheduler in a pipeline's folder shifts the times of its flow otherwise than `pipe`'s."""
+    given, own = shift_of(scheduler_config(folder) or {}), shift_of(getattr(pipe.scheduler, "config", {}))
+    if scheduler_prediction(folder) == "flow" and given is not None and own is not None and given != own:
+        warnings.warn(
+            f"the scheduler of {label} shifts its times by {given:g}, the reference's by {own:g}: the anchor samples "
+            f"at the reference's. For its own, give the pipeline a scheduler with a shift of {given:g}",
+            stacklevel=2,
+        )
 
 
 def differing_text_encoders(folder: Path, pipe: Pipeline) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress
-from deradiff.alignment.base import Base
+from deradiff.alignment.base import stable_diffusion
 from deradiff.alignment.training import TrainingRun
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.baking import outputs
@@ -110,7 +110,7 @@ def distilled(
     """
     # Of other versions a warning tells: see `files.folders.begin_or_resume`.
     identity = {name: value for name, value in job.made_of.items() if name != "versions"}
-    base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
+    base, guidance = stable_diffusion(job.pipe, "distillation"), sampler.guidance(job.pipe)
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
     with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
         report = partial(job.report, "drawing samples")

@@ -109,6 +109,10 @@ def align(
             min=0, max=0.999999, help="Keep this moving average of the weights; 0: the weights themselves."
         ),
     ] = None,
+    density: Annotated[
+        Literal["uniform", "logit-normal"] | None,
+        training_option(help="How the times of a flow are spread in training; uniform by default."),
+    ] = None,
     seed: options.TrainingSeed = 0,
     precision: Annotated[Literal["no", "fp16", "bf16"] | None, machine_option(help="Mixed precision.")] = None,
     gradient_checkpointing: Annotated[
@@ -116,6 +120,12 @@ def align(
     ] = False,
     track: Annotated[Literal["tensorboard", "wandb"] | None, machine_option(help="Follow the curves.")] = None,
     cpu: Annotated[bool, machine_option("--cpu", help="Train on the processor.")] = False,
+    dry_run: Annotated[
+        bool,
+        machine_option(
+            "--dry-run", help="Load models and data, try one step of a small model of the class, and write nothing."
+        ),
+    ] = False,
 ) -> None:
     """Align a model, once per strength: anchors that λ then turns.
 
@@ -148,6 +158,10 @@ def align(
             settings = _settings(context, preset, base, schedule)
             settings = _for_method(settings, own, {name: x for name, x in sampling.items() if x is not None})
             betas = _strengths(beta, settings)
+        if dry_run:
+            for line in runs.rehearsed(settings, count=count, seed=seed, cpu=cpu):
+                terminal.echo(line)
+            return
         with terminal.stages(console) as report:
             anchors = runs.align_all(settings, betas, out, report, count=count, seed=seed, track=track, cpu=cpu)
     terminal.files(anchors)
@@ -181,7 +195,7 @@ def _settings(context: arguments.Context, name: str | None, base: str | None, sc
 
     given = arguments.given
     wanted = given(context, "method", "data", "reward", "resolution", "held_out", "lora_rank", "batch", "precision")
-    wanted |= given(context, "gradient_checkpointing", "cache", "flip")
+    wanted |= given(context, "gradient_checkpointing", "cache", "flip", "density")
     plan = given(context, "steps", "accumulate", "learning_rate", "warmup", "optimizer")
     if average := given(context, "ema"):
         plan["average"] = average["ema"]

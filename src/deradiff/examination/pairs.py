@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deradiff.algorithm.pair_terms import BLOCKS, PairTerms, terms
-from deradiff.alignment.base import Base
+from deradiff.alignment.base import Base, stable_diffusion
 from deradiff.alignment.data_order import Unreadable, passes, row_generators
 from deradiff.alignment.dpo import noise_pairs
 from deradiff.alignment.image_transforms import pair_pixels
@@ -85,8 +85,8 @@ def terms_of(
     if not pairs:
         return None
     try:
-        base = Base(pipe)
-    except ValueError:  # a transformer, or flow matching: Diffusion-DPO's loss is not for it
+        base = stable_diffusion(pipe, "this")
+    except ValueError:
         return None
     world = find(settings.reference)
     side = world.resolution if world else int(base.denoiser.config.sample_size * pipe.vae_scale_factor)

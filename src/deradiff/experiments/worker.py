@@ -151,12 +151,15 @@ class Worker:
         return [(tried[place].image, tried[place].diagnostics.stored()) for place in range(len(drawings))]
 
     def _guided(self, drawings: Sequence[Drawing]) -> list[Attempt]:
-        from deradiff.alignment.base import Base
+        from deradiff.alignment.base import stable_diffusion
         from deradiff.experiments import reward_drawing
 
         first, guidance = drawings[0], drawings[0].reward_guidance
         assert guidance is not None
-        base, reward = Base(self._pipe(first)), self._scorer("scores", guidance.reward)
+        base, reward = (
+            stable_diffusion(self._pipe(first), "guidance by a reward"),
+            self._scorer("scores", guidance.reward),
+        )
         scale = guidance.guidance_scale
         if scale is None:
             scale = call_of(first.sampling, self.plan.reference).get("guidance_scale") or 1.0

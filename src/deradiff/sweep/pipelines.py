@@ -1,5 +1,6 @@
 """A reference pipeline from the words of a command line: which model, which scheduler, which device."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Short names of diffusers' schedulers and one of ours. Latents are not pixels, so none of them clips its sample."""
 
+DISTILLED = ("schnell", "turbo", "klein", "lightning", "hyper", "sprint")
+"""In the names of models that were distilled to a few steps."""
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,7 +67,23 @@ def load_pipeline(
         require_weights(source, pipe.components)
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
+        _warn_of_noise(source, pipe)
     return pipe
+
+
+def _warn_of_noise(source: str, pipe: Any) -> None:
+    """Warn where a flow that was distilled to few steps is to be sampled with noise in every step."""
+    scheduler = pipe.scheduler
+    noisy = type(scheduler).__name__ == "FlowMatchSDEScheduler" and scheduler.config.eta > 0
+    noisy = noisy or scheduler.config.get("stochastic_sampling")
+    named = next((word for word in DISTILLED if word in source.lower()), None)
+    if noisy and (named or pipe.config.get("is_distilled")):
+        warnings.warn(
+            f"{source} was distilled to a few steps along an ODE ({named or 'is_distilled'}): noise in each step takes "
+            "it to states that it was not trained at, and images come out blurred or grainy. Take flow-euler or an eta "
+            "near 0",
+            stacklevel=3,
+        )
 
 
 def require_weights(source: str, parts: Mapping[str, Any]) -> None:
@@ -129,15 +149,27 @@ def scheduler_like(present: Any, name: str) -> Any:
     if name not in SCHEDULERS:
         raise ValueError(f"there is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     class_name, options = SCHEDULERS[name]
-    kind = _kind(type(present).__name__)
-    if _kind(class_name) != kind:
-        fitting = [other for other, (other_class, _) in SCHEDULERS.items() if _kind(other_class) == kind]
+    if not _fits(class_name, present):
+        fitting = [other for other, (other_class, _) in SCHEDULERS.items() if _fits(other_class, present)]
         raise ValueError(
             f"{class_name} does not fit this model, whose own scheduler is {type(present).__name__}; "
             f"choose one of {', '.join(fitting)}."
         )
     family = getattr(diffusers, class_name, None) or getattr(schedulers, class_name)
+    if class_name.startswith("FlowMatch") and not type(present).__name__.startswith("FlowMatch"):
+        return family(
+            num_train_timesteps=present.config.num_train_timesteps, shift=present.config.flow_shift, **options
+        )
     return family.from_config(present.config, **options)
+
+
+def _fits(class_name: str, present: Any) -> bool:
+    """Whether a scheduler of this class can replace `present`; multistep solvers of flows know both worlds."""
+    own = type(present).__name__
+    is_flow = present.config.get("prediction_type") == "flow_prediction" and present.config.get("use_flow_sigmas")
+    if is_flow:
+        return class_name.startswith(("FlowMatch", "UniPC", "DPMSolverMultistep"))
+    return _kind(class_name) == _kind(own)
 
 
 def _kind(class_name: str) -> str:
