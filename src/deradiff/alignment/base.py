@@ -161,7 +161,8 @@ class Policy:
     """The model that is trained, and its reference.
 
     With `lora_rank`, a LoRA on the base's own denoiser: the reference is the same weights with the adapter off, so that
-    one copy is held. Without, a copy with all its weights: the base's denoiser stays the reference.
+    one copy is held. Without, a copy with all its weights: the base's denoiser stays the reference. Raises `ValueError`
+    for a rank below 1, and for a denoiser that takes no LoRA.
     """
 
     def __init__(
@@ -177,6 +178,11 @@ class Policy:
 
         if lora_rank < 1:
             raise ValueError(f"a LoRA of rank {lora_rank} has no weights: take 1 or more")
+        if not hasattr(base.denoiser, "add_adapter"):
+            raise ValueError(
+                f"{type(base.denoiser).__name__} takes no LoRA in this version of diffusers: train all of its weights, "
+                "without --lora-rank"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = base.denoiser
