@@ -16,8 +16,11 @@ def front(axes: Axes, name: str, part: dict[str, Any]) -> None:
     answer = part["constant"]
     lams, beats, errors, drifts, _ = zip(*answer["evaluations"], strict=True)
     axes.errorbar(drifts, beats, errors, fmt="o", color=INK, markersize=4, capsize=2, linewidth=1)
-    for lam, x, y in zip(lams, drifts, beats, strict=True):
-        axes.annotate(f"{lam:g}", (x, y), xytext=(5, -10), textcoords="offset points", fontsize="x-small")
+    labelled = -1.0
+    for lam, x, y in sorted(zip(lams, drifts, beats, strict=True)):
+        if x - labelled > max(drifts) / 25:  # those in between have no room
+            axes.annotate(f"{lam:g}", (x, y), xytext=(5, -10), textcoords="offset points", fontsize="x-small")
+            labelled = x
     if answer["point"] is not None:
         value, low, high = answer["drift"]
         axes.axvspan(low, high, color=ORANGE, alpha=0.15, linewidth=0)
@@ -30,7 +33,9 @@ def front(axes: Axes, name: str, part: dict[str, Any]) -> None:
 def judged(axes: Axes, part: dict[str, Any]) -> None:
     """What becomes of reward and legibility, on other prompts."""
     value, _ = part["legibility of the reference"]
-    rows = sorted([(0.0, [0.0, 0.0, 0.0, 0.0]), *((float(lam), row) for lam, row in part["grid"].items())])
+    found = part["constant"]
+    answer = {found["point"][0]: [*found["gain"], *found["legibility"]]} if "gain" in found else {}
+    rows = sorted(({0.0: [0.0] * 4} | answer | {float(lam): row for lam, row in part["grid"].items()}).items())
     lams = [lam for lam, _ in rows]
     lost, errors = [100 * (value + row[2]) for _, row in rows], [100 * row[3] for _, row in rows]
     axes.errorbar(lams, lost, errors, fmt="o-", color=BLUE, markersize=4, capsize=2, label="legible, %")
@@ -39,10 +44,10 @@ def judged(axes: Axes, part: dict[str, Any]) -> None:
     gains = [row[0] for _, row in rows]
     other.plot(lams, gains, "s-", color=GREEN, markersize=4, label="reward, gain in points")
     other.set_ylabel("reward, gain in points", color=GREEN)
-    if part["constant"]["point"] is not None:
-        axes.axvline(part["constant"]["point"][0], color=ORANGE, linewidth=1.5, label="the answer")
+    if found["point"] is not None:
+        axes.axvline(found["point"][0], color=ORANGE, linewidth=1.5, label="the answer")
     axes.set(xlabel="λ", ylabel="legible, %")
-    axes.legend(fontsize="small", loc="lower left")
+    axes.legend(fontsize="small", loc="center left")
     axes.set_title("what it does not see", fontsize="medium")
     axes.grid(alpha=0.25)
 
