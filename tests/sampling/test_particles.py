@@ -282,7 +282,8 @@ def test_tempering_lies_between_algorithm_1_and_the_exact_target():
 
 def test_guided_particles_meet_the_retrained_model_under_the_same_guidance():
     """Algorithm 1 is off by a fifth of the shift; so would Monte Carlo be by 3%, and weights may by their margin."""
-    world, reward, call = crossing(), crossing().rewards["slope"], {"prompt": "right", "guidance_scale": 1.5}
+    world, reward = crossing(), crossing().rewards["slope"]
+    call: dict[str, Any] = {"prompt": "right", "guidance_scale": 1.5}
     particles = run(world, {"a": {"slope": 2.0}}, 0.25, 6000, seed=3, ess_threshold=1.0, **call)
     target, reference = (
         reward(sample(world, FAMILIES["DDPM"], tilt, steps=100, **call)) for tilt in ({"slope": 0.5}, {})

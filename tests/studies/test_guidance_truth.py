@@ -74,6 +74,6 @@ def test_an_interrupted_run_goes_on_and_its_tables_count_every_case_once(tmp_pat
     assert told["drawn"] == 6 and len(told["all"]) == 5  # the one without a shift is left out
     assert sum(row["cases"] for row in told["guidance"].values()) == 5
     assert told["bound"]["above 20%"]["cases"] == 1
-    drawn = told["particles"]["with a claim"]
-    assert drawn["cases"] == 3 and drawn["particles"][0] == 0.03 and drawn["combined"][0] == 0.01
+    noisy = told["particles"]["with a claim"]
+    assert noisy["cases"] == 3 and noisy["particles"][0] == 0.03 and noisy["combined"][0] == 0.01
     assert told["verdict"]["judged on"]["claims"] == 3 and told["verdict"]["chosen on"]["cases"] == 1
