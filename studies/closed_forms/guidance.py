@@ -97,8 +97,7 @@ def _typical(records: Sequence[GuidedRecord], arm: str) -> Measured | None:
     """
     if len(records) < 2:
         return None
-    found = [record.particles if arm == "particles" else record.error[arm] for record in records]
-    off = torch.tensor([abs(error[0]) for error in found if error is not None], dtype=torch.float64)
+    off = torch.tensor([abs(record.error[arm][0]) for record in records], dtype=torch.float64)
     return [float(off.median()), 1.2533 * float(off.std()) / len(off) ** 0.5, float(off.max())]
 
 
@@ -115,9 +114,6 @@ def summary(records: Sequence[GuidedRecord]) -> dict[str, Any]:
 
     bounds = {f"up to {low:.0%}": [r for r in kept if _told(r)[1] <= low] for low in (0.05, 0.1, MOST_LEFT_OUT)}
     bounds[f"above {MOST_LEFT_OUT:.0%}"] = [r for r in kept if _told(r)[1] > MOST_LEFT_OUT]
-    noisy = [record for record in kept if record.particles is not None]
-    drawn = {"with a claim": [record for record in noisy if _judged(record) in CLAIMS]}
-    drawn["without"] = [record for record in noisy if record not in drawn["with a claim"]]
     parts = {"chosen on": [r for r in kept if r.case["number"] < CHOSEN_ON]}
     parts["judged on"] = [r for r in kept if r.case["number"] >= CHOSEN_ON]
     return {
@@ -129,14 +125,10 @@ def summary(records: Sequence[GuidedRecord]) -> dict[str, Any]:
         "bound": {name: row(chosen) for name, chosen in bounds.items()},
         "sampler": by(lambda r: r.case["sampler"], list(SAMPLERS)),
         "empty": by(lambda r: r.case["empty"], get_args(Empty)),
-        "particles": {
-            name: {"cases": len(chosen)} | {arm: _typical(chosen, arm) for arm in ("plain", "combined", "particles")}
-            for name, chosen in drawn.items()
-        },
         "verdict": {name: _verdicts(part) for name, part in parts.items()},
         "all": [
             {"case": record.case, "shift": record.shift, "bound": _told(record)[1], "kind": _judged(record)}
-            | {"error": record.error, "particles": record.particles}
+            | {"error": record.error}
             for record in kept
         ],
     }
@@ -169,9 +161,6 @@ def _print(told: dict[str, Any]) -> None:
             errors = ["-" if (found := row[arm]) is None else _words(found) for arm in ARMS]
             table.add_row(value, str(row["cases"]), str(row["claims"]), *errors)
         console.print(table)
-    for name, row in told["particles"].items():
-        arms = ", ".join(f"{arm} {_words(row[arm])}" for arm in ("plain", "combined", "particles") if row[arm])
-        console.print(f"samplers that draw noise, {name} ({row['cases']} cases): {arms}")
     for part, counts in told["verdict"].items():
         large = counts["Algorithm 1 off by over 5%"]
         console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -14,10 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.algorithm.comparisons import compare
-from deradiff.algorithm.estimates import mean
 from deradiff.algorithm.guided_weights import left_out
 from deradiff.files.reading import Record as FileRecord
-from deradiff.sampling.particles import Particles, sample_particles
 from deradiff.sampling.realignment import realign
 from deradiff.worlds.closed_form import GaussianMixture, QuadraticReward, linear_reward
 from deradiff.worlds.gaussian_mixture import SCHEDULE, MixtureDenoiser, MixturePipeline, Prediction
@@ -148,19 +145,14 @@ class GuidedWorld:
 
     def sample(self, pipe: MixturePipeline) -> Float[Tensor, "sample dim"]:
         """Guided samples, from noise that is the same for every model."""
-        return pipe("prompt", num_images_per_prompt=self.case.samples, **self._call()).images
-
-    def particles(self, pipe: MixturePipeline) -> Particles:
-        """As many guided particles of the realigned `pipe`, resampled at every step that draws noise."""
-        return sample_particles(pipe, "prompt", self.case.samples, ess_threshold=1.0, **self._call())
-
-    def _call(self) -> dict[str, Any]:
-        return {
-            "num_inference_steps": self.case.steps,
-            "guidance_scale": self.case.scale,
-            "eta": SAMPLERS[self.case.sampler][2],
-            "generator": torch.Generator().manual_seed(self.case.number),
+        case = self.case
+        call: dict[str, Any] = {
+            "num_images_per_prompt": case.samples,
+            "num_inference_steps": case.steps,
+            "guidance_scale": case.scale,
         }
+        generator = torch.Generator().manual_seed(case.number)
+        return pipe("prompt", **call, eta=SAMPLERS[case.sampler][2], generator=generator).images
 
 
 Measured = list[float]
@@ -171,7 +163,7 @@ class GuidedRecord(FileRecord):
     """What `compute` found. Means are of the reward; errors, from the target, are shares of the target's shift.
 
     `shift` is in standard deviations of the reward under the reference. `bias` is what weighting changes, as a
-    `Comparison` has it. `particles` is the error of particles' weighted mean, None where the sampler draws no noise.
+    `Comparison` has it.
     """
 
     case: dict[str, Any]
@@ -183,7 +175,6 @@ class GuidedRecord(FileRecord):
     mean: dict[str, Measured]
     bias: dict[str, Measured]
     error: dict[str, Measured]
-    particles: Measured | None
     evenness: dict[str, float]
     left_out: float
     """`guided_weights.left_out`, a bound in standard deviations of the reward."""
@@ -199,7 +190,6 @@ def compute(case: GuidedCase) -> dict[str, Any]:
     target = world.reward(world.sample(world.pipeline(case.lam / case.beta)))
     with realign(pipe, world.model(1 / case.beta, pipe.unet.prediction), case.lam) as dial:
         scores, run = world.reward(world.sample(pipe)), dial.importance_weights
-        swarm = world.particles(pipe)
     assert run.guidance is not None
     logs = {
         "plain": torch.zeros_like(run.log_weights),
@@ -210,11 +200,6 @@ def compute(case: GuidedCase) -> dict[str, Any]:
     compared = {arm: compare(scores, log_weights) for arm, log_weights in logs.items()}
     shift = float(target.mean() - reference.mean())
     errors = {arm: difference(scores, target, log_weights) for arm, log_weights in logs.items()}
-    particles = None
-    if swarm.lineage:
-        found, expected = swarm.mean(world.reward(swarm.images)), mean(target)
-        off = [found.value - expected.value, math.hypot(found.error, expected.error)]
-        particles = [value / abs(shift) for value in off]
     return GuidedRecord(
         case=asdict(case),
         scale=run.guidance.scale,
@@ -224,7 +209,6 @@ def compute(case: GuidedCase) -> dict[str, Any]:
         mean={arm: list(one.weighted) for arm, one in compared.items()},
         bias={arm: list(one.bias) for arm, one in compared.items()},
         error={arm: [gap.value / abs(shift), gap.error / abs(shift)] for arm, gap in errors.items()},
-        particles=particles,
         evenness={arm: one.evenness for arm, one in compared.items()},
         left_out=left_out(run.guidance),
         deviation=float(scores.std()),

@@ -196,7 +196,7 @@ def test_reward_weighted_denoising_learns_the_heavier_samples(
     latents = torch.randn(8, *base.call.latent_shape(None), generator=torch.Generator().manual_seed(0))
     latents[::2] += 2
     samples, weights = ReferenceSamples(latents, PROMPTS * 4), torch.tensor([1.0, 0.0] * 4)
-    plan, run = replace(PLAN, steps=8), TrainingRun(0, tmp_path, lambda *_: None)
+    plan, run = replace(PLAN, steps=8), TrainingRun(0, tmp_path / "run", lambda *_: None)
     curve = train_rwr(base, Policy(base), samples, weights, plan, held_out=2, batch=4, dropout=0.0, run=run)
     assert curve.held_out[-1] < 0.98 * curve.held_out[0]
 
