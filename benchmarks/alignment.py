@@ -44,7 +44,7 @@ class RandomPairs:
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         self.training: int | None = count - 1
         self.held_out = 1
-        self.prompts, self.empty = base.encode_prompts(["a seven"]), base.encode_prompts([""])
+        self.prompts, self.empty = base.call.encode_prompts(["a seven"]), base.call.encode_prompts([""])
 
     def batch(self, part: BatchPart, size: int) -> CachedBatch:
         """Always the same ones."""
@@ -127,13 +127,13 @@ def cache_speed(rounds: int) -> Figure:
         (folder / "pairs.json").write_text(json.dumps(rows))
         pairs = PairFolder(folder)
         cache = write_cache(
-            Path(name) / "cache", pairs, base.encode_images, base.encode_prompts, base="digits", resolution=32
+            Path(name) / "cache", pairs, base.encode_images, base.call.encode_prompts, base="digits", resolution=32
         )
 
         def encoded() -> None:
             read = [pairs.open(step.row) for step in pairs.in_order(None)]
             base.encode_images(torch.cat([pair_pixels(pair, 32).pixels for pair in read]))
-            base.encode_prompts([pair.prompt for pair in read])
+            base.call.encode_prompts([pair.prompt for pair in read])
 
         measured = interleaved({"encoded": encoded, "cached": lambda: cache.take(range(CACHED))}, rounds)
     ratios = [seconds["encoded"] / seconds["cached"] for seconds in measured]

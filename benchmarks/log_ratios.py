@@ -56,7 +56,7 @@ def log_ratios(
     scheduler = DDPMScheduler.from_config(base.pipe.scheduler.config, timestep_spacing="linspace", clip_sample=False)
     scheduler.set_timesteps(STEPS)
     upwards, kept = scheduler.timesteps.flip(0), scheduler.alphas_cumprod
-    generator, told = torch.Generator().manual_seed(seed), base.encode_prompts(prompts)
+    generator, told = torch.Generator().manual_seed(seed), base.call.encode_prompts(prompts)
     x, before, total = latents, torch.tensor(1.0), torch.zeros(len(latents), dtype=torch.float64)
     for number, t in enumerate(upwards):
         share = kept[t] / before
@@ -64,7 +64,7 @@ def log_ratios(
         if number:
             at = t.expand(len(x))
             known, other = (
-                posteriors.posterior(scheduler, base.predict(model, noised, at, told), t, noised)
+                posteriors.posterior(scheduler, base.call.predict(model, noised, at, told), t, noised)
                 for model in (base.denoiser, anchor)
             )
             squares = (x - known.mean).square() - (x - other.mean).square()

@@ -74,7 +74,7 @@ def operations(base: Base) -> tuple[float, float]:
     )
     base.denoiser.requires_grad_(False)
     with FlopCounterMode(display=False) as forward:
-        predicted = base.predict(base.denoiser, noise, time_, told)
+        predicted = base.call.predict(base.denoiser, noise, time_, told)
     with FlopCounterMode(display=False) as backward:
         predicted.sum().backward()
     return forward.get_total_flops() / 1e9, backward.get_total_flops() / 1e9

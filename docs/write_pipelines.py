@@ -108,7 +108,10 @@ def _refused_parts(pipelines: dict[str, Any]) -> Iterator[str]:
                 if pipeline["checks"].get(check, [""])[0] == "refused":
                     reason = next(r for r in pipeline["reasons"] if r.startswith(f"{check}: "))
                     if check == "micro_batch":
-                        reason = "it is not known of these where the batch is in every argument"
+                        reason = (
+                            "it is not known where the batch is in every argument of their denoisers, or attention "
+                            "takes it apart itself"
+                        )
                     alike.setdefault((column, reason), []).append(_named(name))
     for (column, reason), names in alike.items():
         told = names[0] if len(names) == 1 else f"{len(names)} pipelines, see the table"

@@ -132,7 +132,7 @@ def align(
         timesteps = torch.randint(1000, (len(index),), generator=generator).repeat(2)
         dropped = torch.rand(len(index), generator=generator) < settings.caption_dropout
         text = torch.where(dropped[:, None, None], empty, embedded[index]).repeat(2, 1, 1)
-        return Noised(base.noised(clean, noise, timesteps), timesteps, {"prompt_embeds": text}, noise)
+        return Noised(base.noising.noised(clean, noise, timesteps), timesteps, {"prompt_embeds": text}, noise)
 
     def objective(model: nn.Module, generator: torch.Generator, _: BatchPart) -> Tensor:
         index = torch.randint(trained_on, (settings.batch // 2,), generator=generator)

@@ -59,18 +59,18 @@ def timed_terms(
     The reference is evaluated once, and noise and timesteps are the same for all anchors.
     """
     count, generator = len(latents), torch.Generator().manual_seed(seed)
-    steps = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) * (base.timesteps / draws)
-    timesteps = steps.long().clamp(max=base.timesteps - 1)
+    steps = (torch.arange(draws) + torch.rand(count, draws, generator=generator)) * (base.noising.timesteps / draws)
+    timesteps = steps.long().clamp(max=base.noising.timesteps - 1)
     found: dict[Any, list[Tensor]] = {name: [] for name in anchors}
     for start in range(0, count * draws, per_pass):
         flat = torch.arange(start, min(start + per_pass, count * draws))
         pair, t = flat // draws, timesteps.flatten()[flat].repeat(2)
         noise = torch.randn(len(flat), *latents.shape[2:], generator=generator).repeat(2, *[1] * (latents.ndim - 2))
-        noisy = base.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
+        noisy = base.noising.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
         told = {"prompt_embeds": embedded[pair].repeat(2, 1, 1)}
-        before = base.predict(reference, noisy, t, told)
+        before = base.call.predict(reference, noisy, t, told)
         for name, anchor in anchors.items():
-            after = base.predict(anchor, noisy, t, told)
+            after = base.call.predict(anchor, noisy, t, told)
             found[name].append(terms(noise.double(), before.double(), after.double()))
     both = {name: torch.cat(parts, 1).view(2, count, draws).transpose(1, 2) for name, parts in found.items()}
     return {name: TimedTerms(linear, square, timesteps.T) for name, (linear, square) in both.items()}

@@ -40,7 +40,10 @@ class InMemory:
         self.held_out = held_out
         self._seed = seed
         self.latents = torch.randn(count, 2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-        self.prompts, self.empty = base.encode_prompts(["a red fox", "two blue owls"]), base.encode_prompts([""])
+        self.prompts, self.empty = (
+            base.call.encode_prompts(["a red fox", "two blue owls"]),
+            base.call.encode_prompts([""]),
+        )
         self.time_ids = torch.arange(count * 12.0).view(count, 2, 6)
 
     def take(self, rows: Sequence[int]) -> CachedBatch:

@@ -62,10 +62,10 @@ def by_hand(base: Base, policy: Policy, latents: torch.Tensor, keep: int, kl: fl
     for t in scheduler.timesteps[SAMPLING.steps - keep :]:
         at = t.expand(2)
         w = SAMPLING.guidance_scale
-        with_prompt, without = (base.predict(policy.model, latents, at, known) for known in (prompted, unprompted))
+        with_prompt, without = (base.call.predict(policy.model, latents, at, known) for known in (prompted, unprompted))
         guided = w * with_prompt + (1 - w) * without
         with policy.reference(policy.model) as reference:
-            asked, free = (base.predict(reference, latents, at, known) for known in (prompted, unprompted))
+            asked, free = (base.call.predict(reference, latents, at, known) for known in (prompted, unprompted))
         away = away + (guided - w * asked - (1 - w) * free).square().sum((1, 2, 3)) / latents[0].numel()
         latents = scheduler.step(guided, t, latents).prev_sample
     return (kl * away - Brightness()(decode(base, latents), PROMPTS)).mean()
@@ -92,9 +92,9 @@ def test_the_gradient_is_that_of_finite_differences(rank: int | None, keep: int)
             scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
             for t in scheduler.timesteps[: SAMPLING.steps - keep]:
                 at = t.expand(2)
-                without = base.predict(policy.model, before, at, unprompted)
+                without = base.call.predict(policy.model, before, at, unprompted)
                 guided = without + SAMPLING.guidance_scale * (
-                    base.predict(policy.model, before, at, prompted) - without
+                    base.call.predict(policy.model, before, at, prompted) - without
                 )
                 before = scheduler.step(guided, t, before).prev_sample
 
@@ -160,8 +160,8 @@ def test_refl_scores_what_an_early_step_takes_for_clean() -> None:
     scheduler, prompted, unprompted = SAMPLING.prepared(base), conditions(base, PROMPTS), unconditional(base, 2)
     latents = SAMPLING.noise(base, row_generators(2, range(2)))
     for t in scheduler.timesteps[:2]:
-        without = base.predict(policy.model, latents, t.expand(2), unprompted)
-        guided = without + 2.0 * (base.predict(policy.model, latents, t.expand(2), prompted) - without)
+        without = base.call.predict(policy.model, latents, t.expand(2), unprompted)
+        guided = without + 2.0 * (base.call.predict(policy.model, latents, t.expand(2), prompted) - without)
         alpha = scheduler.alphas_cumprod[t].double()
         clean = (latents - (1 - alpha).sqrt() * guided) / alpha.sqrt()
         latents = scheduler.step(guided, t, latents).prev_sample
@@ -203,11 +203,11 @@ def test_refls_pre_training_loss_is_the_denoising_error_of_samples(
     errors = []
     for row, generator in zip(order(3, 0, range(4, 6)), row_generators(0, range(4, 6), "pre-training"), strict=True):
         noise = torch.randn(4, 8, 8, generator=generator)
-        t = torch.randint(base.timesteps, (1,), generator=generator)
+        t = torch.randint(base.noising.timesteps, (1,), generator=generator)
         alpha = DDPMScheduler.from_config(base.pipe.scheduler.config).alphas_cumprod[t]
         noisy = alpha.sqrt() * latents[row] + (1 - alpha).sqrt() * noise
         told = conditions(base, [samples.prompts[row]])
-        errors.append((base.predict(policy.model, noisy[None], t, told)[0] - noise).square().mean().item())
+        errors.append((base.call.predict(policy.model, noisy[None], t, told)[0] - noise).square().mean().item())
     assert held - alone == pytest.approx(1000 * sum(errors) / 2, rel=1e-4)
 
 

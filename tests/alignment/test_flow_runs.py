@@ -122,8 +122,8 @@ def test_a_flow_stopped_early_is_at_its_estimate_of_the_clean_picture(tmp_path: 
     with torch.no_grad():
         value = objective(task, base.denoiser, PROMPTS, row_generators(0, range(2)), Truncation(1, 1))
         noise = task.sampling.noise(base, row_generators(0, range(2)))
-        told = base.encode_prompts(PROMPTS)
-        velocity = base.predict(base.denoiser, noise, torch.full((2,), 1000.0), told)
+        told = base.call.encode_prompts(PROMPTS)
+        velocity = base.call.predict(base.denoiser, noise, torch.full((2,), 1000.0), told)
         config = pipe.vae.config
         pictures = pipe.vae.decode((noise - velocity) / config.scaling_factor + config.shift_factor).sample
     clean = (pictures / 2 + 0.5).clamp(0, 1)

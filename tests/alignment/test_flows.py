@@ -113,7 +113,7 @@ class Pairs:
         # Winners lie apart from losers: there is something to learn.
         self.latents = torch.randn(8, 2, *shape, generator=torch.Generator().manual_seed(0))
         self.latents[:, 0] += 1
-        self.prompts, self.empty = base.encode_prompts(PROMPTS), base.encode_prompts([""])
+        self.prompts, self.empty = base.call.encode_prompts(PROMPTS), base.call.encode_prompts([""])
 
     def take(self, rows: Sequence[int]) -> CachedBatch:
         prompts = {name: embeds[torch.tensor(rows) % 2] for name, embeds in self.prompts.items()}
@@ -209,6 +209,6 @@ def test_the_module_is_called_as_the_pipeline_calls_it(bases: dict[str, tuple[Ba
 
     base, heard = base_of(bases, "lumina2")[0], Listening()
     noisy, times = torch.randn(2, *base.call.latent_shape(None)), torch.tensor([250.0, 1000.0])
-    prediction = base.predict(heard, noisy, times, base.encode_prompts(PROMPTS))
+    prediction = base.call.predict(heard, noisy, times, base.call.encode_prompts(PROMPTS))
     # It is told the share of the picture, and its answer is minus the velocity.
     assert torch.equal(heard.arguments["timestep"], torch.tensor([0.75, 0.0])) and bool((prediction == -1).all())

@@ -129,7 +129,9 @@ def test_the_held_out_loss_is_the_weighted_error_by_hand(tmp_path: Path, kind: s
         kept = DDPMScheduler.from_config(base.pipe.scheduler.config).alphas_cumprod[t]
         noisy = kept.sqrt() * samples.latents[row] + (1 - kept).sqrt() * noise
         with torch.no_grad():
-            prediction = base.predict(base.denoiser, noisy[None], t, base.encode_prompts([samples.prompts[row]]))
+            prediction = base.call.predict(
+                base.denoiser, noisy[None], t, base.call.encode_prompts([samples.prompts[row]])
+            )
         total += (weights[row] * (prediction[0] - noise).square().mean()).item()
     assert curve.held_out[0] == pytest.approx(total / (9 + 10 + 11), rel=1e-5)
 

@@ -119,8 +119,8 @@ def last_steps(
     scheduler = sampling.prepared(base)
     prompted, unprompted = conditions(base, PROMPTS[:1]), unconditional(base, 1)
     for t in scheduler.timesteps[sampling.steps - keep : stop]:
-        with_prompt = base.predict(base.denoiser, latents, t.expand(1), prompted)
-        without = base.predict(base.denoiser, latents, t.expand(1), unprompted)
+        with_prompt = base.call.predict(base.denoiser, latents, t.expand(1), prompted)
+        without = base.call.predict(base.denoiser, latents, t.expand(1), unprompted)
         guided = without + sampling.guidance_scale * (with_prompt - without)
         latents = scheduler.step(guided, t, latents).prev_sample
     return latents

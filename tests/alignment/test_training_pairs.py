@@ -58,7 +58,7 @@ def base() -> Base:
 
 def test_encoded_on_the_way_is_what_the_cache_gives(base: Base, tmp_path: Path) -> None:
     source = PairFolder(folder_of(tmp_path / "pairs", 12), held_out=3)
-    write_cache(tmp_path / "cache", source, base.encode_images, base.encode_prompts, base="digits", resolution=32)
+    write_cache(tmp_path / "cache", source, base.encode_images, base.call.encode_prompts, base="digits", resolution=32)
     cached = CachedPairs(LatentCache(tmp_path / "cache", held_out=3), seed=5)
     encoded = EncodedPairs(base, source, 32, seed=5)
     assert (cached.training, cached.held_out) == (9, 3) == (encoded.training, encoded.held_out)

@@ -177,7 +177,7 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
     told, untold, total = conditions(base, PROMPTS[:3]), unconditional(base, 1), 0.0
     for row, generator in zip((4, 5), row_generators(7, range(4, 6), "held out"), strict=True):
         noise, t = torch.randn(4, 8, 8, generator=generator), torch.randint(1000, (1,), generator=generator)
-        x = base.noised(latents[row : row + 1], noise[None], t)
+        x = base.noising.noised(latents[row : row + 1], noise[None], t)
         with torch.no_grad():
 
             def mixture(prompt: Any, x: torch.Tensor = x, t: torch.Tensor = t) -> torch.Tensor:

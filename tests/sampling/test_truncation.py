@@ -201,7 +201,7 @@ def test_baking_aligning_and_the_studio_tell(models: tuple[Path, Path], tmp_path
     with pytest.warns(PromptCut):
         baking.bake(pipe, models[1], 0.5, tmp_path / "baked", prompts=[LONG], images=1, sampler=baking.Sampler(2))
     with pytest.warns(PromptCut):
-        Base(tiny.make("sd")[0]).encode_prompts([LONG])
+        Base(tiny.make("sd")[0]).call.encode_prompts([LONG])
     settings = Settings(
         reference=str(models[0]),
         anchors={"anchor": str(models[1])},

@@ -33,7 +33,7 @@ def test_the_polynomial_is_the_loss_of_mixed_predictions() -> None:
     torch.rand(3, 2, generator=again)
     noise = torch.randn(6, 4, 8, 8, generator=again).repeat(2, 1, 1, 1)
     pair, t = torch.arange(3).repeat_interleave(2), found.timesteps.T.flatten().repeat(2)
-    noisy = base.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
+    noisy = base.noising.noised(latents[pair].transpose(0, 1).flatten(0, 1), noise, t)
     noised = Noised(noisy, t, {"prompt_embeds": told[pair].repeat(2, 1, 1)}, noise)
     with torch.no_grad():
         loss = diffusion_dpo(*errors(base, Mixed(), noised), *errors(base, pipe.unet, noised), beta=300.0)

@@ -28,8 +28,8 @@ __all__ = ["Base", "Conditions", "EncodedPrompts", "Policy", "with_dropped"]
 class Base:
     """The parts of `pipe` around its denoiser, as functions on batches.
 
-    Of `call`, how the denoiser is told things; of `noising`, how it is trained to denoise. `resolution` is the side of
-    the pictures in pixels, by default the pipeline's own, and `density` spreads the times of a flow
+    `call` is how the denoiser is told things and what it predicts, `noising` how it is trained to. `resolution` is the
+    side of the pictures in pixels, by default the pipeline's own, and `density` spreads the times of a flow
     (`noising.Density`).
 
     Raises `ValueError` for a pipeline whose call cannot be captured (`call_roles.CannotCapture`), and for a model that
@@ -44,11 +44,6 @@ class Base:
         self.denoiser: Any = denoiser
 
     @property
-    def timesteps(self) -> int:
-        """How many steps the noise schedule has."""
-        return self.noising.timesteps
-
-    @property
     def is_flow(self) -> bool:
         """Whether it predicts the velocity of a flow."""
         return self.noising.prediction == "flow"
@@ -57,17 +52,6 @@ class Base:
     def packing(self) -> Packing:
         """Between latents and what the VAE works on."""
         return self.call.packing()
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
-        """What the denoiser is told of `prompts`, without the size of the picture (see `with_sizes`).
-
-        Warns of prompts that are cut (`truncation.PromptCut`).
-        """
-        return self.call.encode_prompts(prompts)
-
-    def with_sizes(self, conditions: Conditions, sizes: Shaped[Tensor, "batch 6"] | None = None) -> Conditions:
-        """`conditions` with what the denoiser is told of the sizes of pictures, as SDXL's is (`time_ids`)."""
-        return self.call.with_sizes(conditions, sizes)
 
     @torch.no_grad()
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch *latent"]:
@@ -82,34 +66,6 @@ class Base:
         noise = torch.stack([torch.randn(*shape, generator=g) for g in generators])
         timesteps = torch.cat([self.noising.drawn(g) for g in generators])
         return noise, timesteps, torch.cat([torch.rand(1, generator=g) for g in generators]) < dropout
-
-    def noised(
-        self,
-        latents: Float[Tensor, "batch *latent"],
-        noise: Float[Tensor, "batch *latent"],
-        timesteps: Shaped[Tensor, " batch"],
-    ) -> Float[Tensor, "batch *latent"]:
-        """The latents at `timesteps` of the noise schedule."""
-        return self.noising.noised(latents, noise, timesteps)
-
-    def target(
-        self,
-        latents: Float[Tensor, "batch *latent"],
-        noise: Float[Tensor, "batch *latent"],
-        timesteps: Shaped[Tensor, " batch"],
-    ) -> Float[Tensor, "batch *latent"]:
-        """What a perfect model would predict: ε, v, or the velocity of the flow."""
-        return self.noising.target(latents, noise, timesteps)
-
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Float[Tensor, "batch *latent"],
-        timesteps: Shaped[Tensor, " batch"],
-        conditions: Conditions,
-    ) -> Float[Tensor, "batch *latent"]:
-        """The prediction of `denoiser`, as the scheduler gets it: this base's own, or another with its architecture."""
-        return self.call.predict(denoiser, noisy, timesteps, conditions)
 
 
 def stable_diffusion(pipe: DiffusionPipeline, what: str) -> Base:

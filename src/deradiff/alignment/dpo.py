@@ -51,7 +51,7 @@ class Pairs(Stateful, Protocol):
 
 def errors(base: Base, denoiser: nn.Module, noised: Noised) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The errors of a model's predictions, of winners and of losers (see `objectives.squared_error`)."""
-    prediction = base.predict(denoiser, noised.noisy, noised.timesteps, noised.conditions)
+    prediction = base.call.predict(denoiser, noised.noisy, noised.timesteps, noised.conditions)
     winner, loser = squared_error(prediction.float(), noised.target.float()).view(2, -1)
     return winner, loser
 
@@ -70,8 +70,10 @@ def noise_pairs(
     both = clean.transpose(0, 1).flatten(0, 1)
     noise, timesteps = _twice(noise.to(device)), _twice(timesteps.to(device))
     sizes = batch.time_ids.transpose(0, 1).flatten(0, 1)
-    conditions = base.with_sizes({name: _twice(prompts) for name, prompts in single.items()}, sizes)
-    return Noised(base.noised(both, noise, timesteps), timesteps, conditions, base.target(both, noise, timesteps))
+    conditions = base.call.with_sizes({name: _twice(prompts) for name, prompts in single.items()}, sizes)
+    return Noised(
+        base.noising.noised(both, noise, timesteps), timesteps, conditions, base.noising.target(both, noise, timesteps)
+    )
 
 
 def _twice(rows: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def train_mapo(
     """
     if not 0 <= beta < float("inf"):
         raise ValueError(f"β = {beta}: the weight of the margin must be 0 or more")
-    objective = partial(margin_aware, beta=beta, timesteps=base.timesteps)
+    objective = partial(margin_aware, beta=beta, timesteps=base.noising.timesteps)
     return train_pairs(base, policy, pairs, objective, plan, referenced=False, run=run, **more)
 
 

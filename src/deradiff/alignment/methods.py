@@ -110,12 +110,9 @@ AnyPairs = LatentCache | PairFolder | PairStream
 def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> AnyPairs:
     """The pairs, drawn where they are the model's own; as latents in `out/cache` if `settings.cache`."""
     own = settings.data == "own"
-    if settings.reward and not own:
-        raise ValueError(f"{settings.data} says itself what is preferred: --reward compares own pairs alone")
+    require_pairs(settings, count)
     source = own_pairs(pipe, settings, out / "pairs", count or OWN_PAIRS, seed, report) if own else settings.data
     if not settings.cache:
-        if count and not own:
-            raise ValueError("--count limits what is cached; without a cache all pairs are used")
         return open_pairs(source, held_out=settings.held_out)
     pairs, base = open_pairs(source), base_of(pipe, settings)
     planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
@@ -123,7 +120,7 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
         out / "cache",
         pairs,
         base.encode_images,
-        base.encode_prompts,
+        base.call.encode_prompts,
         base=settings.model,
         resolution=settings.resolution,
         flip=settings.flip,
@@ -135,17 +132,27 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
     return LatentCache(out / "cache", held_out=settings.held_out)
 
 
+def require_pairs(settings: Preset, count: int | None) -> None:
+    """Raise `ValueError` for settings that contradict one another, and for own pairs of a model without prompts."""
+    if settings.data == "own":
+        if find(settings.base) is None:
+            raise ValueError(f"own pairs need prompts and a reward, which only {_SHIPPED} bring along: name --data")
+        return
+    if settings.reward:
+        raise ValueError(f"{settings.data} says itself what is preferred: --reward compares own pairs alone")
+    if count and not settings.cache:
+        raise ValueError("--count limits what is cached; without a cache all pairs are used")
+
+
 def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
-    """Pairs of the model's own pictures, compared by the reward. Raises `ValueError` for a model without prompts."""
-    if (world := find(settings.base)) is None:
-        raise ValueError(f"own pairs need prompts and a reward, which only {_SHIPPED} bring along: name --data")
+    """Pairs of the model's own pictures, compared by the reward."""
     sampling = settings.sampling
     pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
     return draw_pairs(
         folder,
         pipe,
         settings.base,
-        world.sample_prompts(count, seed),
+        prompts_of(settings, count, seed),
         reward_of(settings, pipe.device),
         temperature=0.25,
         steps=sampling["steps"],
@@ -195,8 +202,7 @@ def prepare_prompts(
 ) -> TrainingPrompts:
     """The prompts of `settings.data`, of which the last are held out; nothing is written."""
     texts = prompts_of(settings, count, seed)
-    if len(texts) <= settings.held_out:
-        raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
+    require_held_out(settings, len(texts), "prompts")
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
     trained_on = len(texts) - settings.held_out
@@ -214,6 +220,12 @@ def prepare_refl(
         return data
     drawn = _own_samples(pipe, settings, out, data.training, 2, data.reward, seed, report)
     return replace(data, samples=drawn.samples)
+
+
+def require_held_out(settings: Preset, count: int, what: str) -> None:
+    """Raise `ValueError` where all of `count` would be held out."""
+    if count <= settings.held_out:
+        raise ValueError(f"{settings.held_out} of {count} {what} are to be held out: lower --held-out")
 
 
 def prompts_of(settings: Preset, count: int | None, seed: int) -> list[str]:

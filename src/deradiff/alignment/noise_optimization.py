@@ -295,9 +295,9 @@ def _check(
 
 def _require_noise_first(base: Base, sampling: SamplerSettings) -> None:
     first = float(sampling.prepared(base).timesteps[0])
-    if first < base.timesteps / 2:
+    if first < base.noising.timesteps / 2:
         raise ValueError(
-            f"with {sampling.steps} step(s), {sampling.scheduler!r} begins at timestep {first:g} of {base.timesteps}, "
-            "where latents are hardly noise. Give the pipeline a scheduler from "
+            f"with {sampling.steps} step(s), {sampling.scheduler!r} begins at timestep {first:g} of "
+            f"{base.noising.timesteps}, where latents are hardly noise. Give the pipeline a scheduler from "
             "from_config(pipe.scheduler.config, timestep_spacing='trailing'), whose configuration is taken over"
         )

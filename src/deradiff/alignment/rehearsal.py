@@ -12,7 +12,7 @@ from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.fitting import base_of, reward_of, sampling_of
 from deradiff.alignment.loop import make_optimizer, trainable
-from deradiff.alignment.methods import METHODS, fitted, prompts_of
+from deradiff.alignment.methods import METHODS, fitted, prompts_of, require_held_out, require_pairs
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.pairs import open_pairs
@@ -20,7 +20,6 @@ from deradiff.alignment.presets import Preset
 from deradiff.alignment.sampling import decode, sample, told
 from deradiff.alignment.scoring import scored
 from deradiff.anchors.checks import denoiser_of
-from deradiff.worlds import find
 
 LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers", "n_layers", "n_refiner_layers")
 """Settings of transformers that say how many layers of a kind they have."""
@@ -49,24 +48,24 @@ def rehearse(settings: Preset, pipe: Any, *, count: int | None = None, seed: int
 
 
 def _data(settings: Preset, count: int | None, seed: int) -> Iterator[str]:
-    if METHODS[settings.method].batch == "pairs" and settings.data != "own":
+    batch = METHODS[settings.method].batch
+    if batch == "pairs":
+        require_pairs(settings, count)
+        if settings.data == "own":
+            yield "data: pairs of the model's own pictures, to be drawn"
+            return
         pairs: Any = open_pairs(settings.data, held_out=settings.held_out)
         first = next(iter(pairs.in_order(None)), None)
         if first is None:
             raise ValueError(f"{settings.data} holds no pair")
-        pair = pairs.open(first.row)
         size = f"{len(pairs)} rows" if hasattr(pairs, "__len__") else "a stream"
-        yield f"data: {size} of pairs in {settings.data}; the first is of {pair.prompt!r}"
-        return
-    if METHODS[settings.method].batch == "pairs":
-        if find(settings.base) is None:
-            raise ValueError(f"{settings.base} brings no prompts along to draw pairs of its own for: name --data")
-        yield "data: pairs of the model's own pictures, to be drawn"
+        yield f"data: {size} of pairs in {settings.data}; the first is of {pairs.open(first.row).prompt!r}"
         return
     texts = prompts_of(settings, count, seed)
-    if len(texts) <= settings.held_out:
-        raise ValueError(f"{settings.held_out} of {len(texts)} prompts are to be held out: lower --held-out")
-    yield f"data: {len(texts)} prompts, {settings.held_out} of them held out; the first is {texts[0]!r}"
+    # Reward-weighted denoising holds samples out, and trains on some of all prompts.
+    held, each = ("samples", settings.options["per_prompt"]) if batch == "samples" else ("prompts", 1)
+    require_held_out(settings, each * len(texts), held)
+    yield f"data: {len(texts)} prompts; {settings.held_out} {held} are held out; the first prompt is {texts[0]!r}"
 
 
 @contextmanager
@@ -91,7 +90,7 @@ def _model(base: Base, cut: str) -> Iterator[str]:
     what = {"epsilon": "ε", "v_prediction": "v", "flow": "the velocity of a flow"}[noising.prediction]
     times = f", times {noising.density}, shifted by {noising.shift:g}" if isinstance(noising, FlowNoising) else ""
     yield f"model: {name}, whose {base.component} predicts {what}{times}; tried here: {cut}"
-    conditions = base.encode_prompts(["a picture"])
+    conditions = base.call.encode_prompts(["a picture"])
     shapes = ", ".join(f"{key} {list(rows.shape[1:])}" for key, rows in conditions.items())
     yield f"a picture is {list(base.call.latent_shape(None))} of latents; the denoiser is told {shapes}"
 
@@ -105,10 +104,10 @@ def _step(base: Base, settings: Preset, seed: int) -> Iterator[str]:
         latents = base.encode_images(torch.zeros(1, 3, side, side, device=device)).float()
         noise, times, _ = base.noise_of(generators, latents.shape[1:], 0.0)
         noise, times = noise.to(device), times.to(device)
-        conditions = {name: rows.to(device) for name, rows in base.encode_prompts(["a picture"]).items()}
-        noisy = base.noised(latents, noise, times).to(base.denoiser.dtype)
-        prediction = base.predict(policy.model, noisy, times, conditions).float()
-        loss = squared_error(prediction, base.target(latents, noise, times)).mean()
+        conditions = {name: rows.to(device) for name, rows in base.call.encode_prompts(["a picture"]).items()}
+        noisy = base.noising.noised(latents, noise, times).to(base.denoiser.dtype)
+        prediction = base.call.predict(policy.model, noisy, times, conditions).float()
+        loss = squared_error(prediction, base.noising.target(latents, noise, times)).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, settings.plan.max_norm)
         if not bool(loss.isfinite()) or not bool(norm.isfinite()) or not float(norm):

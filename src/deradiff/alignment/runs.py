@@ -279,7 +279,7 @@ def _identity(beta: float, settings: Preset, data: Data, seed: int) -> dict[str,
     """What decides the weights, as plain data."""
     changing_nothing = ("source", "betas", "notes", "gradient_checkpointing")
     decisive = {key: value for key, value in asdict(settings).items() if key not in changing_nothing}
-    if settings.density is None:
+    if settings.density is None:  # version 0.1 did not say it, and what it began goes on
         del decisive["density"]
     return json.loads(json.dumps({"beta": beta, "seed": seed, "settings": decisive, "data": data.fingerprint}))
 
@@ -301,10 +301,10 @@ def _save(
         LoraBaseMixin.write_lora_layers(
             {f"{component}.{key}": value for key, value in layers.items()},
             folder,
-            True,
-            LORA_WEIGHT_NAME_SAFE,
-            None,
-            True,
+            is_main_process=True,
+            weight_name=LORA_WEIGHT_NAME_SAFE,
+            save_function=None,
+            safe_serialization=True,
         )
     else:
         policy.model.save_pretrained(folder)

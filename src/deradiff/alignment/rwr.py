@@ -35,7 +35,9 @@ class Denoising:
         self._base, self._latents = base, samples.latents
         places = {text: place for place, text in enumerate(dict.fromkeys(samples.prompts))}
         self._numbers = torch.tensor([places[text] for text in samples.prompts])
-        self._told = EncodedPrompts.of(base.encode_prompts, list(places), lambda: base.encode_prompts([""]), per_pass)
+        self._told = EncodedPrompts.of(
+            base.call.encode_prompts, list(places), lambda: base.call.encode_prompts([""]), per_pass
+        )
 
     def errors(
         self, model: nn.Module, rows: Sequence[int], dropout: float | int, generators: Sequence[torch.Generator]
@@ -47,8 +49,8 @@ class Denoising:
         noise, timesteps, dropped = base.noise_of(generators, clean.shape[1:], dropout)
         noise, timesteps = noise.to(device), timesteps.to(device)
         conditions = self._told.rows(self._numbers[chosen], dropped, device)
-        prediction = base.predict(model, base.noised(clean, noise, timesteps), timesteps, conditions)
-        return squared_error(prediction.float(), base.target(clean, noise, timesteps))
+        prediction = base.call.predict(model, base.noising.noised(clean, noise, timesteps), timesteps, conditions)
+        return squared_error(prediction.float(), base.noising.target(clean, noise, timesteps))
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -77,12 +77,12 @@ def conditions(
     One that is told the guidance scale is told this one, by default its pipeline's.
     """
     prompted = base.call.encode_prompts(prompts, guidance_scale)
-    return base.with_sizes(prompted, _sizes(resolution, len(prompts)))
+    return base.call.with_sizes(prompted, _sizes(resolution, len(prompts)))
 
 
 def unconditional(base: Base, count: int, resolution: int | None = None) -> Conditions:
     """What the denoiser is told without a prompt, `count` times: the pipeline's own choice, zeros for SDXL."""
-    return base.with_sizes(base.call.unprompted(count), _sizes(resolution, count))
+    return base.call.with_sizes(base.call.unprompted(count), _sizes(resolution, count))
 
 
 def told(base: Base, prompts: Sequence[str], sampling: SamplerSettings) -> tuple[Conditions, Conditions | None]:
@@ -205,7 +205,7 @@ def guided(
     guides = guidance_scale > 1 and not base.call.guidance_is_embedded
     both = torch.cat([noisy, noisy]) if guides else noisy
     at = timestep.expand(len(both)).to(both.device)
-    predicted = at_least_single(base.predict(denoiser, both.to(base.denoiser.dtype), at, known))
+    predicted = at_least_single(base.call.predict(denoiser, both.to(base.denoiser.dtype), at, known))
     if not guides:
         return predicted
     without_prompt, with_prompt = predicted.chunk(2)

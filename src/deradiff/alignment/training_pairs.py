@@ -63,7 +63,7 @@ class EncodedPairs:
         self._base, self._resolution, self._processes, self._seed, self._flip = base, resolution, processes, seed, flip
         self._order = DataOrder(source, seed)
         self.training = len(source) - source.held_out_rows if isinstance(source, PairFolder) else None
-        self._empty = {name: value.cpu() for name, value in base.encode_prompts([""]).items()}
+        self._empty = {name: value.cpu() for name, value in base.call.encode_prompts([""]).items()}
         self._held_out = [self._encoded([pair]) for pair in source.held_out()]
         self.held_out = len(self._held_out)
 
@@ -100,7 +100,7 @@ class EncodedPairs:
         ]
         latents = self._base.encode_images(torch.cat([view.pixels for view in views])).unflatten(0, (-1, 2)).cpu()
         texts = [pair.prompt for pair in pairs]
-        prompts = {name: value.cpu() for name, value in self._base.encode_prompts(texts).items()}
+        prompts = {name: value.cpu() for name, value in self._base.call.encode_prompts(texts).items()}
         return CachedBatch(latents, torch.stack([view.time_ids for view in views]), prompts, texts)
 
 

@@ -182,7 +182,7 @@ class Teacher:
     ) -> Float[Tensor, "batch *latent"]:
         """The prediction for each row at its own λ, without guidance, in single precision."""
         shown = noisy.to(self.base.denoiser.dtype)
-        return self.base.predict(_Mixture(self.denoisers, lams), shown, timesteps, told).float()
+        return self.base.call.predict(_Mixture(self.denoisers, lams), shown, timesteps, told).float()
 
 
 # -- the student ------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def distil(
         noise, t, dropped = base.noise_of(generators, clean.shape[1:], share)
         own = lams[:, t] if samples.lams is None else samples.lams[chosen][None]
         t = t.to(device)
-        noisy = base.noised(clean, noise.to(device), t)
+        noisy = base.noising.noised(clean, noise.to(device), t)
         numbers = samples.prompts[chosen]
         given = told.rows(numbers, dropped, device)
         target = teacher(noisy, t, given, own)
@@ -331,7 +331,7 @@ def distil(
             target = torch.lerp(teacher(noisy, t, without, own), target, guidance)
         shown = model if samples.lams is None else TellingLam(model, samples.lams[chosen].to(device))
         given = {name: rows.to(dtype) for name, rows in given.items()}
-        return squared_error(base.predict(shown, noisy.to(dtype), t, given).float(), target)
+        return squared_error(base.call.predict(shown, noisy.to(dtype), t, given).float(), target)
 
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(settings.batch))

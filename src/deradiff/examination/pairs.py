@@ -108,7 +108,7 @@ def _terms(
     seed: int,
     report: Callable[[int, int], None],
 ) -> PairTerms:
-    empty = base.encode_prompts([""])
+    empty = base.call.encode_prompts([""])
     linear, square = torch.zeros(2, DRAWS, len(pairs), dtype=torch.float64)
     chunks = list(passes(len(pairs), PAIRS_TOGETHER))
     for number, rows in enumerate(chunks):
@@ -116,11 +116,13 @@ def _terms(
         views = [pair_pixels(pair, side) for pair in chosen]
         latents = base.encode_images(torch.cat([view.pixels for view in views])).unflatten(0, (-1, 2))
         texts = [pair.prompt for pair in chosen]
-        batch = CachedBatch(latents, torch.stack([view.time_ids for view in views]), base.encode_prompts(texts), texts)
+        batch = CachedBatch(
+            latents, torch.stack([view.time_ids for view in views]), base.call.encode_prompts(texts), texts
+        )
         for draw in range(DRAWS):
             noised = noise_pairs(base, batch, empty, 0.0, row_generators(seed, rows, f"examined {draw}"))
             outputs = _Both(denoisers)
-            base.predict(outputs, noised.noisy.to(base.denoiser.dtype), noised.timesteps, noised.conditions)
+            base.call.predict(outputs, noised.noisy.to(base.denoiser.dtype), noised.timesteps, noised.conditions)
             reference, anchor = (output.float() for output in outputs.predictions)
             found = terms(noised.target.float(), reference, anchor).double().cpu()
             linear[draw, rows.start : rows.stop], square[draw, rows.start : rows.stop] = found

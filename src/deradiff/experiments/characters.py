@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deradiff.algorithm.characters import Character
 from deradiff.experiments.arms import Model
 from deradiff.experiments.plan import Plan
 from deradiff.files.hub import cached
-from deradiff.sweep.characters import CharacterFile, KnownCharacter, belonging, read_character
+from deradiff.sweep.characters import CharacterFile, belonging, read_character
 from deradiff.sweep.description import call_of
 from deradiff.sweep.fingerprints import fingerprint
 from deradiff.sweep.pipelines import SCHEDULERS
@@ -37,12 +36,6 @@ def characters(plan: Plan, prints: Mapping[str, Mapping[str, Any]]) -> dict[str,
         }
         held[name] = _checked(model, present).model_dump(mode="json")
     return held
-
-
-def restored(record: Mapping[str, Any]) -> KnownCharacter:
-    """One of `characters`, as it was stored."""
-    held = CharacterFile.model_validate(record)
-    return KnownCharacter(Character(held.kind, held.why), held.examined)
 
 
 def sampler(plan: Plan, sampling: str) -> tuple[str | None, float | None]:

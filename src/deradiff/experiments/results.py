@@ -15,7 +15,7 @@ from jaxtyping import Float
 from deradiff.algorithm.guided_weights import GuidedWeights, joined_guidance
 from deradiff.algorithm.path_weights import ImportanceWeights
 from deradiff.algorithm.verdict import Verdict, verdict
-from deradiff.experiments.characters import restored, sampler
+from deradiff.experiments.characters import sampler
 from deradiff.experiments.plan import Arm, Plan
 from deradiff.experiments.running import Contents, blacked_out, contents, cut_prompts
 from deradiff.experiments.store import Store, StoredDiagnostics, StoredGuidance
@@ -71,7 +71,9 @@ class Results:
         self.blacked_out = blacked_out(self.contents, store)
         """Images that a safety checker blacked out: they are not there, and have no scores."""
         held = store.fact("characters", dict[str, CharacterFile]) or {}
-        self.characters: dict[str, KnownCharacter] = {name: restored(record) for name, record in held.items()}
+        self.characters: dict[str, KnownCharacter] = {
+            name: CharacterFile.model_validate(record).known for name, record in held.items()
+        }
         """What kind of anchor the models are that were examined, by their names."""
         self.cut = cut_prompts(self.contents, store)
         """What prompts lost to tokenizers."""

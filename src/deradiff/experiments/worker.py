@@ -156,10 +156,8 @@ class Worker:
 
         first, guidance = drawings[0], drawings[0].reward_guidance
         assert guidance is not None
-        base, reward = (
-            stable_diffusion(self._pipe(first), "guidance by a reward"),
-            self._scorer("scores", guidance.reward),
-        )
+        base = stable_diffusion(self._pipe(first), "guidance by a reward")
+        reward = self._scorer("scores", guidance.reward)
         scale = guidance.guidance_scale
         if scale is None:
             scale = call_of(first.sampling, self.plan.reference).get("guidance_scale") or 1.0

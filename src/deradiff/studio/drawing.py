@@ -232,8 +232,10 @@ def judged(
         return [f"{said()}; no score, as the safety checker blacked out {hidden} of {len(sampled)} images"]
     scores = _scores([image for _, image, _ in sampled], [prompt] * len(sampled), rewards)
     verdicts = {name: said(scores=score, name=name) for name, score in scores.items() if not isinstance(score, str)}
-    if len({*verdicts.values()}) <= 1:
-        return [next(iter(verdicts.values()), said())]
+    if not verdicts:
+        return [said()]
+    if len({*verdicts.values()}) == 1:
+        return [*verdicts.values()][:1]
     return [f"{name}: {words}" for name, words in verdicts.items()]
 
 

@@ -33,6 +33,11 @@ class CharacterFile(Record):
     examined: Examined
     versions: dict[str, str]
 
+    @property
+    def known(self) -> KnownCharacter:
+        """What verdicts go by."""
+        return KnownCharacter(Character(self.kind, self.why), self.examined)
+
 
 @dataclass(frozen=True)
 class KnownCharacter:
@@ -109,4 +114,4 @@ def belonging(known: CharacterFile, file: str | Path, present: Mapping[str, tupl
                 f"{file} is the character of other weights: the {name} {source} has the hash {sha256[:12]}, and that "
                 f"of {was}, which was examined, {examined[:12] or 'none'}; {CURE}"
             )
-    return KnownCharacter(Character(known.kind, known.why), known.examined)
+    return known.known
