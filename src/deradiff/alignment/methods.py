@@ -17,7 +17,14 @@ from deradiff.algorithm.estimates import effective_sample_size
 from deradiff.alignment.base import Base
 from deradiff.alignment.dpo import train_dpo, train_mapo
 from deradiff.alignment.draft import train_alignprop, train_draft
-from deradiff.alignment.fitting import base_of, reward_of, sampling_of
+from deradiff.alignment.fitting import (
+    base_of,
+    prompts_of,
+    require_held_out,
+    require_pairs,
+    reward_of,
+    sampling_of,
+)
 from deradiff.alignment.latent_cache import LatentCache, write_cache
 from deradiff.alignment.own_pairs import draw_pairs
 from deradiff.alignment.own_samples import OwnSamples, draw_samples
@@ -26,7 +33,6 @@ from deradiff.alignment.pairs import PairFolder, open_pairs
 from deradiff.alignment.pixels import vae_fingerprint
 from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
-from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr
 from deradiff.alignment.scoring import RewardTask
@@ -36,11 +42,8 @@ from deradiff.anchors.checks import prediction_type
 from deradiff.rewards import Reward
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
-from deradiff.worlds import SHIPPED, find
 
-OWN_PAIRS, OWN_PROMPTS = 2000, 500
-
-_SHIPPED = f"the models that ship ({', '.join(SHIPPED)})"
+OWN_PAIRS = 2000
 
 
 @runtime_checkable
@@ -132,18 +135,6 @@ def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, see
     return LatentCache(out / "cache", held_out=settings.held_out)
 
 
-def require_pairs(settings: Preset, count: int | None) -> None:
-    """Raise `ValueError` for settings that contradict one another, and for own pairs of a model without prompts."""
-    if settings.data == "own":
-        if find(settings.base) is None:
-            raise ValueError(f"own pairs need prompts and a reward, which only {_SHIPPED} bring along: name --data")
-        return
-    if settings.reward:
-        raise ValueError(f"{settings.data} says itself what is preferred: --reward compares own pairs alone")
-    if count and not settings.cache:
-        raise ValueError("--count limits what is cached; without a cache all pairs are used")
-
-
 def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
     """Pairs of the model's own pictures, compared by the reward."""
     sampling = settings.sampling
@@ -220,21 +211,6 @@ def prepare_refl(
         return data
     drawn = _own_samples(pipe, settings, out, data.training, 2, data.reward, seed, report)
     return replace(data, samples=drawn.samples)
-
-
-def require_held_out(settings: Preset, count: int, what: str) -> None:
-    """Raise `ValueError` where all of `count` would be held out."""
-    if count <= settings.held_out:
-        raise ValueError(f"{settings.held_out} of {count} {what} are to be held out: lower --held-out")
-
-
-def prompts_of(settings: Preset, count: int | None, seed: int) -> list[str]:
-    """The prompts of `settings.data`, so many of them. Raises `ValueError` where there are none."""
-    if settings.data != "own":
-        return list(load_prompts(settings.data, count, seed if count else None).prompts)
-    if (world := find(settings.base)) is None:
-        raise ValueError(f"only {_SHIPPED} bring prompts along: name --data, a list of prompts")
-    return world.sample_prompts(count or OWN_PROMPTS, seed)
 
 
 def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:

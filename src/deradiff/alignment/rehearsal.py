@@ -10,9 +10,16 @@ from torch import nn
 
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import row_generators
-from deradiff.alignment.fitting import base_of, reward_of, sampling_of
+from deradiff.alignment.fitting import (
+    base_of,
+    prompts_of,
+    require_held_out,
+    require_pairs,
+    reward_of,
+    sampling_of,
+)
 from deradiff.alignment.loop import make_optimizer, trainable
-from deradiff.alignment.methods import METHODS, fitted, prompts_of, require_held_out, require_pairs
+from deradiff.alignment.methods import METHODS, fitted
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.pairs import open_pairs
