@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types docs docs-serve tests build bench bench-align clean
+.PHONY: help install demo test check format lint types docs docs-serve tests test-all build bench bench-align clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ docs-serve: $(STAMP) ## the documentation in a browser, rebuilt as you write
 tests: $(STAMP) ## pytest alone
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: $(STAMP) ## every case of every test, the slow ones too (twice as long)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --all-cases
 
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix

@@ -35,9 +35,9 @@ TESTS = Path(__file__).parent.parent / "tests"
 def kinds(folder: Path) -> dict[str, Any]:
     """The marked tests by kind, which `tests/conftest.py` has them tell: tried, held, skipped."""
     began, results = time.monotonic(), folder / "results.xml"
-    how = ["-m", "attack", "-n", "2", "--dist", "loadfile", "-q", "--tb=short", f"--basetemp={folder / 'tests'}"]
+    how = ["-m", "attack", "--all-cases", "-n", "2", "--dist", "loadfile", "-q", "--tb=short"]
     status = subprocess.run(
-        [sys.executable, "-m", "pytest", str(TESTS), *how, f"--junitxml={results}"],
+        [sys.executable, "-m", "pytest", str(TESTS), *how, f"--basetemp={folder / 'tests'}", f"--junitxml={results}"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ).returncode
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

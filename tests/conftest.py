@@ -20,11 +20,40 @@ for library in ("peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_di
 install_import_hook("deradiff", "typechecker.check")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have every test that is marked `attack(kind)` tell its kind: `benchmarks/attack.py` counts by it."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="run every case of tests that are marked cases(n)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `cases(n)` says, and have every test that is marked `attack(kind)` tell its kind.
+
+    A test that is named by itself keeps all its cases.
+    """
     for item in items:
         if mark := item.get_closest_marker("attack"):
             item.user_properties.append(("attack", mark.args[0]))
+    if config.getoption("all_cases") or any("::" in argument for argument in config.args):
+        return
+    spared = [item for cases in _marked(items).values() for item in _spared(cases)]
+    config.hook.pytest_deselected(items=spared)
+    items[:] = [item for item in items if item not in set(spared)]
+
+
+def _marked(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """The cases of each test that is marked `cases(n)`."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("cases"):
+            tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return tests
+
+
+def _spared(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """All but n of a test's cases, those that are left evenly spread and the first among them."""
+    mark = cases[0].get_closest_marker("cases")
+    kept = mark.args[0] if mark else len(cases)
+    left = {i * len(cases) // kept for i in range(kept)}
+    return [case for i, case in enumerate(cases) if i not in left]
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,7 @@ from tiny import make
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.cases(7)
 def test_weighted_samples_follow_the_retrained_model_with_every_scheduler(name):
     family, world, reward = FAMILIES[name], crossing(), crossing().rewards["slope"]
     x, dial = realigned(world, family, {"anchor": {"slope": 2.0}}, 0.25)
@@ -33,6 +34,7 @@ def test_weighted_samples_follow_the_retrained_model_with_every_scheduler(name):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", ["DDPM", "DDIM η = ½", "Euler", "flow matching"])
+@pytest.mark.cases(6)
 def test_weighted_samples_follow_the_retrained_model_in_random_worlds(seed, name):
     chance = torch.Generator().manual_seed(seed)
     dim, rewards = (2, 3, 5, 8, 12, 16)[seed], 1 + seed % 2
@@ -130,6 +132,7 @@ def test_interpolated_weights_and_runs_not_begun_have_no_weights():
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM η = 1", "Euler ancestral", "flow matching SDE"])
+@pytest.mark.cases(2)
 def test_memoryless_paths_tell_the_implicit_reward_and_the_divergence(name):
     world, lam, tilt = crossing(), 0.5, 1.0
     reward = world.rewards["slope"]
@@ -156,6 +159,7 @@ def test_the_divergence_of_memoryless_paths_is_that_of_their_images(name):
 
 
 @pytest.mark.parametrize(("name", "clip"), [("DDIM η = ½", False), ("DDIM η = 1", False), ("DDIM η = ½", True)])
+@pytest.mark.cases(2)
 def test_path_densities_match_gaussians_written_out(name, clip):
     """Every step's densities by hand, for two anchors, one of them with a weight outside [0, 1].
 

@@ -119,6 +119,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: list[str], value
 
 
 @pytest.mark.parametrize("method", ["dpo", "rwr", "ddpo", "draft"])
+@pytest.mark.cases(2)
 def test_half_precision_draws_and_trains(method: str, tmp_path: Path) -> None:
     done = command("digits", "--method", method, "--out", tmp_path, *SMALL, *OPTIONS[method], "--precision", "bf16")
     assert done.exit_code == 0, done.output

@@ -257,6 +257,7 @@ def aligned(
 
 
 @pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.cases(1)
 def test_interrupted_alignment_ends_with_the_same_bits(tmp_path: Path, rank: int | None) -> None:
     whole, curve = aligned(tmp_path / "whole", rank)
     with pytest.raises(Interrupted):

@@ -73,6 +73,7 @@ def by_hand(base: Base, policy: Policy, latents: torch.Tensor, keep: int, kl: fl
 
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.cases(2)
 def test_the_gradient_is_that_of_finite_differences(rank: int | None, keep: int) -> None:
     base = base_of(dtype=torch.float64)
     policy = Policy(base, rank, seed=1)
@@ -300,6 +301,7 @@ def trained(
     ("method", "plan"),
     [("draft", PLAN), ("refl", PLAN), ("alignprop", replace(PLAN, optimizer="adafactor", weight_decay=0.01))],
 )
+@pytest.mark.cases(1)
 def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, method: str, plan: TrainingPlan) -> None:
     whole, curve = trained(tmp_path / "whole", method, plan=plan)
     with pytest.raises(Interrupted):
@@ -310,6 +312,7 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, method: st
 
 
 @pytest.mark.parametrize("method", ["draft", "refl"])
+@pytest.mark.cases(1)
 def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> None:
     # In float64: Adam's first steps are as long for a gradient of 1e-8 as for any other, rounding errors included.
     plan = replace(PLAN, steps=2)
@@ -319,6 +322,7 @@ def test_micro_batches_only_round_differently(tmp_path: Path, method: str) -> No
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.cases(0)
 def test_the_reward_of_the_digits_rises_less_with_a_divergence_to_pay_for(tmp_path: Path) -> None:
     prompts, reward = captions.sample_prompts(60, 5), BoldReward()
     sampling = SamplerSettings("ddim", 5, 1.0)

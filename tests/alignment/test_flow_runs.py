@@ -80,6 +80,7 @@ def latents_of(pipe: Any, side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "rank"), [("sd3", 2), ("sd3", None), ("pixart", None), ("z_image", 2)])
+@pytest.mark.cases(2)
 def test_an_anchor_is_written_that_realign_loads(family: str, rank: int | None, tmp_path: Path) -> None:
     pipe, side = trainable(family)
     pairs_folder(tmp_path / "pairs")

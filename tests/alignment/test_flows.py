@@ -70,6 +70,7 @@ def own_run(pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.cases(5)
 def test_what_is_sampled_and_decoded_is_what_the_pipeline_draws(
     bases: dict[str, tuple[Base, int]], family: str
 ) -> None:
@@ -174,6 +175,7 @@ ADAPTED = [(family, rank) for family in TRAINABLE for rank in (None, 4) if not (
 
 
 @pytest.mark.parametrize(("family", "rank"), ADAPTED)
+@pytest.mark.cases(6)
 def test_the_loss_falls_and_a_resumed_run_ends_with_the_same_bits(
     bases: dict[str, tuple[Base, int]], family: str, rank: int | None, tmp_path: Path
 ) -> None:

@@ -227,6 +227,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("guidance_scale, each", [(1.0, 1), (3.0, 2)])
 @pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.cases(2)
 def test_every_evaluation_is_counted(guidance_scale: float, each: int, checkpointing: bool) -> None:
     base, rows = base_of(), 0
 

@@ -248,6 +248,7 @@ def aligned(
 
 
 @pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.cases(1)
 def test_interrupted_alignment_ends_with_the_same_bits(tmp_path: Path, rank: int | None) -> None:
     whole, curve = aligned(tmp_path / "whole", rank)
     with pytest.raises(Interrupted):
@@ -260,6 +261,7 @@ def test_interrupted_alignment_ends_with_the_same_bits(tmp_path: Path, rank: int
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.01])
+@pytest.mark.cases(1)
 def test_micro_batches_only_round_differently(tmp_path: Path, kl: float) -> None:
     plan = replace(PLAN, steps=2)
     whole, curve = aligned(tmp_path / "whole", plan=plan, kl=kl)

@@ -137,6 +137,7 @@ def test_the_held_out_loss_is_the_weighted_error_by_hand(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.cases(1)
 def test_interrupted_training_ends_with_the_same_bits(tmp_path: Path, rank: int | None) -> None:
     whole, curve = trained(tmp_path / "whole", rank=rank)
     with pytest.raises(Interrupted):

@@ -33,6 +33,7 @@ def drawn(base: Base, noise: torch.Tensor, sampling: SamplerSettings, keep: int 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "euler-a", "dpmpp", "ddpm"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.cases(5)
 def test_the_pictures_are_the_pipelines_own(kind: str, scheduler: str, guidance_scale: float) -> None:
     base = base_of(kind)
     sampling = SamplerSettings(scheduler, 4, guidance_scale)

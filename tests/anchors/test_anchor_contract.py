@@ -55,6 +55,7 @@ LORA: dict[str, Form] = {
 
 
 @pytest.mark.parametrize("form", [*WHOLE, *LORA])
+@pytest.mark.cases(4)
 def test_a_form_is_the_aligned_model_and_leaves_nothing(form: str, tmp_path: Path) -> None:
     pipe, aligned, call = make("sd")
     if form in LORA:

@@ -33,6 +33,7 @@ def written(tensors: dict[str, Tensor], path: Path) -> Path:
 
 @forms
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.cases(2)
 def test_names_behind_a_prefix(kind, tmp_path):
     pipe, aligned = made(kind)
     expected = predict(pipe, aligned)
@@ -240,6 +241,7 @@ def mutated(state: dict[str, Tensor], chance: random.Random) -> dict[str, Tensor
 
 @fuzzed
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.cases(2)
 def test_files_with_something_wrong_in_them(kind, tmp_path):
     pipe, aligned = made(kind)
     weights = lora_weights(lora(denoiser(pipe), ("to_q", "to_out.0")))
@@ -276,6 +278,7 @@ VALUES: list[Any] = [None, [], {}, 3, "x", [[]], {"a": {}}, 10**400, True, -1.5,
 
 @fuzzed
 @pytest.mark.parametrize("form", ["peft", "metadata", "denoiser", "pipeline"])
+@pytest.mark.cases(2)
 def test_settings_with_something_wrong_in_them(form, tmp_path):
     pipe, aligned = made("sd")
     wrapped = lora(pipe.unet, ("to_q",))

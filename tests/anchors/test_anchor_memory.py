@@ -35,6 +35,7 @@ def weights_of(module: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "options", [{}, {"reuse": 2}, {"reuse": 2, "lam": 0.7}, {"method": "interpolate"}, {"lam": 1.0}]
 )
+@pytest.mark.cases(2)
 def test_a_whole_model_is_let_go(options):
     pipe, anchor, call = made_any()
     dial = realign(pipe, anchor, **{"lam": 0.5, **options})

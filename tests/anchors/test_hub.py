@@ -106,6 +106,7 @@ def test_a_new_commit_is_noticed(hub, folder):
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "offline", "unreachable", "broken"])
+@pytest.mark.cases(2)
 def test_the_cache_serves_without_a_hub(how, hub, folder, monkeypatch):
     pipe, aligned = made("sd")
     saved(aligned, folder / "unet", max_shard_size="50KB")

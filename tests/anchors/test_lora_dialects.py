@@ -35,6 +35,7 @@ def weights_of(anchor: Anchor, reference: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "family", "outcome"), CASES)
+@pytest.mark.cases(54)
 def test_a_file_is_the_merged_model_or_is_refused(name: str, family: str, outcome: str, tmp_path: Path) -> None:
     dialect = DIALECTS[name]
     pipe = FAMILIES[family].make()

@@ -72,6 +72,7 @@ def test_a_lora_is_scaled_and_fused(tmp_path: Path, options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("form", ["shards", "single file", "original layout", "pipeline"])
+@pytest.mark.cases(2)
 def test_every_form_of_an_anchor(tmp_path: Path, form: str) -> None:
     pipe, aligned, call = tiny.make("sd")
     source = tmp_path / "anchor"

@@ -195,6 +195,7 @@ def test_the_loss_is_the_distance_to_the_mixed_prediction(tmp_path: Path, guided
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.cases(0)
 def test_a_few_steps_bring_the_digits_nearer(tmp_path: Path) -> None:
     pipe, prompts, sampler = digits.load_pipeline(), sample_prompts(40, 3), Sampler(6, 1.5, 20)
     anchor = digits.anchor_path(30.0)
@@ -260,6 +261,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None],
 
 
 @pytest.mark.parametrize(("stage", "rank"), [("drawing samples", 4), ("training", 4), ("training", None)])
+@pytest.mark.cases(1)
 def test_an_interrupted_distillation_ends_with_the_same_bits(
     tmp_path: Path,
     stage: str,

@@ -69,6 +69,7 @@ HELD = (written_alignments.alignments, written_alignments.samples, written_files
 
 
 @pytest.mark.parametrize("make", HELD, ids=lambda make: make.__name__)
+@pytest.mark.cases(2)
 def test_tensors_and_pictures_that_were_cut_are_not_used(tmp_path: Path, make: Any) -> None:
     files = [file for file in written_files.written(tmp_path, (make,)) if file.form in ("tensors", "picture")]
     assert files

@@ -165,6 +165,7 @@ def coming_in(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
 @KEPT
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("name", ["thesis.docx", "images/thesis.png", "sub/thesis.docx"])
+@pytest.mark.cases(2)
 def test_a_file_that_is_saved_while_models_load_stays(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool, name: str
 ) -> None:

@@ -107,6 +107,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @read_only
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.cases(2)
 def test_what_may_be_read_is_read(command: str, shelf: Path, own: Path) -> None:
     words = [word.format(shelf=shelf, own=own) for word in COMMANDS[command]]
     before = {path: path.stat().st_mtime_ns for path in shelf.rglob("*")}

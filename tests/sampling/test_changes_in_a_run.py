@@ -158,6 +158,7 @@ MIXING_ROWS = {
 
 
 @pytest.mark.parametrize("mixing", MIXING_ROWS)
+@pytest.mark.cases(2)
 def test_a_lora_where_rows_look_at_one_another(mixing, tmp_path: Path):
     pipe, _, call = make("sd")
     weights = lora_weights(pipe, seed=20)

@@ -49,6 +49,7 @@ def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 
 
 @every_family
+@pytest.mark.cases(10)
 def test_at_zero_and_one_it_is_a_single_model_to_the_bit_and_removed_the_pipeline_is_what_it_was(family):
     pipe, call, dial = realigned(family, 0.0)
     originals = denoisers(pipe)
@@ -64,6 +65,7 @@ def test_at_zero_and_one_it_is_a_single_model_to_the_bit_and_removed_the_pipelin
 
 
 @every_family
+@pytest.mark.cases(10)
 def test_between_it_is_algorithm_1(family):
     pipe, call, _ = realigned(family, 0.5)
     own = [built(family)[0], around(family, anchors_of(built(family)[0]))]
@@ -72,6 +74,7 @@ def test_between_it_is_algorithm_1(family):
 
 
 @every_family
+@pytest.mark.cases(7)
 def test_every_image_has_its_own_lam(family):
     pipe, call, _ = realigned(family, [0.0, 1.0])
     for actual, first, second in zip(drawn(pipe, call), plain(family), aligned(family), strict=True):
@@ -79,6 +82,7 @@ def test_every_image_has_its_own_lam(family):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flux2_klein_kv"])
+@pytest.mark.cases(6)
 def test_a_batch_in_parts_is_the_same(family):
     pipe, call, dial = realigned(family, 0.5)
     whole = drawn(pipe, call)
@@ -102,6 +106,7 @@ def test_a_batch_of_a_model_that_keeps_rows_of_it_is_not_divided():
 
 
 @every_family
+@pytest.mark.cases(7)
 def test_a_schedule_is_read_at_the_share_of_steps_done(family):
     schedule = Spline([(0, 0.2), (1, 0.9)])
     pipe, call, dial = realigned(family, schedule)

@@ -52,11 +52,13 @@ FORWARD_HOOKS: dict[str, Callable[[Any], Any]] = {
 @SIDES
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("hook", FORWARD_HOOKS)
+@pytest.mark.cases(5)
 def test_a_forward_hook_that_changes_one_model_is_refused(hook, order, side):
     refused(FORWARD_HOOKS[hook], "sd", order, side, hook, "anchor", "reference")
 
 
 @pytest.mark.parametrize("hook", FORWARD_HOOKS)
+@pytest.mark.cases(2)
 def test_a_forward_hook_on_both_models_acts_on_both(hook):
     pipe, anchor, call, own = trio()
     dial = realign(pipe, anchor, 0.37)
@@ -113,6 +115,7 @@ PATCHES = {"patched_forward": patch_forward, "Merging": patch_class, "Halving": 
 @SIDES
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.cases(3)
 def test_a_patched_layer_is_refused(patch, order, side):
     refused(PATCHES[patch], "sd", order, side, patch, LAYER, "anchor", "reference")
 

@@ -123,6 +123,7 @@ CASES = [(kind, name) for kind in CALLS for name in GUIDERS if (kind, name) not 
 
 @pytest.mark.parametrize("anchored", ["full", "LoRA"])
 @pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.cases(10)
 def test_a_guider_guides_every_model_by_itself(kind, name, anchored, tmp_path):
     call, guider = CALLS[kind], GUIDERS[name]
     pipe, source, weights = Modular(kind, guider(kind)), make(kind)[1], None

@@ -50,6 +50,7 @@ def run(
 
 
 @pytest.mark.parametrize(("beta", "lam"), PAIRS)
+@pytest.mark.cases(3)
 def test_particles_are_exact_where_algorithm_1_is_off_by_a_third(beta, lam):
     """The reward within 2% of the exact shift and modes within 0.01, beyond Monte Carlo error.
 
@@ -70,6 +71,7 @@ def test_particles_are_exact_where_algorithm_1_is_off_by_a_third(beta, lam):
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchSDEScheduler, "η = ½"])
+@pytest.mark.cases(2)
 def test_every_single_step_stochastic_scheduler_resamples(scheduler):
     world, reward, count = crossing(), crossing().rewards["slope"], 8000
     half = scheduler == "η = ½"
@@ -85,6 +87,7 @@ def test_every_single_step_stochastic_scheduler_resamples(scheduler):
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.cases(2)
 def test_particles_in_random_worlds(seed):
     chance = torch.Generator().manual_seed(seed)
     dim, rewards = (2, 4, 8, 16)[seed], 1 + seed % 2
@@ -359,6 +362,7 @@ def test_systematic_resampling_keeps_expectations_and_bounds_children():
 
 
 @pytest.mark.parametrize("kind", [*KINDS])
+@pytest.mark.cases(3)
 def test_particles_on_every_kind_of_pipeline(kind):
     pipe, anchor, call = make(kind)
     flow = type(pipe.scheduler).__name__.startswith("FlowMatch")

@@ -31,6 +31,7 @@ from tiny_loras import fused, lora_weights
 
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.cases(3)
 def test_a_style_lora_acts_on_both_models(kind, order):
     pipe, anchor, call, own = trio(kind)
     plain, unstyled = sample(pipe, call), lock_step(own, call, 0.37)
@@ -140,6 +141,7 @@ def lora_anchor(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_adapter", "sd_controlnet", "sd_ip_adapter", "sd3", "flux"])
 @pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.cases(3)
 def test_a_lora_anchor_is_the_full_model_with_the_lora_fused(kind, batched, lora_anchor):
     pipe, _, call = make(kind)
     path, weights = lora_anchor(pipe)

@@ -40,6 +40,7 @@ def generators(*seeds):
     ],
     ids=str,
 )
+@pytest.mark.cases(3)
 def test_call_arguments(kind, changes):
     pipe, anchor, call, own = trio(kind)
     with realign(pipe, anchor, 0.37) as dial:

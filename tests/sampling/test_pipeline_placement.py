@@ -40,6 +40,7 @@ def realigned(pipe, anchor, lam, order, change):
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["sd", "flux"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+@pytest.mark.cases(3)
 def test_precision(kind, dtype, tolerance, order):
     pipe, anchor, call, own = trio(kind)
     call = {key: value.to(dtype) if key.endswith("embeds") else value for key, value in call.items()}
@@ -94,6 +95,7 @@ OFFLOADS = {
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
+@pytest.mark.cases(4)
 def test_offloading_over_several_calls(kind, offload, order):
     pipe, anchor, call, own = trio(kind)
     expected = {0.0: sample(own[0], call), 1.0: sample(own[1], call), 0.37: lock_step(own, call, 0.37)}
@@ -145,6 +147,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("way", COPIES)
+@pytest.mark.cases(2)
 def test_copies_of_a_realigned_scheduler_are_of_its_own_class(way):
     pipe, anchor, call, own = trio()
     dial = realign(pipe, anchor, 0.37)
@@ -254,6 +257,7 @@ COMPILERS = {
 
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("how", COMPILERS)
+@pytest.mark.cases(1)
 def test_compilation(how, order):
     pipe, anchor, call, own = trio()
     plain, aligned = sample(own[0], call), sample(own[1], call)

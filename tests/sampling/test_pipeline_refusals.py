@@ -19,6 +19,7 @@ from tiny import assert_close, denoiser, make, sample, trio
     [float("nan"), float("inf"), -float("inf"), "0.5", None, True, [], [0.1, float("nan")], {"wrong": 1.0}],
     ids=str,
 )
+@pytest.mark.cases(3)
 def test_a_bad_lambda_is_refused_and_the_old_one_stays(bad):
     pipe, anchor, call, own = trio()
     with pytest.raises((ValueError, TypeError)):
@@ -45,6 +46,7 @@ def test_a_list_of_the_wrong_length_names_both_lengths():
 
 @pytest.mark.parametrize("lam", [0.5, 1.0])
 @pytest.mark.parametrize("culprit", ["reference", "anchor"])
+@pytest.mark.cases(2)
 def test_nan_in_a_prediction_stops_the_run(culprit, lam):
     pipe, anchor, call, _ = trio()
     model: Any = anchor if culprit == "anchor" else denoiser(pipe)

@@ -38,6 +38,7 @@ SWITCHES = {
 
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.cases(3)
 def test_what_is_set_on_the_denoiser_is_set_on_both_models(switch, order):
     pipe, anchor, call, own = trio()
     plain, aligned = sample(own[0], call), sample(own[1], call)

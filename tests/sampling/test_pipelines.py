@@ -9,6 +9,7 @@ from tiny import KINDS, Counter, assert_close, denoiser, distance, make, sample,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(3)
 def test_at_zero_and_one_a_single_model_runs_and_gives_its_own_pipelines_latents(kind):
     pipe, anchor, call = make(kind)
     plain, aligned = sample(pipe, call), sample(with_denoiser(kind, anchor), call)
@@ -35,6 +36,7 @@ def test_at_zero_and_one_a_single_model_runs_and_gives_its_own_pipelines_latents
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(3)
 def test_between_and_beyond_it_is_algorithm_1(kind):
     pipe, anchor, call = make(kind)
     own = [make(kind)[0], with_denoiser(kind, anchor)]

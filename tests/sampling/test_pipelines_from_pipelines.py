@@ -39,6 +39,7 @@ AUTO: dict[str, tuple[Callable[[Any], DiffusionPipeline], str]] = {
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("task", AUTO)
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.cases(3)
 def test_from_a_pipeline_for_text_to_one_for(task: str, family: str, order: str) -> None:
     build, kind = AUTO[task]
     pipe, anchor, call, own = trio(family)

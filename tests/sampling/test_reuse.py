@@ -38,6 +38,7 @@ def records(pipe: Any, dial: Any, call: dict[str, Any], **changes: Any) -> list[
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd_inpaint", "sd_adapter", "sd_controlnet", "sd3", "flux", "pixart"])
 @pytest.mark.parametrize("carrier", ["reference", "anchor", "interpolate"])
+@pytest.mark.cases(6)
 def test_all_models_at_every_step_is_exact(kind: str, carrier: str) -> None:
     pipe, anchor, call = make(kind)
     with deradiff.realign(pipe, anchor, 0.4) as dial:

@@ -14,6 +14,7 @@ from tiny import assert_close, distance, make, sample, with_denoiser
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.cases(4)
 def test_a_scheduler_is_realigned(name: str) -> None:
     kind = "sd3" if name.startswith("flow") else "sd"
     pipe, anchor, call = make(kind)

@@ -92,6 +92,7 @@ def build(case: Case) -> tuple[DiffusionPipeline, nn.Module, dict[str, Any], lis
 
 
 @pytest.mark.parametrize("case", AFFINE.values(), ids=AFFINE)
+@pytest.mark.cases(7)
 def test_affine_steps_mix_predictions(case):
     pipe, anchor, call, own = build(case)
     plain, aligned = sample(own[0], call), sample(own[1], call)
@@ -111,6 +112,7 @@ SINGLE_STAGE = {name: case for name, case in AFFINE.items() if case.step_of is N
 
 
 @pytest.mark.parametrize("case", SINGLE_STAGE.values(), ids=SINGLE_STAGE)
+@pytest.mark.cases(6)
 def test_a_schedule_is_read_at_the_fraction_of_steps_done(case):
     pipe, anchor, call, own = build(case)
     with realign(pipe, anchor, Power(2)):
@@ -118,6 +120,7 @@ def test_a_schedule_is_read_at_the_fraction_of_steps_done(case):
 
 
 @pytest.mark.parametrize("name", ["Heun", "PNDM", "KDPM2", "flow Heun"])
+@pytest.mark.cases(2)
 def test_a_schedule_stays_in_place_where_a_step_evaluates_twice(name):
     """λ jumps from 0 to 1 between the second and the third of four noise levels, however often each is evaluated."""
     step_of = AFFINE[name].step_of
@@ -140,6 +143,7 @@ LISTING = {
 
 @pytest.mark.parametrize(("case", "posterior"), LISTING.values(), ids=LISTING)
 @pytest.mark.parametrize("path", ["prediction", "posterior"])
+@pytest.mark.cases(3)
 def test_both_paths_are_the_papers_listing(case, posterior, path):
     pipe, anchor, call, own = build(case)
     with realign(pipe, anchor, path=path) as dial:
@@ -170,6 +174,7 @@ NOT_AFFINE = {
 
 
 @pytest.mark.parametrize(("case", "posterior"), NOT_AFFINE.values(), ids=NOT_AFFINE)
+@pytest.mark.cases(2)
 def test_other_steps_mix_posteriors(case, posterior):
     pipe, anchor, call, own = build(case)
     plain, aligned = sample(own[0], call), sample(own[1], call)

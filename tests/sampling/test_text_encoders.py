@@ -86,6 +86,7 @@ def drawn(pipe: Any, call: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cases(2)
 def test_each_model_has_its_own_prompt_embeddings(kind, tmp_path):
     weights = both(kind)
     pipe, _, call = make(kind)
@@ -120,6 +121,7 @@ def test_each_model_has_its_own_prompt_embeddings(kind, tmp_path):
         ("flux", {"text_encoder": "lora_te1_", "text_encoder_2": "text_encoders.t5xxl.transformer."}),
     ],
 )
+@pytest.mark.cases(2)
 def test_the_names_that_trainers_give_text_encoders(kind, prefixes, tmp_path):
     pipe, _, call = make(kind)
     own = {key: t for key, t in both(kind).items() if key.partition(".")[0] in (*prefixes, "unet", "transformer")}

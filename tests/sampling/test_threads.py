@@ -66,6 +66,7 @@ class Turns:
 @attack
 @pytest.mark.parametrize("form", ["module", "lora"])
 @pytest.mark.parametrize("options", [{}, {"method": "interpolate"}, {"reuse": 2}, {"batched": False}])
+@pytest.mark.cases(3)
 def test_two_pipelines_around_one_denoiser_draw_what_each_draws_alone(form, options, tmp_path):
     pipe, anchor, call = make("sd")
     if form == "lora":

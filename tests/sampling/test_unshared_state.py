@@ -60,6 +60,7 @@ CACHES: dict[str, Callable[[nn.Module], None]] = {
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("side", ["reference", "anchor", "LoRA anchor"])
+@pytest.mark.cases(7)
 def test_a_cache_applied_by_function_is_refused(cache, side, order, tmp_path):
     pipe, anchor, call = make("flux")
     source: Any = anchor
@@ -92,6 +93,7 @@ def cast_for_storage(pipe: DiffusionPipeline) -> None:
 
 @BEFORE_AND_AFTER
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
+@pytest.mark.cases(2)
 def test_layerwise_casting_reaches_both_models(kind, order):
     pipe, anchor, call, own = trio(kind)
     plain = sample(own[1], call)
@@ -171,6 +173,7 @@ def pack_tensor(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "name"), [(pack_layer, "Packed"), (pack_tensor, "PackedTensor")], ids=["layer", "tensor"]
 )
+@pytest.mark.cases(3)
 def test_one_quantised_model_is_refused(change, name, order, side):
     if (order, side) == ("before", "anchor") and change is pack_tensor:
         pytest.skip("realign() casts the anchor's tensors and leaves its class")
@@ -242,6 +245,7 @@ def test_dropout_in_one_model_alone_is_refused():
     ],
     ids=["block", "feed-forward"],
 )
+@pytest.mark.cases(3)
 def test_layers_that_a_person_leaves_out_are_left_out_of_both(kind, config, anchored, order, tmp_path):
     pipe, anchor, call, own = trio(kind)
     source: Any = anchor

@@ -50,6 +50,7 @@ def test_no_image_is_drawn_twice_and_the_best_is_drawn_in_the_end(tmp_path: Path
 
 
 @pytest.mark.parametrize("ends_after", [3, 13, 18])
+@pytest.mark.cases(1)
 def test_a_search_that_was_broken_off_ends_like_an_unbroken_one(tmp_path: Path, ends_after: int) -> None:
     whole = search(tmp_path / "whole", Smooth())
     with pytest.raises(KeyboardInterrupt):
@@ -98,6 +99,7 @@ def test_an_image_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     [spaces.lams(["strong", "weak"]), spaces.power("strong"), spaces.knots("strong", [0, 1])],
     ids=lambda space: space.kind,
 )
+@pytest.mark.cases(1)
 def test_other_spaces_are_drawn_too(tmp_path: Path, space: spaces.SearchSpace) -> None:
     outcome = search(tmp_path / "x", Smooth(), space=space, budget=len(space.first()) + 1)
     assert isinstance(outcome.answer, Best) and len(outcome.answer.point) == len(space.coordinates)

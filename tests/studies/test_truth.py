@@ -165,6 +165,7 @@ def ignore(done: int, total: int) -> None:
     """No progress bar."""
 
 
+@pytest.mark.cases(0)
 def test_an_interrupted_comparison_computes_what_is_missing_and_nothing_else(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -370,6 +370,7 @@ def chunked(path: str, size: int) -> bytes:
 
 @BODIES
 @pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/upload", "/", "/gradio_api/x"])
+@pytest.mark.cases(2)
 def test_bodies_are_bounded_everywhere(
     shared: tuple[int, Any, Any], path: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

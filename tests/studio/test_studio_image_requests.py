@@ -54,6 +54,7 @@ def by_hand(settings: Settings, lam: Any) -> Image.Image:
 
 
 @pytest.mark.parametrize(("lam", "schedule"), [(0.0, None), (0.5, None), (1.0, None), (1.5, None), (0.8, Power(2))])
+@pytest.mark.cases(2)
 def test_the_exact_image_is_the_librarys(desk: Desk, lam: float, schedule: Power | None) -> None:
     settings = scene(lam, schedule=None if schedule is None else schedule.to_dict(), seed=3)
     [found] = last(desk.drawn("page", settings))

@@ -66,6 +66,7 @@ def test_a_link_holds_all_of_the_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCENES)
+@pytest.mark.cases(2)
 def test_the_program_draws_the_same_image(name: str, models: LoadedModels) -> None:
     found: dict[str, Any] = {}
     exec(snippets.program(SCENES[name], "cpu", "float32"), found)

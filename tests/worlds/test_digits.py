@@ -255,6 +255,7 @@ def miniature() -> Settings:
     )
 
 
+@pytest.mark.cases(0)
 def test_miniature_build_is_interrupted_everywhere_and_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
