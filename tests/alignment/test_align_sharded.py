@@ -349,6 +349,7 @@ def test_half_precision_divides_no_model_from_its_reference(two: Any) -> None:
     assert two["first loss"] == [pytest.approx(math.log(2), abs=1e-7)]
 
 
+@pytest.mark.cases(0)
 def test_the_command_leaves_what_it_leaves_with_one_process(tmp_path: Path) -> None:
     run_by_two(COMMAND, tmp_path)
     for name, arguments in COMMANDS.items():

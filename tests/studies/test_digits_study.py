@@ -92,6 +92,7 @@ def test_the_command_trains_compares_and_prints(trained, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "errors.png").stat().st_size > 10_000
 
 
+@pytest.mark.cases(0)
 def test_two_processes_compute_what_one_does_and_guidance_has_its_own_counts(trained, tmp_path):
     plan = replace(PLAN, guidance_scales=(1.0, 1.5))
     alone = run(trained, tmp_path / "alone", plan, lambda *_: None, workers=1)

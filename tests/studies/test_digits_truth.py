@@ -136,6 +136,7 @@ def miniature() -> TruthSettings:
     )
 
 
+@pytest.mark.cases(0)
 def test_miniature_is_interrupted_everywhere_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole, broken, settings = tmp_path / "whole", tmp_path / "broken", miniature()
     train_truth(whole, settings, lambda *_: None, workers=1)
