@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from deradiff.alignment import methods, runs
+from deradiff.alignment import methods, runs, training_data
 from deradiff.alignment.presets import PRESETS, usual
 from deradiff.sweep.alignment_records import known_beta
 from deradiff.worlds.digits import captions
@@ -70,16 +70,16 @@ def test_prompts_that_measure_are_not_trained_on(tmp_path: Path) -> None:
     from dataclasses import replace
 
     settings = replace(usual("digits", "draft"), data=str(listed), held_out=3)
-    data = methods.prepare_prompts(pipe, settings, tmp_path, None, 0, lambda *_: None)
+    data = training_data.prepare_prompts(pipe, settings, tmp_path, None, 0, lambda *_: None)
     method = methods.METHODS["draft"]
     assert method.prompts(data, settings, 64) == ["a seven", "a eight", "a nine"] and not set(data.training) & set(
         data.held_out
     )
     assert method.prompts(data, settings, 2) == ["a seven", "a eight"] and isinstance(data.reward, DigitsReward)
-    other = methods.prepare_prompts(pipe, settings, tmp_path, 5, 1, lambda *_: None)
+    other = training_data.prepare_prompts(pipe, settings, tmp_path, 5, 1, lambda *_: None)
     assert other.fingerprint != data.fingerprint and len(other.training) == 2
     with pytest.raises(ValueError, match=naming("10 of 10", "--held-out")):
-        methods.prepare_prompts(pipe, replace(settings, held_out=10), tmp_path, None, 0, lambda *_: None)
+        training_data.prepare_prompts(pipe, replace(settings, held_out=10), tmp_path, None, 0, lambda *_: None)
 
 
 def test_a_method_without_preset_starts_from_its_own_and_not_from_another_models_parts() -> None:

@@ -13,8 +13,8 @@ from deradiff.algorithm.estimates import mean
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import order, row_generators
 from deradiff.alignment.draft import Truncation, drawn_from, objective, train_alignprop, train_draft
-from deradiff.alignment.loop import trainable
 from deradiff.alignment.lora_targets import WIDER_TARGETS
+from deradiff.alignment.parameters import trainable
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import ReferenceSamples
 from deradiff.alignment.sampling import SamplerSettings, conditions, decode, sample, unconditional

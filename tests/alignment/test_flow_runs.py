@@ -19,7 +19,7 @@ from deradiff.alignment import runs
 from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.draft import Truncation, objective, train_draft
-from deradiff.alignment.methods import METHODS, fitted, prepare_pairs
+from deradiff.alignment.methods import METHODS, fitted
 from deradiff.alignment.noising import DiffusionNoising, FlowNoising, noising_of
 from deradiff.alignment.presets import Preset, usual
 from deradiff.alignment.refl import train_refl
@@ -27,6 +27,7 @@ from deradiff.alignment.rehearsal import rehearse
 from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import TrainingPlan, TrainingRun
+from deradiff.alignment.training_data import prepare_pairs
 from deradiff.anchors import load_anchor
 from deradiff.sweep import pipelines
 from messages import naming

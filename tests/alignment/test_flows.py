@@ -14,7 +14,7 @@ from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.data_order import order
 from deradiff.alignment.dpo import train_dpo
 from deradiff.alignment.latent_cache import CachedBatch
-from deradiff.alignment.loop import trainable
+from deradiff.alignment.parameters import trainable
 from deradiff.alignment.rwr import ReferenceSamples, train_rwr
 from deradiff.alignment.sampling import SamplerSettings, decode, sample, told
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun

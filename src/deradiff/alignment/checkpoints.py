@@ -29,7 +29,7 @@ WHAT, CURE = "checkpoint of an alignment", "delete the folder to begin anew, or 
 PICKLED = "state.pt"
 """In a checkpoint of version 0.1: a pickle, which is read no more."""
 
-LISTS = ("parameters", "average", "best")
+LISTS = ("parameters", "average", "best", "old")
 """Of tensors, one for each parameter, or none."""
 
 
@@ -81,6 +81,7 @@ class TrainingState:
     parameters: list[Tensor]
     average: list[Tensor]
     best: list[Tensor]
+    old: list[Tensor]
     optimizer: dict[int, dict[str, Any]]
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -103,8 +104,10 @@ def write(folder: Path, state: TrainingState, progress: Mapping[str, Any]) -> No
     (folder / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_state(folder: Path, progress: TrainingProgress, shapes: Sequence[torch.Size], plan: Any) -> TrainingState:
-    """The tensors of a training whose parameters have these shapes.
+def read_state(
+    folder: Path, progress: TrainingProgress, shapes: Sequence[torch.Size], plan: Any, has_old: bool = False
+) -> TrainingState:
+    """The tensors of a training whose parameters have these shapes; `has_old`: with a policy of its own that draws.
 
     Raises `ValueError` for a file that is cut or missing, and for tensors of another model or optimizer.
     """
@@ -114,7 +117,7 @@ def read_state(folder: Path, progress: TrainingProgress, shapes: Sequence[torch.
             held = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except OSError as error:
         raise ValueError(f"{folder} is no {WHAT}: {error}: {CURE}") from None
-    wanted = {"parameters": True, "average": bool(plan.average), "best": bool(plan.patience)}
+    wanted = {"parameters": True, "average": bool(plan.average), "best": bool(plan.patience), "old": has_old}
     lists = {name: [held.pop(f"{name}.{i}", None) for i in range(len(shapes) * wanted[name])] for name in LISTS}
     for name, values in lists.items():
         for i, value in enumerate(values):

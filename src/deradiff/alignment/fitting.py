@@ -30,9 +30,9 @@ def reward_of(settings: Preset, device: Any) -> Reward:
 
 
 def sampling_of(settings: Preset, scheduler: str | None = None) -> SamplerSettings:
-    """How `settings` sample; with another scheduler if one is named."""
+    """How `settings` sample; with another scheduler, at its full noise, if one is named."""
     resolution = None if find(settings.base) else settings.resolution
-    named = {"scheduler": scheduler} if scheduler else {}
+    named = {"scheduler": scheduler, "eta": 1.0} if scheduler else {}
     return SamplerSettings(resolution=resolution, **{**settings.sampling, **named})
 
 

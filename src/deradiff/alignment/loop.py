@@ -8,8 +8,8 @@ rounded.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from deradiff.alignment import checkpoints, folders, sharding
+from deradiff.alignment.parameters import OldPolicy, copy_to, swapped, trainable
 from deradiff.alignment.training import BatchPart, Loss, LossCurve, Stateful, TrainingPlan, TrainingRun
 
 
@@ -30,29 +31,6 @@ class TrainingFailed(RuntimeError):
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The randomness of one step."""
     return torch.Generator().manual_seed((seed << 32) + step)
-
-
-@contextmanager
-def swapped(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """`parameters` hold `values` inside the block."""
-    former = [p.detach().clone() for p in parameters]
-    try:
-        copy_to(parameters, values)
-        yield
-    finally:
-        copy_to(parameters, former)
-
-
-@torch.no_grad()
-def copy_to(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Write `values` into `parameters`."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that training changes."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def make_optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
@@ -84,6 +62,7 @@ def train(
     *,
     run: TrainingRun,
     data: Stateful | None = None,
+    old: OldPolicy | None = None,
 ) -> LossCurve:
     """Minimise `loss` over the parameters of `model` that require gradients; the model ends with the kept weights.
 
@@ -91,7 +70,8 @@ def train(
     `held_out_loss` is computed by every process alike, the first one's value counts. The accelerator of `run` forgets
     the model afterwards.
 
-    `data` is what `loss` takes its rows from, where that has a state.
+    `data` is what `loss` takes its rows from, where that has a state, and `old` the policy that draws what it learns
+    from, where that is not the one that is trained.
 
     State is written to the folder `run.checkpoint` every `plan.checkpoint_seconds` and read from there if it exists;
     the caller deletes it once it has saved the result. A checkpoint with another `run.identity` raises `ValueError`. A
@@ -107,7 +87,7 @@ def train(
     sharding.require_supported(accelerator, plan.optimizer)
     with sharding.divided(model, accelerator) if accelerator.is_fsdp2 else nullcontext(model) as trained:
         try:
-            return _Training(trained, loss, held_out_loss, plan, run, accelerator, data).finished()
+            return _Training(trained, loss, held_out_loss, plan, run, accelerator, data, old).finished()
         finally:
             accelerator.free_memory()
 
@@ -124,9 +104,10 @@ class _Training:
         run: TrainingRun,
         accelerator: Accelerator,
         data: Stateful | None,
+        old: OldPolicy | None,
     ) -> None:
         self.loss, self.held_out_loss, self.plan = loss, held_out_loss, plan
-        self.run, self.accelerator, self.data = run, accelerator, data
+        self.run, self.accelerator, self.data, self.old = run, accelerator, data, old
         accelerator.gradient_accumulation_steps = plan.accumulate
         # What micro-batches exchange only once is a whole gradient in every process until then.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = accelerator.is_fsdp2
@@ -136,6 +117,8 @@ class _Training:
         """The moving average of the weights, if there is one."""
         self.best = [p.detach().clone() for p in self.parameters] if plan.patience else []
         """The weights of the lowest held-out loss so far, if those are kept."""
+        if old:
+            old.begin(self.parameters)
         self.curve = LossCurve()
         self.step = 0
         """How many steps are done."""
@@ -155,6 +138,8 @@ class _Training:
             self.take_step()
             self.update_average()
             self.step += 1
+            if self.old:
+                self.old.follow(self.step, self.parameters)
             if self.step % plan.evaluate_every == 0 or self.step == plan.steps:
                 self.require_finite()
                 self.evaluate()
@@ -279,12 +264,16 @@ class _Training:
         """Go on from the checkpoint."""
         accelerator, parameters, optimizer = self.accelerator, self.parameters, self.optimizer
         progress = folders.read(self.run.checkpoint, self.run.identity, self.plan.steps)
-        state = checkpoints.read_state(self.run.checkpoint, progress, [p.shape for p in parameters], self.plan)
+        state = checkpoints.read_state(
+            self.run.checkpoint, progress, [p.shape for p in parameters], self.plan, self.old is not None
+        )
         if self.data is not None:
             self.data.load_state_dict(progress.data)
         copy_to(parameters, sharding.parts(state.parameters, parameters))
         self.average = sharding.parts(state.average, parameters[: len(state.average)])
         self.best = sharding.parts(state.best, parameters[: len(state.best)])
+        if self.old:
+            self.old.weights = sharding.parts(state.old, parameters)
         held = {"state": state.optimizer, "param_groups": optimizer.state_dict()["param_groups"]}
         optimizer.load_state_dict(sharding.optimizer_parts(held, parameters))
         if accelerator.scaler is not None:
@@ -301,6 +290,7 @@ class _Training:
             "parameters": [p.detach() for p in self.parameters],
             "average": self.average,
             "best": self.best,
+            "old": self.old.weights if self.old else [],
             "optimizer": self.optimizer.state_dict()["state"],
         }
         tensors = sharding.gathered(tensors, accelerator.is_main_process)

@@ -1,49 +1,42 @@
 """The methods of alignment by name: what each one trains on, how it trains, and what its strength means."""
 
-import hashlib
 import itertools
-import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from diffusers import DiffusionPipeline
 
 from deradiff.algorithm.estimates import effective_sample_size
 from deradiff.alignment.base import Base
+from deradiff.alignment.diffusion_nft import train_diffusion_nft
 from deradiff.alignment.dpo import train_dpo, train_mapo
 from deradiff.alignment.draft import train_alignprop, train_draft
-from deradiff.alignment.fitting import (
-    base_of,
-    prompts_of,
-    require_held_out,
-    require_pairs,
-    reward_of,
-    sampling_of,
-)
-from deradiff.alignment.latent_cache import LatentCache, write_cache
-from deradiff.alignment.own_pairs import draw_pairs
-from deradiff.alignment.own_samples import OwnSamples, draw_samples
-from deradiff.alignment.pair_streams import PairStream
-from deradiff.alignment.pairs import PairFolder, open_pairs
-from deradiff.alignment.pixels import vae_fingerprint
+from deradiff.alignment.fitting import sampling_of
+from deradiff.alignment.flow_grpo import train_flow_grpo
+from deradiff.alignment.latent_cache import LatentCache
+from deradiff.alignment.own_samples import OwnSamples
 from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
 from deradiff.alignment.refl import train_refl
-from deradiff.alignment.rwr import ReferenceSamples, tilted_weights, train_rwr
+from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingRun
+from deradiff.alignment.training_data import (
+    AnyPairs,
+    TrainingPrompts,
+    prepare_pairs,
+    prepare_prompts,
+    prepare_refl,
+    prepare_samples,
+)
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.anchors.checks import prediction_type
-from deradiff.rewards import Reward
-from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
-
-OWN_PAIRS = 2000
 
 
 @runtime_checkable
@@ -82,75 +75,36 @@ class TrainingMethod:
     train: Callable[..., LossCurve]
     prompts: Callable[[Any, Preset, int], list[str]]
     """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
-    for_flows: bool = True
-    """Whether it aligns models that predict the velocity of a flow."""
+    models: Literal["all", "noise", "flows"] = "all"
+    """What it aligns: models that predict ε or v, the velocity of a flow, or both."""
+
+    def aligns(self, is_flow: bool) -> bool:
+        """Whether it aligns flows, or what predicts ε or v."""
+        return self.models in ("all", "flows" if is_flow else "noise")
 
 
 def fitted(settings: Preset, pipe: Any) -> Preset:
     """`settings` for the kind of model that `pipe` is: a flow is sampled by Euler's method where they name no other.
 
-    Raises `ValueError` for a method that is not for flows.
+    Raises `ValueError` for a method that is not for it.
     """
     method = METHODS[settings.method]
-    if prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config) != "flow":
-        return settings
-    if not method.for_flows:
-        others = ", ".join(name for name, other in METHODS.items() if other.for_flows)
+    prediction = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
+    is_flow = prediction == "flow"
+    if not method.aligns(is_flow):
+        others = ", ".join(name for name, other in METHODS.items() if other.aligns(is_flow))
+        wanted, is_now = ("ε or v", "is a flow") if is_flow else ("the velocity of a flow", f"predicts {prediction}")
         raise ValueError(
-            f"{method.title} is for models that predict ε or v, and {settings.base} is a flow: take {others}"
+            f"{method.title} is for models that predict {wanted}, and {settings.base} {is_now}: take {others}"
         )
+    if not is_flow:
+        return settings
     if not settings.sampling or settings.sampling["scheduler"].startswith("flow"):
         return settings
     return replace(settings, sampling={**settings.sampling, "scheduler": "flow-euler"})
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
-
-
-AnyPairs = LatentCache | PairFolder | PairStream
-
-
-def prepare_pairs(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> AnyPairs:
-    """The pairs, drawn where they are the model's own; as latents in `out/cache` if `settings.cache`."""
-    own = settings.data == "own"
-    require_pairs(settings, count)
-    source = own_pairs(pipe, settings, out / "pairs", count or OWN_PAIRS, seed, report) if own else settings.data
-    if not settings.cache:
-        return open_pairs(source, held_out=settings.held_out)
-    pairs, base = open_pairs(source), base_of(pipe, settings)
-    planned = count or (len(pairs) if hasattr(pairs, "__len__") else 0)
-    write_cache(
-        out / "cache",
-        pairs,
-        base.encode_images,
-        base.call.encode_prompts,
-        base=settings.model,
-        resolution=settings.resolution,
-        flip=settings.flip,
-        vae=vae_fingerprint(pipe.vae),
-        limit=count,
-        shard=256,
-        report=lambda done, line: report("encoding pairs", done, max(planned, done), line),
-    )
-    return LatentCache(out / "cache", held_out=settings.held_out)
-
-
-def own_pairs(pipe: Any, settings: Preset, folder: Path, count: int, seed: int, report: Report) -> Path:
-    """Pairs of the model's own pictures, compared by the reward."""
-    sampling = settings.sampling
-    pipe.scheduler = pipelines.scheduler_like(pipe.scheduler, sampling["scheduler"])
-    return draw_pairs(
-        folder,
-        pipe,
-        settings.base,
-        prompts_of(settings, count, seed),
-        reward_of(settings, pipe.device),
-        temperature=0.25,
-        steps=sampling["steps"],
-        guidance_scale=sampling["guidance_scale"],
-        seed=seed,
-        report=partial(report, "drawing pairs"),
-    )
 
 
 def _with_pairs(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
@@ -175,42 +129,6 @@ def _pairs_held_out(data: AnyPairs, settings: Preset, count: int) -> list[str]:
 
 
 # -- prompts and a reward ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingPrompts:
-    """Prompts to train on, and others that only measure progress; samples of the base for ReFL's other loss."""
-
-    training: tuple[str, ...]
-    held_out: tuple[str, ...]
-    reward: Reward
-    fingerprint: dict[str, Any]
-    samples: ReferenceSamples | None = None
-
-
-def prepare_prompts(
-    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
-) -> TrainingPrompts:
-    """The prompts of `settings.data`, of which the last are held out; nothing is written."""
-    texts = prompts_of(settings, count, seed)
-    require_held_out(settings, len(texts), "prompts")
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    fingerprint = {"kind": "prompts", "prompts": len(texts), "source": settings.data, "sha256": digest}
-    trained_on = len(texts) - settings.held_out
-    return TrainingPrompts(
-        tuple(texts[:trained_on]), tuple(texts[trained_on:]), reward_of(settings, pipe.device), fingerprint
-    )
-
-
-def prepare_refl(
-    pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report
-) -> TrainingPrompts:
-    """As `prepare_prompts`; for a pre-training loss two samples of the base for each prompt, in `out/samples`."""
-    data = prepare_prompts(pipe, settings, out, count, seed, report)
-    if not settings.options["pretraining"]:
-        return data
-    drawn = _own_samples(pipe, settings, out, data.training, 2, data.reward, seed, report)
-    return replace(data, samples=drawn.samples)
 
 
 def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
@@ -244,35 +162,6 @@ def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> li
 
 
 # -- own samples ------------------------------------------------------------------------------------------------------
-
-
-def prepare_samples(pipe: Any, settings: Preset, out: Path, count: int | None, seed: int, report: Report) -> OwnSamples:
-    """Samples of the base itself for the prompts of `settings.data`, drawn and scored into `out/samples`."""
-    prompts, reward = prompts_of(settings, count, seed), reward_of(settings, pipe.device)
-    return _own_samples(pipe, settings, out, prompts, settings.options["per_prompt"], reward, seed, report)
-
-
-def _own_samples(
-    pipe: Any,
-    settings: Preset,
-    out: Path,
-    prompts: Sequence[str],
-    per_prompt: int,
-    reward: Reward,
-    seed: int,
-    report: Report,
-) -> OwnSamples:
-    return draw_samples(
-        out / "samples",
-        base_of(pipe, settings),
-        settings.model,
-        prompts,
-        per_prompt,
-        reward,
-        sampling_of(settings),
-        seed=seed,
-        report=partial(report, "drawing samples"),
-    )
 
 
 def _rwr(base: Base, policy: Any, data: OwnSamples, beta: float, settings: Preset, run: TrainingRun) -> LossCurve:
@@ -334,7 +223,7 @@ METHODS: dict[str, TrainingMethod] = {
     ),
     "mapo": _paired(
         title="MaPO",
-        for_flows=False,
+        models="noise",
         may_be_zero=True,
         strength="β multiplies the term of the margin between winner and loser, beside the winners' own denoising "
         "loss: a larger β moves farther, and there is no reference. 0 is fine-tuning on the winners.",
@@ -378,11 +267,29 @@ METHODS: dict[str, TrainingMethod] = {
     ),
     "ddpo": _rewarded(
         title="DDPO",
-        for_flows=False,
+        models="noise",
         strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the scaled "
         "reward per nat (DPOK); 0 leaves it out (DDPO).",
         batch="pictures",
         train=_with_reward(train_ddpo),
+    ),
+    "flow-grpo": _rewarded(
+        title="Flow-GRPO",
+        models="flows",
+        strength="λ_KL multiplies the KL divergence of each step of the sampler from the reference's times the step's "
+        "length, averaged over steps and elements, and is weighed against advantages, in standard deviations of the "
+        "reward among the pictures of a prompt; 0 leaves it out.",
+        batch="pictures",
+        train=_with_reward(train_flow_grpo),
+    ),
+    "diffusion-nft": _rewarded(
+        title="DiffusionNFT",
+        models="flows",
+        strength="λ_KL multiplies the squared distance between the velocities of model and reference, averaged over "
+        "elements and times, and is weighed against advantages, in standard deviations of the reward among the "
+        "pictures of a prompt; 0 leaves it out.",
+        batch="pictures",
+        train=_with_reward(train_diffusion_nft),
     ),
 }
 """By name: `deradiff align --method NAME`."""

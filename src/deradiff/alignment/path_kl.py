@@ -42,8 +42,8 @@ class ChainStep(NamedTuple):
 class Chain:
     """The Markov chain x_T, ..., x_0 that `sampling` makes of a denoiser, for one picture of each of `prompts`.
 
-    At full noise: DDPM, Euler ancestral, and DDIM at η = 1. With guidance, the guided prediction is the denoiser's: the
-    chain is what is sampled. Raises `ValueError` for a sampler whose steps draw no noise.
+    DDPM, Euler ancestral, and DDIM or the SDE of a flow at `sampling.eta`. With guidance, the guided prediction is the
+    denoiser's: the chain is what is sampled. Raises `ValueError` for a sampler whose steps draw no noise.
     """
 
     def __init__(self, base: Base, prompts: Sequence[str], sampling: SamplerSettings) -> None:
@@ -52,9 +52,9 @@ class Chain:
         if not posteriors.is_diffusion(self.scheduler, eta=1.0):
             raise ValueError(
                 f"the steps of the scheduler {sampling.scheduler!r} draw no noise, so that its paths have no density: "
-                "take ddim (η = 1 is set here), ddpm or euler-a"
+                "take ddim (at eta 1 by default), ddpm or euler-a, for flows flow-sde"
             )
-        self._eta = {"eta": 1.0} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
+        self._eta = {"eta": sampling.eta} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
         prompted, unprompted = told(base, prompts, sampling)
         self._known = together(unprompted, prompted)
 

@@ -8,9 +8,11 @@ What led to a high reward is made more likely, so the reward needs no gradient. 
 DDPO with kl = 0, DPOK with kl > 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
-from deradiff.alignment.path_kl import Chain, divergence
-from deradiff.alignment.sampling import decode
+from deradiff.alignment.path_kl import Chain, ChainStep, divergence
+from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import RewardTask, scored
 from deradiff.alignment.training import BatchPart, LossCurve
 
@@ -74,6 +76,40 @@ def clipped_policy_gradient(
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
+class Term(NamedTuple):
+    """A part of a loss: `surrogate` has its gradient, `value` is what it adds to the loss that is reported."""
+
+    surrogate: Float[Tensor, ""]
+    value: Float[Tensor, ""] | float | int = 0.0
+
+
+def summed(
+    value: Float[Tensor, ""], terms: Sequence[Callable[[], Term]], model: nn.Module, accelerator: Accelerator
+) -> Float[Tensor, ""]:
+    """`value` and the sum of `terms`, at least one, with their gradient; one term's graph is held at a time.
+
+    The gradients of all terms but the last are added to the weights here, that of the last by going back through the
+    result: memory does not grow with their number. `model` is as `accelerator` prepared it.
+    """
+    for number, term in enumerate(terms):
+        last = number == len(terms) - 1
+        # Processes exchange gradients once, with the last term; divided ones each time, instead of holding a whole one.
+        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
+            surrogate, added = term()
+            value = value + added
+            if not last:
+                accelerator.backward(surrogate)
+    return surrogate + (value - surrogate).detach()
+
+
+def decisions(path: Sequence[ChainStep], sampling: SamplerSettings) -> list[ChainStep]:
+    """The steps of a path that draw noise. Raises `ValueError` where none does."""
+    random = [step for step in path if step.is_random]
+    if not random:
+        raise ValueError(f"no step of {sampling} draws noise: take 2 steps or more")
+    return random
+
+
 def loss(
     task: RewardTask,
     model: nn.Module,
@@ -84,33 +120,27 @@ def loss(
 ) -> Float[Tensor, ""]:
     """J of one picture of each of `prompts`, `group` equal ones after one another, drawn here with `generators`.
 
-    Its gradient is the policy gradient, one step of the sampler after the other: those of all steps but the last are
-    added to the weights on the way, that of the last by going back through the result. So one step's graph is held at a
-    time. `model` is the policy's as `accelerator` prepared it; rewards are multiplied by the task's scale. Raises
-    `ValueError` for a reward that is not finite, and where no step draws noise.
+    Its gradient is the policy gradient, one step of the sampler after the other (see `summed`). `model` is the policy's
+    as `accelerator` prepared it; rewards are multiplied by the task's scale. Raises `ValueError` for a reward that is
+    not finite, and where no step draws noise.
     """
     policy, kl, chain = task.policy, task.kl, Chain(task.base, prompts, task.sampling)
     path = list(chain.walk(model, generators))
     with torch.no_grad():
         rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
     advantage = advantages(rewards, group, normalized=kl == 0)
-    value, surrogate = -rewards.mean(), rewards.new_zeros(())
-    decisions = [step for step in path if step.is_random]
-    if not decisions:
-        raise ValueError(f"no step of {task.sampling} draws noise: take 2 steps or more")
-    for step in decisions:
-        last = step is decisions[-1]
-        # Processes exchange gradients once, with the last step; divided ones each time, instead of holding a whole one.
-        with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(model):
-            transition = chain.transition(model, step.number, step.before)
-            log_probs = log_density(transition, step.after)
-            surrogate = clipped_policy_gradient(log_probs, log_probs, advantage)
-            if kl:
-                away = divergence(chain, policy, step._replace(transition=transition), model).mean()
-                surrogate, value = surrogate + kl * away, value + kl * away.detach()
-            if not last:
-                accelerator.backward(surrogate)
-    return surrogate + (value - surrogate).detach()
+
+    def term(step: ChainStep) -> Term:
+        transition = chain.transition(model, step.number, step.before)
+        log_probs = log_density(transition, step.after)
+        surrogate = clipped_policy_gradient(log_probs, log_probs, advantage)
+        if not kl:
+            return Term(surrogate)
+        away = kl * divergence(chain, policy, step._replace(transition=transition), model).mean()
+        return Term(surrogate + away, away.detach())
+
+    terms = [partial(term, step) for step in decisions(path, task.sampling)]
+    return summed(-rewards.mean(), terms, model, accelerator)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -138,7 +168,7 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
     """
     policy, kl, seed, taught = task.policy, task.kl, task.run.seed, task.with_dropout()
     accelerator = task.run.accelerator or Accelerator(cpu=True)
-    _check_parts(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
+    require_whole_groups(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(task.batch), per_prompt
@@ -161,7 +191,8 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
     return train(policy.model, objective, held_out_loss, task.plan, run=replace(task.run, accelerator=accelerator))
 
 
-def _check_parts(batch: int, per_prompt: int, parts: int) -> None:
+def require_whole_groups(batch: int, per_prompt: int, parts: int) -> None:
+    """Raise `ValueError` unless each of `parts` of a batch holds whole groups of 2 samples of a prompt or more."""
     size = len(BatchPart(of=parts).positions(batch))
     if per_prompt < 2 or size % per_prompt:
         raise ValueError(

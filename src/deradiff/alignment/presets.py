@@ -9,6 +9,7 @@ from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
 SDXL, SD14 = "stabilityai/stable-diffusion-xl-base-1.0", "CompVis/stable-diffusion-v1-4"
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """A copy of `runwayml/stable-diffusion-v1-5`, which has gone from the hub."""
 
@@ -149,6 +150,56 @@ _OURS = Preset(
     options={"per_prompt": 4, **_UNSCALED},
     notes=_NOT_IN_THE_PAPERS,
 )
+_ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")) + tuple(
+    f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+_FLOW_NOTES = (
+    "Batch, rate, weight decay, LoRA, resolution and strength are the released configuration's. It has no number of "
+    "steps, for a run is stopped by hand: 2000 here. Beside it: the LoRA's alpha is its rank, there twice that; "
+    "rewards are divided by their spread among the pictures of a prompt, as in the paper, there by that of a whole "
+    "round; micro-batches hold a prompt's 24 pictures (1 process; more of them need a smaller --accumulate). "
+)
+_GRPO_NOTES = (
+    f"{_FLOW_NOTES}Its moving average of 0.9 at every eighth step is one of 0.987 at every step. A round is 48 prompts "
+    "x 24 pictures and 2 updates. "
+)
+_NFT_NOTES = (
+    f"{_FLOW_NOTES}It draws by a solver of second order, here by Euler's method, and learns at 9 of the sampler's 10 "
+    "times, here at all. A round is 48 prompts x 24 pictures. "
+)
+_PICKAPIC_LISTED = "The prompts are those of Pick-a-Pic as that repository lists them (--data)."
+_OWN_REWARD = "Its prompts are in that repository (--data); its reward is a program of its own: name one (--reward)."
+_FLOW_GRPO = Preset(
+    source="Liu et al. 2025, arXiv 2505.05470, config/grpo.py of yifan123/flow_grpo",
+    method="flow-grpo",
+    base=SD35,
+    data="pickapic-v1",
+    plan=replace(_PLAIN, steps=2000, learning_rate=3e-4, weight_decay=1e-4, accumulate=24, average=0.987),
+    batch=576,
+    resolution=512,
+    betas=(0.01,),
+    lora_rank=32,
+    lora_targets=_ATTENTION,
+    held_out=64,
+    precision="fp16",
+    # Its noise of 0.7 √(t/(1-t)), in shares of the memoryless √(2t/(1-t)).
+    sampling={"scheduler": "flow-sde", "steps": 10, "guidance_scale": 4.5, "eta": 0.495},
+    reward="pickscore",
+    options={"per_prompt": 24, "updates": 2, "clip": 1e-4, **_UNSCALED},
+    notes=_GRPO_NOTES + _PICKAPIC_LISTED,
+)
+_NFT = replace(
+    _FLOW_GRPO,
+    source="Zheng et al. 2025, arXiv 2509.16117, config/nft.py of NVlabs/DiffusionNFT",
+    method="diffusion-nft",
+    plan=replace(_FLOW_GRPO.plan, accumulate=48, average=0.9),
+    batch=1152,
+    betas=(0.0001,),
+    sampling={"scheduler": "flow-euler", "steps": 10, "guidance_scale": 1.0},
+    options={"per_prompt": 24, "updates": 1, "mixing": 1.0, "memory": (0, 0.001, 0.5), **_UNSCALED},
+    notes=_NFT_NOTES + _PICKAPIC_LISTED,
+)
+_UNREWARDED: dict[str, Any] = {"data": "", "reward": None}
 _DIGITS = Preset(
     source="deradiff's own, for the model that ships with it",
     method="dpo",
@@ -251,6 +302,19 @@ PRESETS: dict[str, Preset] = {
         notes="β is in points of the reward. " + _NOT_IN_THE_PAPERS,
     ),
     "ddpo": _OURS,
+    "flow-grpo-pickscore": _FLOW_GRPO,
+    "flow-grpo-geneval": replace(_FLOW_GRPO, betas=(0.04,), notes=_GRPO_NOTES + _OWN_REWARD, **_UNREWARDED),
+    "flow-grpo-ocr": replace(_FLOW_GRPO, betas=(0.04,), notes=_GRPO_NOTES + _OWN_REWARD, **_UNREWARDED),
+    "diffusion-nft-pickscore": _NFT,
+    "diffusion-nft-geneval": replace(_NFT, notes=_NFT_NOTES + _OWN_REWARD, **_UNREWARDED),
+    "diffusion-nft-ocr": replace(
+        _NFT,
+        plan=replace(_NFT.plan, accumulate=24),
+        batch=576,
+        options=_NFT.options | {"updates": 2, "mixing": 0.1, "memory": (75, 0.0075, 0.999)},
+        notes=_NFT_NOTES + _OWN_REWARD,
+        **_UNREWARDED,
+    ),
     # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
     "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
     "digits-mapo": replace(_DIGITS, method="mapo", betas=(0.1,), prompt_dropout=0.1),
@@ -283,11 +347,15 @@ def usual(base: str | None, method: str) -> Preset:
     """What `method` starts from where no preset is named: that of a world that ships, or the plainest way to train.
 
     All weights in float32 at a constant rate, nothing accumulated, pictures as they are; sampler and options are those
-    of the method's first preset.
+    of the method's first preset. Raises `ValueError` for a world that `method` does not align.
     """
     of_method = [preset for preset in PRESETS.values() if preset.method == method]
     if world := find(base):
-        return next(preset for preset in of_method if preset.base == world.name)
+        of_world = [preset for preset in of_method if preset.base == world.name]
+        if not of_world:
+            methods = ", ".join(sorted({known.method for known in PRESETS.values() if known.base == world.name}))
+            raise ValueError(f"{world.title} are not aligned by {method}: take {methods}")
+        return of_world[0]
     plain = replace(of_method[0], betas=(), vae=None, plan=_PLAIN, precision="no", lora_rank=None, notes="")
     return replace(plain, flip=False, gradient_checkpointing=False)
 

@@ -18,11 +18,12 @@ from deradiff.alignment.fitting import (
     reward_of,
     sampling_of,
 )
-from deradiff.alignment.loop import make_optimizer, trainable
+from deradiff.alignment.loop import make_optimizer
 from deradiff.alignment.methods import METHODS, fitted
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.pairs import open_pairs
+from deradiff.alignment.parameters import trainable
 from deradiff.alignment.presets import Preset
 from deradiff.alignment.sampling import decode, sample, told
 from deradiff.alignment.scoring import scored

@@ -19,6 +19,7 @@ from deradiff.alignment.base import Base, Conditions
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.pixels import decoded
 from deradiff.sampling.pictures import require_decoded, upcast
+from deradiff.schedulers import FlowMatchSDEScheduler
 from deradiff.sweep import pipelines
 
 
@@ -26,24 +27,31 @@ from deradiff.sweep import pipelines
 class SamplerSettings:
     """How to sample: a scheduler by its name in `pipelines.SCHEDULERS`, so many steps, classifier-free guidance.
 
-    `resolution` is the side of the pictures in pixels, by default the model's own. Raises `ValueError` for fewer than
-    one step and a guidance scale below 1.
+    `resolution` is the side of the pictures in pixels, by default the model's own. `eta`, above 0 to 1, is the noise of
+    `flow-sde` and of DDIM's chains (`path_kl.Chain`), 1 being memoryless. Raises `ValueError` for fewer than one step,
+    a guidance scale below 1 and another eta.
     """
 
     scheduler: str
     steps: int
     guidance_scale: float
     resolution: int | None = None
+    eta: float | int = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"{self.steps} sampling steps: take 1 or more")
         if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(f"a guidance scale of {self.guidance_scale}: 1 is no guidance, less is not supported")
+        if not 0 < self.eta <= 1:
+            raise ValueError(f"eta = {self.eta}: the noise of a sampler's steps lies above 0 and is 1 at most")
 
     def prepared(self, base: Base) -> Any:
         """A scheduler for `base` with its timesteps set."""
-        return base.call.prepared(pipelines.scheduler_like(base.pipe.scheduler, self.scheduler), self.steps)
+        scheduler = pipelines.scheduler_like(base.pipe.scheduler, self.scheduler)
+        if isinstance(scheduler, FlowMatchSDEScheduler):
+            scheduler.register_to_config(eta=self.eta)
+        return base.call.prepared(scheduler, self.steps)
 
     def noise(self, base: Base, generators: Sequence[torch.Generator]) -> Float[Tensor, "batch *latent"]:
         """Standard normal noise in single precision at least, a generator for each row."""

@@ -26,7 +26,7 @@ def align(
     ] = Path("aligned"),
     beta: Annotated[str | None, training_option("--beta", help="Strengths, one anchor each: 500,1000,2000.")] = None,
     method: Annotated[
-        Literal["dpo", "mapo", "draft", "alignprop", "refl", "rwr", "ddpo"] | None,
+        Literal["dpo", "mapo", "draft", "alignprop", "refl", "rwr", "ddpo", "flow-grpo", "diffusion-nft"] | None,
         training_option(help="How to align; the preset's, or dpo."),
     ] = None,
     preset: Annotated[
@@ -88,7 +88,31 @@ def align(
         float | None,
         reward_option(min=0, help="refl: add the denoising loss of the model's own samples, so many times."),
     ] = None,
-    per_prompt: Annotated[int | None, reward_option(min=2, help="rwr, ddpo: samples of every prompt.")] = None,
+    per_prompt: Annotated[
+        int | None,
+        reward_option(min=2, help="rwr, ddpo, flow-grpo, diffusion-nft: samples of every prompt."),
+    ] = None,
+    updates: Annotated[
+        int | None,
+        reward_option(min=1, help="flow-grpo, diffusion-nft: training steps on what one old policy draws."),
+    ] = None,
+    clip: Annotated[
+        float | None, reward_option(help="flow-grpo: how far a ratio of probabilities may be from 1.")
+    ] = None,
+    mixing: Annotated[
+        float | None, reward_option(help="diffusion-nft: the step from the old to the implicit policy, its β.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        reward_option(
+            help="diffusion-nft: from step FIRST on the old policy keeps RATE more of itself with every step, up to "
+            "MOST.",
+            metavar="FIRST,RATE,MOST",
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None, reward_option(help="Noise of flow-sde, and of DDIM in ddpo: 1 is memoryless, 0 none.")
+    ] = None,
     sampling_steps: Annotated[int | None, reward_option(min=1, help="Steps of the sampler in training.")] = None,
     guidance_scale: Annotated[float | None, reward_option(min=1, help="Guidance of the sampler in training.")] = None,
     lora_rank: Annotated[int | None, model_option(min=0, help=options.LORA_RANK)] = None,
@@ -130,7 +154,8 @@ def align(
     """Align a model, once per strength: anchors that λ then turns.
 
     dpo, mapo: preference pairs. draft, alignprop, refl: the gradient of a reward. rwr: the model's own samples,
-    weighted by a reward. ddpo: policy gradients, for rewards without a gradient.
+    weighted by a reward. ddpo: policy gradients, for rewards without a gradient; flow-grpo and diffusion-nft are that
+    for flow matching.
 
     Each anchor is OUT/beta-β: weights, a model card, the curve. On several GPUs or nodes: accelerate launch -m deradiff
     align ..., with Accelerate's own configuration.
@@ -151,10 +176,13 @@ def align(
             from deradiff.alignment import runs
 
             own = arguments.given(
-                context, "keep", "ceiling", "reward_scale", "reward_dropout", "pretraining", "per_prompt"
+                context,
+                *("keep", "ceiling", "reward_scale", "reward_dropout", "pretraining", "per_prompt"),
+                *("updates", "clip", "mixing"),
             )
             own |= {} if window is None else {"window": _window(window)}
-            sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale}
+            own |= {} if memory is None else {"memory": _memory(memory)}
+            sampling = {"steps": sampling_steps, "guidance_scale": guidance_scale, "eta": eta}
             settings = _settings(context, preset, base, schedule)
             settings = _for_method(settings, own, {name: x for name, x in sampling.items() if x is not None})
             betas = _strengths(beta, settings)
@@ -238,6 +266,14 @@ def _window(text: str) -> tuple[int, int]:
     except ValueError:
         raise ValueError(f"--window {text}: name two numbers of steps, such as 30,39") from None
     return first, last
+
+
+def _memory(text: str) -> tuple[int, float, float]:
+    try:
+        first, rate, most = text.split(",")
+        return int(first), float(rate), float(most)
+    except ValueError:
+        raise ValueError(f"--memory {text}: name a step and two numbers, such as 0,0.001,0.5") from None
 
 
 def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any]) -> "Preset":

@@ -1,0 +1,168 @@
+"""Flow-GRPO: policy gradients for flow matching (Liu et al. 2025, arXiv 2505.05470).
+
+The flow is sampled as a diffusion with the same marginals (`FlowMatchSDEScheduler`), so that a step has a density, and
+a prompt's pictures are compared with one another (group relative policy optimisation, Shao et al. 2024, arXiv
+2402.03300). What an old policy drew is learned from in several updates, with the ratio of probabilities clipped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff.alignment.data_order import order, passes, row_generators
+from deradiff.alignment.loop import train
+from deradiff.alignment.parameters import OldPolicy
+from deradiff.alignment.path_kl import Chain, ChainStep, divergence
+from deradiff.alignment.policy_gradient import (
+    Term,
+    advantages,
+    clipped_policy_gradient,
+    log_density,
+    require_whole_groups,
+    summed,
+)
+from deradiff.alignment.sampling import decode
+from deradiff.alignment.scoring import RewardTask, scored
+from deradiff.alignment.training import BatchPart, LossCurve
+
+LARGEST_ADVANTAGE = 5.0
+"""In standard deviations of a group's rewards, as in the method's released code."""
+
+
+LEAST_NOISE = 0.02
+"""A step to a noise level below this has so sharp a density that its gradient would drown those of all others."""
+
+
+def deciding(chain: Chain, path: Sequence[ChainStep]) -> list[ChainStep]:
+    """The steps of a path that are learned from: those that draw noise, and end at no less than `LEAST_NOISE`.
+
+    That leaves out the last two steps of most samplers, whose times end just above 0. Raises `ValueError` where none is
+    left.
+    """
+    sigmas = chain.scheduler.sigmas
+    steps = [step for step in path if step.is_random and sigmas[step.number + 1] >= LEAST_NOISE]
+    if not steps:
+        raise ValueError(
+            f"none of the {len(path)} steps of {chain.sampling.scheduler} ends at a noise level of {LEAST_NOISE} or "
+            "more: take 3 steps or more"
+        )
+    return steps
+
+
+def group_advantages(rewards: Float[Tensor, " sample"], group: int) -> Float[Tensor, " sample"]:
+    """`(r - mean) / std` within each group of a prompt's pictures (equation 4), at most `LARGEST_ADVANTAGE`.
+
+    Zero where all of a group are equally good. Raises `ValueError` as `advantages` does.
+    """
+    return advantages(rewards, group, normalized=True).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
+
+
+def per_element(step: ChainStep, total: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """A sum over the elements of a picture's latents as a mean."""
+    return total / step.before[0].numel()
+
+
+def kl_rate(chain: Chain, task: RewardTask, step: ChainStep, model: nn.Module) -> Float[Tensor, " batch"]:
+    """`|mean - mean_ref|² / (2 σ²)` of a step, averaged over the elements, σ being its noise per unit of time.
+
+    That is the step's KL divergence times its length, Δt, as in the method's released code; equation 10 has the
+    divergence itself.
+    """
+    length = chain.scheduler.sigmas[step.number] - chain.scheduler.sigmas[step.number + 1]
+    return length.to(step.before.device) * per_element(step, divergence(chain, task.policy, step, model))
+
+
+def loss(
+    task: RewardTask,
+    model: nn.Module,
+    prompts: Sequence[str],
+    group: int,
+    generators: Sequence[torch.Generator],
+    accelerator: Accelerator,
+    *,
+    old: OldPolicy | None = None,
+    clip: float = 1e-4,
+) -> Float[Tensor, ""]:
+    """Minus the mean reward of one picture of each of `prompts`, with the gradient of equation 5.
+
+        J = mean over samples and steps of  min(ρ A, clip(ρ, 1 - clip, 1 + clip) A) - λ_KL D
+        ρ = exp(log p(x_{t-1} | x_t) - log p_old(x_{t-1} | x_t))
+
+    with log densities averaged over the elements of a latent, as in the released code: a ratio of whole densities
+    would be far outside any clip after one update. A is `group_advantages`, D `kl_rate`. Pictures are drawn here, by
+    `old` where it is another policy than `model`, `group` of each prompt after one another, with `generators`. Steps
+    are those that `deciding` leaves. Rewards are multiplied by the task's scale, which advantages do not see.
+    """
+    kl, chain = task.kl, Chain(task.base, prompts, task.sampling)
+    if old:
+        with old.in_place(model):
+            path = list(chain.walk(model, generators))
+    else:
+        path = list(chain.walk(model, generators))
+    with torch.no_grad():
+        rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
+    advantage, steps = group_advantages(rewards, group), deciding(chain, path)
+
+    def term(step: ChainStep) -> Term:
+        transition = chain.transition(model, step.number, step.before)
+        log_probs = per_element(step, log_density(transition, step.after))
+        sampled = per_element(step, log_density(step.transition, step.after)) if old else log_probs
+        surrogate = clipped_policy_gradient(log_probs, sampled, advantage, clip) / len(steps)
+        if not kl:
+            return Term(surrogate)
+        away = kl * kl_rate(chain, task, step._replace(transition=transition), model).mean() / len(steps)
+        return Term(surrogate + away, away.detach())
+
+    return summed(-rewards.mean(), [partial(term, step) for step in steps], model, accelerator)
+
+
+def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, clip: float = 1e-4) -> LossCurve:
+    """Align a flow by the rewards of its own samples: a batch counts pictures, `per_prompt` of each prompt.
+
+    A round is `updates` steps of training, each on a batch of its own that the policy at the round's beginning draws;
+    the ratio of probabilities is 1 in the first of them. The sampler is the task's, `flow-sde` with its noise, and with
+    guidance it is the guided prediction that decides. Few sampling steps suffice in training.
+
+    λ_KL multiplies the divergence from the reference, `kl_rate` averaged over the steps, and is weighed against
+    advantages, which have the reward's spread within a prompt as their unit. (The released configurations divide by the
+    spread of all rewards of a round instead, `global_std`; the paper, and this, by the group's.) The loss reported is
+    minus the scaled reward plus that term, as is the held-out one: one picture of every held-out prompt.
+
+    Raises:
+        ValueError: a part of the batch that is not a multiple of `per_prompt`, at least 2; a sampler without noise; a
+            clip that is not positive; fewer than one update; a reward that is not finite.
+    """
+    kl, seed, taught = task.kl, task.run.seed, task.with_dropout()
+    accelerator = task.run.accelerator or Accelerator(cpu=True)
+    require_whole_groups(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
+    if not clip > 0:
+        raise ValueError(f"a clip of {clip:g}: ratios of probabilities must be free to leave 1, by 0.0001 for instance")
+    old = OldPolicy(updates)
+
+    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
+        positions, group = part.positions(task.batch), per_prompt
+        rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
+        texts = [task.prompts[row] for row in rows for _ in range(group)]
+        generators = row_generators(seed, positions, "path")
+        drawing = old if updates > 1 else None
+        return loss(taught, model, texts, group, generators, accelerator, old=drawing, clip=clip)
+
+    def held_out_loss(model: nn.Module) -> float:
+        total = 0.0
+        for places in passes(len(task.held_out), task.per_pass):
+            texts = task.held_out[places.start : places.stop]
+            chain = Chain(task.base, texts, task.sampling)
+            path = list(chain.walk(model, row_generators(seed, places, "held out")))
+            random = deciding(chain, path)
+            if kl:
+                total += kl * sum(kl_rate(chain, task, step, model).sum().item() for step in random) / len(random)
+            total -= task.scale * scored(task.reward, decode(task.base, path[-1].after), texts).sum().item()
+        return total / len(task.held_out)
+
+    run = replace(task.run, accelerator=accelerator)
+    return train(task.policy.model, objective, held_out_loss, task.plan, run=run, old=old if updates > 1 else None)
