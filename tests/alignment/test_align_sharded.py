@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import test_flow_policies
 from deradiff.alignment.base import Policy
 from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.dpo import train_dpo
@@ -239,6 +240,7 @@ TWO = """
 from types import SimpleNamespace
 import shutil
 import pytest
+import test_flow_policies
 from deradiff.alignment import loop
 from test_align_sharded import KINDS, drafted, failed, first_loss, sharded, trained
 if not accelerator.is_main_process:
@@ -260,6 +262,7 @@ for kind in KINDS:
         "taken over": taken_over,
     }
 result["drafted"] = drafted(folder, sharded())
+result["reinforced"], _ = test_flow_policies.trained(folder / "reinforced", "flow-grpo", sharded())
 result["failed"] = failed(folder, sharded())
 with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading"):
     failed(folder, sharded("true"))
@@ -339,6 +342,11 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
 
 def test_a_reference_that_is_differentiated_is_that_of_the_divided_model(two: Any, tmp_path: Path) -> None:
     assert_near(two["drafted"], drafted(tmp_path), dict(at_the_start("lora").named_parameters()))
+
+
+def test_an_older_policy_of_a_divided_model_draws(two: Any, tmp_path: Path) -> None:
+    start = dict(test_flow_policies.task_of(tmp_path / "start").policy.model.named_parameters())
+    assert_near(two["reinforced"], test_flow_policies.trained(tmp_path, "flow-grpo")[0], start)
 
 
 def test_a_loss_that_is_no_number_in_one_process_stops_them_all(two: Any) -> None:

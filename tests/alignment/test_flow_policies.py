@@ -69,11 +69,17 @@ def task_of(
     plan = replace(
         PLAN, **{key: changes.pop(key) for key in ("steps", "accumulate", "learning_rate") if key in changes}
     )
-    run, reward = TrainingRun(0, folder / "run", lambda *_: None), changes.pop("reward", Redness())
-    return RewardTask(
-        base, Policy(base, rank, seed=3), PROMPTS, PROMPTS[:2], reward, kl, plan, run, **{"batch": 4, **changes},
-        sampling=sampling,
-    )  # fmt: skip
+    run = TrainingRun(0, folder / "run", lambda *_: None, changes.pop("accelerator", None))
+    policy, reward, batch = Policy(base, rank, seed=3), changes.pop("reward", Redness()), changes.pop("batch", 4)
+    return RewardTask(base, policy, PROMPTS, PROMPTS[:2], reward, kl, plan, run, batch, sampling, **changes)
+
+
+def trained(folder: Path, method: str, accelerator: Accelerator | None = None) -> tuple[dict[str, Tensor], LossCurve]:
+    """A LoRA after two rounds of two updates, by name, and its curve."""
+    sampling, train, options = TRAINED[method]
+    task = task_of(folder, sampling, kl=0.1, accelerator=accelerator)
+    curve = train(task, **options)
+    return {name: p.detach() for name, p in task.policy.model.named_parameters() if p.requires_grad}, curve
 
 
 def nudged(model: nn.Module, size: float = 0.02) -> None:

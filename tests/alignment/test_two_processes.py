@@ -1,4 +1,4 @@
-"""Two processes train what one does: Diffusion-DPO and policy gradients in one launch, which costs more than both."""
+"""Two processes train what one does: Diffusion-DPO and policies that draw, in one launch, which costs more than all."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import test_alignment
+import test_flow_policies
 import test_policy_gradient
 from deradiff.alignment.base import Policy
 from two_processes import run_by_two
 
 TWO = """
+import test_flow_policies
 import test_policy_gradient
 from test_alignment import PLAN, InMemory, base_of
 from deradiff.alignment.base import Policy
@@ -30,6 +32,9 @@ result = {"dpo": {"weights": weights, "held_out": curve.held_out}}
 plan = replace(test_policy_gradient.PLAN, steps=2)
 weights, curve = test_policy_gradient.aligned(folder / "ddpo", 2, plan, accelerator=accelerator)
 result["ddpo"] = {"weights": weights, "held_out": curve.held_out}
+for method in test_flow_policies.TRAINED:
+    weights, curve = test_flow_policies.trained(folder / method, method, accelerator)
+    result[method] = {"weights": weights, "held_out": curve.held_out}
 """
 
 
@@ -58,3 +63,12 @@ def test_policy_gradients(two: Any, tmp_path: Path) -> None:
     assert two["ddpo"]["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
     moved = furthest(alone, trainable(Policy(test_policy_gradient.base_of(), 2, seed=4)))
     assert moved > 0 and furthest(alone, two["ddpo"]["weights"]) < 0.05 * moved
+
+
+@pytest.mark.parametrize("method", test_flow_policies.TRAINED)
+def test_policies_of_flows_with_an_older_one_that_draws(two: Any, tmp_path: Path, method: str) -> None:
+    alone, curve = test_flow_policies.trained(tmp_path, method)
+    assert two[method]["held_out"] == pytest.approx(curve.held_out, rel=1e-4)
+    start = trainable(test_flow_policies.task_of(tmp_path / "start").policy)
+    moved = furthest(alone, start)
+    assert moved > 0 and furthest(alone, two[method]["weights"]) < 0.05 * moved
