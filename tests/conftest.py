@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,18 @@ from jaxtyping import install_import_hook
 assert "deradiff.algorithm.gaussian" not in sys.modules, "deradiff was imported before shape checking was switched on"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub; the hub's own tests run a local server
 
+SOURCES = Path(__file__).parent.parent / "src"
+SHAPED = [
+    ".".join(file.relative_to(SOURCES).with_suffix("").parts).removesuffix(".__init__")
+    for file in sorted(SOURCES.rglob("*.py"))
+    if "from jaxtyping import" in file.read_text(encoding="utf-8")
+]
+"""The modules whose annotations have shapes. Types alone are checked by mypy, which costs nothing at each call."""
+
 # Before the hook: modules that are imported below it are compiled anew, with bytecode of their own.
 for library in ("peft", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"):
     importlib.import_module(library)
-install_import_hook("deradiff", "typechecker.check")
+install_import_hook(SHAPED, "typechecker.check")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,8 +17,9 @@ from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import atomic_folder, write_json
 from deradiff.sweep.jobs import Report
-from deradiff.worlds.digits import captions, data
+from deradiff.worlds.digits import data
 from studies.digits import models
+from studies.digits.captioned import CaptionedPictures
 from studies.digits.settings import Settings
 
 
@@ -85,28 +86,9 @@ def standardise(vae: AutoencoderKL, pictures: Float[Tensor, "batch 3 32 32"]) ->
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 4 8 8"]:
-    """Pictures in [0, 1] to latents."""
-    return torch.cat([vae.encode(2 * b - 1).latent_dist.mode() for b in images.split(256)])
-
-
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Float[Tensor, "batch 4 8 8"]) -> Float[Tensor, "batch 3 32 32"]:
     """Latents to pictures in [0, 1]."""
     return torch.cat([(vae.decode(b).sample / 2 + 0.5).clamp(0, 1) for b in latents.split(256)])
-
-
-def caption_table() -> Int[Tensor, "digit ink paper wording token"]:
-    """Token ids of every caption; the last ink and the last paper stand for an open colour."""
-    inks, papers = [*data.INKS, None], [*data.PAPERS, None]
-    texts = [
-        captions.caption(captions.Parts(digit, ink, paper), wording)
-        for digit in range(10)
-        for ink in inks
-        for paper in papers
-        for wording in range(3)
-    ]
-    return models.token_ids(texts).view(10, len(inks), len(papers), 3, -1)
 
 
 def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report: Report) -> StableDiffusionPipeline:
@@ -115,40 +97,29 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     if path.exists():
         require_whole(path, None, "reference", "delete that folder, and it is trained again")
         return _quiet(StableDiffusionPipeline.from_pretrained(path))
-    pool = data.render("train", settings.pictures, settings.seed + 3)
-    unseen = data.render("held-out", settings.held_out_pictures, settings.seed + 4)
-    latents, unseen_latents = encode(vae, pool.images), encode(vae, unseen.images)
-    table, empty = caption_table(), models.token_ids([""])[0]
+    pool = CaptionedPictures.rendered(vae, "train", settings.pictures, settings.seed + 3)
+    unseen = CaptionedPictures.rendered(vae, "held-out", settings.held_out_pictures, settings.seed + 4)
     torch.manual_seed(settings.seed + 1)
     text = models.text_encoder(len(models.tokenizer()))
     model = nn.ModuleDict({"unet": models.unet(), "text": text})
     scheduler = models.scheduler()
 
-    def tokens(pictures: data.RenderedDigits, index: Tensor, generator: torch.Generator) -> Tensor:
-        named = torch.rand(len(index), 2, generator=generator) < 2 / 3
-        inks = torch.where(named[:, 0], pictures.inks[index], len(data.INKS))
-        papers = torch.where(named[:, 1], pictures.papers[index], len(data.PAPERS))
-        wordings = torch.randint(3, (len(index),), generator=generator)
-        dropped = torch.rand(len(index), generator=generator) < settings.caption_dropout
-        return torch.where(dropped[:, None], empty, table[pictures.digits[index], inks, papers, wordings])
-
-    def denoising(
-        pictures: data.RenderedDigits, clean: Tensor, index: Tensor, generator: torch.Generator
-    ) -> Float[Tensor, " batch"]:
-        noise = torch.randn(clean[index].shape, generator=generator)
+    def denoising(of: CaptionedPictures, index: Tensor, generator: torch.Generator) -> Float[Tensor, " batch"]:
+        clean = of.latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(1000, (len(index),), generator=generator)
-        noisy = scheduler.add_noise(clean[index], noise, timesteps)
-        embedded = model["text"](tokens(pictures, index, generator)).last_hidden_state
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        embedded = model["text"](of.tokens(index, generator, settings.caption_dropout)).last_hidden_state
         return squared_error(model["unet"](noisy, timesteps, embedded).sample, noise)
 
     def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
-        index = torch.randint(len(latents), (settings.batch,), generator=generator)
-        return denoising(pool, latents, index, generator).mean()
+        index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)
+        return denoising(pool, index, generator).mean()
 
     def held_out_loss(_: nn.Module) -> float:
         generator = torch.Generator().manual_seed(settings.seed)
-        chunks = torch.arange(len(unseen_latents)).split(settings.batch)
-        return torch.cat([denoising(unseen, unseen_latents, index, generator) for index in chunks]).mean().item()
+        chunks = torch.arange(len(unseen.latents)).split(settings.batch)
+        return torch.cat([denoising(unseen, index, generator) for index in chunks]).mean().item()
 
     curve = train(
         model,

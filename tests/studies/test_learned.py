@@ -31,6 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> learned.Plan:
     return quick()
 
 
+@pytest.mark.cases(0)
 def test_an_interrupted_cell_goes_on_where_it_was_and_holds_what_it_claims(tmp_path: Path, small: learned.Plan) -> None:
     cell = Cell("weighted", "ink", 1)
 

@@ -6,13 +6,15 @@ recovered from the pictures without knowing their colours.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from deradiff.algorithm.estimates import Estimate, mean
+from deradiff.anchors.checks import denoiser_of
 from deradiff.sampling import pictures
 from deradiff.worlds.digits import GUIDANCE
 from deradiff.worlds.digits.captions import parse, sample_prompts
@@ -22,7 +24,7 @@ from deradiff.worlds.digits.data import INKS, PAPERS, render
 
 @torch.no_grad()
 def draw(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],
     seed: int,
     steps: int = 25,
@@ -31,12 +33,13 @@ def draw(
 ) -> Float[Tensor, "batch 3 32 32"]:
     """One picture in [0, 1] per prompt; the noise depends on `seed` and the position in the list alone."""
     noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    denoiser: Any = denoiser_of(pipe)[1]
     drawn = []
     for i in range(0, len(prompts), 250):
         batch = pictures.draw(
             pipe,
             prompt=prompts[i : i + 250],
-            latents=noise[i : i + 250].to(pipe.unet.dtype),
+            latents=noise[i : i + 250].to(denoiser.dtype),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             output_type="pt",
@@ -109,7 +112,7 @@ class Quality:
 
 
 def measure(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     samples: int = 1000,
     steps: int = 25,
     guidance_scale: float = GUIDANCE,

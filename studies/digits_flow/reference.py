@@ -1,0 +1,94 @@
+"""The unaligned half of the build: transformer and text encoders of the digits' flow, trained from nothing."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from deradiff.alignment.loop import train
+from deradiff.alignment.noising import FlowNoising
+from deradiff.alignment.objectives import squared_error
+from deradiff.alignment.training import BatchPart, TrainingRun
+from deradiff.files.inventory import require_whole
+from deradiff.files.locks import discard
+from deradiff.files.writing import atomic_folder, write_json
+from deradiff.sweep.jobs import Report
+from deradiff.worlds import digits
+from studies.digits.captioned import CaptionedPictures
+from studies.digits_flow import models
+from studies.digits_flow.settings import FlowSettings
+
+
+def load(path: Path) -> StableDiffusion3Pipeline:
+    """The pipeline of a folder. diffusers wants to be told of a T5 encoder that is left out."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def train_reference(folder: Path, settings: FlowSettings, report: Report) -> StableDiffusion3Pipeline:
+    """Transformer and text encoders together on the flow-matching loss; captions are dropped one time in ten.
+
+    Times are spread by `settings.density` without a shift: these latents are small, and all noise levels count. The
+    autoencoder is the digits' own.
+    """
+    path = folder / "reference"
+    if path.exists():
+        require_whole(path, None, "reference", "delete that folder, and it is trained again")
+        return load(path)
+    vae = AutoencoderKL.from_pretrained(digits.reference_path() / "vae").eval()
+    pool = CaptionedPictures.rendered(vae, "train", settings.pictures, settings.seed + 3)
+    unseen = CaptionedPictures.rendered(vae, "held-out", settings.held_out_pictures, settings.seed + 4)
+    torch.manual_seed(settings.seed + 1)
+    denoiser = models.transformer(settings.width, settings.layers)
+    encoders = nn.ModuleList([models.text_encoder() for _ in range(2)])
+    model, noising = nn.ModuleDict({"transformer": denoiser, "text": encoders}), FlowNoising(1000, 1, settings.density)
+    pipelines_own = denoiser.attn_processors
+    denoiser.set_attn_processor(models.EqualTokens())
+
+    def error(of: CaptionedPictures, index: Tensor, generator: torch.Generator) -> Float[Tensor, " batch"]:
+        clean = of.latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.cat([noising.drawn(generator) for _ in index])
+        tokens = of.tokens(index, generator, settings.caption_dropout)
+        context, pooled = models.embedded(encoders, tokens)
+        velocity = denoiser(
+            hidden_states=noising.noised(clean, noise, timesteps),
+            timestep=timesteps,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+        ).sample
+        return squared_error(velocity, noising.target(clean, noise, timesteps))
+
+    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
+        index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)
+        return error(pool, index, generator).mean()
+
+    def held_out_loss(_: nn.Module) -> float:
+        generator = torch.Generator().manual_seed(settings.seed)
+        chunks = torch.arange(len(unseen.latents)).split(settings.batch)
+        return torch.cat([error(unseen, index, generator) for index in chunks]).mean().item()
+
+    curve = train(
+        model,
+        loss,
+        held_out_loss,
+        settings.reference,
+        run=TrainingRun(
+            seed=settings.seed + 2,
+            checkpoint=folder / "reference-checkpoint",
+            report=partial(report, "reference"),
+        ),
+    )
+    write_json(folder / "reference-curve.json", asdict(curve))
+    denoiser.set_attn_processor(pipelines_own)
+    pipe = models.pipeline(vae, encoders.eval(), denoiser.eval())
+    with atomic_folder(path) as fresh:
+        pipe.save_pretrained(fresh)
+    discard(folder / "reference-checkpoint")
+    return load(path)
