@@ -2,14 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from deradiff.cli import terminal
-
-if TYPE_CHECKING:
-    from deradiff.worlds.digits.quality import Quality
 
 app = typer.Typer(
     help="The embedded digits model: make it again from nothing, measure it, or hold it against the truth.",
@@ -182,6 +179,7 @@ def quality(
             terminal.pass_on_warnings()
             from deradiff.worlds.digits import load_pipeline
             from deradiff.worlds.digits.quality import measure
+            from studies.digits.quality_table import show
 
             pipe = load_pipeline()
         with Progress(console=console, transient=True) as progress:
@@ -189,34 +187,10 @@ def quality(
             found = measure(
                 pipe, samples, steps, guidance_scale, seed, tick=lambda done: progress.update(bar, completed=done)
             )
-        _print(console, found)
+        show(console, found)
         if json_path is not None:
             with new_file(json_path) as temporary:
                 temporary.write_text(json_text({**asdict(found), "goals": found.goals()}), encoding="utf-8")
-
-
-def _print(console: Any, found: "Quality") -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{found.samples} samples, {found.steps} steps, guidance scale {found.guidance_scale:g}")
-    table.add_column("")
-    for heading in ("generated", "held-out real", "goal"):
-        table.add_column(heading, justify="right")
-
-    def percent(estimate: Any) -> str:
-        return f"{100 * estimate.value:.1f} ± {100 * estimate.error:.1f}%"
-
-    scores = found.generated
-    table.add_row("digit legible to the SVM", percent(scores.legible), percent(found.real_legible), "≥ 97%")
-    table.add_row("named ink right", percent(scores.ink_right), "", "≥ 97%")
-    table.add_row("named paper right", percent(scores.paper_right), "", "≥ 97%")
-    table.add_row("variance within a digit", percent(found.variance_ratio), "100%", "≥ 85%")
-    names = ("5th percentile", "quartile", "median")
-    for name, generated, real in zip(names, found.nearest_generated, found.nearest_real, strict=True):
-        table.add_row(f"nearest training digit, {name}", f"{generated:.3f}", f"{real:.3f}", "no closer")
-    console.print(table)
-    for goal, met in found.goals().items():
-        console.print(f"{'met' if met else 'missed'}  {goal}", style="green" if met else "red")
 
 
 if __name__ == "__main__":

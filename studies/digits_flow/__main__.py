@@ -18,7 +18,7 @@ app = typer.Typer(
 def build(
     out: Annotated[Path, typer.Option("--out", help="Build folder. An interrupted build continues where it was.")],
 ) -> None:
-    """Train the reference: an hour on one core."""
+    """Train the reference, on one core."""
     console = terminal.LiteralConsole()
     with console.status("Loading torch and diffusers …"):
         terminal.pass_on_warnings()
@@ -30,5 +30,33 @@ def build(
     console.print(str(made))
 
 
+@app.command()
+def quality(
+    folder: Annotated[Path, typer.Argument(help="The folder of a pipeline, OUT/reference of a build.")],
+    samples: Annotated[int, typer.Option(min=10, help="Pictures to draw.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Euler's method.")] = 28,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Of noise and prompts.")] = 0,
+) -> None:
+    """Measure legibility, colours, variety and memorisation, as `python -m studies.digits quality` does."""
+    from rich.progress import Progress
+
+    console = terminal.LiteralConsole()
+    with terminal.refusing_wrong_input():
+        with console.status("Loading torch and diffusers …"):
+            terminal.pass_on_warnings()
+            from deradiff.worlds.digits.quality import measure
+            from studies.digits.quality_table import show
+            from studies.digits_flow.reference import load
+
+            pipe = load(folder)
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("Drawing", total=samples)
+            found = measure(
+                pipe, samples, steps, guidance_scale, seed, tick=lambda done: progress.update(bar, completed=done)
+            )
+        show(console, found)
+
+
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m studies.digits_flow")

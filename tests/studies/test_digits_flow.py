@@ -1,0 +1,98 @@
+"""The digits' flow: what its training computes is what its pipeline draws by, and a miniature of the build."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from torch import nn
+
+from deradiff.alignment.training import TrainingPlan
+from deradiff.worlds import digits
+from deradiff.worlds.digits import quality
+from messages import naming
+from studies.digits.models import token_ids
+from studies.digits_flow import models
+from studies.digits_flow.build import build
+from studies.digits_flow.reference import load
+from studies.digits_flow.settings import FlowSettings
+from tiny import seeded
+
+CAPTIONS = ["a blue seven", "a red two on pink paper", ""]
+MINIATURE = FlowSettings(
+    batch=8,
+    width=16,
+    layers=2,
+    pictures=32,
+    held_out_pictures=16,
+    reference=TrainingPlan(steps=4, learning_rate=1e-3, warmup=1, evaluate_every=2, checkpoint_seconds=0),
+)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def silent(*_: Any) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusion3Pipeline:
+    """With random weights that are not those of the start, which predict nothing."""
+    with seeded(0):
+        denoiser = models.transformer(16, 2)
+        with torch.no_grad():
+            for parameter in denoiser.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape)
+        encoders = nn.ModuleList([models.text_encoder() for _ in range(2)])
+    vae = AutoencoderKL.from_pretrained(digits.reference_path() / "vae")
+    return models.pipeline(vae, encoders.eval(), denoiser.eval())
+
+
+@torch.no_grad()
+def test_training_tells_the_transformer_what_the_pipeline_does(pipe: StableDiffusion3Pipeline) -> None:
+    told, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, device=torch.device("cpu"))
+    encoders, tokens = nn.ModuleList([pipe.text_encoder, pipe.text_encoder_2]), token_ids(CAPTIONS)
+    context, both = models.embedded(encoders, tokens, models.ABSENT)
+    assert torch.equal(context, told) and torch.equal(both, pooled)
+
+    latents, times = torch.randn(3, 4, 8, 8), torch.tensor([20.0, 500.0, 1000.0])
+    usual = pipe.transformer(latents, told, pooled, times).sample
+    context, _ = models.embedded(encoders, tokens)
+    before = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(models.EqualTokens())
+    short = pipe.transformer(latents, context, pooled, times).sample
+    pipe.transformer.set_attn_processor(models.EqualTokens(1))
+    forgetful = pipe.transformer(latents, context, pooled, times).sample
+    pipe.transformer.set_attn_processor(before)
+    torch.testing.assert_close(short, usual, rtol=1e-4, atol=1e-4)
+    assert (forgetful - usual).abs().max() > 0.1
+
+
+def test_its_decoder_is_the_digits_own(pipe: StableDiffusion3Pipeline) -> None:
+    images = quality.draw(pipe, CAPTIONS, seed=3, steps=2)
+    assert images.shape == (3, 3, 32, 32) and bool(images.std(0).gt(0).any())
+    latents = torch.randn(2, 4, 8, 8)
+    theirs, ours = digits.load_pipeline().vae, pipe.vae
+    assert ours.config.scaling_factor == 1.0 and ours.config.shift_factor == 0.0
+    torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample)
+
+
+def test_a_miniature_is_interrupted_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = load(build(tmp_path / "whole", MINIATURE, silent))
+
+    def interrupting(_: str, done: int, *__: Any) -> None:
+        if done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build(tmp_path / "broken", MINIATURE, interrupting)
+    again = load(build(tmp_path / "broken", MINIATURE, silent))
+    for part in ("transformer", "text_encoder", "text_encoder_2"):
+        some, others = whole.components[part].state_dict(), again.components[part].state_dict()
+        assert all(torch.equal(some[name], others[name]) for name in some)
+    with pytest.raises(ValueError, match=naming("seed")):
+        build(tmp_path / "broken", replace(MINIATURE, seed=1), silent)
