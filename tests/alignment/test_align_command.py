@@ -230,7 +230,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("deradiff.alignment.methods.write_cache", full)
+    monkeypatch.setattr("deradiff.alignment.training_data.write_cache", full)
     stopped = command("digits", "--out", tmp_path, *SMALL)
     assert stopped.exit_code == 1 and "add --gradient-checkpointing, raise --accumulate" in " ".join(
         stopped.output.split()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from deradiff.alignment.scoring import RewardTask
 from deradiff.alignment.training import LossCurve, TrainingPlan, TrainingRun
 from deradiff.worlds import find
 from messages import naming
+from test_align_command import command
 from tiny import make
 from trainable_families import trainable as pipeline_of
 
@@ -248,7 +251,9 @@ def test_nft_learns_at_every_time_of_the_sampler_from_what_the_old_policy_drew(t
 def test_advantages_and_optimality_are_bounded() -> None:
     rewards = torch.cat([torch.zeros(63), torch.tensor([100.0]), torch.ones(64)])
     assert group_advantages(rewards, 64).max() == 5.0 and optimality(rewards, 64).max() == 1.0
-    assert group_advantages(rewards, 64)[64:].tolist() == [0.0] * 64 and optimality(rewards, 64)[64:].unique() == 0.5
+    for reward in (1.0, 0.9, 0.7, 21.7):  # the mean of 24 times 0.9 is not 0.9 in single precision
+        assert group_advantages(torch.full((24,), reward), 24).tolist() == [0.0] * 24
+        assert optimality(torch.full((24,), reward), 24).tolist() == [0.5] * 24
 
 
 # -- the policy that draws --------------------------------------------------------------------------------------------
@@ -271,11 +276,47 @@ def test_an_old_policy_follows_at_the_end_of_a_round() -> None:
     assert parameter.tolist() == [4.0, 4.0] and torch.is_grad_enabled()
 
 
+def test_in_mixed_precision_each_policy_computes_with_its_own_weights() -> None:
+    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    old = OldPolicy(2)
+    old.begin([*model.parameters()])
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        with old.in_place(model):
+            before = model(x)
+        after = model(x)
+    assert torch.equal(after, expected) and not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_run_in_half_precision_follows_one_in_single(method: str, tmp_path: Path) -> None:
+    """In a second step of a round, where the policies differ."""
+    values = []
+    for half in (False, True):
+        sampling = TRAINED[method][0]
+        task = task_of(tmp_path / f"{half}", sampling, rank=None)
+        model, old = task.policy.model, OldPolicy(2)
+        old.begin(trainable(model))
+        nudged(model, 0.1)
+        objective = loss_of_grpo if method == "flow-grpo" else loss_of_nft
+        own = {"clip": 0.5} if method == "flow-grpo" else {"mixing": 1.0}
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = objective(
+                task, model, ["a red fox"] * 4, 4, row_generators(5, range(4)), Accelerator(cpu=True), old=old, **own
+            )
+        values.append(torch.cat([g.flatten() for g in gradients(value, model)]))
+    single, half_ = values
+    assert torch.cosine_similarity(single, half_, dim=0) > 0.9
+
+
 def test_the_memory_grows_as_in_the_released_code() -> None:
     slow, late = ramp(0, 0.001, 0.5), ramp(75, 0.0075, 0.999)
     assert [slow(step) for step in (0, 100, 500, 5000)] == [0.0, 0.1, 0.5, 0.5]
     assert [late(step) for step in (74, 75, 175, 1000)] == [0.0, 0.0, 0.75, 0.999]
-    for wrong in ((-1, 0.1, 0.5), (0, -0.1, 0.5), (0, 0.1, 1.0)):
+    for wrong in ((-1, 0.1, 0.5), (0, -0.1, 0.5), (0, 0.1, 1.0), (0, math.inf, 0.5), (0, math.nan, 0.5)):
         with pytest.raises(ValueError, match=naming(*wrong[:2])):
             ramp(*wrong)
 
@@ -350,6 +391,17 @@ def test_what_cannot_be_trained_is_refused(
     sampling, train, usual_options = TRAINED[method]
     with pytest.raises(ValueError, match=naming(*values)):
         train(task_of(tmp_path, **{"sampling": sampling, **changes}), **(usual_options | options))
+    # Before anything is drawn, and so by a rehearsal as well.
+    task = task_of(tmp_path, **{"sampling": sampling, **changes})
+    chosen, preset = changes.get("sampling", sampling), usual("some/flow", method)
+    settings = replace(
+        preset,
+        batch=task.batch,
+        sampling={"scheduler": chosen.scheduler, "steps": chosen.steps, "guidance_scale": 1.0},
+        options=preset.options | usual_options | options,
+    )
+    with pytest.raises(ValueError, match=naming(*values)):
+        METHODS[method].require(task.base, settings)
 
 
 def test_they_are_for_flows_alone(tmp_path: Path) -> None:
@@ -360,6 +412,45 @@ def test_they_are_for_flows_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=naming("digits", method, "ddpo")):
             usual("digits", method)
     assert find("digits")
+
+
+def test_another_model_gets_a_lora_where_it_has_layers_for_one(tmp_path: Path) -> None:
+    pipe, side = pipeline_of("z_image")
+    for method in TRAINED:
+        settings = usual("some/flow", method)
+        Policy(Base(pipe, side), 2, settings.lora_targets)
+        pipe.transformer.delete_adapters(pipe.transformer.active_adapters())
+
+
+def test_noise_in_every_step_of_a_distilled_model_is_warned_of() -> None:
+    pipe, _ = pipeline_of("sd3")
+    settings = replace(usual("some/flow", "flow-grpo"), base="some/flux-schnell")
+    with pytest.warns(UserWarning, match=naming("some/flux-schnell", "flow-euler")):
+        fitted(settings, pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted(replace(settings, base="some/flux"), pipe)
+        fitted(replace(usual("some/flow", "diffusion-nft"), base="some/flux-schnell"), pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--preset", "flow-grpo-ocr"], ["flow-grpo-ocr", "--data", "--reward"]),
+        (["--preset", "diffusion-nft-geneval", "--reward", "ink"], ["diffusion-nft-geneval", "--data"]),
+        (["--preset", "flow-grpo-pickscore", "--eta", 0], ["eta", 0]),
+        (["--preset", "flow-grpo-pickscore", "--eta", 7], ["eta", 7.0]),
+        (["--preset", "diffusion-nft-pickscore", "--eta", 0.5], ["--eta", "diffusion-nft", "flow-euler"]),
+        (["--preset", "flow-grpo-pickscore", "--density", "logit-normal"], ["--density", "flow-grpo"]),
+        (["--preset", "diffusion-nft-pickscore", "--memory", "0,nan,0.5"], ["memory", "nan"]),
+        (["--preset", "diffusion-nft-pickscore", "--memory", "0,0.1"], ["--memory", "0,0.1"]),
+        (["--preset", "diffusion-nft-pickscore", "--clip", 0.1], ["--clip", "diffusion-nft", "--mixing"]),
+        (["digits", "--eta", 0.5], ["--eta", "dpo", "ddim"]),
+    ],
+)
+def test_the_command_refuses_what_has_no_use_before_it_loads_a_model(arguments: list[Any], values: list[Any]) -> None:
+    done = command(*arguments)
+    assert done.exit_code == 2 and re.search(naming(*values), done.output), done.output
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.method in TRAINED])

@@ -225,7 +225,7 @@ def test_noise_in_every_step_of_a_distilled_model_is_warned_of() -> None:
         pipe.scheduler = pipelines.scheduler_like(own, scheduler)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            pipelines._warn_of_noise(named, pipe)
+            pipelines.warn_of_noise(named, pipe, pipe.scheduler)
         said = [warning for warning in heard if "flow-euler" in str(warning.message)]
         assert bool(said) == (scheduler == "flow-sde" and "turbo" in named)
 

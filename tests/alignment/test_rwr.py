@@ -203,6 +203,16 @@ def test_samples_are_drawn_once_and_go_on_where_they_were(tmp_path: Path) -> Non
         draw_samples(tmp_path / "none", base, "digits", [], 4, BoldReward(), sampling, seed=0)
 
 
+def test_a_folder_of_an_earlier_version_did_not_say_full_noise_and_goes_on(tmp_path: Path) -> None:
+    base, prompts = Base(digits.load_pipeline()), captions.sample_prompts(2, 1)
+    settings: dict[str, Any] = {"reward": BoldReward(), "sampling": SamplerSettings("ddim", 2, 1.0), "seed": 0}
+    first = draw_samples(tmp_path, base, "digits", prompts, 2, **settings)
+    assert "eta" not in json.loads((tmp_path / "settings.json").read_text()) and "eta" not in first.fingerprint
+    quieter = settings | {"sampling": SamplerSettings("ddim", 2, 1.0, eta=0.5)}
+    with pytest.raises(ValueError, match=naming("eta", 0.5)):
+        draw_samples(tmp_path, base, "digits", prompts, 2, **quieter)
+
+
 def test_training_on_bold_samples_makes_bold_pictures(tmp_path: Path) -> None:
     base, reward, sampling = Base(digits.load_pipeline()), BoldReward(), SamplerSettings("ddim", 4, 1.0)
     drawn = draw_samples(tmp_path / "s", base, "digits", captions.sample_prompts(12, 1), 8, reward, sampling, seed=2)

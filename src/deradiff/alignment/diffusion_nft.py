@@ -20,7 +20,7 @@ from deradiff.alignment.loop import train
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.parameters import OldPolicy
 from deradiff.alignment.policy_gradient import Term, require_whole_groups, summed
-from deradiff.alignment.sampling import at_least_single, decode, sample, told
+from deradiff.alignment.sampling import SamplerSettings, at_least_single, decode, sample, told
 from deradiff.alignment.scoring import RewardTask, scored
 from deradiff.alignment.training import BatchPart, LossCurve
 
@@ -29,6 +29,8 @@ from deradiff.alignment.training import BatchPart, LossCurve
 
 def optimality(rewards: Float[Tensor, " sample"], group: int) -> Float[Tensor, " sample"]:
     """`r = ½ + ½ clip((reward - mean)/Z, -1, 1)` (Algorithm 1), Z being 5 standard deviations of the group's rewards.
+
+    The paper leaves Z open; the released code takes 5 standard deviations of all rewards of a round.
 
     The probability that a picture is a good one: ½ where all of a group are equally good.
     """
@@ -60,13 +62,13 @@ def nft_loss(
     return LARGEST_ADVANTAGE / mixing * (optimality * error(good) + (1 - optimality) * error(bad))
 
 
-def ramp(first: int, rate: float, most: float) -> Callable[[int], float]:
+def ramp(first: int, rate: float | int, most: float | int) -> Callable[[int], float]:
     """How much of the old policy stays at the end of a round, after so many steps of training.
 
     None before step `first`, then `rate` more with every step, `most` at most (§3.3, Figure 6). Raises `ValueError` for
     what is negative, and for a policy that would never change: `most` of 1 or more.
     """
-    if first < 0 or rate < 0 or not 0 <= most < 1:
+    if first < 0 or not 0 <= rate < float("inf") or not 0 <= most < 1:
         raise ValueError(f"a memory of {first},{rate:g},{most:g}: a step and a rate of 0 or more, a share below 1")
     return lambda step: 0.0 if step < first else min((step - first) * rate, most)
 
@@ -86,8 +88,9 @@ def loss(
 
     `old` draws the pictures, `group` of each prompt after one another, with `generators`; each is noised at the time of
     every step of the sampler. λ_KL multiplies the squared distance between the velocities of model and reference,
-    averaged over elements and times. What is trained are predictions without guidance, whatever draws. The gradient is
-    taken one time after the other (see `policy_gradient.summed`).
+    averaged over elements and times. Whatever draws, what is trained are predictions that are not guided; of a model
+    that is told the guidance scale, those at the sampler's. The gradient is taken one time after the other (see
+    `policy_gradient.summed`).
     """
     base, sampling, kl = task.base, task.sampling, task.kl
     with old.in_place(model):
@@ -153,12 +156,34 @@ def _distance(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+def require(
+    base: Base,
+    sampling: SamplerSettings,
+    batch: int,
+    parts: int,
+    per_prompt: int,
+    updates: int,
+    mixing: float | int,
+    memory: tuple[int, float | int, float | int],
+) -> OldPolicy:
+    """Raise `ValueError` for what `train_diffusion_nft` refuses, where a batch has so many parts; else its old policy.
+
+    Any sampler will do.
+    """
+    require_whole_groups(batch, per_prompt, parts)
+    if not isinstance(base.noising, FlowNoising):
+        raise ValueError(f"DiffusionNFT mixes velocities, and this model predicts {base.noising.prediction}")
+    if not 0 < mixing < float("inf"):
+        raise ValueError(f"a mixing of {mixing:g}: it is the step from old to implicit policy and must be above 0")
+    return OldPolicy(updates, ramp(*memory))
+
+
 def train_diffusion_nft(
     task: RewardTask,
     per_prompt: int = 24,
     updates: int = 1,
     mixing: float | int = 1.0,
-    memory: tuple[int, float, float] = (0, 0.001, 0.5),
+    memory: tuple[int, float | int, float | int] = (0, 0.001, 0.5),
 ) -> LossCurve:
     """Align a flow by the rewards of its own samples: a batch counts pictures, `per_prompt` of each prompt.
 
@@ -174,12 +199,8 @@ def train_diffusion_nft(
     """
     kl, seed, taught, base = task.kl, task.run.seed, task.with_dropout(), task.base
     accelerator = task.run.accelerator or Accelerator(cpu=True)
-    require_whole_groups(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
-    if not isinstance(base.noising, FlowNoising):
-        raise ValueError(f"DiffusionNFT mixes velocities, and this model predicts {base.noising.prediction}")
-    if not 0 < mixing < float("inf"):
-        raise ValueError(f"a mixing of {mixing:g}: it is the step from old to implicit policy and must be above 0")
-    old = OldPolicy(updates, ramp(*memory))
+    parts = task.plan.accumulate * accelerator.num_processes
+    old = require(base, task.sampling, task.batch, parts, per_prompt, updates, mixing, memory)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(task.batch), per_prompt

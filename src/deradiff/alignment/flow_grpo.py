@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.parameters import OldPolicy
@@ -26,7 +27,7 @@ from deradiff.alignment.policy_gradient import (
     require_whole_groups,
     summed,
 )
-from deradiff.alignment.sampling import decode
+from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import RewardTask, scored
 from deradiff.alignment.training import BatchPart, LossCurve
 
@@ -38,17 +39,17 @@ LEAST_NOISE = 0.02
 """A step to a noise level below this has so sharp a density that its gradient would drown those of all others."""
 
 
-def deciding(chain: Chain, path: Sequence[ChainStep]) -> list[ChainStep]:
-    """The steps of a path that are learned from: those that draw noise, and end at no less than `LEAST_NOISE`.
+def deciding(chain: Chain) -> list[int]:
+    """The numbers of the steps that are learned from: those that end at no less than `LEAST_NOISE`.
 
-    That leaves out the last two steps of most samplers, whose times end just above 0. Raises `ValueError` where none is
-    left.
+    That leaves out the last step, and where a sampler's times end just above 0, as Stable Diffusion 3's do, the one
+    before it. Raises `ValueError` where none is left.
     """
-    sigmas = chain.scheduler.sigmas
-    steps = [step for step in path if step.is_random and sigmas[step.number + 1] >= LEAST_NOISE]
+    ends = chain.scheduler.sigmas[1:].tolist()
+    steps = [number for number, sigma in enumerate(ends) if sigma >= LEAST_NOISE]
     if not steps:
         raise ValueError(
-            f"none of the {len(path)} steps of {chain.sampling.scheduler} ends at a noise level of {LEAST_NOISE} or "
+            f"none of the {len(ends)} steps of {chain.sampling.scheduler} ends at a noise level of {LEAST_NOISE} or "
             "more: take 3 steps or more"
         )
     return steps
@@ -106,7 +107,7 @@ def loss(
         path = list(chain.walk(model, generators))
     with torch.no_grad():
         rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
-    advantage, steps = group_advantages(rewards, group), deciding(chain, path)
+    advantage, steps = group_advantages(rewards, group), [path[number] for number in deciding(chain)]
 
     def term(step: ChainStep) -> Term:
         transition = chain.transition(model, step.number, step.before)
@@ -119,6 +120,23 @@ def loss(
         return Term(surrogate + away, away.detach())
 
     return summed(-rewards.mean(), [partial(term, step) for step in steps], model, accelerator)
+
+
+def require(
+    base: Base,
+    sampling: SamplerSettings,
+    batch: int,
+    parts: int,
+    per_prompt: int,
+    updates: int,
+    clip: float,
+) -> OldPolicy:
+    """Raise `ValueError` for what `train_flow_grpo` refuses, where a batch has so many parts; else its old policy."""
+    require_whole_groups(batch, per_prompt, parts)
+    if not 0 < clip < float("inf"):
+        raise ValueError(f"a clip of {clip:g}: ratios of probabilities must be free to leave 1, by 0.0001 for instance")
+    deciding(Chain(base, ["a picture"], sampling))
+    return OldPolicy(updates)
 
 
 def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, clip: float = 1e-4) -> LossCurve:
@@ -139,10 +157,8 @@ def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, cl
     """
     kl, seed, taught = task.kl, task.run.seed, task.with_dropout()
     accelerator = task.run.accelerator or Accelerator(cpu=True)
-    require_whole_groups(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
-    if not clip > 0:
-        raise ValueError(f"a clip of {clip:g}: ratios of probabilities must be free to leave 1, by 0.0001 for instance")
-    old = OldPolicy(updates)
+    parts = task.plan.accumulate * accelerator.num_processes
+    old = require(task.base, task.sampling, task.batch, parts, per_prompt, updates, clip)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(task.batch), per_prompt
@@ -158,7 +174,7 @@ def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, cl
             texts = task.held_out[places.start : places.stop]
             chain = Chain(task.base, texts, task.sampling)
             path = list(chain.walk(model, row_generators(seed, places, "held out")))
-            random = deciding(chain, path)
+            random = [path[number] for number in deciding(chain)]
             if kl:
                 total += kl * sum(kl_rate(chain, task, step, model).sum().item() for step in random) / len(random)
             total -= task.scale * scored(task.reward, decode(task.base, path[-1].after), texts).sum().item()

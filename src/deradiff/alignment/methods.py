@@ -12,15 +12,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from deradiff.algorithm.estimates import effective_sample_size
+from deradiff.alignment import diffusion_nft, flow_grpo, policy_gradient
 from deradiff.alignment.base import Base
-from deradiff.alignment.diffusion_nft import train_diffusion_nft
 from deradiff.alignment.dpo import train_dpo, train_mapo
 from deradiff.alignment.draft import train_alignprop, train_draft
 from deradiff.alignment.fitting import sampling_of
-from deradiff.alignment.flow_grpo import train_flow_grpo
 from deradiff.alignment.latent_cache import LatentCache
 from deradiff.alignment.own_samples import OwnSamples
-from deradiff.alignment.policy_gradient import train_ddpo
 from deradiff.alignment.presets import Preset
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
@@ -36,6 +34,7 @@ from deradiff.alignment.training_data import (
 )
 from deradiff.alignment.training_pairs import CachedPairs, EncodedPairs
 from deradiff.anchors.checks import prediction_type
+from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report
 
 
@@ -47,6 +46,10 @@ class Data(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """What tells it from other data, as plain data."""
         ...
+
+
+def _nothing_more(base: Base, settings: Preset) -> None:
+    """For methods that refuse nothing before they train."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class TrainingMethod:
     train: Callable[..., LossCurve]
     prompts: Callable[[Any, Preset, int], list[str]]
     """Of the data and the settings, so many of the prompts that are not trained on, or fewer."""
+    require: Callable[[Base, Preset], None] = _nothing_more
+    """Raises `ValueError` for settings that training would refuse before its first step."""
     models: Literal["all", "noise", "flows"] = "all"
     """What it aligns: models that predict ε or v, the velocity of a flow, or both."""
 
@@ -86,7 +91,8 @@ class TrainingMethod:
 def fitted(settings: Preset, pipe: Any) -> Preset:
     """`settings` for the kind of model that `pipe` is: a flow is sampled by Euler's method where they name no other.
 
-    Raises `ValueError` for a method that is not for it.
+    Warns of noise in every step of a flow that was distilled to few. Raises `ValueError` for a method that is not for
+    it.
     """
     method = METHODS[settings.method]
     prediction = prediction_type(type(pipe.scheduler).__name__, pipe.scheduler.config)
@@ -99,9 +105,12 @@ def fitted(settings: Preset, pipe: Any) -> Preset:
         )
     if not is_flow:
         return settings
-    if not settings.sampling or settings.sampling["scheduler"].startswith("flow"):
-        return settings
-    return replace(settings, sampling={**settings.sampling, "scheduler": "flow-euler"})
+    if settings.sampling and not settings.sampling["scheduler"].startswith("flow"):
+        settings = replace(settings, sampling={**settings.sampling, "scheduler": "flow-euler"})
+    if settings.sampling:
+        scheduler = pipelines.scheduler_like(pipe.scheduler, settings.sampling["scheduler"])
+        pipelines.warn_of_noise(settings.base, pipe, scheduler)
+    return settings
 
 
 # -- preference pairs -------------------------------------------------------------------------------------------------
@@ -155,6 +164,20 @@ def _with_reward(train: Callable[..., LossCurve]) -> Callable[..., LossCurve]:
         return train(task, **options, **held_by)
 
     return trained
+
+
+OF_ALL = ("reward_scale", "reward_dropout")
+"""Options of all methods that maximise a reward."""
+
+
+def _requiring(require: Callable[..., Any]) -> Callable[[Base, Preset], None]:
+    """What a method whose policy draws refuses."""
+
+    def required(base: Base, settings: Preset) -> None:
+        own = {name: value for name, value in settings.options.items() if name not in OF_ALL}
+        require(base, sampling_of(settings), settings.batch, settings.plan.accumulate, **own)
+
+    return required
 
 
 def _prompts_held_out(data: TrainingPrompts, settings: Preset, count: int) -> list[str]:
@@ -271,7 +294,8 @@ METHODS: dict[str, TrainingMethod] = {
         strength="λ_KL multiplies the KL divergence between the paths of model and reference, in points of the scaled "
         "reward per nat (DPOK); 0 leaves it out (DDPO).",
         batch="pictures",
-        train=_with_reward(train_ddpo),
+        train=_with_reward(policy_gradient.train_ddpo),
+        require=_requiring(policy_gradient.require),
     ),
     "flow-grpo": _rewarded(
         title="Flow-GRPO",
@@ -280,7 +304,8 @@ METHODS: dict[str, TrainingMethod] = {
         "length, averaged over steps and elements, and is weighed against advantages, in standard deviations of the "
         "reward among the pictures of a prompt; 0 leaves it out.",
         batch="pictures",
-        train=_with_reward(train_flow_grpo),
+        train=_with_reward(flow_grpo.train_flow_grpo),
+        require=_requiring(flow_grpo.require),
     ),
     "diffusion-nft": _rewarded(
         title="DiffusionNFT",
@@ -289,7 +314,8 @@ METHODS: dict[str, TrainingMethod] = {
         "elements and times, and is weighed against advantages, in standard deviations of the reward among the "
         "pictures of a prompt; 0 leaves it out.",
         batch="pictures",
-        train=_with_reward(train_diffusion_nft),
+        train=_with_reward(diffusion_nft.train_diffusion_nft),
+        require=_requiring(diffusion_nft.require),
     ),
 }
 """By name: `deradiff align --method NAME`."""

@@ -71,7 +71,7 @@ def draw_samples(
         "prompts": list(prompts),
         "per_prompt": per_prompt,
         "reward": reward.name,
-        **asdict(sampling),
+        **_described(sampling),
         "seed": seed,
         "precision": str(base.denoiser.dtype),
     }
@@ -92,6 +92,14 @@ def draw_samples(
     fingerprint = json.loads(json.dumps({"kind": "own samples", "samples": count, **settings}))
     drawn = joined(parts, WHAT, CURE)
     return OwnSamples(ReferenceSamples(drawn["latents"], texts), drawn["rewards"], per_prompt, fingerprint)
+
+
+def _described(sampling: SamplerSettings) -> dict[str, Any]:
+    """`sampling` as plain data; full noise is not said, as it was not by version 0.1."""
+    settings = asdict(sampling)
+    if settings["eta"] == 1:
+        del settings["eta"]
+    return settings
 
 
 def _drawn(

@@ -28,9 +28,10 @@ def swapped(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> Iterato
 
 @torch.no_grad()
 def copy_to(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Write `values` into `parameters`."""
+    """Write `values` into `parameters`. Autocast would go on with halves of those before, which it keeps."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
+    torch.clear_autocast_cache()
 
 
 def latest(step: int) -> float:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.algorithm.gaussian import Gaussian
+from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
 from deradiff.alignment.path_kl import Chain, ChainStep, divergence
@@ -54,6 +55,7 @@ def advantages(rewards: Float[Tensor, " sample"], group: int, *, normalized: boo
             "or more, to compare with one another"
         )
     rows = rewards.view(-1, group)
+    rows = rows - rows[:, :1]  # the mean of equal rewards is not exactly theirs, and their spread is as small
     away = rows - rows.mean(1, keepdim=True)
     scaled = away / (rows.std(1, keepdim=True) + 1e-8) if normalized else away * (group / (group - 1))
     return scaled.flatten()
@@ -168,7 +170,7 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
     """
     policy, kl, seed, taught = task.policy, task.kl, task.run.seed, task.with_dropout()
     accelerator = task.run.accelerator or Accelerator(cpu=True)
-    require_whole_groups(task.batch, per_prompt, task.plan.accumulate * accelerator.num_processes)
+    require(task.base, task.sampling, task.batch, task.plan.accumulate * accelerator.num_processes, per_prompt)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(task.batch), per_prompt
@@ -189,6 +191,12 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
         return total / len(task.held_out)
 
     return train(policy.model, objective, held_out_loss, task.plan, run=replace(task.run, accelerator=accelerator))
+
+
+def require(base: Base, sampling: SamplerSettings, batch: int, parts: int, per_prompt: int) -> None:
+    """Raise `ValueError` for what `train_ddpo` refuses, where a batch has so many parts."""
+    require_whole_groups(batch, per_prompt, parts)
+    Chain(base, ["a picture"], sampling)
 
 
 def require_whole_groups(batch: int, per_prompt: int, parts: int) -> None:

@@ -49,6 +49,7 @@ def rehearse(settings: Preset, pipe: Any, *, count: int | None = None, seed: int
     with _one_layer(pipe) as cut:
         base = base_of(pipe, settings)
         yield from _model(base, cut)
+        method.require(base, settings)
         yield from _step(base, settings, seed)
         if method.batch != "pairs":
             yield _drawn(base, settings, seed)
@@ -156,6 +157,8 @@ def _memory(denoiser: Any, settings: Preset) -> Iterator[str]:
         frozen = whole * (2 if settings.precision in ("fp16", "bf16") else 4)
     kept = 4 + 4 + MOMENTS[settings.plan.optimizer] + (4 if settings.plan.average else 0)
     kept += 4 if settings.plan.patience else 0
+    # An older policy that draws, and the trained one that waits meanwhile.
+    kept += 8 if "memory" in settings.options or settings.options.get("updates", 1) > 1 else 0
     total = (trained * kept + frozen) / 1e9
     yield (
         f"memory: {whole:,} weights, {trained:,} trained; {trained * kept / 1e9:.3g} GB for weights, gradients and "

@@ -79,7 +79,10 @@ def align(
     ceiling: Annotated[float | None, reward_option(help="refl: rewards above this count as this, in points.")] = None,
     reward_scale: Annotated[
         float | None,
-        reward_option(help="Multiplies the reward that λ_KL is weighed against; 100 is a CLIP model's logit scale."),
+        reward_option(
+            help="Multiplies the reward that λ_KL is weighed against; 100 is a CLIP model's logit scale. flow-grpo and "
+            "diffusion-nft weigh it against advantages, whatever the scale."
+        ),
     ] = None,
     reward_dropout: Annotated[
         float | None, reward_option(min=0, max=0.999, help="Share of the reward's parameters at zero in each call.")
@@ -111,7 +114,7 @@ def align(
         ),
     ] = None,
     eta: Annotated[
-        float | None, reward_option(help="Noise of flow-sde, and of DDIM in ddpo: 1 is memoryless, 0 none.")
+        float | None, reward_option(help="flow-grpo, ddpo by ddim: the noise of each step, above 0; 1 is memoryless.")
     ] = None,
     sampling_steps: Annotated[int | None, reward_option(min=1, help="Steps of the sampler in training.")] = None,
     guidance_scale: Annotated[float | None, reward_option(min=1, help="Guidance of the sampler in training.")] = None,
@@ -135,7 +138,7 @@ def align(
     ] = None,
     density: Annotated[
         Literal["uniform", "logit-normal"] | None,
-        training_option(help="How the times of a flow are spread in training; uniform by default."),
+        training_option(help="dpo, rwr, refl: how the times of a flow are spread in training; uniform by default."),
     ] = None,
     seed: options.TrainingSeed = 0,
     precision: Annotated[Literal["no", "fp16", "bf16"] | None, machine_option(help="Mixed precision.")] = None,
@@ -238,6 +241,9 @@ def _settings(context: arguments.Context, name: str | None, base: str | None, sc
         missing = [f"--{key.replace('_', '-')}" for key, known in asked.items() if key not in known]
         if missing:
             raise ValueError(f"without --preset nothing is known of {base}: name {', '.join(missing)} as well")
+    nothing = {"data": start.data or wanted.get("data"), "reward": paired or start.reward or wanted.get("reward")}
+    if missing := [f"--{key}" for key, known in nothing.items() if not known]:
+        raise ValueError(f"the preset {name} leaves open what is its user's own: name {' and '.join(missing)} as well")
     if wanted.get("reward") not in (None, start.reward):
         # The ceiling is in points of the preset's own reward.
         start = replace(start, options={key: value for key, value in start.options.items() if key != "ceiling"})
@@ -270,10 +276,13 @@ def _window(text: str) -> tuple[int, int]:
 
 def _memory(text: str) -> tuple[int, float, float]:
     try:
-        first, rate, most = text.split(",")
-        return int(first), float(rate), float(most)
+        first, rate, most = (kind(part) for kind, part in zip((int, float, float), text.split(","), strict=True))
     except ValueError:
         raise ValueError(f"--memory {text}: name a step and two numbers, such as 0,0.001,0.5") from None
+    from deradiff.alignment.diffusion_nft import ramp
+
+    ramp(first, rate, most)
+    return first, rate, most
 
 
 def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any]) -> "Preset":
@@ -286,7 +295,25 @@ def _for_method(settings: "Preset", own: dict[str, Any], sampling: dict[str, Any
         given = ", ".join(f"--{name.replace('_', '-')}" for name in strange)
         known = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names)) or "no such options"
         raise ValueError(f"{given}: not for {settings.method}, which has {known}")
-    return replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
+    settings = replace(settings, options=settings.options | own, sampling=settings.sampling | sampling)
+    if "eta" in sampling:
+        _require_noise(settings)
+    if settings.density and settings.method not in NOISING:
+        raise ValueError(f"--density: {settings.method} draws no times of its own; {', '.join(NOISING)} do")
+    return settings
+
+
+NOISING = ("dpo", "rwr", "refl")
+"""The methods that noise pictures at times that they draw."""
+
+
+def _require_noise(settings: "Preset") -> None:
+    """Raise `ValueError` for an eta that is out of range, or that the sampler of `settings` has no use for."""
+    from deradiff.alignment.sampling import SamplerSettings
+
+    scheduler = SamplerSettings(**settings.sampling).scheduler
+    if scheduler != "flow-sde" and (settings.method, scheduler) != ("ddpo", "ddim"):
+        raise ValueError(f"--eta: {settings.method} by {scheduler} takes steps whose noise is not set")
 
 
 def _strengths(text: str | None, settings: "Preset") -> list[float]:

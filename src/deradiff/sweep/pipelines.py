@@ -67,13 +67,12 @@ def load_pipeline(
         require_weights(source, pipe.components)
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
-        _warn_of_noise(source, pipe)
+        warn_of_noise(source, pipe, pipe.scheduler)
     return pipe
 
 
-def _warn_of_noise(source: str, pipe: Any) -> None:
+def warn_of_noise(source: str, pipe: Any, scheduler: Any) -> None:
     """Warn where a flow that was distilled to few steps is to be sampled with noise in every step."""
-    scheduler = pipe.scheduler
     noisy = type(scheduler).__name__ == "FlowMatchSDEScheduler" and scheduler.config.eta > 0
     noisy = noisy or scheduler.config.get("stochastic_sampling")
     named = next((word for word in DISTILLED if word in source.lower()), None)
