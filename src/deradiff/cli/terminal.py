@@ -51,6 +51,7 @@ def refusing_wrong_input(out_of_memory: str = "try a smaller --batch-size, or --
     Of other errors only those that deradiff itself defines are for the user's eyes; the rest keeps its traceback. What
     deradiff warns of is a line in yellow.
     """
+    _said.clear()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warning_shown(warnings.showwarning)
@@ -72,11 +73,23 @@ def _warning_shown(others: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **named: Any) -> None:
         if Path(filename).is_relative_to(PACKAGE):
-            messages.print(f"warning: {message}", style="yellow")
+            _say_once(str(message))
         else:
             others(message, category, filename, *rest, **named)
 
     return show
+
+
+_said: set[str] = set()
+"""The warnings that the command has printed."""
+
+
+def _say_once(text: str) -> None:
+    """A warning as a line, unless the command has printed it, whoever gave it."""
+    line = " ".join(text.split())
+    if line not in _said:
+        _said.add(line)
+        messages.print(f"warning: {line}", style="yellow")
 
 
 def _sentence(error: Exception) -> str:
@@ -157,7 +170,7 @@ def pass_on_warnings() -> None:
                 line = "more prompts were cut, which are not named here"
                 if cut > LISTED + 1:
                     return
-        messages.print(f"warning: {line}", style="yellow")
+        _say_once(line)
 
     library_messages.relay(say)
 
