@@ -271,9 +271,7 @@ def test_the_keyboard_alone_is_enough(studio: Any) -> None:
     exact(studio)
     assert "λ = 0.49" in studio.inner_text("#meaning")
     _tab_to(studio, "#curve [data-do=add]")
-    restart(studio)
-    studio.keyboard.press("Enter")
-    exact(studio)
+    _add_point(studio)
     _focused(studio, "#curve .point")
     assert studio.evaluate("document.activeElement.getAttribute('aria-label')") == "Point 1 of 1"
     before = code(studio, "#curve-export")
@@ -288,6 +286,17 @@ def test_the_keyboard_alone_is_enough(studio: Any) -> None:
     settled(studio, lambda: studio.locator("#curve .point:not(.pinned)").count() == 2)
     studio.keyboard.press("Control+y")
     settled(studio, lambda: code(studio, "#curve-export") == lower)
+
+
+def _add_point(opened: Any) -> None:
+    """As a person does: once more where no point comes, for the page may still be drawing what was asked before."""
+    for _ in range(4):
+        restart(opened)
+        opened.keyboard.press("Enter")
+        exact(opened)
+        if opened.locator("#curve .point:not(.pinned)").count():
+            return
+    pytest.fail(f"Enter adds no point; {opened.inner_text('#curve')!r}")
 
 
 def _focused(opened: Any, selector: str) -> None:
