@@ -326,14 +326,19 @@ def test_the_memory_grows_as_in_the_released_code() -> None:
 
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
-    ("method", "rank"), [("flow-grpo", 2), ("flow-grpo", None), ("diffusion-nft", None), ("diffusion-nft", 2)]
+    ("method", "rank", "rate", "gain"),  # about half of the least gain of three seeds
+    [
+        ("flow-grpo", None, 0.003, 0.2),
+        ("flow-grpo", 2, 0.03, 0.007),
+        ("diffusion-nft", 2, 0.03, 0.008),
+        ("diffusion-nft", None, 0.003, 0.008),
+    ],
 )
 def test_the_reward_rises_without_a_gradient_of_its_own_and_less_for_a_divergence_to_pay_for(
-    method: str, rank: int | None, tmp_path: Path
+    method: str, rank: int | None, rate: float, gain: float, tmp_path: Path
 ) -> None:
     sampling, train, options = TRAINED[method]
     options, small = options | {"per_prompt": 8}, {"rank": rank, "steps": 8, "batch": 32}
-    rate, gain = (0.03, 0.008) if rank else (0.01, 0.08)
     free, held = (task_of(tmp_path / f"{kl}", sampling, kl=kl, learning_rate=rate, **small) for kl in (0.0, 1e3))
     curve, held_to_base = train(free, **options), train(held, **options)
     assert curve.held_out[-1] < curve.held_out[0] - gain

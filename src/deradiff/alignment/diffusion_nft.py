@@ -5,7 +5,6 @@ good and away from it as far as it is bad, with no density of the sampler's step
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,15 +13,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base, Conditions
-from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.flow_grpo import LARGEST_ADVANTAGE, group_advantages
-from deradiff.alignment.loop import train
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.parameters import OldPolicy
-from deradiff.alignment.policy_gradient import Term, require_whole_groups, summed
+from deradiff.alignment.policy_gradient import Term, parts_of, prepared, require_whole_groups, summed, train_by_groups
 from deradiff.alignment.sampling import SamplerSettings, at_least_single, decode, sample, told
 from deradiff.alignment.scoring import RewardTask, scored
-from deradiff.alignment.training import BatchPart, LossCurve
+from deradiff.alignment.training import LossCurve
 
 # -- the objective ----------------------------------------------------------------------------------------------------
 
@@ -197,30 +194,18 @@ def train_diffusion_nft(
         ValueError: a model that is no flow; a part of the batch that is not a multiple of `per_prompt`, at least 2; a
             mixing that is not positive; a memory as `ramp` says; a reward that is not finite.
     """
-    kl, seed, taught, base = task.kl, task.run.seed, task.with_dropout(), task.base
-    accelerator = task.run.accelerator or Accelerator(cpu=True)
-    parts = task.plan.accumulate * accelerator.num_processes
-    old = require(base, task.sampling, task.batch, parts, per_prompt, updates, mixing, memory)
+    task = prepared(task)
+    base, kl = task.base, task.kl
+    old = require(base, task.sampling, task.batch, parts_of(task), per_prompt, updates, mixing, memory)
 
-    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        positions, group = part.positions(task.batch), per_prompt
-        rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
-        texts = [task.prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(seed, positions, "pictures")
-        return loss(taught, model, texts, group, generators, accelerator, old=old, mixing=mixing)
+    def held_out(model: nn.Module, texts: Sequence[str], generators: Sequence[torch.Generator]) -> float:
+        drawn, known = _drawn(task, model, texts, generators)
+        total = -task.scale * scored(task.reward, decode(base, drawn), texts).sum().item()
+        times = task.sampling.prepared(base).timesteps if kl else []
+        for time in times:
+            noisy = _noised(task, drawn, time, generators)
+            velocity = _velocity(base, model, noisy, time, known)
+            total += kl * _distance(task, model, velocity, noisy, time, known).sum().item() / len(times)
+        return total
 
-    def held_out_loss(model: nn.Module) -> float:
-        total = 0.0
-        for places in passes(len(task.held_out), task.per_pass):
-            texts, generators = task.held_out[places.start : places.stop], row_generators(seed, places, "held out")
-            drawn, known = _drawn(task, model, texts, generators)
-            total -= task.scale * scored(task.reward, decode(base, drawn), texts).sum().item()
-            times = task.sampling.prepared(base).timesteps if kl else []
-            for time in times:
-                noisy = _noised(task, drawn, time, generators)
-                velocity = _velocity(base, model, noisy, time, known)
-                total += kl * _distance(task, model, velocity, noisy, time, known).sum().item() / len(times)
-        return total / len(task.held_out)
-
-    run = replace(task.run, accelerator=accelerator)
-    return train(task.policy.model, objective, held_out_loss, task.plan, run=run, old=old)
+    return train_by_groups(task, per_prompt, partial(loss, old=old, mixing=mixing), held_out, old)

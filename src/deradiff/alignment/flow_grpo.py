@@ -6,7 +6,7 @@ a prompt's pictures are compared with one another (group relative policy optimis
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,8 +15,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.data_order import order, passes, row_generators
-from deradiff.alignment.loop import train
 from deradiff.alignment.parameters import OldPolicy
 from deradiff.alignment.path_kl import Chain, ChainStep, divergence
 from deradiff.alignment.policy_gradient import (
@@ -24,16 +22,18 @@ from deradiff.alignment.policy_gradient import (
     advantages,
     clipped_policy_gradient,
     log_density,
+    parts_of,
+    prepared,
     require_whole_groups,
     summed,
+    train_by_groups,
 )
 from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import RewardTask, scored
-from deradiff.alignment.training import BatchPart, LossCurve
+from deradiff.alignment.training import LossCurve
 
 LARGEST_ADVANTAGE = 5.0
 """In standard deviations of a group's rewards, as in the method's released code."""
-
 
 LEAST_NOISE = 0.02
 """A step to a noise level below this has so sharp a density that its gradient would drown those of all others."""
@@ -100,10 +100,7 @@ def loss(
     are those that `deciding` leaves. Rewards are multiplied by the task's scale, which advantages do not see.
     """
     kl, chain = task.kl, Chain(task.base, prompts, task.sampling)
-    if old:
-        with old.in_place(model):
-            path = list(chain.walk(model, generators))
-    else:
+    with old.in_place(model) if old else nullcontext():
         path = list(chain.walk(model, generators))
     with torch.no_grad():
         rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
@@ -130,13 +127,16 @@ def require(
     per_prompt: int,
     updates: int,
     clip: float,
-) -> OldPolicy:
-    """Raise `ValueError` for what `train_flow_grpo` refuses, where a batch has so many parts; else its old policy."""
+) -> OldPolicy | None:
+    """Raise `ValueError` for what `train_flow_grpo` refuses, where a batch has so many parts; else its old policy.
+
+    There is none where every update draws anew.
+    """
     require_whole_groups(batch, per_prompt, parts)
     if not 0 < clip < float("inf"):
         raise ValueError(f"a clip of {clip:g}: ratios of probabilities must be free to leave 1, by 0.0001 for instance")
     deciding(Chain(base, ["a picture"], sampling))
-    return OldPolicy(updates)
+    return None if updates == 1 else OldPolicy(updates)
 
 
 def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, clip: float = 1e-4) -> LossCurve:
@@ -155,30 +155,16 @@ def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, cl
         ValueError: a part of the batch that is not a multiple of `per_prompt`, at least 2; a sampler without noise; a
             clip that is not positive; fewer than one update; a reward that is not finite.
     """
-    kl, seed, taught = task.kl, task.run.seed, task.with_dropout()
-    accelerator = task.run.accelerator or Accelerator(cpu=True)
-    parts = task.plan.accumulate * accelerator.num_processes
-    old = require(task.base, task.sampling, task.batch, parts, per_prompt, updates, clip)
+    task = prepared(task)
+    old = require(task.base, task.sampling, task.batch, parts_of(task), per_prompt, updates, clip)
 
-    def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
-        positions, group = part.positions(task.batch), per_prompt
-        rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
-        texts = [task.prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(seed, positions, "path")
-        drawing = old if updates > 1 else None
-        return loss(taught, model, texts, group, generators, accelerator, old=drawing, clip=clip)
+    def held_out(model: nn.Module, texts: Sequence[str], generators: Sequence[torch.Generator]) -> float:
+        chain = Chain(task.base, texts, task.sampling)
+        path = list(chain.walk(model, generators))
+        total = -task.scale * scored(task.reward, decode(task.base, path[-1].after), texts).sum().item()
+        if task.kl:
+            steps = [path[number] for number in deciding(chain)]
+            total += task.kl * sum(kl_rate(chain, task, step, model).sum().item() for step in steps) / len(steps)
+        return total
 
-    def held_out_loss(model: nn.Module) -> float:
-        total = 0.0
-        for places in passes(len(task.held_out), task.per_pass):
-            texts = task.held_out[places.start : places.stop]
-            chain = Chain(task.base, texts, task.sampling)
-            path = list(chain.walk(model, row_generators(seed, places, "held out")))
-            random = [path[number] for number in deciding(chain)]
-            if kl:
-                total += kl * sum(kl_rate(chain, task, step, model).sum().item() for step in random) / len(random)
-            total -= task.scale * scored(task.reward, decode(task.base, path[-1].after), texts).sum().item()
-        return total / len(task.held_out)
-
-    run = replace(task.run, accelerator=accelerator)
-    return train(task.policy.model, objective, held_out_loss, task.plan, run=run, old=old if updates > 1 else None)
+    return train_by_groups(task, per_prompt, partial(loss, old=old, clip=clip), held_out, old)

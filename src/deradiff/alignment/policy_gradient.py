@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from deradiff.algorithm.gaussian import Gaussian
 from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import order, passes, row_generators
 from deradiff.alignment.loop import train
+from deradiff.alignment.parameters import OldPolicy
 from deradiff.alignment.path_kl import Chain, ChainStep, divergence
 from deradiff.alignment.sampling import SamplerSettings, decode
 from deradiff.alignment.scoring import RewardTask, scored
@@ -168,29 +169,73 @@ def train_ddpo(task: RewardTask, per_prompt: int = 4) -> LossCurve:
         ValueError: a part of the batch that is not a multiple of `per_prompt`, at least 2; a sampler without noise; a
             reward that is not finite.
     """
-    policy, kl, seed, taught = task.policy, task.kl, task.run.seed, task.with_dropout()
-    accelerator = task.run.accelerator or Accelerator(cpu=True)
-    require(task.base, task.sampling, task.batch, task.plan.accumulate * accelerator.num_processes, per_prompt)
+    task = prepared(task)
+    require(task.base, task.sampling, task.batch, parts_of(task), per_prompt)
+
+    def held_out(model: nn.Module, texts: Sequence[str], generators: Sequence[torch.Generator]) -> float:
+        chain, total = Chain(task.base, texts, task.sampling), 0.0
+        for step in chain.walk(model, generators):
+            if task.kl:
+                total += task.kl * divergence(chain, task.policy, step, model).sum().item()
+        return total - task.scale * scored(task.reward, decode(task.base, step.after), texts).sum().item()
+
+    return train_by_groups(task, per_prompt, loss, held_out)
+
+
+@runtime_checkable
+class GroupLoss(Protocol):
+    """The loss of one picture of each of some prompts, `group` equal ones after one another, that it draws itself."""
+
+    def __call__(
+        self,
+        task: RewardTask,
+        model: nn.Module,
+        prompts: Sequence[str],
+        group: int,
+        generators: Sequence[torch.Generator],
+        accelerator: Accelerator,
+    ) -> Float[Tensor, ""]:
+        """See `loss`."""
+        ...
+
+
+def prepared(task: RewardTask) -> RewardTask:
+    """`task` with an accelerator: the processor's where it names none."""
+    return replace(task, run=replace(task.run, accelerator=task.run.accelerator or Accelerator(cpu=True)))
+
+
+def parts_of(task: RewardTask) -> int:
+    """How many parts a batch of a prepared task has: processes times micro-batches."""
+    return task.plan.accumulate * (task.run.accelerator.num_processes if task.run.accelerator else 1)
+
+
+def train_by_groups(
+    task: RewardTask,
+    per_prompt: int,
+    loss: GroupLoss,
+    held_out: Callable[[nn.Module, Sequence[str], Sequence[torch.Generator]], float],
+    old: OldPolicy | None = None,
+) -> LossCurve:
+    """Minimise `loss` of `per_prompt` pictures of each prompt, with the task's dropout; a batch counts pictures.
+
+    `held_out` is the sum of the held-out losses of some prompts; `task` is `prepared`, and `old` goes to `loop.train`.
+    """
+    seed, taught, accelerator = task.run.seed, task.with_dropout(), task.run.accelerator or Accelerator(cpu=True)
 
     def objective(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         positions, group = part.positions(task.batch), per_prompt
         rows = order(len(task.prompts), seed, range(positions.start // group, positions.stop // group))
         texts = [task.prompts[row] for row in rows for _ in range(group)]
-        generators = row_generators(seed, positions, "path")
-        return loss(taught, model, texts, group, generators, accelerator)
+        return loss(taught, model, texts, group, row_generators(seed, positions, "path"), accelerator)
 
     def held_out_loss(model: nn.Module) -> float:
-        total = 0.0
-        for places in passes(len(task.held_out), task.per_pass):
-            texts = task.held_out[places.start : places.stop]
-            chain = Chain(task.base, texts, task.sampling)
-            for step in chain.walk(model, row_generators(seed, places, "held out")):
-                if kl:
-                    total += kl * divergence(chain, policy, step, model).sum().item()
-            total -= task.scale * scored(task.reward, decode(task.base, step.after), texts).sum().item()
-        return total / len(task.held_out)
+        totals = [
+            held_out(model, task.held_out[places.start : places.stop], row_generators(seed, places, "held out"))
+            for places in passes(len(task.held_out), task.per_pass)
+        ]
+        return sum(totals) / len(task.held_out)
 
-    return train(policy.model, objective, held_out_loss, task.plan, run=replace(task.run, accelerator=accelerator))
+    return train(task.policy.model, objective, held_out_loss, task.plan, run=task.run, old=old)
 
 
 def require(base: Base, sampling: SamplerSettings, batch: int, parts: int, per_prompt: int) -> None:
