@@ -1,12 +1,19 @@
 """Rendered digits as latents, with captions drawn anew each time: what the reference of a digits world learns from."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from deradiff.alignment.loop import train
+from deradiff.alignment.training import BatchPart, TrainingPlan, TrainingRun
+from deradiff.files.writing import write_json
+from deradiff.sweep.jobs import Report
 from deradiff.worlds.digits import captions, data
 from studies.digits import models
 
@@ -57,3 +64,35 @@ class CaptionedPictures:
         return torch.where(
             dropped[:, None], self.empty, self.table[self.pictures.digits[index], inks, papers, wordings]
         )
+
+
+Errors = Callable[[CaptionedPictures, Tensor, torch.Generator], Float[Tensor, " batch"]]
+"""How far a model's predictions are off for some pictures, by their numbers, at noise that the generator draws."""
+
+
+def train_reference_on(
+    pool: CaptionedPictures,
+    unseen: CaptionedPictures,
+    model: nn.Module,
+    errors: Errors,
+    plan: TrainingPlan,
+    *,
+    batch: int,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> None:
+    """Train `model` on `errors` of `pool`; leave its curve and its checkpoint in `folder`."""
+
+    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
+        index = torch.randint(len(pool.latents), (batch,), generator=generator)
+        return errors(pool, index, generator).mean()
+
+    def held_out_loss(_: nn.Module) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        chunks = torch.arange(len(unseen.latents)).split(batch)
+        return torch.cat([errors(unseen, index, generator) for index in chunks]).mean().item()
+
+    run = TrainingRun(seed + 2, folder / "reference-checkpoint", partial(report, "reference"))
+    curve = train(model, loss, held_out_loss, plan, run=run)
+    write_json(folder / "reference-curve.json", asdict(curve))

@@ -56,22 +56,25 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def text_encoder(vocabulary_size: int) -> CLIPTextModel:
-    """Two transformer layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary_size,
-            hidden_size=WIDTH,
-            projection_dim=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
+def text_config(width: int, layers: int) -> CLIPTextConfig:
+    """A CLIP text encoder for `tokenizer`."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
     )
+
+
+def text_encoder() -> CLIPTextModel:
+    """Two transformer layers."""
+    return CLIPTextModel(text_config(WIDTH, 2))
 
 
 def unet() -> UNet2DConditionModel:

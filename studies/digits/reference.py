@@ -19,7 +19,7 @@ from deradiff.files.writing import atomic_folder, write_json
 from deradiff.sweep.jobs import Report
 from deradiff.worlds.digits import data
 from studies.digits import models
-from studies.digits.captioned import CaptionedPictures
+from studies.digits.captioned import CaptionedPictures, train_reference_on
 from studies.digits.settings import Settings
 
 
@@ -100,7 +100,7 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
     pool = CaptionedPictures.rendered(vae, "train", settings.pictures, settings.seed + 3)
     unseen = CaptionedPictures.rendered(vae, "held-out", settings.held_out_pictures, settings.seed + 4)
     torch.manual_seed(settings.seed + 1)
-    text = models.text_encoder(len(models.tokenizer()))
+    text = models.text_encoder()
     model = nn.ModuleDict({"unet": models.unet(), "text": text})
     scheduler = models.scheduler()
 
@@ -112,27 +112,17 @@ def train_reference(folder: Path, settings: Settings, vae: AutoencoderKL, report
         embedded = model["text"](of.tokens(index, generator, settings.caption_dropout)).last_hidden_state
         return squared_error(model["unet"](noisy, timesteps, embedded).sample, noise)
 
-    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
-        index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)
-        return denoising(pool, index, generator).mean()
-
-    def held_out_loss(_: nn.Module) -> float:
-        generator = torch.Generator().manual_seed(settings.seed)
-        chunks = torch.arange(len(unseen.latents)).split(settings.batch)
-        return torch.cat([denoising(unseen, index, generator) for index in chunks]).mean().item()
-
-    curve = train(
+    train_reference_on(
+        pool,
+        unseen,
         model,
-        loss,
-        held_out_loss,
+        denoising,
         settings.reference,
-        run=TrainingRun(
-            seed=settings.seed + 2,
-            checkpoint=folder / "reference-checkpoint",
-            report=partial(report, "reference"),
-        ),
+        batch=settings.batch,
+        seed=settings.seed,
+        folder=folder,
+        report=report,
     )
-    write_json(folder / "reference-curve.json", asdict(curve))
     pipe = models.pipeline(vae, text.eval(), model["unet"].eval())
     with atomic_folder(path) as fresh:
         pipe.save_pretrained(fresh)

@@ -9,10 +9,9 @@ from diffusers.models.attention_processor import Attention
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
-from deradiff.worlds.digits import MAX_LENGTH
-from studies.digits.models import tokenizer
+from studies.digits.models import text_config, tokenizer
 
 WIDTH = 48
 """Size of each text encoder's embeddings; the transformer sees both beside one another."""
@@ -44,20 +43,7 @@ def transformer(width: int = 96, layers: int = 4) -> SD3Transformer2DModel:
 
 def text_encoder() -> CLIPTextModelWithProjection:
     """Three transformer layers, of which the last is for the pooled embedding alone, as in the pipeline."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer()),
-            hidden_size=WIDTH,
-            projection_dim=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
+    return CLIPTextModelWithProjection(text_config(WIDTH, 3))
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

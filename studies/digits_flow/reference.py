@@ -1,7 +1,5 @@
 """The unaligned half of the build: transformer and text encoders of the digits' flow, trained from nothing."""
 
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,16 +7,14 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from deradiff.alignment.loop import train
 from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.objectives import squared_error
-from deradiff.alignment.training import BatchPart, TrainingRun
 from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
-from deradiff.files.writing import atomic_folder, write_json
+from deradiff.files.writing import atomic_folder
 from deradiff.sweep.jobs import Report
 from deradiff.worlds import digits
-from studies.digits.captioned import CaptionedPictures
+from studies.digits.captioned import CaptionedPictures, train_reference_on
 from studies.digits_flow import models
 from studies.digits_flow.settings import FlowSettings
 
@@ -65,27 +61,17 @@ def train_reference(folder: Path, settings: FlowSettings, report: Report) -> Sta
         ).sample
         return squared_error(velocity, noising.target(clean, noise, timesteps))
 
-    def loss(_: nn.Module, generator: torch.Generator, __: BatchPart) -> Tensor:
-        index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)
-        return error(pool, index, generator).mean()
-
-    def held_out_loss(_: nn.Module) -> float:
-        generator = torch.Generator().manual_seed(settings.seed)
-        chunks = torch.arange(len(unseen.latents)).split(settings.batch)
-        return torch.cat([error(unseen, index, generator) for index in chunks]).mean().item()
-
-    curve = train(
+    train_reference_on(
+        pool,
+        unseen,
         model,
-        loss,
-        held_out_loss,
+        error,
         settings.reference,
-        run=TrainingRun(
-            seed=settings.seed + 2,
-            checkpoint=folder / "reference-checkpoint",
-            report=partial(report, "reference"),
-        ),
+        batch=settings.batch,
+        seed=settings.seed,
+        folder=folder,
+        report=report,
     )
-    write_json(folder / "reference-curve.json", asdict(curve))
     denoiser.set_attn_processor(pipelines_own)
     pipe = models.pipeline(vae, encoders.eval(), denoiser.eval())
     with atomic_folder(path) as fresh:
