@@ -54,7 +54,7 @@ tests: $(STAMP) ## pytest alone
 	@echo "==> pytest"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(STAMP) ## every case of every test, the slow ones too (twice as long)
+test-all: $(STAMP) ## every case of every test, the slow ones too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --all-cases
 
 format: $(STAMP) ## let ruff rewrite what it can

@@ -43,9 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.user_properties.append(("attack", mark.args[0]))
     if config.getoption("all_cases") or any("::" in argument for argument in config.args):
         return
-    spared = [item for cases in _marked(items).values() for item in _spared(cases)]
-    config.hook.pytest_deselected(items=spared)
-    items[:] = [item for item in items if item not in set(spared)]
+    spared = {item for cases in _marked(items).values() for item in _spared(cases)}
+    config.hook.pytest_deselected(items=list(spared))
+    items[:] = [item for item in items if item not in spared]
 
 
 def _marked(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
