@@ -7,6 +7,8 @@ many evaluations a step it takes; prompts and seeds that nothing was tuned on.
 
 `times`: on the digits, seconds of each mode beside plain sampling at the same batch, measured in turn in one process.
 
+`flow-errors`, `flow-times`: the same for the flow digits, a transformer, at 28 and 16 steps of Euler's method.
+
 `sweep`: 11 λ of 16 prompts, an image at a time by two forward passes a step in the plainest way, against this library.
 
 `sd15`: times beside plain sampling for a UNet of Stable Diffusion 1.5's shape with random weights, on this CPU; and the
@@ -16,14 +18,14 @@ weights in memory.
 
 `accelerator`: the same for SD 1.5's, SDXL's and SD3's shapes in bfloat16 on a GPU, with and without torch.compile.
 
-Each part writes its numbers into benchmarks/price.json; `show` prints tables of what is there. `times`, `sweep` and
-`sd15` need an idle machine.
+Each part writes its numbers into benchmarks/price.json; `show` prints tables of what is there. `times`, `flow-times`,
+`sweep` and `sd15` need an idle machine.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,12 @@ from typing import Any
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from price_shapes import accelerator, bookkeeping, shaped
+from price_tables import show
 from realignment import interleaved
 from recording import keep_parts
 from rich.console import Console
-from rich.table import Table
 
 import deradiff
 from deradiff import rewards
@@ -47,11 +47,39 @@ from deradiff.sampling.dial import Dial
 from deradiff.sampling.full_steps import errors as errors_of
 from deradiff.sampling.reuse import Reuse
 from deradiff.sweep.pipelines import scheduler_like
-from deradiff.worlds import digits
+from deradiff.worlds import digits, digits_flow
 from deradiff.worlds.digits.captions import sample_prompts
 
 LAMS = (0.25, 0.5, 0.75)
-ANCHORS: Mapping[str, Path] = {"full weights": digits.anchor_path(250), "LoRA": digits.lora_path()}
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A shipped world as its price is measured. Samplers are a scheduler, steps and the guidance scale."""
+
+    load: Callable[[], Any]
+    anchors: Mapping[str, Path]
+    samplers: Sequence[tuple[str, int, float]]
+
+    def pipeline(self, scheduler: str) -> Any:
+        """Its reference."""
+        pipe = self.load()
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
+        return pipe
+
+
+DIGITS = Priced(
+    digits.load_pipeline,
+    {"full weights": digits.anchor_path(250), "LoRA": digits.lora_path()},
+    [("ddim", 50, 1.0), ("ddim", 25, 1.0), ("euler-a", 50, 1.0), ("euler-a", 25, 1.0), ("ddim", 50, 1.5)],
+)
+FLOW = Priced(
+    digits_flow.load_pipeline,
+    {"full weights": digits_flow.anchor_path(100), "LoRA": digits_flow.lora_path()},
+    [("flow-euler", 28, 1.0), ("flow-euler", 16, 1.0), ("flow-euler", 28, 1.5)],
+)
+ANCHORS = DIGITS.anchors
 MODES: Mapping[str, Reuse | None] = {
     "exact": None,
     "tolerance 0.05": Reuse(tolerance=0.05),
@@ -64,37 +92,22 @@ MODES: Mapping[str, Reuse | None] = {
 PROMPTS, SEEDS, BATCH = 32, 2, 16
 PROMPT = "a red seven on white paper"
 SWEEP = [i / 10 for i in range(11)]
-GOALS: Mapping[tuple[str, int, bool], float] = {
-    # mode, steps, whether λ = ¼ (whose effect itself is small)
-    ("tolerance 0.05", 50, False): 1.20,
-    ("tolerance 0.05", 25, False): 1.35,
-    ("tolerance 0.05", 50, True): 1.35,
-    ("tolerance 0.05", 25, True): 1.50,
-    ("tolerance 0.15", 50, False): 1.10,
-    ("tolerance 0.15", 25, False): 1.20,
-    ("exact", 50, False): 2.04,
-    ("exact", 25, False): 2.04,
-}
 
 
 def digits_pipeline(scheduler: str) -> Any:
-    pipe = digits.load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
-    return pipe
+    return DIGITS.pipeline(scheduler)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def errors() -> list[dict[str, Any]]:
+def errors(world: Priced) -> list[dict[str, Any]]:
     """One row for each anchor, sampler, λ and mode."""
     prompts = [prompt for prompt in sample_prompts(PROMPTS, 4242) for _ in range(SEEDS)]
     found = []
-    settings = [("ddim", 50, 1.0), ("ddim", 25, 1.0), ("euler-a", 50, 1.0), ("euler-a", 25, 1.0), ("ddim", 50, 1.5)]
-    for scheduler, steps, guidance in settings:
-        for name, anchor in ANCHORS.items():
-            pipe = digits_pipeline(scheduler)
+    for scheduler, steps, guidance in world.samplers:
+        for name, anchor in world.anchors.items():
+            pipe = world.pipeline(scheduler)
             with deradiff.realign(pipe, anchor, 0.0) as dial:
                 found += list(_errors(pipe, dial, prompts, steps, guidance, {"anchor": name, "scheduler": scheduler}))
     return found
@@ -237,18 +250,20 @@ def plain(pipe: Any, images: int, steps: int, prompt: str = PROMPT) -> Callable[
     )
 
 
-def times(rounds: int) -> list[dict[str, Any]]:
-    """Ratios to plain sampling of the digits, a batch of 16."""
+def times(world: Priced, rounds: int) -> list[dict[str, Any]]:
+    """Ratios to plain sampling, a batch of 16, by the first sampler and the second."""
     found = []
-    for steps in (50, 25):
-        for name, anchor in ANCHORS.items():
-            runs: dict[str, Callable[[], object]] = {"plain": plain(digits_pipeline("ddim"), BATCH, steps)}
+    for scheduler, steps, _ in world.samplers[:2]:
+        for name, anchor in world.anchors.items():
+            runs: dict[str, Callable[[], object]] = {"plain": plain(world.pipeline(scheduler), BATCH, steps)}
             for mode, reuse in MODES.items():
                 if reuse is None or reuse.tolerance is not None:
-                    pipe = digits_pipeline("ddim")
+                    pipe = world.pipeline(scheduler)
                     deradiff.realign(pipe, anchor, 0.5, reuse=reuse)
                     runs[mode] = plain(pipe, BATCH, steps)
-            if name == "full weights":
+            if world is not DIGITS:
+                pass
+            elif name == "full weights":
                 script, other = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(anchor)
                 runs["two forwards, plainly"] = partial(two_forwards, script, other, 0.5, PROMPT, BATCH, steps)
             else:
@@ -330,79 +345,15 @@ def sweep(rounds: int) -> dict[str, Any]:
     return found
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def show(console: Console, found: Mapping[str, Any]) -> None:
-    if rows := found.get("errors"):
-        table = Table(
-            "anchor",
-            "sampler",
-            "λ",
-            "mode",
-            "cost",
-            "goal",
-            "error, whole",
-            "median image",
-            "changed",
-            "estimated",
-            "reward error",
-            title="Errors relative to λ's own effect",
-            title_justify="left",
-        )
-        for row in rows:
-            goal = GOALS.get((row["mode"], row["steps"], row["lam"] == 0.25))
-            sampler = f"{row['scheduler']} {row['steps']}" + (", guided" if row["guidance_scale"] != 1 else "")
-            table.add_row(
-                row["anchor"],
-                sampler,
-                f"{row['lam']:g}",
-                row["mode"],
-                f"{row['evaluations']:.2f}",
-                "" if goal is None else f"≤ {goal:g} {'met' if row['evaluations'] <= goal else 'MISSED'}",
-                f"{row['whole']:.1%}",
-                f"{row['median']:.1%}",
-                f"{row['changed']:.1%}",
-                f"{row['estimated']:.1%}",
-                f"{row['reward']['error']:+.1%} ± {row['reward']['standard_error']:.1%}",
-            )
-        console.print(table)
-    if rows := found.get("guided"):
-        table = Table(
-            "guidance",
-            "anchor computed",
-            "cost",
-            "error, whole",
-            "median image",
-            "changed",
-            title="Guided branches",
-            title_justify="left",
-        )
-        for row in rows:
-            table.add_row(
-                f"{row['guidance_scale']:g}",
-                row["computed"],
-                f"{row['evaluations']:.2f}",
-                f"{row['whole']:.1%}",
-                f"{row['median']:.1%}",
-                f"{row['changed']:.1%}",
-            )
-        console.print(table)
-    if rows := found.get("times"):
-        table = Table("anchor", "steps", "mode", "time / plain", "quartiles", title="Time", title_justify="left")
-        for row in rows:
-            quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
-            table.add_row(row["anchor"], str(row["steps"]), row["mode"], f"{row['ratio']:.2f}", quartiles)
-        console.print(table)
-    for part in ("sweep", "sd15", "bookkeeping", "accelerator"):
-        if part in found:
-            console.print(part, json.dumps(found[part], indent=1))
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument(
-        "parts", nargs="+", choices=("errors", "guided", "times", "sweep", "sd15", "bookkeeping", "accelerator", "show")
+        "parts",
+        nargs="+",
+        choices=(
+            *("errors", "guided", "times", "flow-errors", "flow-times"),
+            *("sweep", "sd15", "bookkeeping", "accelerator", "show"),
+        ),
     )
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -411,9 +362,11 @@ def main() -> None:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     measures: Mapping[str, Callable[[], Any]] = {
-        "errors": errors,
+        "errors": lambda: errors(DIGITS),
         "guided": guided,
-        "times": lambda: times(chosen.rounds),
+        "times": lambda: times(DIGITS, chosen.rounds),
+        "flow-errors": lambda: errors(FLOW),
+        "flow-times": lambda: times(FLOW, chosen.rounds),
         "sweep": lambda: sweep(max(2, chosen.rounds // 2)),
         "sd15": lambda: shaped("SD 1.5", 8, 25, 1, max(2, chosen.rounds // 2 + 1), "cpu", compiled=None),
         "bookkeeping": lambda: bookkeeping(2 * chosen.rounds),

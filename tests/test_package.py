@@ -97,7 +97,7 @@ def test_torchvision_is_nowhere_in_the_environment() -> None:
     assert not any("torchvision" in requirement for requirement in PROJECT["dependencies"])
 
 
-def test_the_wheel_holds_the_package_and_the_digits_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_package_and_its_worlds_and_nothing_else(tmp_path: Path) -> None:
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -108,7 +108,9 @@ def test_the_wheel_holds_the_package_and_the_digits_and_nothing_else(tmp_path: P
     }
     assert {name for name in names if not name.startswith("deradiff-")} == here
     assert "deradiff/py.typed" in names
-    weights = [name for name in names if name.startswith("deradiff/worlds/digits/files/")]
-    assert any(name.endswith(".safetensors") for name in weights)
+    for module, largest in (("digits", 40e6), ("digits_flow", 20e6)):
+        weights = [name for name in names if name.startswith(f"deradiff/worlds/{module}/files/")]
+        assert any(name.endswith(".safetensors") for name in weights)
+        assert sum((ROOT / "src" / name).stat().st_size for name in weights) < largest
     assert not any(name.endswith((".bin", ".pt", ".ckpt", ".pkl")) for name in names)
-    assert Path(wheel).stat().st_size < 45e6
+    assert Path(wheel).stat().st_size < 55e6

@@ -19,8 +19,9 @@ from deradiff.alignment.checkpoints import read_state
 from deradiff.alignment.data_order import DataOrder, permuted
 from deradiff.alignment.loop import train
 from deradiff.alignment.pairs import open_pairs
-from deradiff.alignment.presets import Preset, usual
+from deradiff.alignment.presets import usual
 from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.settings import Preset
 from deradiff.alignment.training import BatchPart, LossCurve, TrainingPlan, TrainingRun
 from deradiff.alignment.training_data import prepare_pairs
 from deradiff.baking import distillation

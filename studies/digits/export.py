@@ -2,26 +2,30 @@
 
 import json
 import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
 from deradiff.algorithm.estimates import mean
+from deradiff.alignment.base import Base
 from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.training import Report as Progress
 from deradiff.files.inventory import require_whole
 from deradiff.files.reading import read
 from deradiff.files.writing import atomic_folder
-from deradiff.worlds.digits import quality
+from deradiff.sampling.realignment import realign
+from deradiff.worlds.digits import GUIDANCE, quality
 from deradiff.worlds.digits.captions import sample_prompts, words
 from deradiff.worlds.digits.rewards import DigitsReward
-from studies.digits.models import byte_pairs, token_ids, tokenizer
+from studies.digits.models import byte_pairs, tokenizer
 from studies.digits.settings import Settings
 
 ANEW = "delete it and the model beside it, and build again"
@@ -41,24 +45,29 @@ def export(folder: Path, settings: Settings, report: Progress) -> Path:
 
 
 def _gather(folder: Path, files: Path, settings: Settings, report: Progress) -> None:
-    betas, lora_beta, samples = settings.betas, settings.lora_beta, settings.measured_samples
-    shutil.copytree(folder / "reference", files / "reference")
-    _write_slow_tokenizer(files / "reference" / "tokenizer")
-    for beta in betas:
-        shutil.copytree(folder / "anchors" / f"beta-{beta:g}", files / "anchors" / f"beta-{beta:g}")
-    shutil.copytree(folder / f"lora-beta-{lora_beta:g}", files / f"lora-beta-{lora_beta:g}")
+    names = [*(f"anchors/beta-{beta:g}" for beta in settings.betas), f"lora-beta-{settings.lora_beta:g}"]
+    for name in ("reference", *names):
+        shutil.copytree(folder / name, files / name)
+    write_slow_tokenizer(files / "reference" / "tokenizer")
+    forget_paths(files)
+    weakest, samples = max(settings.betas), settings.measured_samples
+    weights = load_file(files / "anchors" / f"beta-{weakest:g}" / WEIGHTS)
+    write_records(
+        files,
+        curves(folder),
+        {
+            "settings": asdict(settings),
+            "stored precision": stored_precision(_load(files), weights, weakest),
+            "quality": asdict(quality.measure(_load(files), samples=samples)),
+            "anchors": describe(_load(files), {Path(n).name: files / n for n in names}, samples // 2, report),
+        },
+    )
 
-    _forget_paths(files)
 
-    (files / "curves.json").write_text(json.dumps(curves(folder), indent=1))
-    record = {
-        "settings": asdict(settings),
-        "versions": _versions(),
-        "stored precision": stored_precision(files, max(betas)),
-        "quality": asdict(quality.measure(_load(files), samples=samples)),
-        "anchors": describe(files, betas, lora_beta, samples // 2, report),
-    }
-    (files / "build.json").write_text(json.dumps(record, indent=1))
+def write_records(files: Path, curves: dict[str, Any], record: dict[str, Any]) -> None:
+    """`curves.json` and `build.json`."""
+    (files / "curves.json").write_text(json.dumps(curves, indent=1))
+    (files / "build.json").write_text(json.dumps(record | {"versions": _versions()}, indent=1))
 
 
 def curves(folder: Path) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def _load(files: Path) -> StableDiffusionPipeline:
     return pipe
 
 
-def _forget_paths(files: Path) -> None:
+def forget_paths(files: Path) -> None:
     """Remove from the configurations where each part was loaded from: the build folder is nobody's business."""
     for path in sorted(files.rglob("*.json")):
         content = read(Any, path, "configuration", ANEW)
@@ -89,7 +98,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "scikit-learn", "numpy")}
 
 
-def _write_slow_tokenizer(folder: Path) -> None:
+def write_slow_tokenizer(folder: Path) -> None:
     """`vocab.json` and `merges.txt`, which transformers 4 wants beside the `tokenizer.json` of transformers 5."""
     vocabulary = dict(sorted(tokenizer().get_vocab().items(), key=lambda item: item[1]))
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
@@ -97,35 +106,33 @@ def _write_slow_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
 
 
-def stored_precision(files: Path, weakest_beta: float) -> dict[str, Any]:
+@torch.no_grad()
+def stored_precision(pipe: DiffusionPipeline, anchor: Mapping[str, Tensor], weakest_beta: float) -> dict[str, Any]:
     """What storing in float32, float16 or bfloat16 costs the weakest anchor's *difference* from the reference.
 
     Relative errors: of the difference of the weights, and of the difference of the predictions (root mean square over
-    256 noised latents). Both models are rounded, as both would be stored.
+    256 noised latents). Both models are rounded, as both would be stored. `anchor` are its weights by their names.
     """
-    reference = load_file(files / "reference" / "unet" / WEIGHTS)
-    anchor = load_file(files / "anchors" / f"beta-{weakest_beta:g}" / WEIGHTS)
-    pipe = _load(files)
+    base = Base(pipe)
+    reference = {name: weight.clone() for name, weight in base.denoiser.state_dict().items() if name in anchor}
     generator = torch.Generator().manual_seed(0)
-    text = pipe.text_encoder(token_ids(sample_prompts(256, seed=1))).last_hidden_state.detach()
+    told = base.call.encode_prompts(sample_prompts(256, seed=1))
     noisy = torch.randn(256, 4, 8, 8, generator=generator)
-    timesteps = torch.randint(1000, (256,), generator=generator)
+    timesteps = torch.cat([base.noising.drawn(generator) for _ in noisy])
 
     def difference(dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
         rounded = [{k: v.to(dtype).float() for k, v in weights.items()} for weights in (reference, anchor)]
         weights = {k: rounded[1][k] - rounded[0][k] for k in reference}
         return weights, predict(rounded[1]) - predict(rounded[0])
 
-    @torch.no_grad()
     def predict(weights: dict[str, Tensor]) -> Float[Tensor, "batch 4 8 8"]:
-        pipe.unet.load_state_dict(weights)
-        return pipe.unet(noisy, timesteps, text).sample
+        base.denoiser.load_state_dict(weights, strict=False)
+        return base.call.predict(base.denoiser, noisy, timesteps, told)
 
     exact_weights, exact_predictions = difference(torch.float64)
     norm = torch.stack([d.square().sum() for d in exact_weights.values()]).sum().sqrt()
     size = torch.stack([w.square().sum() for w in reference.values()]).sum().sqrt()
     found: dict[str, Any] = {
-        "stored as": str(reference["conv_in.weight"].dtype).removeprefix("torch."),
         "weakest anchor": weakest_beta,
         "relative size of its difference": (norm / size).item(),
     }
@@ -142,21 +149,18 @@ def stored_precision(files: Path, weakest_beta: float) -> dict[str, Any]:
 
 
 def describe(
-    files: Path, betas: tuple[float, ...], lora_beta: float, samples: int, report: Progress
+    pipe: DiffusionPipeline,
+    anchors: Mapping[str, Path],
+    samples: int,
+    report: Progress,
+    guidance_scale: float = GUIDANCE,
 ) -> list[dict[str, Any]]:
     """Reward and legibility of the reference and of each anchor (λ = 1), from the same prompts and the same noise."""
-    pipe, reward = _load(files), DigitsReward()
-    prompts = sample_prompts(samples, seed=200)
-    names = ["reference", *(f"beta-{beta:g}" for beta in betas), f"lora-beta-{lora_beta:g}"]
-    rows = []
-    for number, name in enumerate(names):
-        if name.startswith("beta"):
-            pipe.unet = UNet2DConditionModel.from_pretrained(files / "anchors" / name)
-        elif name.startswith("lora"):
-            pipe = _load(files)
-            pipe.load_lora_weights(files / name, local_files_only=True)
-        images = quality.draw(pipe, prompts, seed=201)
+    reward, rows, prompts = DigitsReward(), [], sample_prompts(samples, seed=200)
+    for number, (name, path) in enumerate({"reference": None, **anchors}.items()):
+        with realign(pipe, path, 1.0) if path else nullcontext():
+            images = quality.draw(pipe, prompts, seed=201, guidance_scale=guidance_scale)
         row = {"reward": mean(reward(images, prompts)), **vars(quality.score(images, prompts))}
         rows.append({"model": name, "samples": samples, **{key: asdict(value) for key, value in row.items()}})
-        report(number + 1, len(names), f"{name}: reward {row['reward']}, legible {row['legible']}")
+        report(number + 1, len(anchors) + 1, f"{name}: reward {row['reward']}, legible {row['legible']}")
     return rows

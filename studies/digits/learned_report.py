@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -58,18 +58,27 @@ def training_noise(found: Mapping[str, CELL]) -> dict[tuple[str, str], float]:
     Pooled over all cases that have two seeds: half the squared difference of two less their own variances. Zero where
     that is negative; a family without two seeds is left out.
     """
-    pools: dict[tuple[str, str], list[float]] = {}
+    pools: dict[tuple[str, str], list[tuple[Estimate, Estimate]]] = {}
     for cell in cells():
         other = cell.__class__(cell.family, cell.reward, 1)
         if cell.seed or not {cell.name, other.name} <= found.keys():
             continue
         for first, second in zip(found[cell.name]["cases"], found[other.name]["cases"], strict=True):
             for arm in ARMS:
-                a, b = shares(first, arm), shares(second, arm)
-                pools.setdefault((cell.family, arm), []).append(
-                    ((a.value - b.value) ** 2 - a.error**2 - b.error**2) / 2
-                )
-    return {key: math.sqrt(max(0.0, mean(values))) for key, values in pools.items()}
+                pools.setdefault((cell.family, arm), []).append((shares(first, arm), shares(second, arm)))
+    return {key: between_seeds(pairs) for key, pairs in pools.items()}
+
+
+def between_seeds(pairs: Iterable[tuple[Estimate, Estimate]]) -> float:
+    """The standard deviation between two trainings, beyond the estimates' own errors; 0 where there is none."""
+    beyond = [((a.value - b.value) ** 2 - a.error**2 - b.error**2) / 2 for a, b in pairs]
+    return math.sqrt(max(0.0, mean(beyond)))
+
+
+def averaged(each: Sequence[Estimate], between: float) -> Estimate:
+    """The mean over seeds, whose error holds the noise of training as well."""
+    variance = sum(one.error**2 + between**2 for one in each) / len(each) ** 2
+    return Estimate(mean(one.value for one in each), math.sqrt(variance))
 
 
 def rows(found: Mapping[str, CELL]) -> list[Row]:
@@ -80,9 +89,7 @@ def rows(found: Mapping[str, CELL]) -> list[Row]:
         for cases in zip(*(cell["cases"] for cell in its), strict=True):
             errors = {}
             for arm in ARMS:
-                each = [shares(case, arm) for case in cases]
-                variance = sum(e.error**2 + noise.get((family, arm), 0.0) ** 2 for e in each) / len(each) ** 2
-                errors[arm] = Estimate(mean(e.value for e in each), math.sqrt(variance))
+                errors[arm] = averaged([shares(case, arm) for case in cases], noise.get((family, arm), 0.0))
             shift = Estimate(
                 mean(case["shift"][0] for case in cases),
                 math.sqrt(sum(case["shift"][1] ** 2 for case in cases)) / len(cases),
@@ -116,13 +123,14 @@ def table(found: Mapping[str, CELL]) -> str:
         judged = ", ".join(row.judgement(kind) for kind in row.kinds)
         lines.append(
             f"| {row.family} | {row.reward} | {row.half} | {row.anchor:g} | {row.lam:g} | {row.seeds} of {len(SEEDS)} "
-            f"| {row.shift.value:+.3f} ± {row.shift.error:.3f} | {_percent(row.errors['algorithm 1'])} "
-            f"| {_percent(row.errors['weighted'])} | {', '.join(row.kinds)} | {judged} |"
+            f"| {row.shift.value:+.3f} ± {row.shift.error:.3f} | {percent(row.errors['algorithm 1'])} "
+            f"| {percent(row.errors['weighted'])} | {', '.join(row.kinds)} | {judged} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _percent(share: Estimate) -> str:
+def percent(share: Estimate) -> str:
+    """As the tables show it."""
     return f"{100 * share.value:+.0f} ± {100 * share.error:.0f}%"
 
 

@@ -5,26 +5,29 @@ stages checkpoint on the way. The same settings, machine and thread count give t
 """
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
-from deradiff.sweep.jobs import Report, reproducible
+from deradiff.sweep.jobs import Job, Report, reproducible, run_jobs
+from studies.digits_flow.anchors import draw_pairs, train_anchor, train_grpo, train_lora
+from studies.digits_flow.export import export
 from studies.digits_flow.reference import train_reference
 from studies.digits_flow.settings import FlowSettings
 
 
 def build(folder: Path, settings: FlowSettings, report: Report) -> Path:
-    """Train the reference under `folder`, and return its folder.
+    """Make everything under `folder` and return `folder/files`: what ships, its loss curves and its measurements.
 
     Raises `ValueError` if `folder` holds a build with other settings.
     """
     begin_or_resume(folder, asdict(settings), "build")
-    with taken(folder, "a build"), reproducible(settings.threads):
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-        train_reference(folder, settings, report)
-    return folder / "reference"
+    with taken(folder, "a build"):
+        run_jobs([partial(train_reference, folder, settings)], 1, report)
+        run_jobs([partial(draw_pairs, folder, settings)], 1, report)
+        anchors: list[Job] = [partial(train_anchor, folder, settings, beta) for beta in settings.betas]
+        others: list[Job] = [partial(train, folder, settings) for train in (train_lora, train_grpo)]
+        run_jobs([*anchors, *others], settings.workers, report)
+        with reproducible(1):
+            return export(folder, settings, partial(report, "export"))

@@ -1,6 +1,7 @@
 """The unaligned half of the build: transformer and text encoders of the digits' flow, trained from nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -13,6 +14,7 @@ from deradiff.files.inventory import require_whole
 from deradiff.files.locks import discard
 from deradiff.files.writing import atomic_folder
 from deradiff.sweep.jobs import Report
+from deradiff.sweep.pipelines import load_pipeline
 from deradiff.worlds import digits
 from studies.digits.captioned import CaptionedPictures, train_reference_on
 from studies.digits_flow import models
@@ -20,14 +22,13 @@ from studies.digits_flow.settings import FlowSettings
 
 
 def load(path: Path) -> StableDiffusion3Pipeline:
-    """The pipeline of a folder. diffusers wants to be told of a T5 encoder that is left out."""
-    absent = {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(path, local_files_only=True, **absent)
+    """The pipeline of a folder, in single precision and without progress bars."""
+    pipe: Any = load_pipeline(str(path), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def train_reference(folder: Path, settings: FlowSettings, report: Report) -> StableDiffusion3Pipeline:
+def train_reference(folder: Path, settings: FlowSettings, report: Report) -> None:
     """Transformer and text encoders together on the flow-matching loss; captions are dropped one time in ten.
 
     Times are spread by `settings.density` without a shift: these latents are small, and all noise levels count. The
@@ -36,7 +37,7 @@ def train_reference(folder: Path, settings: FlowSettings, report: Report) -> Sta
     path = folder / "reference"
     if path.exists():
         require_whole(path, None, "reference", "delete that folder, and it is trained again")
-        return load(path)
+        return
     vae = AutoencoderKL.from_pretrained(digits.reference_path() / "vae").eval()
     pool = CaptionedPictures.rendered(vae, "train", settings.pictures, settings.seed + 3)
     unseen = CaptionedPictures.rendered(vae, "held-out", settings.held_out_pictures, settings.seed + 4)
@@ -73,8 +74,13 @@ def train_reference(folder: Path, settings: FlowSettings, report: Report) -> Sta
         report=report,
     )
     denoiser.set_attn_processor(pipelines_own)
-    pipe = models.pipeline(vae, encoders.eval(), denoiser.eval())
+    save(models.pipeline(vae, encoders.eval(), denoiser.eval()), path)
+    discard(folder / "reference-checkpoint")
+
+
+def save(pipe: StableDiffusion3Pipeline, path: Path) -> None:
+    """Transformer and text encoders in half precision, where anchors start; the digits' autoencoder as it is."""
+    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
+        part.half()
     with atomic_folder(path) as fresh:
         pipe.save_pretrained(fresh)
-    discard(folder / "reference-checkpoint")
-    return load(path)

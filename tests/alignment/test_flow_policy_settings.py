@@ -15,6 +15,7 @@ from deradiff.alignment.base import Base, Policy
 from deradiff.alignment.methods import METHODS, fitted
 from deradiff.alignment.presets import PRESETS, usual
 from deradiff.alignment.rehearsal import rehearse
+from deradiff.worlds import find
 from messages import naming
 from test_align_command import command
 from test_flow_policies import PROMPTS, TRAINED
@@ -70,7 +71,10 @@ def test_the_command_refuses_what_has_no_use_before_it_loads_a_model(arguments: 
     assert done.exit_code == 2 and re.search(naming(*values), done.output), done.output
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.method in TRAINED])
+PUBLIC = [name for name, preset in PRESETS.items() if preset.method in TRAINED and not find(preset.base)]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_configuration_is_tried_on_a_small_model_and_makes_an_anchor(name: str, tmp_path: Path) -> None:
     pipe, side = pipeline_of("sd3")
     prompts = tmp_path / "prompts.txt"

@@ -21,11 +21,12 @@ from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.draft import Truncation, objective, train_draft
 from deradiff.alignment.methods import METHODS, fitted
 from deradiff.alignment.noising import DiffusionNoising, FlowNoising, noising_of
-from deradiff.alignment.presets import Preset, usual
+from deradiff.alignment.presets import usual
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rehearsal import rehearse
 from deradiff.alignment.sampling import SamplerSettings
 from deradiff.alignment.scoring import RewardTask
+from deradiff.alignment.settings import Preset
 from deradiff.alignment.training import TrainingPlan, TrainingRun
 from deradiff.alignment.training_data import prepare_pairs
 from deradiff.anchors import load_anchor

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from deradiff.anchors.checks import base_tensors
 from deradiff.baking import bake, split_prompts
 from deradiff.baking.weights import FORMATS, Blend, StoredAnchor, fingerprint, open_anchor, write_tensors
 from deradiff.files.records import read_png
+from deradiff.sweep.pipelines import load_pipeline
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
@@ -242,6 +244,17 @@ def test_report_sheet_and_card_say_what_was_made_from_what(tmp_path: Path) -> No
     with Image.open(tmp_path / "out/sheet.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 4 * 128
     assert read_png(tmp_path / "out/sheet.png")["words"] == "λ = 0.5"
+
+
+def test_the_card_loads_a_pipeline_that_was_saved_without_some_parts(tmp_path: Path) -> None:
+    pipe, aligned, call = tiny.make("sd3")
+    bake(pipe, aligned, 0.5, tmp_path / "out", **FAST)
+    (usage,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(usage.replace("this folder", str(tmp_path / "out")), made)
+    again = load_pipeline(str(tmp_path / "out"), dtype=torch.float32)
+    for of in (made["pipe"], again):
+        assert torch.equal(tiny.sample(of, call), tiny.sample(loaded(tmp_path / "out"), call))
 
 
 def test_where_lam_does_nothing_there_is_no_error_to_state(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The digits' flow: what its training computes is what its pipeline draws by, and a miniature of the build."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from deradiff.alignment.training import TrainingPlan
@@ -16,18 +18,26 @@ from messages import naming
 from studies.digits.models import token_ids
 from studies.digits_flow import models
 from studies.digits_flow.build import build
-from studies.digits_flow.reference import load
 from studies.digits_flow.settings import FlowSettings
 from tiny import seeded
 
 CAPTIONS = ["a blue seven", "a red two on pink paper", ""]
+PLAN = TrainingPlan(steps=4, learning_rate=1e-3, warmup=1, evaluate_every=2, checkpoint_seconds=0)
+SMALL = FlowSettings()
 MINIATURE = FlowSettings(
+    workers=1,
     batch=8,
     width=16,
     layers=2,
     pictures=32,
     held_out_pictures=16,
-    reference=TrainingPlan(steps=4, learning_rate=1e-3, warmup=1, evaluate_every=2, checkpoint_seconds=0),
+    reference=PLAN,
+    pairs=6,
+    betas=(100.0,),
+    dpo=replace(SMALL.dpo, plan=replace(PLAN, steps=2), batch=2, held_out=2),
+    lora=replace(SMALL.lora, plan=replace(PLAN, steps=2), batch=2, held_out=2),
+    grpo=replace(SMALL.grpo, plan=replace(PLAN, steps=2), batch=8, held_out=2),
+    measured_samples=20,
 )
 
 
@@ -82,7 +92,7 @@ def test_its_decoder_is_the_digits_own(pipe: StableDiffusion3Pipeline) -> None:
 
 
 def test_a_miniature_is_interrupted_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = load(build(tmp_path / "whole", MINIATURE, silent))
+    whole = build(tmp_path / "whole", MINIATURE, silent)
 
     def interrupting(_: str, done: int, *__: Any) -> None:
         if done == 2:
@@ -90,9 +100,15 @@ def test_a_miniature_is_interrupted_and_ends_with_the_same_bits(tmp_path: Path) 
 
     with pytest.raises(Interrupted):
         build(tmp_path / "broken", MINIATURE, interrupting)
-    again = load(build(tmp_path / "broken", MINIATURE, silent))
-    for part in ("transformer", "text_encoder", "text_encoder_2"):
-        some, others = whole.components[part].state_dict(), again.components[part].state_dict()
-        assert all(torch.equal(some[name], others[name]) for name in some)
+    again = build(tmp_path / "broken", MINIATURE, silent)
+    weights = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+    names = ("reference", "anchors", "lora-beta-100", "lora-grpo")
+    assert {file.parts[0] for file in weights} == {*names}
+    assert all((whole / file).read_bytes() == (again / file).read_bytes() for file in weights)
+    anchor = load_file(whole / "anchors" / "beta-100" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in anchor.values()} == {torch.float16}
+    record = json.loads((whole / "build.json").read_text())
+    assert [row["model"] for row in record["anchors"]] == ["reference", "beta-100", *names[2:]]
+    assert {"reference", "beta-100", *names[2:]} == json.loads((whole / "curves.json").read_text()).keys()
     with pytest.raises(ValueError, match=naming("seed")):
         build(tmp_path / "broken", replace(MINIATURE, seed=1), silent)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deradiff.alignment.runs import _name
+from deradiff.alignment.runs import anchor_name
 from deradiff.experiments import running
 from deradiff.experiments.drawings import drawing_of, group_of
 from deradiff.experiments.plan import Plan
@@ -244,8 +244,8 @@ def test_every_image_has_a_file_of_its_own() -> None:
 
 def test_strengths_that_differ_have_folders_of_their_own() -> None:
     strengths = [500.0, 0.1, 1e-5, 10_000.0, 0.1234567890123, 0.1234567890124, 0.12345678901234]
-    assert [_name(beta) for beta in strengths[:4]] == ["beta-500", "beta-0.1", "beta-1e-05", "beta-10000"]
-    assert len({_name(beta) for beta in strengths}) == len(strengths)
+    assert [anchor_name(beta) for beta in strengths[:4]] == ["beta-500", "beta-0.1", "beta-1e-05", "beta-10000"]
+    assert len({anchor_name(beta) for beta in strengths}) == len(strengths)
 
 
 def test_names_that_some_file_systems_fold_are_not_kept_side_by_side(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """What every trained world that ships has to bring: it is tried by its name, and one that is added has to pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from deradiff.alignment.methods import METHODS
 from deradiff.alignment.presets import usual
-from deradiff.anchors.checks import prediction_type
+from deradiff.anchors.checks import denoiser_of, prediction_type
 from deradiff.baking.distillation import Distillation
 from deradiff.baking.distillation import usual as usual_distillation
 from deradiff.rewards import COMPUTED
@@ -26,7 +28,8 @@ def world(request: pytest.FixtureRequest) -> ShippedWorld:
 def test_the_reference_draws_pictures_as_described(world: ShippedWorld) -> None:
     pipe = load_pipeline(world.name, dtype=torch.float32)
     assert isinstance(pipe, DiffusionPipeline) and (world.reference / "model_index.json").is_file()
-    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == world.resolution
+    denoiser: Any = denoiser_of(pipe)[1]
+    assert denoiser.config.sample_size * pipe.vae_scale_factor == world.resolution
     assert pipe.tokenizer.model_max_length == world.tokens
     assert usual_guidance(world.name) == world.guidance_scale and {*world.rewards} <= {*COMPUTED}
 
@@ -39,7 +42,7 @@ def test_prompts_are_a_function_of_the_seed(world: ShippedWorld) -> None:
 def test_anchors_are_known_by_their_names(world: ShippedWorld) -> None:
     assert world.example[0] in world.anchors
     module: dict[str, object] = {}
-    exec(f"from deradiff.worlds import {world.name}", module)
+    exec(f"from deradiff.worlds import {world.module}", module)
     for name, anchor in world.anchors.items():
         source = f"{world.name}:{name}"
         assert find_anchor(source) == anchor and anchor.path.is_dir()

@@ -5,9 +5,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from deradiff.alignment.base import Base
-from deradiff.alignment.presets import Preset
 from deradiff.alignment.prompts import load_prompts
 from deradiff.alignment.sampling import SamplerSettings
+from deradiff.alignment.settings import Preset
 from deradiff.rewards import Reward
 from deradiff.rewards import load as load_reward
 from deradiff.worlds import SHIPPED, find

@@ -35,25 +35,6 @@ from deradiff.alignment.training import LossCurve
 LARGEST_ADVANTAGE = 5.0
 """In standard deviations of a group's rewards, as in the method's released code."""
 
-LEAST_NOISE = 0.02
-"""A step to a noise level below this has so sharp a density that its gradient would drown those of all others."""
-
-
-def deciding(chain: Chain) -> list[int]:
-    """The numbers of the steps that are learned from: those that end at no less than `LEAST_NOISE`.
-
-    That leaves out the last step, and where a sampler's times end just above 0, as Stable Diffusion 3's do, the one
-    before it. Raises `ValueError` where none is left.
-    """
-    ends = chain.scheduler.sigmas[1:].tolist()
-    steps = [number for number, sigma in enumerate(ends) if sigma >= LEAST_NOISE]
-    if not steps:
-        raise ValueError(
-            f"none of the {len(ends)} steps of {chain.sampling.scheduler} ends at a noise level of {LEAST_NOISE} or "
-            "more: take 3 steps or more"
-        )
-    return steps
-
 
 def group_advantages(rewards: Float[Tensor, " sample"], group: int) -> Float[Tensor, " sample"]:
     """`(r - mean) / std` within each group of a prompt's pictures (equation 4), at most `LARGEST_ADVANTAGE`.
@@ -97,14 +78,15 @@ def loss(
     with log densities averaged over the elements of a latent, as in the released code: a ratio of whole densities
     would be far outside any clip after one update. A is `group_advantages`, D `kl_rate`. Pictures are drawn here, by
     `old` where it is another policy than `model`, `group` of each prompt after one another, with `generators`. Steps
-    are those that `deciding` leaves. Rewards are multiplied by the task's scale, which advantages do not see.
+    are those that count (`path_kl.Chain.counted`). Rewards are multiplied by the task's scale, which advantages do not
+    see.
     """
     kl, chain = task.kl, Chain(task.base, prompts, task.sampling)
     with old.in_place(model) if old else nullcontext():
         path = list(chain.walk(model, generators))
     with torch.no_grad():
         rewards = task.scale * scored(task.reward, decode(task.base, path[-1].after), prompts)
-    advantage, steps = group_advantages(rewards, group), [path[number] for number in deciding(chain)]
+    advantage, steps = group_advantages(rewards, group), [path[number] for number in chain.counted]
 
     def term(step: ChainStep) -> Term:
         transition = chain.transition(model, step.number, step.before)
@@ -135,7 +117,7 @@ def require(
     require_whole_groups(batch, per_prompt, parts)
     if not 0 < clip < float("inf"):
         raise ValueError(f"a clip of {clip:g}: ratios of probabilities must be free to leave 1, by 0.0001 for instance")
-    deciding(Chain(base, ["a picture"], sampling))
+    _ = Chain(base, ["a picture"], sampling).counted
     return None if updates == 1 else OldPolicy(updates)
 
 
@@ -163,7 +145,7 @@ def train_flow_grpo(task: RewardTask, per_prompt: int = 24, updates: int = 2, cl
         path = list(chain.walk(model, generators))
         total = -task.scale * scored(task.reward, decode(task.base, path[-1].after), texts).sum().item()
         if task.kl:
-            steps = [path[number] for number in deciding(chain)]
+            steps = [path[number] for number in chain.counted]
             total += task.kl * sum(kl_rate(chain, task, step, model).sum().item() for step in steps) / len(steps)
         return total
 

@@ -5,3 +5,11 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 WIDER_TARGETS = (*LORA_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2")
 """Feed-forward layers and convolutions as well: small models need them."""
+
+_OF_CAPTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+JOINT_TARGETS = tuple(f"attn.{name}" for name in (*LORA_TARGETS, *_OF_CAPTIONS))
+"""The projections of attention over picture and caption together, as Stable Diffusion 3 has them."""
+
+WIDER_JOINT_TARGETS = (*JOINT_TARGETS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+"""Feed-forward layers as well."""

@@ -19,10 +19,10 @@ from deradiff.alignment.draft import train_alignprop, train_draft
 from deradiff.alignment.fitting import sampling_of
 from deradiff.alignment.latent_cache import LatentCache
 from deradiff.alignment.own_samples import OwnSamples
-from deradiff.alignment.presets import Preset
 from deradiff.alignment.refl import train_refl
 from deradiff.alignment.rwr import tilted_weights, train_rwr
 from deradiff.alignment.scoring import RewardTask
+from deradiff.alignment.settings import Preset
 from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.alignment.training_data import (
     AnyPairs,

@@ -25,6 +25,10 @@ NOISELESS = 1e-12
 """diffusers clamps a variance of zero to 1e-20. Below the variance given here, float32 latents hold no noise."""
 
 
+LEAST_NOISE = 0.02
+"""A flow's step to a noise level below this has so sharp a density that it would drown those of all others."""
+
+
 class ChainStep(NamedTuple):
     """One step of a chain: `after` was drawn from `transition`, the step's Gaussian at `before`."""
 
@@ -57,6 +61,24 @@ class Chain:
         self._eta = {"eta": sampling.eta} if "eta" in inspect.signature(self.scheduler.step).parameters else {}
         prompted, unprompted = told(base, prompts, sampling)
         self._known = together(unprompted, prompted)
+
+    @property
+    def counted(self) -> list[int]:
+        """The numbers of the steps that divergences and gradients are made of: of a flow, those that leave some noise.
+
+        That leaves out its last step, and where the times end just above 0, as Stable Diffusion 3's do, the one before
+        it (`LEAST_NOISE`). Raises `ValueError` where none is left.
+        """
+        steps = range(len(self.scheduler.timesteps))
+        if not self.base.is_flow:
+            return [*steps]
+        ends = self.scheduler.sigmas[1:].tolist()
+        if not (left := [number for number in steps if ends[number] >= LEAST_NOISE]):
+            raise ValueError(
+                f"none of the {len(ends)} steps of {self.sampling.scheduler} ends at a noise level of {LEAST_NOISE} or "
+                "more: take 3 steps or more"
+            )
+        return left
 
     def transition(self, denoiser: nn.Module, number: int, latents: Float[Tensor, "batch *latent"]) -> Gaussian:
         """`p(x_{t-1} | x_t, c)` of `denoiser` at the step with this number, from 0, where x_t is `latents`.
@@ -108,8 +130,9 @@ def path_kl(
 
     One path of every prompt is drawn, `per_pass` at a time; for more, give each prompt several times. What is summed
     are the divergences of the sampler's own steps, ½ (R - 1) ||Δε||² where the signal-to-noise ratio grows R times: so
-    compare models with the same sampling. (`Dial.importance_weights` has the limit for fine steps, ½ log R.) A last
-    step without noise is left out; its divergence would be infinite wherever the models differ.
+    compare models with the same sampling. (`Dial.importance_weights` has the limit for fine steps, ½ log R.) Left out
+    are a last step without noise, whose divergence would be infinite wherever the models differ, and of a flow those
+    that leave hardly any (`Chain.counted`).
 
     Raises `ValueError` for no prompts and for a sampler whose steps draw no noise.
     """
@@ -119,6 +142,7 @@ def path_kl(
     for places in passes(len(prompts), per_pass):
         chain = Chain(base, prompts[places.start : places.stop], sampling)
         generators = row_generators(seed, places, "path")
-        steps = [divergence(chain, policy, step, policy.model) for step in chain.walk(policy.model, generators)]
+        walk = (step for step in chain.walk(policy.model, generators) if step.number in chain.counted)
+        steps = [divergence(chain, policy, step, policy.model) for step in walk]
         divergences.append(torch.stack(steps).double().sum(0).cpu())
     return mean(torch.cat(divergences))

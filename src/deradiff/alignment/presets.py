@@ -1,10 +1,11 @@
-"""Published hyperparameters by name, and the digits'. What a paper leaves open is said in `notes`."""
+"""Hyperparameters by name: published ones, whose `notes` say what a paper leaves open, and the shipped models'."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from deradiff.alignment.lora_targets import LORA_TARGETS, WIDER_TARGETS
-from deradiff.alignment.noising import Density
+from deradiff.alignment.digits_presets import DIGITS_PRESETS
+from deradiff.alignment.lora_targets import JOINT_TARGETS, LORA_TARGETS
+from deradiff.alignment.settings import Preset
 from deradiff.alignment.training import TrainingPlan
 from deradiff.worlds import find
 
@@ -12,59 +13,6 @@ SDXL, SD14 = "stabilityai/stable-diffusion-xl-base-1.0", "CompVis/stable-diffusi
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 """A copy of `runwayml/stable-diffusion-v1-5`, which has gone from the hub."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Everything that decides what an alignment makes of its base and data."""
-
-    source: str
-    method: str
-    base: str
-    data: str
-    plan: TrainingPlan
-    batch: int
-    """Pairs or prompts per step, over all processes and micro-batches."""
-    resolution: int
-    cache: bool = True
-    """Whether pairs are encoded once, before training, or anew in every step."""
-    flip: bool = False
-    """Whether the pictures of pairs are mirrored by chance: once where they are cached."""
-    betas: tuple[float, ...] = ()
-    """Strengths to align at: β of methods on pairs and of reward-weighted denoising, λ_KL of the others."""
-    rate_times_beta: float | None = None
-    """The learning rate is this over β, in place of the plan's: for small models that are trained until it is flat."""
-    lora_rank: int | None = None
-    lora_targets: tuple[str, ...] = LORA_TARGETS
-    prompt_dropout: float = 0.0
-    density: Density | None = None
-    """How the times of a flow are spread in training; evenly by default."""
-    held_out: int = 256
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """`sampling.SamplerSettings` in training, of the model's own pictures, or the paper's from its result."""
-    reward: str | None = None
-    """What is maximised, by name (see `deradiff.rewards.load`); for Diffusion-DPO what compares own pairs."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """What only this method asks for."""
-    precision: str = "no"
-    gradient_checkpointing: bool = False
-    vae: str | None = None
-    notes: str = ""
-
-    @property
-    def model(self) -> str:
-        """What the data of a base are made by: its name, and that of another VAE."""
-        return " with ".join(filter(None, (self.base, self.vae)))
-
-    def plan_at(self, beta: float) -> TrainingPlan:
-        """How to train at `beta`."""
-        if self.rate_times_beta is None:
-            return self.plan
-        return replace(self.plan, learning_rate=self.rate_times_beta / beta)
-
-    def shown(self) -> dict[str, Any]:
-        """As plain data."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, "", {}, ())}
 
 
 _DPO_NOTES = (
@@ -82,11 +30,7 @@ _DRAFT_NOTES = (
     "Pick-a-Pic (--count 50000 draws as many). The paper trains on HPSv2 and on PickScore (--reward pickscore). "
     "λ_KL = 0 is DRaFT without KL."
 )
-_UNSCALED, _SCALED, _DIGITS_SCALED = ({"reward_scale": scale, "reward_dropout": 0.0} for scale in (1.0, 100.0, 300.0))
-_DIGITS_NOTES = (
-    "The reward scale of 300 is chosen so that Annealed Importance Guidance's λ_KL, 0.1 to 50, goes from the hacked "
-    "model to the base here, too"
-)
+_UNSCALED, _SCALED = ({"reward_scale": scale, "reward_dropout": 0.0} for scale in (1.0, 100.0))
 _NOT_IN_THE_PAPERS = "The two papers do not train with it: rate, steps, batch and LoRA are a start of deradiff's own."
 
 _PLAIN = TrainingPlan(
@@ -150,9 +94,6 @@ _OURS = Preset(
     options={"per_prompt": 4, **_UNSCALED},
     notes=_NOT_IN_THE_PAPERS,
 )
-_ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")) + tuple(
-    f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-)
 _FLOW_NOTES = (
     "Batch, rate, weight decay, LoRA, resolution and strength are the released configuration's. It has no number of "
     "steps, for a run is stopped by hand: 2000 here. What differs: the LoRA's alpha is its rank, there twice that, and "
@@ -182,7 +123,7 @@ _FLOW_GRPO = Preset(
     resolution=512,
     betas=(0.01,),
     lora_rank=32,
-    lora_targets=_ATTENTION,
+    lora_targets=JOINT_TARGETS,
     held_out=64,
     precision="fp16",
     gradient_checkpointing=True,
@@ -204,26 +145,6 @@ _NFT = replace(
     notes=_NFT_NOTES + _PICKAPIC_LISTED,
 )
 _UNREWARDED: dict[str, Any] = {"data": "", "reward": None}
-_DIGITS = Preset(
-    source="deradiff's own, for the model that ships with it",
-    method="dpo",
-    base="digits",
-    data="own",
-    plan=TrainingPlan(
-        steps=300, learning_rate=4e-4, warmup=20, adam_betas=(0.9, 0.99), average=0.97, evaluate_every=25
-    ),
-    batch=64,
-    resolution=32,
-    betas=(250,),
-    lora_rank=16,
-    lora_targets=WIDER_TARGETS,
-    held_out=100,
-    sampling={"scheduler": "ddim", "steps": 25, "guidance_scale": 1.0},
-    reward="digits",
-)
-_DIGITS_BY_REWARD = replace(_DIGITS, plan=replace(_DIGITS.plan, steps=100, learning_rate=1e-3), batch=32)
-_DIGITS_BY_GRADIENT = replace(_DIGITS_BY_REWARD, notes=_DIGITS_NOTES)
-
 PRESETS: dict[str, Preset] = {
     "deradiff-sdxl": replace(
         _DERADIFF,
@@ -319,30 +240,7 @@ PRESETS: dict[str, Preset] = {
         notes=_NFT_NOTES + _OWN_REWARD,
         **_UNREWARDED,
     ),
-    # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
-    "digits": replace(_DIGITS, rate_times_beta=0.1, prompt_dropout=0.1),
-    "digits-mapo": replace(_DIGITS, method="mapo", betas=(0.1,), prompt_dropout=0.1),
-    "digits-draft": replace(_DIGITS_BY_GRADIENT, method="draft", betas=(2.0,), options={"keep": 1, **_DIGITS_SCALED}),
-    "digits-alignprop": replace(
-        _DIGITS_BY_GRADIENT, method="alignprop", betas=(2.0,), options={"window": (1, 25), **_DIGITS_SCALED}
-    ),
-    "digits-refl": replace(
-        _DIGITS_BY_GRADIENT,
-        method="refl",
-        betas=(3000.0,),
-        options={"window": (20, 25), "pretraining": 0.0, **_DIGITS_SCALED},
-    ),
-    "digits-rwr": replace(
-        _DIGITS,
-        method="rwr",
-        plan=replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600),
-        betas=(0.5,),
-        prompt_dropout=0.1,
-        options={"per_prompt": 16},
-    ),
-    "digits-ddpo": replace(
-        _DIGITS_BY_REWARD, method="ddpo", batch=64, betas=(0.005,), options={"per_prompt": 4, **_UNSCALED}
-    ),
+    **DIGITS_PRESETS,
 }
 """By name: `deradiff align --show-preset NAME` prints one."""
 

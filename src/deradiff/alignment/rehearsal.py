@@ -24,9 +24,9 @@ from deradiff.alignment.noising import FlowNoising
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.pairs import open_pairs
 from deradiff.alignment.parameters import trainable
-from deradiff.alignment.presets import Preset
 from deradiff.alignment.sampling import decode, sample, told
 from deradiff.alignment.scoring import scored
+from deradiff.alignment.settings import Preset
 from deradiff.anchors.checks import denoiser_of
 
 LAYERS = ("num_layers", "num_single_layers", "num_refiner_layers", "n_layers", "n_refiner_layers")

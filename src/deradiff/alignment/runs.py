@@ -25,8 +25,8 @@ from deradiff.alignment.checkpoints import CurveRecord
 from deradiff.alignment.fitting import base_of, sampling_of
 from deradiff.alignment.methods import METHODS, Data, TrainingMethod, fitted
 from deradiff.alignment.path_kl import path_kl
-from deradiff.alignment.presets import Preset
 from deradiff.alignment.rehearsal import rehearse
+from deradiff.alignment.settings import Preset
 from deradiff.alignment.training import LossCurve, TrainingRun
 from deradiff.anchors.checks import denoisers_of
 from deradiff.files.folders import require_same
@@ -99,7 +99,7 @@ def align_all(
             _park(pipe)
         anchors = []
         for beta in betas:
-            with _tracked(accelerator, _name(beta), beta):
+            with _tracked(accelerator, anchor_name(beta), beta):
                 anchors.append(align(pipe, data, beta, settings, out, report, seed=seed, accelerator=accelerator))
     return anchors if accelerator.is_main_process else []
 
@@ -193,7 +193,7 @@ def align(
     folder holds a LoRA, otherwise a denoiser. The pipeline is given back as it was. Raises `ValueError` if the folder
     holds an alignment with other settings (see also the methods' own `train_...` and `loop.train`).
     """
-    method, name = METHODS[settings.method], _name(beta)
+    method, name = METHODS[settings.method], anchor_name(beta)
     label, path, is_first = (
         f"{method.symbol} = {beta:g}",
         out / name,
@@ -256,7 +256,8 @@ def require_finished(path: Path, made_of: Mapping[str, Any]) -> None:
     require_whole(path, record.files, "model", cure)
 
 
-def _name(beta: float) -> str:
+def anchor_name(beta: float) -> str:
+    """What the folder of the anchor at `beta` is called."""
     return f"beta-{plain(beta, 12)}"
 
 

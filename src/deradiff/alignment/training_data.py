@@ -15,8 +15,8 @@ from deradiff.alignment.own_samples import OwnSamples, draw_samples
 from deradiff.alignment.pair_streams import PairStream
 from deradiff.alignment.pairs import PairFolder, open_pairs
 from deradiff.alignment.pixels import vae_fingerprint
-from deradiff.alignment.presets import Preset
 from deradiff.alignment.rwr import ReferenceSamples
+from deradiff.alignment.settings import Preset
 from deradiff.rewards import Reward
 from deradiff.sweep import pipelines
 from deradiff.sweep.jobs import Report

@@ -242,6 +242,9 @@ def _made_of(job: BakingJob, name: str | None, method: Method) -> dict[str, Any]
     pipe, reference, lams = job.pipe, job.reference, job.lams
     with job.anchors(open_anchor) as opened:
         anchors = {anchor.name: {"source": anchor.source, "sha256": hashes(anchor, reference)} for anchor in opened}
+    left_out = [
+        part for part, held in pipe.components.items() if held is None and part not in pipe._optional_components
+    ]
     called = name or str(getattr(pipe, "name_or_path", None) or f"a loaded {type(pipe).__name__}")
     lam = {anchor: _plain(lams.raw[anchor] if isinstance(lams.raw, Mapping) else lams.raw) for anchor in lams.anchors}
     return {
@@ -251,6 +254,7 @@ def _made_of(job: BakingJob, name: str | None, method: Method) -> dict[str, Any]
         "pipeline": type(pipe).__name__,
         "reference": {"name": called, "class": type(reference).__name__, "sha256": fingerprint(reference)},
         "component": denoiser_of(pipe)[0],
+        **({"left_out": left_out} if left_out else {}),
         "anchors": anchors,
         "dtype": str(reference.dtype).removeprefix("torch."),
         "seed": job.seed,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deradiff.baking.judging import Form, Judgement
+from deradiff.worlds import find
 
 
 def card(made_of: Mapping[str, Any], form: Form, judged: Sequence[Judgement], how: Mapping[str, Any]) -> str:
@@ -63,14 +64,18 @@ def _method(made_of: Mapping[str, Any]) -> str:
 
 def _usage(made_of: Mapping[str, Any], form: Form) -> list[str]:
     kind, base = made_of["pipeline"], made_of["reference"]["name"]
-    if form == "lora":
+    absent = "".join(f", {name}=None" for name in made_of.get("left_out", ()))
+    if form == "pipeline":
+        return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("this folder"{absent})']
+    loading = 'pipe.load_lora_weights("this folder")'
+    if world := find(base):
         return [
-            f"from diffusers import {kind}",
+            f"from deradiff.worlds import {world.module}",
             "",
-            f'pipe = {kind}.from_pretrained("{base}")',
-            'pipe.load_lora_weights("this folder")',
+            f"pipe = {world.module}.load_pipeline()",
+            loading,
         ]
-    return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("this folder")']
+    return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("{base}"{absent})', loading]
 
 
 def _calling(made_of: Mapping[str, Any]) -> list[str]:

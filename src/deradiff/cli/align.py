@@ -9,7 +9,7 @@ from deradiff.cli import arguments, options, terminal
 from deradiff.cli.options import machine_option, panel
 
 if TYPE_CHECKING:
-    from deradiff.alignment.presets import Preset
+    from deradiff.alignment.settings import Preset
 
 model_option, data_option = panel("Model"), panel("Data")
 reward_option, training_option = panel("Reward and sampling"), panel("Training")

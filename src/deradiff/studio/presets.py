@@ -20,6 +20,7 @@ def shipped(hub: bool) -> dict[str, Settings]:
         "Digits: a healthy and an over-aligned anchor": scene(
             "digits", ["digits:1000", "digits:100"], digit, [0.3, 0.3]
         ),
+        "Flow digits: an anchor without KL at half strength": scene("digits-flow", ["digits-flow:grpo"], digit, [0.5]),
     }
     if hub:
         typhoon = "a typhoon in a teacup"

@@ -52,7 +52,7 @@ def program(settings: Settings, device: str, dtype: str) -> str:
     shape, lams = scenes.curve(settings), scenes.strengths(settings)
     imports, lines = ["import torch"], []
     if world := find(settings.reference):
-        lines.append(f"pipe = {world.name}.load_pipeline(torch_dtype=torch.{dtype})")
+        lines.append(f"pipe = {world.module}.load_pipeline(torch_dtype=torch.{dtype})")
     else:
         imports.append("from diffusers import DiffusionPipeline")
         lines.append(f"pipe = DiffusionPipeline.from_pretrained({settings.reference!r}, dtype=torch.{dtype})")
@@ -62,8 +62,8 @@ def program(settings: Settings, device: str, dtype: str) -> str:
     if shape is not None:
         imports.append("from deradiff import schedules")
     models = (settings.reference, *settings.anchors.values())
-    worlds = dict.fromkeys(source.partition(":")[0] for source in models if find(source) or find_anchor(source))
-    imports += [f"from deradiff.worlds import {name}" for name in worlds]
+    worlds = dict.fromkeys(world.module for source in models if (world := find(source.partition(":")[0])))
+    imports += [f"from deradiff.worlds import {module}" for module in worlds]
     sources = {name: _source(source) for name, source in settings.anchors.items()}
     curves = {name: _lam(lam, shape) for name, lam in zip(sources, lams, strict=True)}
     if len(sources) == 1:

@@ -62,13 +62,23 @@ def load_pipeline(
         _require_baked_whole(Path(source))
         with reading_model(source), from_the_hub(source):
             pipe = DiffusionPipeline.from_pretrained(
-                source, dtype=dtype, revision=revision, use_safetensors=None if allow_pickle else True
+                source,
+                dtype=dtype,
+                revision=revision,
+                use_safetensors=None if allow_pickle else True,
+                **_left_out(source, revision),
             )
         require_weights(source, pipe.components)
     if scheduler:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
         warn_of_noise(source, pipe, pipe.scheduler)
     return pipe
+
+
+def _left_out(source: str, revision: str | None) -> dict[str, None]:
+    """The parts that a pipeline was saved without, a T5 encoder for one: diffusers wants them named."""
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    return {name: None for name, part in index.items() if part == [None, None]}
 
 
 def warn_of_noise(source: str, pipe: Any, scheduler: Any) -> None:

@@ -6,16 +6,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SHIPPED: Mapping[str, str] = {"digits": "deradiff.worlds.digits"}
+SHIPPED: Mapping[str, str] = {"digits": "deradiff.worlds.digits", "digits-flow": "deradiff.worlds.digits_flow"}
 """Each trained world's name, and the module whose `WORLD` describes it."""
 
 
 @dataclass(frozen=True)
 class ShippedAnchor:
-    """An aligned model that ships, and the β that it was aligned at; `code` is its path in Python."""
+    """An aligned model that ships; `code` is its path in Python."""
 
     path: Path
-    beta: float
+    beta: float | None
+    """That it was aligned at; None for one whose alignment had no KL term."""
     code: str
     method: str | None = None
     """How it was aligned (`alignment.methods`), and with which reward."""
@@ -46,6 +47,11 @@ class ShippedWorld:
     """Of its pictures, in pixels."""
     tokens: int
     """Of a prompt, its start and end included."""
+
+    @property
+    def module(self) -> str:
+        """What programs import from `deradiff.worlds`."""
+        return SHIPPED[self.name].rpartition(".")[2]
 
 
 def find(source: str | None) -> ShippedWorld | None:

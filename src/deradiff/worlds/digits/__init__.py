@@ -55,7 +55,8 @@ def load_pipeline(torch_dtype: Any = None) -> "StableDiffusionPipeline":
     return pipe if torch_dtype is None else pipe.to(torch_dtype)
 
 
-def _sample_prompts(count: int, seed: int) -> list[str]:
+def draw_prompts(count: int, seed: int) -> list[str]:
+    """So many captions (`captions.sample_prompts`, which takes longer to import)."""
     from deradiff.worlds.digits.captions import sample_prompts
 
     return sample_prompts(count, seed)
@@ -70,7 +71,7 @@ WORLD = ShippedWorld(
         "lora": ShippedAnchor(lora_path(), LORA_BETA, "digits.lora_path()", "dpo", "digits"),
     },
     load=load_pipeline,
-    sample_prompts=_sample_prompts,
+    sample_prompts=draw_prompts,
     example=("100", "a blue eight on white paper"),
     guidance_scale=GUIDANCE,
     rewards=("digits", "legible", "colours"),
