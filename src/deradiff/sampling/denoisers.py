@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
+from deradiff.sampling.argument_stores import ArgumentStores
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
 from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from deradiff.sampling.call_arguments import (
@@ -59,6 +60,7 @@ class Denoisers:
         self._divisible = True
         self._rows_changed = False
         """Whether a forward hook has changed something since hooks were registered last."""
+        self._stores = ArgumentStores()
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -208,7 +210,7 @@ class Denoisers:
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
         predicted = self._predict_each(elsewhere, args, kwargs)
-        home = self.argument("input", args, kwargs)[0].device
+        home = tensors_of(self.argument("input", args, kwargs))[0].device
         outputs = {}
         for model in models:
             away = bool(model) and self.anchors[model - 1].device is not None
@@ -218,6 +220,7 @@ class Denoisers:
 
     def _predict_each(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         alone, before, predicted = 0 not in models, written_to((args, kwargs)), {}
+        self._stores.begin((args, kwargs), sorted(models))
         with same_noise(self._hooks.draws) as rewind:
             for model in models:
                 rewind()
@@ -228,6 +231,7 @@ class Denoisers:
                         "pipeline made, and the models of a mixture would write into the same: λ = 0 and 1 alone are "
                         "possible here"
                     )
+        self._stores.end((args, kwargs))
         return predicted
 
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
@@ -298,7 +302,7 @@ class Denoisers:
         return self._mirrors[weights[0][0].name], self._blended[1]
 
     def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
-        args, kwargs = of_model(args, model), of_model(kwargs, model)
+        args, kwargs = self._stores.of_model((of_model(args, model), of_model(kwargs, model)), model)
         if model == 0:
             return self._call_reference(args, kwargs)
         anchor = self.anchors[model - 1]
@@ -328,6 +332,8 @@ class Denoisers:
         if self._loras.find():
             self.forget_blend()
         changes = self._hooks.look()
+        if any(models) and torch.is_grad_enabled():
+            self._hooks.require_no_store()
         self._rows_changed &= not changes.forward_hooks
         for mirror in self._mirrors.values():
             mirror.layers.changed(changes)

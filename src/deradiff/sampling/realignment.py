@@ -28,7 +28,7 @@ from deradiff.sampling.dial import Dial, Lam, dial_of
 from deradiff.sampling.realigned_components import lams_by_component
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
-from deradiff.sampling.scheduler_hook import owner_of, schedulers_of
+from deradiff.sampling.scheduler_hook import owner_of, require_step, schedulers_of
 from deradiff.sampling.text_encoders import RealignedTextEncoder
 
 TextEncoder = Literal["reference", "both"]
@@ -93,13 +93,15 @@ def realign(
             scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
             or reuse where posteriors are mixed; `anchors.AnchorError` for an anchor that cannot be used, a pipeline
             without a denoiser, and one anchor for several.
-        DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
+        DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline, or one that takes no step
+            from a prediction (a `RuntimeError`).
     """
     _require_known(method, path, text_encoder)
     _require_free(pipe)
     elsewhere = None if anchor_device is None else torch.device(device_called(str(anchor_device)))
     reused = Reuse.parse(reuse, tolerance)
     for scheduler in schedulers_of(pipe):
+        require_step(scheduler)
         space_of(scheduler, path)
         if reused is not None:
             require_affine(scheduler, path)

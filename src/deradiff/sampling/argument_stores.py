@@ -1,0 +1,102 @@
+"""Stores that a pipeline makes and hands to its denoiser, as Qwen-Image 2.1's cache of keys: each model has its own.
+
+The denoiser keeps in them what later calls need. One of the models that are evaluated together has the pipeline's own
+store, the others copies of what it was when it was first handed over. So a model has to have been there from the
+beginning, and the pipeline must not write into the store itself, for it has one alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deradiff.sampling.blocked_methods import UnmirroredState
+from deradiff.sampling.per_model import PLAIN, ModelsOwn, unseen
+
+_NO_STORE = (Tensor, *PLAIN, ModelsOwn, nn.Module, torch.Generator, Enum, slice, type)
+
+
+class ArgumentStores:
+    """The stores among a denoiser's arguments, as long as the pipeline keeps them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Store] = {}
+
+    def begin(self, arguments: Any, models: Sequence[int]) -> None:
+        """`models` are about to be evaluated together. Raises `DialError` and `UnmirroredState` where one cannot be."""
+        for store in _stores_in(arguments):
+            known = self._known.get(id(store))
+            if known is None:
+                known = self._known[id(store)] = _Store(store, models)
+                weakref.finalize(store, self._known.pop, id(store), None)
+            known.require(store, models)
+
+    def end(self, arguments: Any) -> None:
+        """They were evaluated."""
+        for store in _stores_in(arguments):
+            self._known[id(store)].written = _contents(store)
+
+    def of_model(self, value: Any, model: int) -> Any:
+        """The arguments with this model's stores in the places of the pipeline's."""
+        if type(value) in (list, tuple):
+            return type(value)([self.of_model(entry, model) for entry in value])
+        if type(value) is dict:
+            return {key: self.of_model(entry, model) for key, entry in value.items()}
+        return self._known[id(value)].own.get(model, value) if _is_store(value) else value
+
+
+class _Store:
+    """One of them: the copies that models have, and what was in the pipeline's own after the last evaluation."""
+
+    def __init__(self, store: Any, models: Sequence[int]):
+        self.models = tuple(models)
+        self.own = {model: copy.deepcopy(store) for model in models[1:]}
+        self.written: list[Any] | None = None
+
+    def require(self, store: Any, models: Sequence[int]) -> None:
+        if not {*models} <= {*self.models}:
+            raise unseen()
+        if self.own and self.written is not None and self.written != _contents(store):
+            raise UnmirroredState(
+                f"this pipeline writes into the {type(store).__name__} that it hands its denoiser, which keeps "
+                "something there itself: every model of a mixture has one of its own, and the pipeline writes into one "
+                "alone. λ = 0 and 1 alone are possible here"
+            )
+
+
+def _is_store(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, _NO_STORE) and not callable(value)
+
+
+def _stores_in(value: Any) -> Iterator[Any]:
+    """All stores in a call's arguments."""
+    if type(value) in (list, tuple):
+        for entry in value:
+            yield from _stores_in(entry)
+    elif type(value) is dict:
+        yield from _stores_in(list(value.values()))
+    elif _is_store(value):
+        yield value
+
+
+def _contents(store: Any) -> list[Any]:
+    """What is in a store, tensors by identity and by how often they were written to."""
+    found: list[Any] = []
+    waiting, seen = [store], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.append((id(value), 0 if value.is_inference() else value._version))
+        elif isinstance(value, PLAIN):
+            found.append(value)
+        elif id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            waiting += vars(value).values() if hasattr(value, "__dict__") else ()
+    return found
