@@ -81,9 +81,9 @@ class Case:
         parts = [part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline)]
         for name, denoiser in (denoisers or {}).items():
             own = getattr(pipe, name)
-            for holder in (pipe, *parts):
-                if getattr(holder, name, None) is own:
-                    setattr(holder, name, denoiser)
+            for holder in (pipe, *parts):  # a part may call it otherwise: `prior_prior` is its prior's `prior`
+                for attribute in [key for key, value in vars(holder).items() if value is own]:
+                    setattr(holder, attribute, denoiser)
         return pipe
 
     def _copied_components(self) -> dict[str, Any]:

@@ -23,7 +23,9 @@ _NO_TESTS = ("test_pipelines", "test_pipeline_utils")
 def discover(checkout: Path, parts: Sequence[str] = ()) -> tuple[list[Any], dict[str, str]]:
     """The test classes whose name has one of `parts` in it, all by default; and what kept modules from importing.
 
-    The first class of each pipeline comes first. The cases of our own are `own.NameOfThePipeline`. Raises `FileNotFoundError` for a folder without such tests.
+    The first class of each pipeline comes first. The cases of our own are `own.NameOfThePipeline`.
+
+    Raises `FileNotFoundError` for a folder without such tests.
     """
     if not (checkout / "tests" / "pipelines").is_dir():
         raise FileNotFoundError(f"{checkout} has no tests/pipelines: name a checkout of diffusers")

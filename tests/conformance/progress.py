@@ -44,13 +44,15 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
         for scheduler in _main_schedulers(pipe):
             scheduler.step = _seen_step(scheduler, seen)
         case.run(pipe)
-    return [
+    steps = [
         [
             Step(told, round(progress_of(now, all_of_run, {time for _, time, _ in run}), 4))
             for told, now, all_of_run in run
         ]
         for run in runs.values()
     ]
+    # The steps of a model that is not realigned, as those that unCLIP enlarges with, are told nothing.
+    return [run for run in steps if any(step.told is not None for step in run)] or steps
 
 
 def _main_schedulers(pipe: Any) -> list[Any]:

@@ -8,6 +8,7 @@ instead is which entry of `scheduler.timesteps` the run has come to.
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch

@@ -2,7 +2,8 @@
 
 The denoiser keeps in them what later calls need. One of the models that are evaluated together has the pipeline's own
 store, the others copies of what it was when it was first handed over. So a model has to have been there from the
-beginning, and the pipeline must not write into the store itself, for it has one alone.
+beginning, and the pipeline must not put tensors into the store itself, for it has one alone. What else it sets there,
+as whether to write or to read, is set in the copies, too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ArgumentStores:
     def end(self, arguments: Any) -> None:
         """They were evaluated."""
         for store in _stores_in(arguments):
-            self._known[id(store)].written = _contents(store)
+            self._known[id(store)].written = _tensors_in(store)
 
     def of_model(self, value: Any, model: int) -> Any:
         """The arguments with this model's stores in the places of the pipeline's."""
@@ -57,17 +58,19 @@ class _Store:
     def __init__(self, store: Any, models: Sequence[int]):
         self.models = tuple(models)
         self.own = {model: copy.deepcopy(store) for model in models[1:]}
-        self.written: list[Any] | None = None
+        self.written: list[tuple[int, int]] | None = None
 
     def require(self, store: Any, models: Sequence[int]) -> None:
         if not {*models} <= {*self.models}:
             raise unseen()
-        if self.own and self.written is not None and self.written != _contents(store):
+        if self.own and self.written is not None and self.written != _tensors_in(store):
             raise UnmirroredState(
-                f"this pipeline writes into the {type(store).__name__} that it hands its denoiser, which keeps "
-                "something there itself: every model of a mixture has one of its own, and the pipeline writes into one "
-                "alone. λ = 0 and 1 alone are possible here"
+                f"this pipeline puts tensors into the {type(store).__name__} that it hands its denoiser, which keeps "
+                "its own there: every model of a mixture has one of its own, and the pipeline writes into one alone. "
+                "λ = 0 and 1 alone are possible here"
             )
+        for twin in self.own.values():
+            _follow(store, twin)
 
 
 def _is_store(value: Any) -> bool:
@@ -85,18 +88,38 @@ def _stores_in(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _contents(store: Any) -> list[Any]:
-    """What is in a store, tensors by identity and by how often they were written to."""
-    found: list[Any] = []
+def _tensors_in(store: Any) -> list[tuple[int, int]]:
+    """The tensors in a store: which they are, and how often they were written to."""
+    found = []
     waiting, seen = [store], set[int]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
             found.append((id(value), 0 if value.is_inference() else value._version))
-        elif isinstance(value, PLAIN):
-            found.append(value)
-        elif id(value) not in seen:
+        elif not isinstance(value, PLAIN) and id(value) not in seen:
             seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            waiting += vars(value).values() if hasattr(value, "__dict__") else ()
+            waiting += _parts(value).values()
     return found
+
+
+def _follow(store: Any, twin: Any) -> None:
+    """Numbers and the like in `twin` become those in `store`."""
+    waiting, seen = [(store, twin)], set[int]()
+    while waiting:
+        value, other = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        parts, others = _parts(value), _parts(other)
+        for name in parts.keys() & others.keys():
+            if not isinstance(parts[name], (Tensor, *PLAIN)):
+                waiting.append((parts[name], others[name]))
+            elif isinstance(parts[name], PLAIN) and not isinstance(other, tuple):
+                (other if isinstance(other, (list, dict)) else vars(other))[name] = parts[name]
+
+
+def _parts(value: Any) -> dict[Any, Any]:
+    """What is in a list, a dictionary or an object."""
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else getattr(value, "__dict__", {})

@@ -1,4 +1,4 @@
-"""Transformers that draw pictures: siblings of those that diffusers tests, and families that it does not test at all."""
+"""Transformers that draw pictures: siblings of those that diffusers tests, and families that it does not test."""
 
 from __future__ import annotations
 
@@ -193,7 +193,13 @@ def _refiner() -> dict[str, Any]:
         block_out_channels=(8, 8, 8, 8, 8),
         layers_per_block=1,
     )
-    settings = {"in_channels": 16, "out_channels": 8, "patch_size": (1, 1, 1), "rope_axes_dim": (4, 2, 2), "text_embed_2_dim": None}
+    settings = {
+        "in_channels": 16,
+        "out_channels": 8,
+        "patch_size": (1, 1, 1),
+        "rope_axes_dim": (4, 2, 2),
+        "text_embed_2_dim": None,
+    }
     return {"transformer": again(HUNYUAN_IMAGE.components()["transformer"], **settings), "vae": vae}
 
 
@@ -260,9 +266,7 @@ IMAGES = (
     OwnCase(
         "Ideogram4Pipeline",
         components=_ideogram,
-        inputs=lambda: call(
-            height=16, width=16, guidance_schedule=None, guidance_scale=4.0, max_sequence_length=64
-        ),
+        inputs=lambda: call(height=16, width=16, guidance_schedule=None, guidance_scale=4.0, max_sequence_length=64),
     ),
     OwnCase(
         "LongCatImagePipeline",
@@ -287,9 +291,7 @@ IMAGES = (
         _inpainting_controlnet,
         lambda: {"control_image": picture(), "control_mask": mask()},
     ),
-    OwnCase(
-        "QwenImageLayeredPipeline", QWEN_EDIT, _layered, lambda: {"image": picture().convert("RGBA"), "layers": 2}
-    ),
+    OwnCase("QwenImageLayeredPipeline", QWEN_EDIT, _layered, lambda: {"image": picture().convert("RGBA"), "layers": 2}),
     OwnCase("HunyuanImageRefinerPipeline", HUNYUAN_IMAGE, _refiner, lambda: {"image": picture(64)}),
     OwnCase("ChromaInpaintPipeline", CHROMA_IMG2IMG, _chroma, inputs=lambda: {"mask_image": mask()}),
     OwnCase("CogView4ControlPipeline", COGVIEW4, _cogview_4_control, lambda: {"control_image": picture(16)}),

@@ -1,4 +1,4 @@
-"""Older families, each with parts of its own: Amused, UnCLIP, UniDiffuser, Versatile Diffusion, VQ Diffusion, Würstchen."""
+"""Older families, each with parts of its own: Amused, UniDiffuser, Versatile Diffusion, BLIP-Diffusion, and others."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from diffusers import (
     AmusedScheduler,
     DDIMScheduler,
     DDPMScheduler,
-    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
-    PriorTransformer,
     T5FilmDecoder,
     Transformer2DModel,
-    UnCLIPScheduler,
     UniDiffuserModel,
     UniDiffuserTextDecoder,
-    UNet2DConditionModel,
     UVit2DModel,
     VQDiffusionScheduler,
 )
@@ -27,7 +23,6 @@ import stand_in_tokenizers as tokenizers
 
 from .case import OwnCase
 from .parts import (
-    PROMPT,
     call,
     clip_image_processor,
     clip_text,
@@ -35,9 +30,7 @@ from .parts import (
     clip_vision,
     generator,
     mask,
-    numbers,
     picture,
-    unconditional_unet,
     vae,
     vq_model,
 )
@@ -101,51 +94,6 @@ def _vq_diffusion() -> dict[str, Any]:
     }
 
 
-def _unclip_decoder() -> dict[str, Any]:
-    """The stages that both UnCLIP pipelines have: a decoder of 16 by 16 and two that make it 32 by 32."""
-    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-
-    def enlarging() -> Any:
-        blocks = {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}
-        return unconditional_unet(32, in_channels=6, out_channels=3, norm_num_groups=2, **blocks)
-
-    return {
-        "decoder": UNet2DConditionModel(
-            sample_size=16,
-            in_channels=3,
-            out_channels=6,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-            norm_num_groups=2,
-            class_embed_type="identity",
-            resnet_time_scale_shift="scale_shift",
-        ),
-        "text_proj": UnCLIPTextProjModel(clip_embeddings_dim=WIDTH, time_embed_dim=32, cross_attention_dim=WIDTH),
-        "super_res_first": enlarging(),
-        "super_res_last": enlarging(),
-        "text_encoder": clip_text(WIDTH, projected=True),
-        "tokenizer": clip_tokenizer(),
-        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range", prediction_type="epsilon"),
-        "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
-    }
-
-
-def _unclip() -> dict[str, Any]:
-    prior = PriorTransformer(num_attention_heads=2, attention_head_dim=4, embedding_dim=WIDTH, num_layers=1)
-    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0)
-    return _unclip_decoder() | {"prior": prior, "prior_scheduler": scheduler}
-
-
-def _unclip_variation() -> dict[str, Any]:
-    encoders = {"image_encoder": clip_vision(WIDTH, WIDTH), "feature_extractor": clip_image_processor()}
-    return _unclip_decoder() | encoders
-
-
 def _unidiffuser() -> dict[str, Any]:
     return {
         "unet": UniDiffuserModel(
@@ -171,7 +119,13 @@ def _unidiffuser() -> dict[str, Any]:
         "clip_image_processor": clip_image_processor(),
         "clip_tokenizer": clip_tokenizer(),
         "text_decoder": UniDiffuserTextDecoder(
-            prefix_length=77, prefix_inner_dim=WIDTH, vocab_size=1000, n_positions=128, n_embd=WIDTH, n_layer=1, n_head=2
+            prefix_length=77,
+            prefix_inner_dim=WIDTH,
+            vocab_size=1000,
+            n_positions=128,
+            n_embd=WIDTH,
+            n_layer=1,
+            n_head=2,
         ),
         "text_tokenizer": clip_tokenizer(),
         "scheduler": DPMSolverMultistepScheduler(),
@@ -206,44 +160,6 @@ def _versatile(text: bool = True, image: bool = True) -> Any:
         return made
 
     return parts
-
-
-def _wuerstchen_prior() -> dict[str, Any]:
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-
-    return {
-        "prior": WuerstchenPrior(c_in=2, c=8, c_cond=WIDTH, c_r=4, depth=2, nhead=2),
-        "text_encoder": clip_text(WIDTH),
-        "tokenizer": clip_tokenizer(),
-        "scheduler": DDPMWuerstchenScheduler(),
-    }
-
-
-def _wuerstchen_decoder() -> dict[str, Any]:
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
-    from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
-
-    return {
-        "decoder": WuerstchenDiffNeXt(
-            c_cond=WIDTH,
-            c_hidden=[8, 8, 8, 8],
-            nhead=[-1, 2, 2, 2],
-            blocks=[1, 1, 1, 1],
-            c_r=4,
-            level_config=["C", "CT", "CTA", "CTA"],
-            inject_effnet=[False, True, True, True],
-            effnet_embd=2,
-            clip_embd=WIDTH,
-        ),
-        "vqgan": PaellaVQModel(levels=1, bottleneck_blocks=1, num_vq_embeddings=16, embed_dim=8),
-        "text_encoder": clip_text(WIDTH),
-        "tokenizer": clip_tokenizer(),
-        "scheduler": DDPMWuerstchenScheduler(),
-    }
-
-
-def _wuerstchen_combined() -> dict[str, Any]:
-    return _wuerstchen_decoder() | {f"prior_{name}": part for name, part in _wuerstchen_prior().items()}
 
 
 def _alt() -> dict[str, Any]:
@@ -325,29 +241,11 @@ def _subjects(**more: Any) -> dict[str, Any]:
     return inputs
 
 
-_SHORT = {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": 2}
-
 OLDER = (
     OwnCase("AmusedPipeline", components=_amused, inputs=lambda: call(height=32, width=32)),
     OwnCase("AmusedImg2ImgPipeline", components=_amused, inputs=lambda: call(image=picture(), strength=0.9)),
     OwnCase("AmusedInpaintPipeline", components=_amused, inputs=lambda: call(image=picture(), mask_image=mask())),
     OwnCase("VQDiffusionPipeline", components=_vq_diffusion, inputs=call),
-    OwnCase(
-        "UnCLIPPipeline",
-        components=_unclip,
-        inputs=lambda: {
-            "prompt": PROMPT,
-            "generator": generator(),
-            "output_type": "np",
-            "prior_num_inference_steps": 3,
-            **_SHORT,
-        },
-    ),
-    OwnCase(
-        "UnCLIPImageVariationPipeline",
-        components=_unclip_variation,
-        inputs=lambda: {"image": picture(), "generator": generator(), "output_type": "np", **_SHORT},
-    ),
     OwnCase("UniDiffuserPipeline", components=_unidiffuser, inputs=call),
     OwnCase("VersatileDiffusionTextToImagePipeline", components=_versatile(image=False), inputs=call),
     OwnCase(
@@ -355,24 +253,7 @@ OLDER = (
         components=_versatile(text=False),
         inputs=lambda: call(image=picture()),
     ),
-    OwnCase(
-        "VersatileDiffusionDualGuidedPipeline", components=_versatile(), inputs=lambda: call(image=picture())
-    ),
-    OwnCase(
-        "WuerstchenPriorPipeline",
-        components=_wuerstchen_prior,
-        inputs=lambda: call(height=128, width=128, guidance_scale=4.0),
-    ),
-    OwnCase(
-        "WuerstchenDecoderPipeline",
-        components=_wuerstchen_decoder,
-        inputs=lambda: call(image_embeddings=numbers(1, 2, 3, 3), guidance_scale=1.5),
-    ),
-    OwnCase(
-        "WuerstchenCombinedPipeline",
-        components=_wuerstchen_combined,
-        inputs=lambda: call(height=128, width=128, prior_num_inference_steps=3),
-    ),
+    OwnCase("VersatileDiffusionDualGuidedPipeline", components=_versatile(), inputs=lambda: call(image=picture())),
     OwnCase("AltDiffusionPipeline", SD, _alt),
     OwnCase("AltDiffusionImg2ImgPipeline", SD_IMG2IMG, lambda: _alt() | {"unet": sd_unet()}),
     OwnCase("BlipDiffusionPipeline", components=_blip(), inputs=_subjects),

@@ -16,11 +16,7 @@ from diffusers import (
 
 from .case import OwnCase, Sibling
 from .parts import (
-    PROMPT,
-    call,
     clip_image_processor,
-    clip_text,
-    clip_tokenizer,
     clip_vision,
     clip_vision_config,
     mask,
@@ -225,5 +221,7 @@ VARIANTS = (
         _control_union,
         lambda: {"control_image": picture(64), "control_mode": 0},
     ),
-    OwnCase("PIAPipeline", ANIMATEDIFF, lambda: {"unet": _animated_unet()}, lambda: {"image": picture(16), "num_frames": 4}),
+    OwnCase(
+        "PIAPipeline", ANIMATEDIFF, lambda: {"unet": _animated_unet()}, lambda: {"image": picture(16), "num_frames": 4}
+    ),
 )

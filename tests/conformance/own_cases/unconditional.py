@@ -96,9 +96,7 @@ UNCONDITIONAL = (
         },
         inputs=without_prompt,
     ),
-    OwnCase(
-        "LDMSuperResolutionPipeline", components=_latent_upscaler, inputs=lambda: without_prompt(image=picture())
-    ),
+    OwnCase("LDMSuperResolutionPipeline", components=_latent_upscaler, inputs=lambda: without_prompt(image=picture())),
     OwnCase(
         "DanceDiffusionPipeline",
         components=lambda: {"unet": _sound_unet(), "scheduler": IPNDMScheduler()},
@@ -110,6 +108,10 @@ UNCONDITIONAL = (
         "AudioDiffusionPipeline",
         components=_spectrogram_parts,
         module="diffusers.pipelines.deprecated.audio_diffusion.pipeline_audio_diffusion",
-        inputs=lambda: {"steps": 3, "noise": numbers(1, 4, 8, 8), "return_dict": False}  # the pictures, then the sounds,
+        inputs=lambda: {
+            "steps": 3,
+            "noise": numbers(1, 4, 8, 8),
+            "return_dict": False,
+        },  # the pictures, then the sounds,
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import transformers
 from diffusers import (
     DDIMScheduler,
@@ -16,8 +17,10 @@ from diffusers import (
     LTXEulerAncestralRFScheduler,
     MMAudioVAE,
     MMAudioVocoder,
+    SanaWMTransformer3DModel,
     UNet3DConditionModel,
 )
+from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 
 from .case import OwnCase, Sibling
 from .parts import again, clip_image_processor, clip_vision, numbers, picture, vae, without_prompt
@@ -106,6 +109,28 @@ def _refining() -> dict[str, Any]:
     }
 
 
+def _sana_wm() -> dict[str, Any]:
+    """A transformer for latents of the sibling's autoencoder, which halves time."""
+    transformer = SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=24,
+        chunk_plucker_channels=12,
+        chunk_plucker_post_attn_blocks=2,
+        caption_channels=32,
+    )
+    return {"transformer": transformer}
+
+
+def _sana_wm_refiner() -> dict[str, Any]:
+    settings = dict(LTX_2.components()["transformer"].config)
+    settings.pop("_use_default_values", None)
+    return {"transformer": SanaWMLTX2RefinerTransformer3DModel.from_config(settings), "text_max_sequence_length": 16}
+
+
 def _kandinsky_6() -> dict[str, Any]:
     sound = {"hidden_channels": 32, "channel_multipliers": (1, 1, 1), "layers_per_block": 1, "mel_bins": 8}
     transformer = Kandinsky6Transformer3DModel(
@@ -165,7 +190,9 @@ VIDEOS = (
         lambda: {"video_length": 3, "t0": 1, "t1": 2, "num_inference_steps": 4},
     ),
     OwnCase(
-        "TextToVideoZeroSDXLPipeline", SDXL, inputs=lambda: {"video_length": 3, "t0": 1, "t1": 2, "num_inference_steps": 4}
+        "TextToVideoZeroSDXLPipeline",
+        SDXL,
+        inputs=lambda: {"video_length": 3, "t0": 1, "t1": 2, "num_inference_steps": 4},
     ),
     OwnCase(
         "I2VGenXLPipeline",
@@ -179,9 +206,7 @@ VIDEOS = (
         "HeliosPyramidPipeline",
         HELIOS,
         # At its default γ = ⅓ the covariance of the noise of a block is singular.
-        lambda: {
-            "scheduler": HeliosScheduler(stages=2, stage_range=[0, 0.5, 1], gamma=0.3, use_dynamic_shifting=True)
-        },
+        lambda: {"scheduler": HeliosScheduler(stages=2, stage_range=[0, 0.5, 1], gamma=0.3, use_dynamic_shifting=True)},
         lambda: {"pyramid_num_inference_steps_list": [2, 2], "height": 32, "width": 32, "guidance_scale": 3.0},
     ),
     OwnCase(
@@ -218,12 +243,36 @@ VIDEOS = (
             "sigmas": [0.9, 0.7, 0.4],
         },
     ),
+    OwnCase(
+        "SanaWMPipeline",
+        LTX_2,
+        _sana_wm,
+        lambda: {
+            "image": picture(32),
+            "c2w": np.broadcast_to(np.eye(4, dtype=np.float32), (5, 4, 4)).copy(),
+            "intrinsics": [30.0, 30.0, 16.0, 16.0],
+            "guidance_scale": 3.0,
+            "chi_prompt": ["Enhance:"],
+            "output_type": "np",
+        },
+    ),
+    OwnCase(
+        "SanaWMLTX2Refiner",
+        LTX_2,
+        _sana_wm_refiner,
+        lambda: {
+            "sana_latent": numbers(1, 4, 5, 2, 2),
+            "fps": 8.0,
+            "block_size": 2,
+            "kv_max_frames": 3,
+            "sigmas": (0.9, 0.6, 0.3, 0.0),
+            "output_type": "latent",
+        },
+    ),
     OwnCase("Kandinsky6TI2VAPipeline", KANDINSKY_5_I2V, _kandinsky_6, lambda: {"num_frames": 5, "frame_rate": 8.0}),
     OwnCase(
         "Kandinsky6SRPipeline",
         components=_kandinsky_6_upscaler,
-        inputs=lambda: without_prompt(
-            video=[picture(64, seed=seed) for seed in range(5)], resolution_scale=2
-        ),
+        inputs=lambda: without_prompt(video=[picture(64, seed=seed) for seed in range(5)], resolution_scale=2),
     ),
 )
