@@ -60,7 +60,10 @@ def main(
         write_table(known, axes)
     write(record, out / "pipelines.json")
     if add is not None:
-        write(added(json.loads(add.read_text(encoding="utf-8")), record), add)
+        try:
+            write(added(json.loads(add.read_text(encoding="utf-8")), record), add)
+        except ValueError as error:
+            raise typer.BadParameter(f"{add} is of {error}") from None
     show(record, console)
     console.print(f"{out / 'pipelines.json'}, {results}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from companions import agrees
 from deradiff import realign, schedules
 from deradiff.sampling.blocked_methods import DialError, UnmirroredState
+from deradiff.sampling.reuse import Reuse
 from messages import naming
 from oracle import lock_step
 from tiny import SIZE, TEXT_CALL, assert_close, distance, sample, seeded
@@ -92,3 +93,33 @@ def test_what_the_pipeline_puts_into_its_own_store_is_refused_for_several_models
         for lam in (0.0, 1.0):
             dial.lam = lam
             assert_close(sample(pipe, CALL), sample(own[int(lam)], CALL))
+
+
+def test_the_weight_interpolated_model_has_a_store_beside_the_others() -> None:
+    pipe, exact = remembering(), remembering()
+    with realign(pipe, remembering(seed=1).unet, 0.37, reuse=Reuse(every=1, carrier="interpolate")):
+        carried = sample(pipe, CALL)
+    with realign(exact, remembering(seed=1).unet, 0.37):
+        assert_close(carried, sample(exact, CALL))
+
+
+class Settings:
+    """What is handed over and never written to."""
+
+
+class Plain(Remembering):
+    def forward(self, sample: Tensor, timestep: Any, cross_attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        return UNet2DConditionModel.forward(self, sample, timestep, **kwargs)
+
+
+def test_settings_that_are_handed_over_are_no_store() -> None:
+    def plain(seed: int | None = None) -> StableDiffusionPipeline:
+        pipe = remembering(seed=seed)
+        pipe.unet.__class__ = Plain
+        return StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+
+    pipe, own = plain(), [plain(), plain(seed=1)]
+    call = CALL | {"cross_attention_kwargs": {"settings": Settings()}}  # the same ones for every call
+    with realign(pipe, plain(seed=1).unet, 0.0) as dial:
+        sample(pipe, call)
+        agrees(pipe, dial, own, call)

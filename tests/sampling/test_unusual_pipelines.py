@@ -8,6 +8,8 @@ import torch
 from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    DiffusionPipeline,
     KarrasVePipeline,
     KarrasVeScheduler,
     RePaintPipeline,
@@ -20,15 +22,19 @@ from diffusers import (
     TextToVideoZeroPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    WuerstchenPriorPipeline,
 )
 from diffusers.models.attention import GatedSelfAttentionDense
+from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import Tensor
 
 from companions import agrees
 from deradiff import realign, schedules
 from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from messages import naming
 from tiny import SIZE, TEXT_CALL, assert_close, distance, sample, seeded
-from tiny_parts import perturbed, sd_components
+from tiny_parts import noise, perturbed, sd_components
 
 ONE_PROMPT = TEXT_CALL | SIZE | {"prompt": "a red fox", "negative_prompt": "blurry"}
 
@@ -83,7 +89,7 @@ def test_a_copy_that_takes_the_schedulers_place_goes_on_where_it_is() -> None:
         agrees(pipe, dial, own, call)
         seen: list[float] = []
         dial.lam = schedules.Power(1)
-        sample(pipe, call, callback=lambda *_: seen.append(dial.last.progress.steps))
+        sample(pipe, call, callback=lambda *_: seen.append(dial.last.progress.steps if dial.last else -1))
     assert seen == [0.0, 0.25, 0.25, 0.5, 0.75]  # the copy goes over a step again
 
 
@@ -145,3 +151,79 @@ def test_a_way_back_to_more_noise_is_no_progress() -> None:
         pipe.scheduler.step = step
         pipe(picture, mask, num_inference_steps=4, jump_length=2, jump_n_sample=2, output_type="np")
     assert seen == {750: 0.0, 500: 0.25, 250: 0.5, 0: 0.75}
+
+
+class OwnLoop(DiffusionPipeline):
+    """Steps of a scheduler from what `predicted` makes of the denoiser."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, generator: torch.Generator) -> StableDiffusionPipelineOutput:
+        latents, text = torch.randn(2, 4, 8, 8, generator=generator), noise(2, 5, 16)
+        self.scheduler.set_timesteps(3)
+        with torch.no_grad():
+            for timestep in self.scheduler.timesteps:
+                prediction = self.predicted(latents, timestep, text)
+                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        return StableDiffusionPipelineOutput(images=latents, nsfw_content_detected=None)
+
+    def predicted(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TwoSizes(OwnLoop):
+    """Guidance by two calls of different sizes, as where one of them has the prompt's tokens in it."""
+
+    def predicted(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        wide = self.unet(torch.cat([latents, latents], dim=3), timestep, text).sample[..., :8]
+        narrow = self.unet(latents, timestep, text).sample
+        return narrow + 2 * (wide - narrow)
+
+
+class ListsOfLists(OwnLoop):
+    """A denoiser that is given a list of pictures for every image."""
+
+    def predicted(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return torch.cat(self.unet([[part] for part in latents.chunk(2)], timestep, text))
+
+
+class UNetOfLists(UNet2DConditionModel):
+    def forward(self, x: list[list[Tensor]], timestep: Tensor, text: Tensor) -> list[Tensor]:
+        return [UNet2DConditionModel.forward(self, row[0], timestep, text[:1]).sample for row in x]
+
+
+@pytest.mark.parametrize("kind", [TwoSizes, ListsOfLists])
+def test_calls_of_other_shapes(kind: type[OwnLoop]) -> None:
+    def build() -> OwnLoop:
+        parts = sd_components()
+        if kind is ListsOfLists:
+            parts["unet"].__class__ = UNetOfLists
+        return kind(unet=parts["unet"], scheduler=parts["scheduler"])
+
+    pipe, anchor, own = three(build)
+    with realign(pipe, anchor, 0.37) as dial:
+        agrees(pipe, dial, own, {})
+
+
+def test_a_prior_that_calls_its_time_r() -> None:
+    def prior(seed: int | None = None) -> WuerstchenPriorPipeline:
+        with seeded(3):
+            model = WuerstchenPrior(c_in=2, c=8, c_cond=16, c_r=4, depth=2, nhead=2).eval()
+            text = {name: sd_components()[name] for name in ("tokenizer", "text_encoder")}
+        model = model if seed is None else perturbed(model, seed)
+        return WuerstchenPriorPipeline(**text, prior=model, scheduler=DDPMWuerstchenScheduler())
+
+    def drawn(pipe: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        with seeded(2):
+            return pipe("a red fox", 128, 128, num_inference_steps=3, generator=generator).image_embeddings
+
+    pipe = prior()
+    with realign(pipe, prior(seed=1).prior, 1.0) as dial:
+        assert_close(drawn(pipe), drawn(prior(seed=1)))
+        dial.lam = 0.0
+        assert_close(drawn(pipe), drawn(prior()))
+        dial.lam = 0.5
+        assert min(distance(drawn(pipe), drawn(end)) for end in (prior(), prior(seed=1))) > 1e-3

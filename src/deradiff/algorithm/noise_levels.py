@@ -252,7 +252,8 @@ def _lists_the_end(scheduler: SchedulerMixin) -> bool:
     """
     if _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config:
         return True
-    return hasattr(scheduler, "sigmas") and len(scheduler.sigmas) == len(scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    return sigmas is not None and len(sigmas) == len(scheduler.timesteps)
 
 
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:

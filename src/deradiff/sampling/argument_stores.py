@@ -39,9 +39,12 @@ class ArgumentStores:
             known.require(store, models)
 
     def end(self, arguments: Any) -> None:
-        """They were evaluated."""
+        """They were evaluated. What the denoiser has kept nothing in is no store, and is looked at anew."""
         for store in _stores_in(arguments):
-            self._known[id(store)].written = _tensors_in(store)
+            known, written = self._known[id(store)], _written(store)
+            if known.first and known.written == written:
+                del self._known[id(store)]
+            known.written, known.first = written, False
 
     def of_model(self, value: Any, model: int) -> Any:
         """The arguments with this model's stores in the places of the pipeline's."""
@@ -53,17 +56,20 @@ class ArgumentStores:
 
 
 class _Store:
-    """One of them: the copies that models have, and what was in the pipeline's own after the last evaluation."""
+    """One of them: the models that have been there from the beginning, and the copies of all but the first."""
 
     def __init__(self, store: Any, models: Sequence[int]):
         self.models = tuple(models)
-        self.own = {model: copy.deepcopy(store) for model in models[1:]}
-        self.written: list[tuple[int, int]] | None = None
+        self.own = {model: _copied(store) for model in models[1:]}
+        self.written = _written(store)
+        """The tensors in the pipeline's own after the last evaluation, and how often they were written to."""
+        self.first = True
+        """Whether it was never evaluated with."""
 
     def require(self, store: Any, models: Sequence[int]) -> None:
         if not {*models} <= {*self.models}:
             raise unseen()
-        if self.own and self.written is not None and self.written != _tensors_in(store):
+        if self.own and self.written != _written(store):
             raise UnmirroredState(
                 f"this pipeline puts tensors into the {type(store).__name__} that it hands its denoiser, which keeps "
                 "its own there: every model of a mixture has one of its own, and the pipeline writes into one alone. "
@@ -71,6 +77,11 @@ class _Store:
             )
         for twin in self.own.values():
             _follow(store, twin)
+
+
+def _copied(store: Any) -> Any:
+    """A copy, with tensors of its own, also where a gradient is taken through these."""
+    return copy.deepcopy(store, {id(tensor): tensor.clone() for tensor in _tensors_in(store)})
 
 
 def _is_store(value: Any) -> bool:
@@ -88,14 +99,18 @@ def _stores_in(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _tensors_in(store: Any) -> list[tuple[int, int]]:
+def _written(store: Any) -> list[tuple[int, int]]:
     """The tensors in a store: which they are, and how often they were written to."""
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in _tensors_in(store)]
+
+
+def _tensors_in(store: Any) -> list[Tensor]:
     found = []
     waiting, seen = [store], set[int]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            found.append((id(value), 0 if value.is_inference() else value._version))
+            found.append(value)
         elif not isinstance(value, PLAIN) and id(value) not in seen:
             seen.add(id(value))
             waiting += _parts(value).values()

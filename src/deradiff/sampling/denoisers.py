@@ -192,9 +192,11 @@ class Denoisers:
     def _predict(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
     ) -> dict[int, Any]:
+        self._stores.begin((args, kwargs), [*models, *([] if blend is None else [BLEND])])
         outputs = self._predict_models(models, args, kwargs) if models else {}
         if blend is not None:
             outputs[BLEND] = self._predict_blend(blend, args, kwargs, 0 not in models)
+        self._stores.end((args, kwargs))
         return outputs
 
     def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
@@ -220,7 +222,6 @@ class Denoisers:
 
     def _predict_each(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
         alone, before, predicted = 0 not in models, written_to((args, kwargs)), {}
-        self._stores.begin((args, kwargs), sorted(models))
         with same_noise(self._hooks.draws) as rewind:
             for model in models:
                 rewind()
@@ -231,11 +232,10 @@ class Denoisers:
                         "pipeline made, and the models of a mixture would write into the same: λ = 0 and 1 alone are "
                         "possible here"
                     )
-        self._stores.end((args, kwargs))
         return predicted
 
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
-        args, kwargs = of_model(args, BLEND), of_model(kwargs, BLEND)
+        args, kwargs = self._stores.of_model((of_model(args, BLEND), of_model(kwargs, BLEND)), BLEND)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):

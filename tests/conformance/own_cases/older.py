@@ -61,7 +61,7 @@ def _amused() -> dict[str, Any]:
             intermediate_size=16,
             sample_size=16,
         ),
-        "vqvae": vq_model(latent_channels=8, num_vq_embeddings=vocabulary - 8),
+        "vqvae": vq_model(latent_channels=8, num_vq_embeddings=vocabulary - 8, lookup_from_codebook=True),
         "text_encoder": clip_text(WIDTH, projected=True),
         "tokenizer": clip_tokenizer(),
         "scheduler": AmusedScheduler(mask_token_id=vocabulary - 1),
