@@ -113,6 +113,7 @@ def _refused_parts(pipelines: dict[str, Any]) -> Iterator[str]:
             for check in checks:
                 if pipeline["checks"].get(check, [""])[0] == "refused":
                     reason = next(r for r in pipeline["reasons"] if r.startswith(f"{check}: "))
+                    reason = reason.partition(", in deradiff/")[0]
                     if check == "micro_batch":
                         reason = (
                             "it is not known where the batch is in every argument of their denoisers, or attention "

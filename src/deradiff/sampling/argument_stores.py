@@ -47,12 +47,16 @@ class ArgumentStores:
             known.written, known.first = written, False
 
     def of_model(self, value: Any, model: int) -> Any:
-        """The arguments with this model's stores in the places of the pipeline's."""
+        """The arguments with this model's stores in the places of the pipeline's.
+
+        What the models returned themselves is each model's own already, and unknown here.
+        """
         if type(value) in (list, tuple):
             return type(value)([self.of_model(entry, model) for entry in value])
         if type(value) is dict:
             return {key: self.of_model(entry, model) for key, entry in value.items()}
-        return self._known[id(value)].own.get(model, value) if _is_store(value) else value
+        known = self._known.get(id(value)) if _is_store(value) else None
+        return value if known is None else known.own.get(model, value)
 
 
 class _Store:

@@ -374,9 +374,6 @@ class Dial:
                 self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
                 self._start(scheduler, own=False, copied=True)
 
-    def _require_present(self, scheduler: SchedulerMixin) -> None:
-        self._runs.require_present(scheduler)
-
     def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""
         with self._runs.lock:

@@ -69,7 +69,7 @@ def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
     def guarded(own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def method(*args: Any, **kwargs: Any) -> Any:
-            dial._require_present(scheduler)
+            dial._runs.require_present(scheduler)
             return own(*args, **kwargs)
 
         return method
