@@ -24,14 +24,14 @@ _SIGNS = {"wrong": "**wrong**", "crashes": "**crash**", "refused": "refused", "p
 HEAD = """# Which pipelines
 
 {passes} of the {count} pipeline classes of diffusers that are built here can be realigned; {refused} are refused in
-words. Its own tests build {theirs} of them, and cases of our own (`tests/conformance/own_cases`), mostly out of parts of
-these tests, the other {own}. This page is drawn from [pipelines.json](../data/pipelines.json), the results of
+words. Its own tests build {theirs} of them, and cases of our own (`tests/conformance/own_cases`), mostly out of parts
+of these tests, the other {own}. This page is drawn from [pipelines.json](../data/pipelines.json), the results of
 
     python tests/conformance CHECKOUT
 
 with {versions} and the tests
-in a checkout of diffusers of {checkout}. Each test or case builds a pipeline of tiny random models. It is realigned with a
-perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
+in a checkout of diffusers of {checkout}. Each test or case builds a pipeline of tiny random models. It is realigned with
+a perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
 deradiff (`tests/conformance/README.md`). The weights are random: the table says that Algorithm 1 is carried out to the
 letter, not how good its images are. Where not bit for bit, the same means 1e-4 of the anchor's own effect, or ten times
 what the last bits of the weights make in that pipeline, if that is more. Your own models are checked in a minute by
