@@ -30,7 +30,7 @@ of these tests, the other {own}. This page is drawn from [pipelines.json](../dat
     python tests/conformance CHECKOUT
 
 with {versions} and the tests
-in a checkout of diffusers of {checkout}. Each test or case builds a pipeline of tiny random models. It is realigned with
+in a checkout of diffusers of {checkout}. Each of these builds a pipeline of tiny random models. It is realigned with
 a perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
 deradiff (`tests/conformance/README.md`). The weights are random: the table says that Algorithm 1 is carried out to the
 letter, not how good its images are. Where not bit for bit, the same means 1e-4 of the anchor's own effect, or ten times

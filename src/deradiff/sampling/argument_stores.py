@@ -34,16 +34,15 @@ class ArgumentStores:
         for store in _stores_in(arguments):
             known = self._known.get(id(store))
             if known is None:
-                known = self._known[id(store)] = _Store(store, models)
-                weakref.finalize(store, self._known.pop, id(store), None)
+                known = self._known[id(store)] = _Store(store, models, self._known)
             known.require(store, models)
 
     def end(self, arguments: Any) -> None:
         """They were evaluated. What the denoiser has kept nothing in is no store, and is looked at anew."""
-        for store in _stores_in(arguments):
-            known, written = self._known[id(store)], _written(store)
+        for key, store in {id(store): store for store in _stores_in(arguments)}.items():
+            known, written = self._known[key], _written(store)
             if known.first and known.written == written:
-                del self._known[id(store)]
+                del self._known[key]
             known.written, known.first = written, False
 
     def of_model(self, value: Any, model: int) -> Any:
@@ -62,7 +61,9 @@ class ArgumentStores:
 class _Store:
     """One of them: the models that have been there from the beginning, and the copies of all but the first."""
 
-    def __init__(self, store: Any, models: Sequence[int]):
+    def __init__(self, store: Any, models: Sequence[int], known: dict[int, _Store]):
+        key = id(store)
+        self._gone = weakref.ref(store, lambda _: known.pop(key, None))
         self.models = tuple(models)
         self.own = {model: _copied(store) for model in models[1:]}
         self.written = _written(store)
