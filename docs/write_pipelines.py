@@ -23,14 +23,15 @@ _SIGNS = {"wrong": "**wrong**", "crashes": "**crash**", "refused": "refused", "p
 
 HEAD = """# Which pipelines
 
-{passes} of the {count} pipeline classes that the tests of diffusers build here can be realigned; {refused} are refused
-in words. This page is drawn from [pipelines.json](../data/pipelines.json), the results of
+{passes} of the {count} pipeline classes of diffusers that are built here can be realigned; {refused} are refused in
+words. Its own tests build {theirs} of them, and cases of our own (`tests/conformance/own_cases`), mostly out of parts
+of these tests, the other {own}. This page is drawn from [pipelines.json](../data/pipelines.json), the results of
 
     python tests/conformance CHECKOUT
 
 with {versions} and the tests
-in a checkout of diffusers of {checkout}. Each test builds a pipeline of tiny random models. It is realigned with a
-perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
+in a checkout of diffusers of {checkout}. Each of these builds a pipeline of tiny random models. It is realigned with
+a perturbed copy of its own denoiser and compared with the untouched pipelines, and with oracles that share no code with
 deradiff (`tests/conformance/README.md`). The weights are random: the table says that Algorithm 1 is carried out to the
 letter, not how good its images are. Where not bit for bit, the same means 1e-4 of the anchor's own effect, or ten times
 what the last bits of the weights make in that pipeline, if that is more. Your own models are checked in a minute by
@@ -53,12 +54,15 @@ In the table a ✓ means:
 def page(record: dict[str, Any]) -> str:
     """The page, in Markdown, of what a run of tests/conformance wrote."""
     pipelines, counts = record["pipelines"], record["counts"]
+    own = sum(all(test.startswith("own.") for test in pipeline["tests"]) for pipeline in pipelines.values())
     versions = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in record["versions"].items())
     lines = [
         HEAD.format(
             passes=counts["passes"],
             count=len(pipelines),
             refused=counts["refused"],
+            theirs=len(pipelines) - own,
+            own=own,
             versions=versions,
             checkout=record["checkout"],
         ),
@@ -76,6 +80,8 @@ def page(record: dict[str, Any]) -> str:
         lines += ["## Refused", "", *refused, ""]
     if untried:
         lines += ["## Not tried", "", "The plain pipeline could not be run here, or took too long.", "", *untried, ""]
+    if left_out := record["left out"]:
+        lines += ["## Left out", "", *(f"- {_named(name)}: {why}." for name, why in left_out.items()), ""]
     return "\n".join(lines)
 
 
@@ -107,6 +113,7 @@ def _refused_parts(pipelines: dict[str, Any]) -> Iterator[str]:
             for check in checks:
                 if pipeline["checks"].get(check, [""])[0] == "refused":
                     reason = next(r for r in pipeline["reasons"] if r.startswith(f"{check}: "))
+                    reason = reason.partition(", in deradiff/")[0]
                     if check == "micro_batch":
                         reason = (
                             "it is not known where the batch is in every argument of their denoisers, or attention "

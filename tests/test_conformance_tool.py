@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,21 +95,32 @@ class NoPipelineTests:
 """
 
 
+def run(checkout: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+    return subprocess.run(
+        [sys.executable, str(TESTS / "conformance"), str(checkout), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkout, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("out")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkout = tmp_path_factory.mktemp("checkout")
     folder = checkout / "tests" / "pipelines" / "tiny"
     folder.mkdir(parents=True)
     for package in (folder, folder.parent, folder.parent.parent):
         (package / "__init__.py").touch()
     (folder / "test_tiny.py").write_text(FAKE)
     (folder / "test_broken.py").write_text("import a_module_that_is_nowhere")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
-    subprocess.run(
-        [sys.executable, str(TESTS / "conformance"), str(checkout), "--out", str(out), "--jobs", "2"],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def out(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    run(checkout, "tiny", "own.DDPM", "own.KarrasVe", "--out", out, "--jobs", 2).check_returncode()
     return out
 
 
@@ -135,7 +147,30 @@ def test_a_mistake_of_the_library_is_found(out: Path) -> None:
 
 def test_the_summary_counts_verdicts_and_tells_versions_and_what_was_not_imported(out: Path) -> None:
     record = json.loads((out / "pipelines.json").read_text())
-    assert record["counts"] == {"wrong": 1, "crashes": 0, "refused": 2, "passes": 1, "not tried": 0}
+    assert record["counts"] == {"wrong": 1, "crashes": 0, "refused": 3, "passes": 2, "not tried": 0}
     assert set(record["versions"]) == {"deradiff", "diffusers", "torch", "transformers", "peft"}
     assert list(record["not imported"]) == ["tiny.test_broken"]
     assert not list((out / "results").glob("*.log"))
+
+
+def test_cases_of_our_own_are_tried_like_the_others(out: Path) -> None:
+    record = json.loads((out / "pipelines.json").read_text())
+    passing, refused = (record["pipelines"][name] for name in ("DDPMPipeline", "KarrasVePipeline"))
+    assert passing["verdict"] == "passes" and passing["tests"] == ["own.DDPMPipeline"]
+    assert refused["verdict"] == "refused" and refused["reasons"]
+    assert record["left out"]
+
+
+def test_a_record_takes_the_pipelines_of_another_run_in(checkout: Path, out: Path, tmp_path: Path) -> None:
+    whole = json.loads((out / "pipelines.json").read_text())
+    earlier = {**whole, "pipelines": {"MistakenPipeline": whole["pipelines"]["MistakenPipeline"]}}
+    file, parts = tmp_path / "pipelines.json", tmp_path / "parts"
+    file.write_text(json.dumps(earlier))
+    shutil.copytree(out / "results", parts / "results")
+    (parts / "results" / "tiny.test_tiny.MistakenTests.json").unlink()
+    arguments = ("own.DDPM", "--resume", "--out", parts, "--add", file)
+    run(checkout, *arguments).check_returncode()
+    assert json.loads(file.read_text()) == whole
+    file.write_text(json.dumps(earlier | {"checkout": "2001-01-01"}))
+    refused = run(checkout, *arguments)
+    assert refused.returncode == 2 and "2001-01-01" in refused.stderr

@@ -64,6 +64,22 @@ def test_progress_over_a_run_is_the_fraction_of_steps_done(case, form):
         assert times == pytest.approx([i / 9 for i in range(10)], abs=1e-6)
 
 
+def test_an_end_among_the_timesteps_is_no_step():
+    scheduler = diffusers.LTXEulerAncestralRFScheduler()
+    scheduler.set_timesteps(sigmas=[0.9, 0.7, 0.4, 0.0])
+    assert [progress(scheduler, t).steps for t in scheduler.timesteps[:-1]] == pytest.approx([0, 1 / 3, 2 / 3])
+    scheduler.set_timesteps(4)
+    assert [progress(scheduler, t).steps for t in scheduler.timesteps[:3]] == pytest.approx([0, 0.25, 0.5])
+
+
+def test_timesteps_that_come_again_are_where_they_were():
+    scheduler = diffusers.RePaintScheduler()
+    scheduler.set_timesteps(4, jump_length=2, jump_n_sample=2)
+    places = {750: 0.0, 500: 0.25, 250: 0.5, 0: 0.75}
+    assert len(scheduler.timesteps) > len(places)
+    assert all(progress(scheduler, t).steps == places[int(t)] for t in scheduler.timesteps)
+
+
 def test_kdpm2_counts_its_intermediate_evaluations():
     scheduler = started("KDPM2DiscreteScheduler", {}, steps=5)
     x, steps = start(scheduler, torch.float32), []

@@ -1,5 +1,6 @@
 """`python tests/conformance CHECKOUT`: deradiff held against diffusers' own pipeline tests. See README.md."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +27,15 @@ def main(
     axes: Annotated[
         Path | None, typer.Option(help="Write the table of batch axes too, as src/deradiff/sampling/batch_axes.json.")
     ] = None,
+    add: Annotated[
+        Path | None, typer.Option(help="Add the pipelines of this run to those in this pipelines.json, too.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out tests whose results lie in OUT.")] = False,
 ) -> None:
     """Hold deradiff against diffusers' own pipeline tests, all of them or some: all take hours on one core."""
     from rich.console import Console
 
-    from report import line, show, summary, write
+    from report import added, line, show, summary, write
 
     console = Console()
     if not console.is_terminal:
@@ -41,6 +45,7 @@ def main(
         from batch_axes import write_table
         from children import Limits, run_all
         from discovery import date_of
+        from own_cases import LEFT_OUT
         from results import Result
         from trial import name_of
 
@@ -50,10 +55,15 @@ def main(
     console.print(f"{len(classes)} test classes; {len(problems)} modules do not import", *problems.values(), sep="\n")
     run_all(classes, results, Limits(limit, memory), jobs, lambda result: console.print(line(result)))
     known = [Result.load(file) for file in sorted(results.glob("*.json"))]
-    record = summary(known, date_of(checkout), problems)
+    record = summary(known, date_of(checkout), problems, LEFT_OUT)
     if axes is not None:
         write_table(known, axes)
     write(record, out / "pipelines.json")
+    if add is not None:
+        try:
+            write(added(json.loads(add.read_text(encoding="utf-8")), record), add)
+        except ValueError as error:
+            raise typer.BadParameter(f"{add} is of {error}") from None
     show(record, console)
     console.print(f"{out / 'pipelines.json'}, {results}")
 

@@ -103,6 +103,9 @@ _PIPELINE_MODULES: dict[str, Callable[[Any], None]] = {
     "diffusers.models.transformers.transformer_cosmos": _without_torchvision_resize,
     "diffusers.models.controlnets.controlnet_cosmos": _without_torchvision_resize,
     "diffusers.pipelines.omnigen.pipeline_omnigen": _without_torchvision_omnigen,
+    "diffusers.pipelines.longcat_image.pipeline_longcat_image_edit": _small_pictures_plus,
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit": _small_pictures,
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_inpaint": _small_pictures,
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus": _small_pictures_plus,
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage_layered": _small_pictures_plus,
 }

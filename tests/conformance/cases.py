@@ -45,6 +45,12 @@ def seed_all() -> None:
     random.seed(0)
 
 
+def test_inputs(test: Any) -> dict[str, Any]:
+    """A test's arguments of a call. Some tests make them for a device, others for the only one."""
+    takes_device = "device" in inspect.signature(test.get_dummy_inputs).parameters
+    return dict(test.get_dummy_inputs("cpu") if takes_device else test.get_dummy_inputs())
+
+
 class Case:
     """One test class. `denoisers` are those of its pipeline by name: all of them are perturbed to make the anchor."""
 
@@ -75,9 +81,9 @@ class Case:
         parts = [part for part in vars(pipe).values() if isinstance(part, DiffusionPipeline)]
         for name, denoiser in (denoisers or {}).items():
             own = getattr(pipe, name)
-            for holder in (pipe, *parts):
-                if getattr(holder, name, None) is own:
-                    setattr(holder, name, denoiser)
+            for holder in (pipe, *parts):  # a part may call it otherwise: `prior_prior` is its prior's `prior`
+                for attribute in [key for key, value in vars(holder).items() if value is own]:
+                    setattr(holder, attribute, denoiser)
         return pipe
 
     def _copied_components(self) -> dict[str, Any]:
@@ -97,8 +103,7 @@ class Case:
     def inputs(self) -> dict[str, Any]:
         """The arguments of a call, anew: the test's, as latents or arrays, in a few steps."""
         seed_all()
-        takes_device = "device" in inspect.signature(self.test.get_dummy_inputs).parameters
-        inputs = dict(self.test.get_dummy_inputs("cpu") if takes_device else self.test.get_dummy_inputs())
+        inputs = test_inputs(self.test)
         if "output_type" in self.call and inputs.get("output_type", "pil") == "pil":
             inputs["output_type"] = "np"
         if "output_type" in self.call and self.latent:

@@ -1,4 +1,4 @@
-"""The pipeline tests of a checkout of diffusers, imported from there."""
+"""The pipeline tests of a checkout of diffusers, imported from there, and the cases of our own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adjustments import adjust_tests
+from own_cases import OWN_CASES
 from results import described
 from trial import name_of
 
@@ -22,7 +23,9 @@ _NO_TESTS = ("test_pipelines", "test_pipeline_utils")
 def discover(checkout: Path, parts: Sequence[str] = ()) -> tuple[list[Any], dict[str, str]]:
     """The test classes whose name has one of `parts` in it, all by default; and what kept modules from importing.
 
-    The first class of each pipeline comes first. Raises `FileNotFoundError` for a folder without such tests.
+    The first class of each pipeline comes first. The cases of our own are `own.NameOfThePipeline`.
+
+    Raises `FileNotFoundError` for a folder without such tests.
     """
     if not (checkout / "tests" / "pipelines").is_dir():
         raise FileNotFoundError(f"{checkout} has no tests/pipelines: name a checkout of diffusers")
@@ -43,7 +46,8 @@ def discover(checkout: Path, parts: Sequence[str] = ()) -> tuple[list[Any], dict
             if _is_pipeline_test(test_class, name) and _is_wanted(parts, name_of(test_class)):
                 key = test_class.pipeline_class, test_class.get_dummy_components, test_class.get_dummy_inputs
                 classes.setdefault(key, test_class)
-    return _firsts_first(list(classes.values())), problems
+    own = [case.test_class() for case in OWN_CASES]
+    return _firsts_first([*classes.values(), *(c for c in own if _is_wanted(parts, name_of(c)))]), problems
 
 
 def _is_wanted(parts: Sequence[str], name: str) -> bool:

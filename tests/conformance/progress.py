@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import SchedulerMixin
 
 from cases import Case, scheduler_classes
 
@@ -40,17 +41,36 @@ def told_progress(case: Case, pipe: Any, dial: Any) -> list[list[Step]]:
     with ExitStack() as stack:
         for scheduler_class in scheduler_classes(pipe):
             stack.callback(_watched(scheduler_class, seen))
-        pipe.scheduler.step = functools.wraps(pipe.scheduler.step)(
-            functools.partial(seen, pipe.scheduler.step, pipe.scheduler)
-        )
+        for scheduler in _main_schedulers(pipe):
+            scheduler.step = _seen_step(scheduler, seen)
         case.run(pipe)
-    return [
+    steps = [
         [
             Step(told, round(progress_of(now, all_of_run, {time for _, time, _ in run}), 4))
             for told, now, all_of_run in run
         ]
         for run in runs.values()
     ]
+    # The steps of a model that is not realigned, as those that unCLIP enlarges with, are told nothing.
+    return [run for run in steps if any(step.told is not None for step in run)] or steps
+
+
+def _main_schedulers(pipe: Any) -> list[Any]:
+    """The one called `scheduler`; all, where none is."""
+    if hasattr(pipe, "scheduler"):
+        return [pipe.scheduler]
+    return [part for part in vars(pipe).values() if isinstance(part, SchedulerMixin)]
+
+
+def _seen_step(scheduler: Any, seen: Any) -> Any:
+    """The scheduler's step, seen. A function, for the copy of a partial has a copy of the scheduler (Panorama's)."""
+    own = scheduler.step
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return seen(own, scheduler, *args, **kwargs)
+
+    return step
 
 
 def _watched(scheduler_class: Any, seen: Any) -> Any:

@@ -32,21 +32,41 @@ _SIGNS: dict[Outcome, str] = {
 PACKAGES = ("deradiff", "diffusers", "torch", "transformers", "peft")
 
 
-def summary(results: Sequence[Result], checkout_date: str, problems: dict[str, str]) -> dict[str, Any]:
+def summary(
+    results: Sequence[Result], checkout_date: str, problems: dict[str, str], left_out: dict[str, str]
+) -> dict[str, Any]:
     """What a run came to: versions, counts of verdicts, and every pipeline class with the worst of its tests."""
     pipelines = {
         name: _pipeline([result for result in results if result.pipeline == name])
         for name in sorted({result.pipeline for result in results})
     }
-    counts = Counter(pipeline["verdict"] for pipeline in pipelines.values())
     return {
         "versions": {package: version(package) for package in PACKAGES},
         "checkout": checkout_date,
         "checks": CHECKS,
-        "counts": {outcome: counts[outcome] for outcome in reversed(WORST_LAST)},
+        "counts": _counts(pipelines),
         "not imported": problems,
+        "left out": left_out,
         "pipelines": pipelines,
     }
+
+
+def _counts(pipelines: dict[str, Any]) -> dict[Outcome, int]:
+    counts = Counter(pipeline["verdict"] for pipeline in pipelines.values())
+    return {outcome: counts[outcome] for outcome in reversed(WORST_LAST)}
+
+
+def added(record: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run came to, with the pipelines of a `new` one added, or put in the place of theirs.
+
+    Raises `ValueError` where the two are not of the same versions, checkout and checks.
+    """
+    for name in ("versions", "checkout", "checks"):
+        if record[name] != new[name]:
+            raise ValueError(f"another run, with other {name}: {record[name]} and {new[name]}")
+    pipelines = dict(sorted((record["pipelines"] | new["pipelines"]).items()))
+    # The head of the record is the new one's, and ends with its pipelines.
+    return new | {"counts": _counts(pipelines), "not imported": record["not imported"], "pipelines": pipelines}
 
 
 def _pipeline(results: Sequence[Result]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def gemma3(make: Any) -> Any:
     return make(config).eval()
 
 
-def qwen3_vl(make: Any) -> Any:
+def qwen3_vl(make: Any, layers: int = 2) -> Any:
     rope = {"rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}, "rope_theta": 1e6}
     vision = {
         "depth": 2,
@@ -134,7 +134,7 @@ def qwen3_vl(make: Any) -> Any:
         "deepstack_visual_indexes": [0],
         "patch_size": 14,
     }
-    text = SMALL_TEXT | rope | {"vocab_size": 152064, "head_dim": 8, "pad_token_id": 0}
+    text = SMALL_TEXT | rope | {"vocab_size": 152064, "head_dim": 8, "pad_token_id": 0, "num_hidden_layers": layers}
     return make(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 

@@ -27,7 +27,8 @@ ROUNDING = 2**-8
 class _Clock(NamedTuple):
     timesteps: tuple[float, ...]
     ranks: tuple[int, ...]
-    """How many distinct timesteps come before each; second evaluations of a step repeat its timestep."""
+    """How many distinct timesteps come before each. Second evaluations of a step repeat its timestep, and so do
+    RePaint's ways back to more noise and down again."""
     places: Mapping[float, int]
     """Where each timestep is. Of equal ones diffusers' `index_for_timestep` takes the second, for runs that start in
     mid-schedule."""
@@ -55,7 +56,7 @@ def progress(scheduler: SchedulerMixin, timestep: Timestep) -> Progress:
 def progress_at(scheduler: SchedulerMixin, i: int) -> Progress:
     """`progress` at the i-th of the scheduler's timesteps."""
     clock = _clock(_timesteps(scheduler))
-    steps = clock.ranks[-1] + (0 if _lists_the_end(scheduler) else 1)
+    steps = max(clock.ranks) + (0 if _lists_the_end(scheduler) else 1)
     return Progress(steps=clock.ranks[i] / steps, time=_time(scheduler, i, clock.timesteps[i]))
 
 
@@ -209,13 +210,11 @@ def _timesteps(scheduler: SchedulerMixin) -> Tensor:
 def _clock(timesteps: Tensor) -> _Clock:
     """Kept per tensor (tensors are told apart by identity), so that a schedule on a GPU is read once per run."""
     values = tuple(timesteps.tolist())
-    ranks = [0]
-    for before, after in pairwise(values):
-        ranks.append(ranks[-1] + (after != before))
+    order = {value: rank for rank, value in enumerate(dict.fromkeys(values))}
     places: dict[float, int] = {}
     for i, value in enumerate(values):
         places[value] = i if value not in places or values[:i].count(value) == 1 else places[value]
-    return _Clock(values, tuple(ranks), places)
+    return _Clock(values, tuple(order[value] for value in values), places)
 
 
 def _time(scheduler: SchedulerMixin, i: int, timestep: float) -> float:
@@ -247,8 +246,14 @@ def _is_trigonometric(scheduler: SchedulerMixin) -> bool:
 
 
 def _lists_the_end(scheduler: SchedulerMixin) -> bool:
-    """Whether the last timestep is only where the last step leads to, never visited: SCM's and Würstchen's."""
-    return _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config
+    """Whether the last timestep is only where the last step leads to, never visited.
+
+    SCM's and Würstchen's, and that of a scheduler with no more σ than timesteps (LTX's ancestral one, told its σ).
+    """
+    if _is_trigonometric(scheduler) or "num_train_timesteps" not in scheduler.config:
+        return True
+    sigmas = getattr(scheduler, "sigmas", None)
+    return sigmas is not None and len(sigmas) == len(scheduler.timesteps)
 
 
 def _sigma(scheduler: SchedulerMixin, i: int) -> float:

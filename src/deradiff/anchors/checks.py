@@ -29,9 +29,10 @@ DENOISERS = ("unet", "transformer", "transformer_2", "unconditional_transformer"
 (Ideogram 4)."""
 
 STAGES = ("prior", "prior_prior", "decoder")
-"""What cascades call theirs, where they have none of `DENOISERS`: Stable Cascade, unCLIP, Kandinsky's prior."""
+"""What cascades call theirs, where they have none of `DENOISERS`: Stable Cascade, Würstchen, unCLIP, Kandinsky's
+prior."""
 
-_TIMES = {"timestep", "timesteps", "timestep_ratio", "t"}
+_TIMES = {"timestep", "timesteps", "timestep_ratio", "t", "r"}
 
 
 def denoisers_of(pipe: Pipeline) -> dict[str, nn.Module]:

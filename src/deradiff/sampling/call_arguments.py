@@ -15,7 +15,7 @@ from deradiff.sampling.per_model import PLAIN
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Among which a pipeline hands over the scale of LoRAs."""
 
-_TIMESTEP = ("timestep", "timesteps", "timestep_ratio")
+_TIMESTEP = ("timestep", "timesteps", "timestep_ratio", "r")
 
 
 def timestep_argument(parameters: Collection[str]) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deradiff.algorithm.lams import Lams
 from deradiff.anchors import Anchor
+from deradiff.sampling.argument_stores import ArgumentStores
 from deradiff.sampling.batch_axes import Batch, UnknownBatch
 from deradiff.sampling.blocked_methods import DialError, UnmirroredState
 from deradiff.sampling.call_arguments import (
@@ -59,6 +60,7 @@ class Denoisers:
         self._divisible = True
         self._rows_changed = False
         """Whether a forward hook has changed something since hooks were registered last."""
+        self._stores = ArgumentStores()
         self._loras = LoraAnchors(reference, anchors)
         self._blended: tuple[tuple[tuple[Anchor, float], ...], dict[str, Tensor]] | None = None
 
@@ -190,9 +192,11 @@ class Denoisers:
     def _predict(
         self, models: Sequence[int], args: tuple, kwargs: dict[str, Any], blend: Mapping[int, Any] | None
     ) -> dict[int, Any]:
+        self._stores.begin((args, kwargs), [*models, *([] if blend is None else [BLEND])])
         outputs = self._predict_models(models, args, kwargs) if models else {}
         if blend is not None:
             outputs[BLEND] = self._predict_blend(blend, args, kwargs, 0 not in models)
+        self._stores.end((args, kwargs))
         return outputs
 
     def _predict_models(self, models: Sequence[int], args: tuple, kwargs: dict[str, Any]) -> dict[int, Any]:
@@ -208,7 +212,7 @@ class Denoisers:
         # What is on another device begins first, and works while the reference does.
         elsewhere = sorted(models, key=lambda model: not model or self.anchors[model - 1].device is None)
         predicted = self._predict_each(elsewhere, args, kwargs)
-        home = self.argument("input", args, kwargs)[0].device
+        home = tensors_of(self.argument("input", args, kwargs))[0].device
         outputs = {}
         for model in models:
             away = bool(model) and self.anchors[model - 1].device is not None
@@ -231,7 +235,7 @@ class Denoisers:
         return predicted
 
     def _predict_blend(self, blend: Mapping[int, Any], args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
-        args, kwargs = of_model(args, BLEND), of_model(kwargs, BLEND)
+        args, kwargs = self._stores.of_model((of_model(args, BLEND), of_model(kwargs, BLEND)), BLEND)
         anchors = {self.anchors[k - 1]: weight for k, weight in blend.items() if k}
         with self._loras.active({a.adapter: weight for a, weight in anchors.items() if a.adapter}, kwargs) as kwargs:
             if any(a.module for a in anchors):
@@ -298,7 +302,7 @@ class Denoisers:
         return self._mirrors[weights[0][0].name], self._blended[1]
 
     def _predict_one(self, model: int, args: tuple, kwargs: dict[str, Any], alone: bool) -> Any:
-        args, kwargs = of_model(args, model), of_model(kwargs, model)
+        args, kwargs = self._stores.of_model((of_model(args, model), of_model(kwargs, model)), model)
         if model == 0:
             return self._call_reference(args, kwargs)
         anchor = self.anchors[model - 1]
@@ -328,6 +332,8 @@ class Denoisers:
         if self._loras.find():
             self.forget_blend()
         changes = self._hooks.look()
+        if any(models) and torch.is_grad_enabled():
+            self._hooks.require_no_store()
         self._rows_changed &= not changes.forward_hooks
         for mirror in self._mirrors.values():
             mirror.layers.changed(changes)

@@ -319,10 +319,12 @@ class Dial:
 
     def _hook_new(self) -> None:
         """Hook a scheduler that a pipeline was given meanwhile: in a call of a pipeline, that one's alone."""
-        for pipe in [] if self._removed else self._living_pipes():
+        pipes = [] if self._removed else self._living_pipes()
+        for pipe in pipes:
             if not self._runs.is_called() or self._runs.is_called(pipe):
                 for scheduler in schedulers_of(pipe):
                     self._hook(scheduler)
+        self._runs.follow([scheduler for pipe in pipes for scheduler in schedulers_of(pipe)])
 
     def _living_pipes(self) -> list[Pipeline]:
         return [pipe for ref in self._pipes if (pipe := ref()) is not None]
@@ -371,9 +373,6 @@ class Dial:
             with self._runs.lock:
                 self._own.copies.append((scheduler, hook_scheduler(scheduler, self)))
                 self._start(scheduler, own=False, copied=True)
-
-    def _require_present(self, scheduler: SchedulerMixin) -> None:
-        self._runs.require_present(scheduler)
 
     def _step(self, scheduler: SchedulerMixin, own_step: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Algorithm 1, lines 9 to 14, from the guided predictions of all models."""

@@ -86,13 +86,16 @@ class StepEvaluation:
     ) -> Float[Tensor, "model part batch predicted *latent"] | None:
         """The two predictions of each image that the pipeline made each of `predictions` of, by guidance.
 
-        None where it was not two of their shape, or a model was told a guidance scale itself.
+        None where it was not two of their shape, as where one has the prompt's tokens in it and the other has none
+        (Ideogram 4), or where a model was told a guidance scale itself.
         """
         batch, known = predictions.shape[1], all({*self.models} <= {*outputs} for outputs in self.returned)
         if self.distilled or not known or self.rows != 2 * batch:
             return None
         calls = [[tensors_of(outputs[model])[0] for outputs in self.returned] for model in self.models]
         if any(sum(map(len, parts)) != self.rows or parts[0].ndim < 2 for parts in calls):
+            return None
+        if any(part.shape[1:] != calls[0][0].shape[1:] for parts in calls for part in parts):
             return None
         rows = torch.stack([torch.cat(parts)[:, : predictions.shape[2]] for parts in calls])
         return rows.unflatten(1, (2, batch)) if rows.shape[2:] == predictions.shape[2:] else None

@@ -136,10 +136,7 @@ def of_model(value: Any, model: int) -> Any:
     """
     if isinstance(value, (PerModel, ModelsOwn)):
         if model not in value.parts:
-            raise DialError(
-                "the denoiser is handed what it returned at an earlier step, as a cache of keys, and one of the models "
-                "was not evaluated there: set dial.watching = True, so that every model is at every step, and no reuse"
-            )
+            raise unseen()
         return value.parts[model]
     if type(value) in (list, tuple):
         return type(value)([of_model(entry, model) for entry in value])
@@ -190,6 +187,14 @@ def remembered() -> DialError:
         "the pipeline's guidance combines predictions of steps at which other models were evaluated, as one that "
         "remembers earlier predictions does: set dial.watching = True, and dial.reuse = None, so that every model is "
         "evaluated at every step"
+    )
+
+
+def unseen() -> DialError:
+    """What a model keeps from step to step is not there, for it was not evaluated when it should have been made."""
+    return DialError(
+        "the denoiser is handed what it returned at an earlier step, as a cache of keys, and one of the models "
+        "was not evaluated there: set dial.watching = True, so that every model is at every step, and no reuse"
     )
 
 

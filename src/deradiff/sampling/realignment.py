@@ -28,7 +28,7 @@ from deradiff.sampling.dial import Dial, Lam, dial_of
 from deradiff.sampling.realigned_components import lams_by_component
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
-from deradiff.sampling.scheduler_hook import owner_of, schedulers_of
+from deradiff.sampling.scheduler_hook import owner_of, require_step, schedulers_of
 from deradiff.sampling.text_encoders import RealignedTextEncoder
 
 TextEncoder = Literal["reference", "both"]
@@ -59,7 +59,7 @@ def realign(
 
     Args:
         pipe: a diffusers pipeline with a `unet` or `transformer`, the reference; or with several denoisers. Tested are
-            203 of the 208 pipeline classes that the tests of diffusers 0.42.1 build (docs/tasks/pipelines.md).
+            270 of the 293 pipeline classes of diffusers 0.42.1 that its tests or ours build (docs/tasks/pipelines.md).
         anchor: the aligned model: a loaded denoiser, a folder, a hub id, a LoRA or single-file checkpoint; or several,
             named, `{"aesthetic": ..., "text": ...}` (see `anchors.load_anchor`). For a pipeline with several denoisers,
             as Wan 2.2's, either of these for each of them, `{"transformer": ..., "transformer_2": ...}`, of which what
@@ -93,7 +93,7 @@ def realign(
             scheduler that has no per-step posterior; a tolerance outside (0, 1), a carrier that does not exist,
             or reuse where posteriors are mixed; `anchors.AnchorError` for an anchor that cannot be used, a pipeline
             without a denoiser, and one anchor for several.
-        DialError: `pipe` is already realigned, or has the scheduler of a realigned pipeline (a `RuntimeError`).
+        DialError: `pipe` is already realigned, its scheduler is, or takes no step from predictions (a `RuntimeError`).
     """
     _require_known(method, path, text_encoder)
     _require_free(pipe)
@@ -168,7 +168,7 @@ def _require_known(method: str, path: str, text_encoder: str) -> None:
 
 
 def _require_free(pipe: Pipeline) -> None:
-    """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already."""
+    """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already, or a scheduler cannot be."""
     if (dial := dial_of(pipe)) is not None:
         raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
     if any(owner_of(scheduler) is not None for scheduler in schedulers_of(pipe)):
@@ -176,6 +176,8 @@ def _require_free(pipe: Pipeline) -> None:
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
             "pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)"
         )
+    for scheduler in schedulers_of(pipe):
+        require_step(scheduler)
 
 
 def sources_by_component(anchor: Any, pipe: Pipeline) -> tuple[dict[str, dict[str, Source]], bool]:

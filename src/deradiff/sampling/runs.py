@@ -9,7 +9,7 @@ thread is refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -114,6 +114,16 @@ class Runs:
         if run.copied:
             self._own.stepped = run
         return run
+
+    def follow(self, schedulers: Sequence[SchedulerMixin]) -> None:
+        """This thread's run goes on with a copy of its scheduler where that has taken the place among `schedulers`."""
+        run: Run | None = getattr(self._own, "run", None)
+        if run is None or run.over or any(run.scheduler is scheduler for scheduler in schedulers):
+            return
+        for scheduler in schedulers:
+            other = self._by_scheduler.get(id(scheduler))
+            if other is not None and other.copied and other.thread == run.thread:
+                self._own.run = self._own.stepped = other
 
     def forget(self, scheduler: SchedulerMixin) -> None:
         """Let go of the runs of `scheduler`, which is used no more."""

@@ -21,11 +21,23 @@ from diffusers import SchedulerMixin
 
 from deradiff.anchors.checks import Pipeline
 from deradiff.anchors.full_weights import DIAL
+from deradiff.sampling.blocked_methods import DialError
 
 
 def owner_of(hooked: SchedulerMixin | Pipeline) -> Any:
     """The dial that a scheduler or a pipeline asks, None for one that nobody realigned."""
-    return vars(hooked).get(DIAL) or getattr(type(hooked), DIAL, None)
+    dial_of_scheduler = vars(hooked).get(DIAL)
+    return dial_of_scheduler() if dial_of_scheduler else getattr(type(hooked), DIAL, None)
+
+
+def require_step(scheduler: SchedulerMixin) -> None:
+    """Raise `DialError` for a scheduler whose `step` is not from a prediction, at a timestep, of a sample."""
+    step = getattr(scheduler, "step", None)
+    if step is None or not {"model_output", "timestep", "sample"} <= inspect.signature(step).parameters.keys():
+        raise DialError(
+            f"{type(scheduler).__name__} has no step(model_output, timestep, sample), where the models' predictions "
+            "are mixed, and its pipelines take their steps in another way: they cannot be realigned"
+        )
 
 
 def schedulers_of(pipe: Pipeline) -> list[SchedulerMixin]:
@@ -35,7 +47,11 @@ def schedulers_of(pipe: Pipeline) -> list[SchedulerMixin]:
 
 
 def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
-    """From now on `scheduler` tells `dial` when a run begins, and has it take every step; returns what undoes this."""
+    """From now on `scheduler` tells `dial` when a run begins, and has it take every step; returns what undoes this.
+
+    Raises what `require_step` raises.
+    """
+    require_step(scheduler)
     own_step, own_set_timesteps = scheduler.step, scheduler.set_timesteps
     signature = inspect.signature(own_step)
 
@@ -53,7 +69,7 @@ def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
     def guarded(own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def method(*args: Any, **kwargs: Any) -> Any:
-            dial._require_present(scheduler)
+            dial._runs.require_present(scheduler)
             return own(*args, **kwargs)
 
         return method
@@ -76,7 +92,9 @@ def hook_scheduler(scheduler: Any, dial: Any) -> Callable[[], None]:
     # What else moves a scheduler's place in its timesteps.
     moving = [name for name in ("scale_model_input", "set_begin_index") if hasattr(scheduler, name)]
     hooks = {"step": step, "set_timesteps": set_timesteps, "__getstate__": getstate, "__deepcopy__": deepcopy}
-    hooks |= {DIAL: dial} | {name: guarded(getattr(scheduler, name)) for name in moving}
+    # A function, for some pipelines copy all that a scheduler has, and give it the copy back (Panorama): that of a
+    # function is the function.
+    hooks |= {DIAL: lambda: dial} | {name: guarded(getattr(scheduler, name)) for name in moving}
     hidden = {name: value for name, value in vars(scheduler).items() if name in hooks}
     vars(scheduler).update(hooks)
     return unhook

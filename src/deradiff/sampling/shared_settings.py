@@ -19,6 +19,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks.layerwise_casting import PeftInputAutocastDisableHook
+from diffusers.models.attention import GatedSelfAttentionDense
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -64,8 +65,14 @@ class Mirror:
             for path, module in reference.named_modules()
             if hasattr(module, "set_processor") and path in modules
         ]
+        self._gates = [
+            (module, modules[path])
+            for path, module in reference.named_modules()
+            if isinstance(module, GatedSelfAttentionDense) and path in modules
+        ]
         self._up_blocks = list(zip(getattr(reference, "up_blocks", ()), getattr(anchor, "up_blocks", ()), strict=True))
         self._own_processors = [(counterpart, counterpart.processor) for _, counterpart in self._attention]
+        self._own_gates = [counterpart.enabled for _, counterpart in self._gates]
         self._own_projection = {part: getattr(anchor, part, None) for part in _IMAGE_PROMPT}
         self._own_projection_type = getattr(anchor.config, "encoder_hid_dim_type", None)
         self._modules = tuple(self.reference.modules())  # walking the tree anew at every step would show in the time
@@ -84,6 +91,7 @@ class Mirror:
         self._sync_image_prompt()
         self._sync_attention()
         self._sync_freeu()
+        self._sync_gates()
         self.sync_adapters()
         self.layers.compare()  # before the offload: layers that are cast for storage have to be so when it is set up
         self._sync_offload()
@@ -96,6 +104,8 @@ class Mirror:
         for module, processor in self._own_processors:
             if module.processor is not processor:
                 module.set_processor(processor)
+        for (_, counterpart), enabled in zip(self._gates, self._own_gates, strict=True):
+            counterpart.enabled = enabled
         for _, counterpart in self._up_blocks:
             for factor in _FREEU:
                 if getattr(counterpart, factor, None) is not None:
@@ -127,6 +137,11 @@ class Mirror:
                 wanted = getattr(original, factor, None)
                 if getattr(counterpart, factor, None) != wanted:
                     setattr(counterpart, factor, wanted)
+
+    def _sync_gates(self) -> None:
+        """GLIGEN grounds a picture in its first steps, and then switches the layers that do it off."""
+        for original, counterpart in self._gates:
+            counterpart.enabled = original.enabled
 
     def sync_adapters(self) -> None:
         """The reference's LoRAs, those that are active now; called again where an evaluation activates some."""

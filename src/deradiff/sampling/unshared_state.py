@@ -112,12 +112,32 @@ class HookWatch:
         self._seen = now, present, RemovableHandle.next_id
         return changes
 
+    def require_no_store(self) -> None:
+        """Raise `UnmirroredState` where the pipeline's own attention processors keep what they see, to be derived from.
+
+        Attend-and-excite and pix2pix-zero take the gradient of what theirs have kept, which would be every model's in
+        turn: both models have the same processors.
+        """
+        for _, module in self._modules:
+            processor = module.__dict__.get("processor")
+            if type(processor).__module__.startswith("diffusers.pipelines.") and (kept := _store_of(processor)):
+                raise UnmirroredState(
+                    f"this pipeline takes gradients of what its {type(processor).__name__} keeps in {kept!r}, and the "
+                    "models of a mixture would keep theirs in the same: λ = 0 alone is possible here"
+                )
+
     def _look_at_hooks(self) -> None:
         self.draws = False
         for path, module in self._modules:
             for name, hook in hooks_of(module).items():
                 require_no_memory(hook, name, path, "reference")
                 self.draws |= isinstance(hook, _PERTURBING) and 0 < getattr(hook, "dropout", 0) < 1
+
+
+def _store_of(processor: Any) -> str | None:
+    """The first attribute of an attention processor that is no setting; None where all are."""
+    settings = bool, int, float, str, type(None)
+    return next((name for name, value in vars(processor).items() if not isinstance(value, settings)), None)
 
 
 def _foreign(model: nn.Module, modules: Sequence[tuple[str, Any]]) -> str | None:
