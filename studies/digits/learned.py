@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
+from deradiff.algorithm.characters import Character
 from deradiff.algorithm.estimates import Estimate, covariance, normalized, rows_of_groups
 from deradiff.algorithm.path_weights import ImportanceWeights, joined
 from deradiff.algorithm.verdict import verdict
+from deradiff.examination import examine
 from deradiff.files.folders import begin_or_resume
 from deradiff.files.locks import taken
 from deradiff.files.reading import Record, read
@@ -44,11 +48,17 @@ TUNED = frozenset({("dpo", "bold"), ("weighted", "ink"), ("draft", "bold"), ("dd
 """The half of families and rewards on which thresholds may be chosen; all others are for judging."""
 
 
+METHODS = {"dpo": "dpo", "weighted": "rwr", "draft": "draft", "ddpo": "ddpo"}
+"""What `deradiff examine` calls the families."""
+
+
 @dataclass(frozen=True)
 class Plan(Amounts):
     """What is trained, and what is drawn to compare it: `images` of each of the ten prompts, by DDPM, guidance 1."""
 
     images: int = 40
+    examined: int = 24
+    """Images of each prompt that an anchor's kind is found from."""
     trainings: Trainings = field(default_factory=Trainings)
 
 
@@ -56,7 +66,7 @@ def quick() -> Plan:
     """A miniature that takes a minute and proves nothing: it tries whether everything runs."""
     trainings = Trainings(per_prompt=24, sampling_steps=2, held_out_pairs=8, held_out_samples=8, batch=8, ddpo_steps=2)
     short = {name: replace(getattr(trainings, name), steps=2, cosine=2, evaluate_every=1) for name in TRAIN}
-    return Plan(trainings=replace(trainings, **short), images=8, steps=3, batch=80)
+    return Plan(trainings=replace(trainings, **short), images=8, examined=8, steps=3, batch=80)
 
 
 def half(cell: Cell) -> str:
@@ -131,12 +141,14 @@ def compute(models: Path, cell: Cell, plan: Plan, pool: Pool, report: Report) ->
         images = draw(sampler(unet), PROMPTS, 1.0, plan)
         drawn[name] = reward(images, [""] * len(images))
         report(f"{cell.name}: models as they are", number + 1, len(names) + 1, str(name))
-    cases = []
+    cases, kinds = [], {}
     for anchor in STRENGTHS[cell.family][cell.reward]:
         unet = learned_models.merged(learned_models.folder_of(models, cell, anchor))
+        character = examined(start, unet, cell, anchor, plan)
+        kinds[str(anchor)] = character.words
         for lam in LAMS:
             scores, weights = realigned(start, unet, lam, plan, reward)
-            cases.append(_case(anchor, lam, scores, weights, drawn, groups, cell.reward))
+            cases.append(_case(anchor, lam, scores, weights, drawn, groups, cell.reward, character))
             report(f"{cell.name}: comparing", len(cases), len(LAMS) * 2, f"{anchor:g} at λ = {lam:g}")
     means = {str(name): list(contrast(values, None, None, None, groups)) for name, values in drawn.items()}
     curves = {str(name): learned_models.curve_of(models, cell, name) for name in names}
@@ -145,7 +157,29 @@ def compute(models: Path, cell: Cell, plan: Plan, pool: Pool, report: Report) ->
         betas = [name for name in names if not isinstance(name, str)]
         shares = {str(beta): learned_models.effective_share(pool, cell.reward, beta) for beta in betas}
         told["effective shares of the samples"] = shares
-    return {**told, "curves": curves, "means": means, "cases": cases}
+    return {**told, "curves": curves, "means": means, "kinds": kinds, "cases": cases}
+
+
+def examined(
+    start: UNet2DConditionModel, anchor: UNet2DConditionModel, cell: Cell, strength: float, plan: Plan
+) -> Character:
+    """The kind of an anchor, as `deradiff examine` finds it from other images than those that are compared."""
+    with TemporaryDirectory() as folder:
+        reference, aligned = Path(folder) / "reference", Path(folder) / "anchor"
+        sampler(start).save_pretrained(reference)
+        anchor.save_pretrained(aligned)
+        found = examine(
+            str(reference),
+            aligned,
+            reward=REWARDS[cell.reward],
+            aligned_by=METHODS[cell.family],
+            anchor_beta=strength if cell.family == "dpo" else None,
+            prompts=PROMPTS,
+            images=plan.examined,
+            seed=1000,
+            steps=plan.steps,
+        )
+    return found.character
 
 
 def base_of(models: Path, cell: Cell) -> UNet2DConditionModel:
@@ -173,11 +207,18 @@ def _case(
     drawn: Mapping[float | str, Tensor],
     groups: Tensor,
     name: str,
+    character: Character,
 ) -> dict[str, Any]:
-    """One λ of one anchor beside the model trained at anchor/λ: estimates are `[value, standard error]`."""
+    """One λ of one anchor beside the model trained at anchor/λ: estimates are `[value, standard error]`.
+
+    Verdicts are those that presume a tilt, and those that go by what kind the anchor is.
+    """
     retrained, before = drawn[anchor / lam], drawn["reference"]
     ratio = next(iter(weights.log_ratios.values()))
-    claim = verdict(weights, scores, groups, baseline=float(before.mean()), name=name)
+    claim, informed = (
+        verdict(weights, scores, groups, baseline=float(before.mean()), name=name, character=kind)
+        for kind in (None, character)
+    )
     return {
         "anchor": anchor,
         "lam": lam,
@@ -186,6 +227,7 @@ def _case(
         "weighted": list(contrast(scores, weights.log_weights, retrained, None, groups)),
         "slope": covariance(ratio, scores, groups) / covariance(scores, scores, groups),
         "verdict": claim.record(),
+        "verdict by kind": informed.record(),
     }
 
 
@@ -228,6 +270,7 @@ class CaseRecord(Record):
     shift: list[float]
     slope: float
     verdict: dict[str, Any]
+    by_kind: dict[str, Any] = Field(alias="verdict by kind")
 
 
 class CellRecord(Record):

@@ -20,7 +20,10 @@ CELL = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One λ of one anchor over the seeds that are there; errors are shares of the shift, `kinds` a verdict a seed."""
+    """One λ of one anchor over the seeds that are there; errors are shares of the shift; a verdict for each seed.
+
+    `kinds` presume a tilt, `informed` go by the kind of anchor that was found.
+    """
 
     family: str
     reward: str
@@ -30,6 +33,7 @@ class Row:
     shift: Estimate
     errors: dict[str, Estimate]
     kinds: tuple[str, ...]
+    informed: tuple[str, ...]
     seeds: int
 
     def judgement(self, kind: str) -> str:
@@ -95,8 +99,9 @@ def rows(found: Mapping[str, CELL]) -> list[Row]:
                 math.sqrt(sum(case["shift"][1] ** 2 for case in cases)) / len(cases),
             )
             kinds = tuple(case["verdict"]["kind"] for case in cases)
+            informed = tuple(case["verdict by kind"]["kind"] for case in cases)
             anchor, lam = cases[0]["anchor"], cases[0]["lam"]
-            made.append(Row(family, reward, its[0]["half"], anchor, lam, shift, errors, kinds, len(cases)))
+            made.append(Row(family, reward, its[0]["half"], anchor, lam, shift, errors, kinds, informed, len(cases)))
     return made
 
 
@@ -116,15 +121,17 @@ def split() -> str:
 def table(found: Mapping[str, CELL]) -> str:
     """In Markdown: every case, its shift, the errors of Algorithm 1 and of weighted means, the verdicts."""
     lines = [
-        "| models | reward | half | anchor | λ | seeds | shift | Algorithm 1 | weighted | verdict | which is |",
-        "|" + "---|" * 11,
+        "| models | reward | half | anchor | λ | seeds | shift | Algorithm 1 | weighted | presuming a tilt | which is "
+        "| by kind | which is |",
+        "|" + "---|" * 13,
     ]
     for row in rows(found):
-        judged = ", ".join(row.judgement(kind) for kind in row.kinds)
+        both = (row.kinds, row.informed)
+        verdicts = [f"{', '.join(kinds)} | {', '.join(map(row.judgement, kinds))}" for kinds in both]
         lines.append(
             f"| {row.family} | {row.reward} | {row.half} | {row.anchor:g} | {row.lam:g} | {row.seeds} of {len(SEEDS)} "
             f"| {row.shift.value:+.3f} ± {row.shift.error:.3f} | {percent(row.errors['algorithm 1'])} "
-            f"| {percent(row.errors['weighted'])} | {', '.join(row.kinds)} | {judged} |"
+            f"| {percent(row.errors['weighted'])} | {' | '.join(verdicts)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -135,12 +142,14 @@ def percent(share: Estimate) -> str:
 
 
 def judgements(found: Mapping[str, CELL]) -> str:
-    """In Markdown: how often verdicts were right, by family and half."""
-    counts: dict[tuple[str, str, str], Counter[str]] = {}
+    """In Markdown: how often verdicts were right, by family and half, presuming a tilt and by the kind of anchor."""
+    counts: dict[tuple[str, str, str, str], Counter[str]] = {}
     for row in rows(found):
-        counts.setdefault((row.half, row.family, row.reward), Counter()).update(map(row.judgement, row.kinds))
+        for said, kinds in (("presuming a tilt", row.kinds), ("by kind", row.informed)):
+            place = (row.half, row.family, row.reward, said)
+            counts.setdefault(place, Counter()).update(map(row.judgement, kinds))
     outcomes = ("right", "false alarm", "miss", "open")
-    lines = ["| half | models | reward | " + " | ".join(outcomes) + " |", "|" + "---|" * (3 + len(outcomes))]
+    lines = ["| half | models | reward | verdicts | " + " | ".join(outcomes) + " |", "|" + "---|" * (4 + len(outcomes))]
     for place, count in sorted(counts.items()):
         lines.append(f"| {' | '.join(place)} | {' | '.join(str(count[outcome]) for outcome in outcomes)} |")
     return "\n".join(lines) + "\n"

@@ -115,10 +115,13 @@ def described(error: BaseException) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether deradiff itself raised it, in words: a wrong value or a state that cannot be served."""
+    """Whether deradiff itself raised it, in words: a wrong value or a state that cannot be served.
+
+    A plain `RuntimeError` is torch's, whose own code leaves no frames.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     own = bool(frames) and "/deradiff/" in frames[-1].filename
-    return own and isinstance(error, ValueError | RuntimeError)
+    return own and isinstance(error, ValueError | RuntimeError) and type(error) is not RuntimeError
 
 
 def _short(file: str) -> str:

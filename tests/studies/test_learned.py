@@ -59,6 +59,8 @@ def test_an_interrupted_cell_goes_on_where_it_was_and_holds_what_it_claims(tmp_p
         means = record["means"]
         assert case["shift"][0] == pytest.approx(means[str(case["anchor"] / 0.5)][0] - means["reference"][0])
         assert case["verdict"]["images"] == 3 * small.images and case["algorithm 1"][1] > 0
+        assert case["verdict by kind"]["images"] == 3 * small.images
+    assert record["kinds"].keys() == {"1.0", "2.0"} and all(record["kinds"].values())
     # What weighted models are compared with is their control, and no model that ships.
     control, shipped = learned.base_of(tmp_path / "models", cell).state_dict(), load_pipeline().unet.state_dict()
     assert any(not torch.equal(weight, shipped[name]) for name, weight in control.items())
@@ -103,7 +105,8 @@ def made(cell: Cell, *cases: dict[str, Any]) -> dict[str, Any]:
 
 
 def a_case(kind: str, plain: float, weighted: float, error: float = 0.01) -> dict[str, Any]:
-    told = {"anchor": 1.0, "lam": 0.5, "shift": [1.0, 0.0], "verdict": {"kind": kind}}
+    verdicts = {"verdict": {"kind": kind}, "verdict by kind": {"kind": "no target"}}
+    told = {"anchor": 1.0, "lam": 0.5, "shift": [1.0, 0.0], **verdicts}
     return told | {"algorithm 1": [plain, error], "weighted": [weighted, error]}
 
 
@@ -134,11 +137,12 @@ def test_the_noise_of_training_is_what_seeds_differ_by_beyond_that_of_sampling()
     noise = learned_report.training_noise(found)["dpo", "algorithm 1"]
     assert noise == pytest.approx(((0.2**2 - 2 * 0.01**2) / 2) ** 0.5)
     row = learned_report.rows(found)[1]
-    assert row.kinds == ("off", "trust") and row.seeds == 2
+    assert row.kinds == ("off", "trust") and row.informed == ("no target",) * 2 and row.seeds == 2
     assert row.errors["algorithm 1"].value == pytest.approx(0.3)
     assert row.errors["algorithm 1"].error == pytest.approx(((0.01**2 + noise**2) / 2) ** 0.5)
     told = learned_report.report(found)
-    assert "| tuned | dpo | bold | 0 | 3 | 1 | 0 |" in told
+    assert "| tuned | dpo | bold | presuming a tilt | 0 | 3 | 1 | 0 |" in told
+    assert "| tuned | dpo | bold | by kind | 0 | 0 | 0 | 4 |" in told
     assert "missing, 14 of 16: dpo-ink-0" in told and " dpo-bold-" not in told.split("missing")[1]
 
 

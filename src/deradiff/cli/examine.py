@@ -32,7 +32,7 @@ def examine(
     ] = None,
     images: Annotated[int, sampling_option(min=8, help="Images of every prompt at each of five λ.")] = 24,
     seed: Annotated[int, sampling_option(min=0, help="Of the first image.")] = 0,
-    scheduler: options.Scheduler = "ddpm",
+    scheduler: options.Scheduler = None,
     steps: options.Steps = 25,
     guidance_scale: options.GuidanceScale = 1.0,
     height: options.Side = None,
@@ -49,7 +49,10 @@ def examine(
     ] = Path("character.json"),
     force: Annotated[bool, output_option("--force", help="Replace the files that are there.")] = False,
 ) -> None:
-    """Find out what kind of anchor it is: a tilt of its reference, stepwise, or neither. Verdicts depend on it."""
+    """Find out what kind of anchor it is: a tilt of its reference, stepwise, or neither. Verdicts depend on it.
+
+    Sampling is by ddpm, for flows by flow-sde, if no scheduler is named.
+    """
     with terminal.refusing_wrong_input():
         (source,) = _single(arguments.anchors(anchor)).values()
         terminal.require_writable("--out", out)

@@ -22,6 +22,7 @@ from deradiff.sweep.alignment_records import Alignment
 from deradiff.sweep.batches import default_of
 from deradiff.sweep.drawing import realigned
 from deradiff.sweep.fingerprints import fingerprint
+from deradiff.sweep.pipelines import noisy_scheduler
 from deradiff.sweep.settings import Column, Settings
 from deradiff.worlds import find
 
@@ -90,8 +91,8 @@ def examine(
 ) -> Examination:
     """Find out whether an anchor is a tilt of its reference, stepwise, or neither (see `algorithm.characters`).
 
-    Takes minutes on the digits. Sampling is that of `deradiff examine`: DDPM, 25 steps and no guidance, which
-    are what the tests know most about.
+    Takes minutes on the digits. Sampling is that of `deradiff examine`: DDPM, or for flows `flow-sde`, 25 steps and no
+    guidance, which are what the tests know most about.
 
     Args:
         reference: a folder, a hub id or `digits`.
@@ -120,11 +121,14 @@ def examine(
         raise ValueError(
             "nothing to examine the anchor by: name the reward that it was aligned with, or give its preference pairs"
         )
-    chosen: dict[str, Any] = {"scheduler": "ddpm", "steps": 25, "guidance_scale": 1.0, "batch_size": 60} | sampling
+    texts = tuple(_prompts(reference, prompts))
+    chosen: dict[str, Any] = {"steps": 25, "guidance_scale": 1.0, "batch_size": 60} | sampling
+    if chosen.get("scheduler") is None:
+        chosen["scheduler"] = noisy_scheduler(reference, chosen.get("revision"))
     settings = Settings(
         reference=reference,
         anchors={"anchor": str(anchor)},
-        prompts=tuple(_prompts(reference, prompts)),
+        prompts=texts,
         columns=tuple(Column(lam=lam) for lam in LAMS),
         seeds=tuple(range(seed, seed + images)),
         **chosen,

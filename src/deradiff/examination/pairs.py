@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deradiff.algorithm.pair_terms import BLOCKS, PairTerms, terms
-from deradiff.alignment.base import Base, stable_diffusion
+from deradiff.alignment.base import Base
 from deradiff.alignment.data_order import Unreadable, passes, row_generators
 from deradiff.alignment.dpo import noise_pairs
 from deradiff.alignment.image_transforms import pair_pixels
@@ -18,6 +17,7 @@ from deradiff.alignment.latent_cache import CachedBatch
 from deradiff.alignment.pair_rows import PreferencePair
 from deradiff.alignment.pairs import open_pairs
 from deradiff.anchors import load_anchor
+from deradiff.anchors.checks import denoiser_of
 from deradiff.examination.drawing import ExaminedImages
 from deradiff.files.folders import FolderSettings
 from deradiff.files.reading import read
@@ -85,11 +85,9 @@ def terms_of(
     if not pairs:
         return None
     try:
-        base = stable_diffusion(pipe, "this")
+        base = Base(pipe, side := _side(pipe, settings))
     except ValueError:
         return None
-    world = find(settings.reference)
-    side = world.resolution if world else int(base.denoiser.config.sample_size * pipe.vae_scale_factor)
     (source,) = settings.anchors.values()
     anchor = load_anchor(
         anchor_source(source), pipe, revision=settings.anchor_revision, allow_pickle=settings.allow_pickle
@@ -98,6 +96,18 @@ def terms_of(
         return _terms(base, Denoisers(base.denoiser, [anchor]), pairs, side, seed, report)
     finally:
         anchor.unload(base.denoiser)
+
+
+def _side(pipe: Any, settings: Settings) -> int:
+    """Of the pictures, in pixels: as they are drawn, or as the model was made for; `ValueError` where nobody knows."""
+    if settings.height:
+        return settings.height
+    if world := find(settings.reference):
+        return world.resolution
+    size = getattr(denoiser_of(pipe)[1].config, "sample_size", None)
+    if not isinstance(size, int):
+        raise ValueError("the size of the pictures is not known: name their height and width")
+    return int(size * pipe.vae_scale_factor)
 
 
 def _terms(
@@ -121,24 +131,24 @@ def _terms(
         )
         for draw in range(DRAWS):
             noised = noise_pairs(base, batch, empty, 0.0, row_generators(seed, rows, f"examined {draw}"))
-            outputs = _Both(denoisers)
-            base.call.predict(outputs, noised.noisy.to(base.denoiser.dtype), noised.timesteps, noised.conditions)
-            reference, anchor = (output.float() for output in outputs.predictions)
+            noisy = noised.noisy.to(base.denoiser.dtype)
+            reference, anchor = (
+                base.call.predict(_OneOf(denoisers, model), noisy, noised.timesteps, noised.conditions).float()
+                for model in (0, 1)
+            )
             found = terms(noised.target.float(), reference, anchor).double().cpu()
             linear[draw, rows.start : rows.stop], square[draw, rows.start : rows.stop] = found
         report(number + 1, len(chunks))
     return PairTerms(linear, square)
 
 
-class _Both(torch.nn.Module):
-    """Reference and anchor in the place of a denoiser, whose predictions are kept."""
+class _OneOf(torch.nn.Module):
+    """Reference or anchor, by number, in the place of a denoiser."""
 
-    def __init__(self, denoisers: Denoisers) -> None:
+    def __init__(self, denoisers: Denoisers, model: int) -> None:
         super().__init__()
         self._denoisers = [denoisers]  # in a list: not a part of this module
-        self.predictions: list[Tensor] = []
+        self._model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = list(self._denoisers[0].predict([0, 1], args, kwargs).values())
-        self.predictions = [output.sample for output in outputs]
-        return outputs[0]
+        return self._denoisers[0].predict([self._model], args, kwargs)[self._model]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 
+from deradiff.anchors.checks import prediction_type
 from deradiff.files.inventory import Inventory, require_whole
 from deradiff.files.models import reading_model
 from deradiff.files.reading import Record, read
@@ -143,6 +144,19 @@ def anchor_source(source: str) -> str | Path:
     """The folder of an anchor that ships (`digits:lora`); any other source as it is."""
     anchor = find_anchor(source)
     return anchor.path if anchor else source
+
+
+def noisy_scheduler(source: str, revision: str | None = None) -> str:
+    """The sampler whose noise is that of the diffusion that a reference learned: `flow-sde` for flows, or `ddpm`.
+
+    Raises `OSError` for a model whose scheduler cannot be found.
+    """
+    world = find(source)
+    with reading_model(source), from_the_hub(source):
+        config = DDPMScheduler.load_config(
+            world.reference if world else source, subfolder="scheduler", revision=revision
+        )
+    return "flow-sde" if prediction_type(str(config["_class_name"]), config) == "flow" else "ddpm"
 
 
 def scheduler_like(present: Any, name: str) -> Any:
