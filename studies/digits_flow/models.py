@@ -69,7 +69,7 @@ def pipeline(vae: AutoencoderKL, encoders: nn.ModuleList, denoiser: SD3Transform
 
 
 class EqualTokensPipeline(StableDiffusion3Pipeline):
-    """Stable Diffusion 3 without a T5 encoder, at an eighth of the price: one token of zeros stands for all of them."""
+    """Stable Diffusion 3 without a T5 encoder: one token of zeros stands for all 256 of them."""
 
     @classmethod
     def around(cls, pipe: StableDiffusion3Pipeline) -> "EqualTokensPipeline":

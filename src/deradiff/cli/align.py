@@ -19,7 +19,7 @@ def align(
     context: arguments.Context,
     base: Annotated[
         str | None,
-        typer.Argument(help="The model to align: a folder, a hub id, or `digits`, which ships with deradiff."),
+        typer.Argument(help="The model to align: a folder, a hub id, or `digits` or `digits-flow`, which ship."),
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the anchors. An interrupted alignment goes on where it was.")

@@ -33,14 +33,14 @@ GRADIENT_CHECKPOINTING = "Compute activations anew in the backward pass: less me
 # -- models -----------------------------------------------------------------------------------------------------------
 
 Reference = Annotated[
-    str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits`, which ships with deradiff.")
+    str, typer.Argument(help="The pretrained pipeline: a folder, a hub id, or `digits` or `digits-flow`, which ship.")
 ]
 Anchor = Annotated[
     list[str],
     model_option(
         "--anchor",
         "-a",
-        help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA or digits:lora. "
+        help="The aligned model: a folder, a hub id, a LoRA or single-file checkpoint, digits:BETA, digits-flow:grpo. "
         "Several, each as NAME=SOURCE.",
     ),
 ]
@@ -65,7 +65,9 @@ Scheduler = Annotated[
     ),
 ]
 Steps = Annotated[int, sampling_option(min=1, help="Sampling steps.")]
-GuidanceScale = Annotated[float | None, sampling_option(help="The pipeline's own by default, 1.5 for the digits.")]
+GuidanceScale = Annotated[
+    float | None, sampling_option(help="The pipeline's own by default, 1.5 for the digits, 1.1 for the flow digits.")
+]
 NegativePrompt = Annotated[str | None, sampling_option()]
 Side = Annotated[int | None, sampling_option(min=1, help="In pixels.")]
 TrainingSeed = Annotated[
