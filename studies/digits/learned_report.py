@@ -51,8 +51,10 @@ class Row:
 
 
 def shares(case: Mapping[str, Any], arm: str) -> Estimate:
-    """The error of a way of sampling as a share of the shift, whose own error counts too."""
+    """The error of a way of sampling as a share of the shift, whose own error counts too; NaN where nothing shifted."""
     (shift, shift_error), (gap, gap_error) = case["shift"], case[arm]
+    if not shift:
+        return Estimate(math.nan, math.nan)
     return Estimate(gap / abs(shift), math.hypot(gap_error / shift, gap * shift_error / shift**2))
 
 
@@ -138,6 +140,8 @@ def table(found: Mapping[str, CELL]) -> str:
 
 def percent(share: Estimate) -> str:
     """As the tables show it."""
+    if math.isnan(share.value):
+        return "no shift"
     return f"{100 * share.value:+.0f} ± {100 * share.error:.0f}%"
 
 

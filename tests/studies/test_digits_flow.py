@@ -91,24 +91,34 @@ def test_its_decoder_is_the_digits_own(pipe: StableDiffusion3Pipeline) -> None:
     torch.testing.assert_close(ours.decode(latents).sample, theirs.decode(latents).sample)
 
 
-def test_a_miniature_is_interrupted_and_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", MINIATURE, silent)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("build"), MINIATURE, silent)
 
-    def interrupting(_: str, done: int, *__: Any) -> None:
-        if done == 2:
-            raise Interrupted
 
-    with pytest.raises(Interrupted):
-        build(tmp_path / "broken", MINIATURE, interrupting)
-    again = build(tmp_path / "broken", MINIATURE, silent)
-    weights = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+def weights_in(folder: Path) -> list[Path]:
+    return sorted(file.relative_to(folder) for file in folder.rglob("*.safetensors"))
+
+
+def test_a_miniature_makes_all_that_ships(whole: Path) -> None:
     names = ("reference", "anchors", "lora-beta-100", "lora-grpo")
-    assert {file.parts[0] for file in weights} == {*names}
-    assert all((whole / file).read_bytes() == (again / file).read_bytes() for file in weights)
+    assert {file.parts[0] for file in weights_in(whole)} == {*names}
     anchor = load_file(whole / "anchors" / "beta-100" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in anchor.values()} == {torch.float16}
     record = json.loads((whole / "build.json").read_text())
     assert [row["model"] for row in record["anchors"]] == ["reference", "beta-100", *names[2:]]
     assert {"reference", "beta-100", *names[2:]} == json.loads((whole / "curves.json").read_text()).keys()
     with pytest.raises(ValueError, match=naming("seed")):
-        build(tmp_path / "broken", replace(MINIATURE, seed=1), silent)
+        build(whole.parent, replace(MINIATURE, seed=1), silent)
+
+
+@pytest.mark.cases(0)
+def test_a_miniature_is_interrupted_and_ends_with_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    def interrupting(_: str, done: int, *__: Any) -> None:
+        if done == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build(tmp_path, MINIATURE, interrupting)
+    again = build(tmp_path, MINIATURE, silent)
+    assert all((whole / file).read_bytes() == (again / file).read_bytes() for file in weights_in(whole))
