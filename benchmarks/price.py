@@ -7,7 +7,7 @@ many evaluations a step it takes; prompts and seeds that nothing was tuned on.
 
 `times`: on the digits, seconds of each mode beside plain sampling at the same batch, measured in turn in one process.
 
-`flow-errors`, `flow-times`: the same for the flow digits, a transformer, at 28 and 16 steps of Euler's method.
+`flow-errors`, `flow-times`: the same for the flow digits, a transformer, at 28 steps of Euler's method.
 
 `sweep`: 11 λ of 16 prompts, an image at a time by two forward passes a step in the plainest way, against this library.
 
@@ -60,6 +60,7 @@ class Priced:
     load: Callable[[], Any]
     anchors: Mapping[str, Path]
     samplers: Sequence[tuple[str, int, float]]
+    prompts: int = 32
 
     def pipeline(self, scheduler: str) -> Any:
         """Its reference."""
@@ -77,7 +78,8 @@ DIGITS = Priced(
 FLOW = Priced(
     digits_flow.load_pipeline,
     {"full weights": digits_flow.anchor_path(100), "LoRA": digits_flow.lora_path()},
-    [("flow-euler", 28, 1.0), ("flow-euler", 16, 1.0), ("flow-euler", 28, 1.5)],
+    [("flow-euler", 28, 1.0), ("flow-euler", 28, digits_flow.GUIDANCE)],
+    prompts=16,
 )
 ANCHORS = DIGITS.anchors
 MODES: Mapping[str, Reuse | None] = {
@@ -89,7 +91,7 @@ MODES: Mapping[str, Reuse | None] = {
     "every 4th": Reuse(every=4, carrier="reference"),
     "every 4th, held": Reuse(every=4, carrier="reference", slope=0.0),
 }
-PROMPTS, SEEDS, BATCH = 32, 2, 16
+SEEDS, BATCH = 2, 16
 PROMPT = "a red seven on white paper"
 SWEEP = [i / 10 for i in range(11)]
 
@@ -103,7 +105,7 @@ def digits_pipeline(scheduler: str) -> Any:
 
 def errors(world: Priced) -> list[dict[str, Any]]:
     """One row for each anchor, sampler, λ and mode."""
-    prompts = [prompt for prompt in sample_prompts(PROMPTS, 4242) for _ in range(SEEDS)]
+    prompts = [prompt for prompt in sample_prompts(world.prompts, 4242) for _ in range(SEEDS)]
     found = []
     for scheduler, steps, guidance in world.samplers:
         for name, anchor in world.anchors.items():
@@ -170,7 +172,7 @@ def guided() -> list[dict[str, Any]]:
 
     The reference carries; differences go on along the line through their last two.
     """
-    prompts = [prompt for prompt in sample_prompts(PROMPTS, 4242) for _ in range(SEEDS)]
+    prompts = [prompt for prompt in sample_prompts(DIGITS.prompts, 4242) for _ in range(SEEDS)]
     pipe, anchor = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(ANCHORS["full weights"])
     with torch.no_grad():
         embeds, empty = pipe.encode_prompt(prompts, pipe.device, 1, True, [""] * len(prompts))[:2]
@@ -251,9 +253,10 @@ def plain(pipe: Any, images: int, steps: int, prompt: str = PROMPT) -> Callable[
 
 
 def times(world: Priced, rounds: int) -> list[dict[str, Any]]:
-    """Ratios to plain sampling, a batch of 16, by the first sampler and the second."""
+    """Ratios to plain sampling, a batch of 16, by the first scheduler, with as many steps as it is priced at."""
     found = []
-    for scheduler, steps, _ in world.samplers[:2]:
+    scheduler = world.samplers[0][0]
+    for steps in dict.fromkeys(steps for name, steps, _ in world.samplers if name == scheduler):
         for name, anchor in world.anchors.items():
             runs: dict[str, Callable[[], object]] = {"plain": plain(world.pipeline(scheduler), BATCH, steps)}
             for mode, reuse in MODES.items():
