@@ -15,6 +15,7 @@ MUTED = {
     r"requires torchvision \(not installed\)": "the processors without it are the ones meant",
     r"should be kept in float32: \[\]": "it names nothing",
     r"`upcast_vae` is deprecated": "diffusers' own pipeline calls it",
+    r"=None of type <class 'NoneType'> cannot be saved": "a part that was left out has nothing to save",
     r"You have disabled the safety checker": "whoever saved the pipeline did; the person who draws was not asked",
 }
 """What is not passed on, as regular expressions, and why."""
