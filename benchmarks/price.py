@@ -264,20 +264,25 @@ def times(world: Priced, rounds: int) -> list[dict[str, Any]]:
                     pipe = world.pipeline(scheduler)
                     deradiff.realign(pipe, anchor, 0.5, reuse=reuse)
                     runs[mode] = plain(pipe, BATCH, steps)
-            if world is not DIGITS:
-                pass
-            elif name == "full weights":
-                script, other = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(anchor)
-                runs["two forwards, plainly"] = partial(two_forwards, script, other, 0.5, PROMPT, BATCH, steps)
-            else:
-                for mode, source in (("exact, two passes", anchor), ("exact, merged into a copy", merged(anchor))):
-                    pipe = digits_pipeline("ddim")
-                    deradiff.realign(pipe, source, 0.5, batched=False)
-                    runs[mode] = plain(pipe, BATCH, steps)
+            if world is DIGITS:
+                runs |= other_ways(name, anchor, steps)
             measured = interleaved(runs, rounds)
             found += [{"anchor": name, "steps": steps, "mode": mode} | _ratios(measured, mode) for mode in runs]
             print(*found[-len(runs) :], sep="\n", flush=True)
     return found
+
+
+def other_ways(name: str, anchor: Path, steps: int) -> dict[str, Callable[[], object]]:
+    """The digits' mixture as a script takes it, or with a LoRA apart from its reference."""
+    if name == "full weights":
+        script, other = digits_pipeline("ddim"), UNet2DConditionModel.from_pretrained(anchor)
+        return {"two forwards, plainly": partial(two_forwards, script, other, 0.5, PROMPT, BATCH, steps)}
+    runs: dict[str, Callable[[], object]] = {}
+    for mode, source in (("exact, two passes", anchor), ("exact, merged into a copy", merged(anchor))):
+        pipe = digits_pipeline("ddim")
+        deradiff.realign(pipe, source, 0.5, batched=False)
+        runs[mode] = plain(pipe, BATCH, steps)
+    return runs
 
 
 def merged(adapter: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -35,12 +35,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def export(folder: Path, settings: Settings, report: Progress) -> Path:
     """Gather `folder/files` from a finished build: pipeline, anchors, LoRA, `curves.json` and `build.json`."""
+    return gathered(folder, lambda files: _gather(folder, files, settings, report))
+
+
+def gathered(folder: Path, gather: Callable[[Path], None]) -> Path:
+    """`folder/files`, which `gather` fills unless it is there."""
     path = folder / "files"
     if path.exists():
         require_whole(path, None, "export", "delete that folder, and it is exported again")
         return path
     with atomic_folder(path) as files:
-        _gather(folder, files, settings, report)
+        gather(files)
     return path
 
 

@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from deradiff.alignment.runs import RECORD, AlignmentRecord
 from deradiff.alignment.training import Report as Progress
-from deradiff.files.inventory import require_whole
 from deradiff.files.reading import read
-from deradiff.files.writing import atomic_folder
 from deradiff.worlds.digits import quality
 from deradiff.worlds.digits_flow import GUIDANCE
 from studies.digits.export import (
@@ -22,6 +20,7 @@ from studies.digits.export import (
     curves,
     describe,
     forget_paths,
+    gathered,
     stored_precision,
     write_records,
     write_slow_tokenizer,
@@ -34,13 +33,7 @@ from studies.digits_flow.settings import FlowSettings
 
 def export(folder: Path, settings: FlowSettings, report: Progress) -> Path:
     """Gather `folder/files` from a finished build: pipeline, anchors, LoRAs, `curves.json` and `build.json`."""
-    path = folder / "files"
-    if path.exists():
-        require_whole(path, None, "export", "delete that folder, and it is exported again")
-        return path
-    with atomic_folder(path) as files:
-        _gather(folder, files, settings, report)
-    return path
+    return gathered(folder, lambda files: _gather(folder, files, settings, report))
 
 
 def _gather(folder: Path, files: Path, settings: FlowSettings, report: Progress) -> None:

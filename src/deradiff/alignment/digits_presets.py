@@ -1,6 +1,7 @@
 """Hyperparameters of alignments of the models that ship: the digits, and the flow digits."""
 
 from dataclasses import replace
+from typing import Any
 
 from deradiff.alignment.lora_targets import WIDER_JOINT_TARGETS, WIDER_TARGETS
 from deradiff.alignment.settings import Preset
@@ -38,13 +39,21 @@ _FLOW_DIGITS = replace(
     density="logit-normal",
     sampling={"scheduler": "flow-euler", "steps": 16, "guidance_scale": 1.0},
 )
-_FLOW_DIGITS_BY_REWARD = replace(_FLOW_DIGITS, plan=_DIGITS_BY_REWARD.plan, batch=32, density=None)
+_AS_FOR_THE_DIGITS = "Rates, steps and strength are those for the digits, and were not tuned on the flow digits."
+_FLOW_DIGITS_BY_REWARD = replace(_FLOW_DIGITS, plan=_DIGITS_BY_REWARD.plan, density=None, notes=_AS_FOR_THE_DIGITS)
 _FLOW_DIGITS_BY_POLICY = replace(
     _FLOW_DIGITS_BY_REWARD,
     batch=64,
     betas=(0.0,),
     sampling={"scheduler": "flow-sde", "steps": 10, "guidance_scale": 1.0, "eta": 0.495},
 )
+_WEIGHTED: dict[str, Any] = {
+    "method": "rwr",
+    "plan": replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600),
+    "betas": (0.5,),
+    "prompt_dropout": 0.1,
+    "options": {"per_prompt": 16},
+}
 
 DIGITS_PRESETS: dict[str, Preset] = {
     # Diffusion-DPO sees β times a difference of errors: with a rate proportional to 1/β any β takes as many steps.
@@ -60,14 +69,7 @@ DIGITS_PRESETS: dict[str, Preset] = {
         betas=(3000.0,),
         options={"window": (20, 25), "pretraining": 0.0, **_DIGITS_SCALED},
     ),
-    "digits-rwr": replace(
-        _DIGITS,
-        method="rwr",
-        plan=replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600),
-        betas=(0.5,),
-        prompt_dropout=0.1,
-        options={"per_prompt": 16},
-    ),
+    "digits-rwr": replace(_DIGITS, **_WEIGHTED),
     "digits-ddpo": replace(
         _DIGITS_BY_REWARD, method="ddpo", batch=64, betas=(0.005,), options={"per_prompt": 4, **_UNSCALED}
     ),
@@ -84,18 +86,12 @@ DIGITS_PRESETS: dict[str, Preset] = {
         betas=(3000.0,),
         options={"window": (12, 16), "pretraining": 0.0, **_DIGITS_SCALED},
     ),
-    "digits-flow-rwr": replace(
-        _FLOW_DIGITS,
-        method="rwr",
-        plan=replace(_DIGITS.plan, steps=600, learning_rate=1e-3, cosine=600),
-        betas=(0.5,),
-        prompt_dropout=0.1,
-        options={"per_prompt": 16},
-    ),
+    "digits-flow-rwr": replace(_FLOW_DIGITS, **_WEIGHTED, notes=_AS_FOR_THE_DIGITS),
     "digits-flow-grpo": replace(
         _FLOW_DIGITS_BY_POLICY,
         method="flow-grpo",
         plan=replace(_DIGITS_BY_REWARD.plan, steps=200),
+        notes="",
         options={"per_prompt": 8, "updates": 2, "clip": 1e-3, **_UNSCALED},
     ),
     "digits-flow-nft": replace(

@@ -142,7 +142,8 @@ def path_kl(
     for places in passes(len(prompts), per_pass):
         chain = Chain(base, prompts[places.start : places.stop], sampling)
         generators = row_generators(seed, places, "path")
-        walk = (step for step in chain.walk(policy.model, generators) if step.number in chain.counted)
+        counted = chain.counted
+        walk = (step for step in chain.walk(policy.model, generators) if step.number in counted)
         steps = [divergence(chain, policy, step, policy.model) for step in walk]
         divergences.append(torch.stack(steps).double().sum(0).cpu())
     return mean(torch.cat(divergences))
