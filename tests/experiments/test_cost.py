@@ -100,6 +100,8 @@ def test_what_cannot_be_counted_is_refused(wrong: dict[str, int], words: str) ->
         denoiser_cost(DIGITS, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=naming(0, "N")):
         saved(0)
+    with pytest.raises(ValueError, match=naming("digits-flow", "UNet2DConditionModel")):
+        denoiser_config("digits-flow")
 
 
 def test_the_command_prints_the_paper_and_counts_the_digits(tmp_path: Path) -> None:

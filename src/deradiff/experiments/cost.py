@@ -82,10 +82,14 @@ def denoiser_config(source: str) -> dict[str, Any]:
 
     Raises `OSError` if it cannot be found, `ValueError` if it is no UNet.
     """
-    if world := find(source):
-        source = str(world.reference)
-    is_unet = (Path(source) / "config.json").is_file()
-    config: Any = UNet2DConditionModel.load_config(source, subfolder=None if is_unet else "unet")
+    world = find(source)
+    folder = world.reference if world else Path(source)
+    if (folder / "model_index.json").is_file() and not (folder / "unet").is_dir():
+        raise ValueError(f"{source} denoises with no UNet; costs are counted for UNet2DConditionModel")
+    is_unet = (folder / "config.json").is_file()
+    config: Any = UNet2DConditionModel.load_config(
+        str(folder) if world else source, subfolder=None if is_unet else "unet"
+    )
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ValueError(f"{source} is a {config['_class_name']}; costs are counted for UNet2DConditionModel")
     return dict(config)
