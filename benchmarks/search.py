@@ -1,4 +1,4 @@
-"""How good is the search for λ? python benchmarks/search.py closed | neighbours | digits
+"""How good is the search for λ? python benchmarks/search.py closed | neighbours | digits | digits-flow
 
 `closed`: random problems in closed form with an optimum inside (0, 1). A mixture of Gaussians on a line is aligned to a
 linear reward; another score, which has a target of its own for every prompt, is highest somewhere between the two
@@ -12,8 +12,8 @@ that is other prompts and other noise, `same prompts` has other noise alone, `sa
 
 `neighbours`: whether scores at neighbouring λ, estimated from one run by importance weights, save evaluations.
 
-`digits`: legibility and a little boldness, searched by images on the model that ships with deradiff, against a grid of
-41 λ from the same noise.
+`digits`, `digits-flow`: legibility and a little boldness, searched by images on a model that ships with deradiff, from
+its anchor aligned hardest, against a grid of λ from the same noise.
 
 The results go to benchmarks/search.json, one part at a time. `closed` keeps what it has in a folder, and goes on there.
 """
@@ -203,15 +203,24 @@ GOAL_OF_DIGITS = "legible + 0.02*bold"
 """Ink is liked, but what cannot be read is not: a little of the bold anchor is best."""
 
 
-def digits(folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
+WORLDS: dict[str, dict[str, Any]] = {
+    "digits": {"anchor": 30, "count": 120, "lams": 41, "scheduler": "euler-a", "guidance_scale": 1.0},
+    "digits-flow": {"anchor": 5, "count": 60, "lams": 21, "scheduler": "flow-euler", "guidance_scale": 1.1},
+}
+"""By world the β of its anchor, how many prompts and λ a whole run takes, and the sampler of 25 steps."""
+
+
+def shipped(world: str, folder: Path, workers: int, count: int, lams: int) -> dict[str, Any]:
     """The search, and then a grid of λ on the same prompts and noise."""
+    its = WORLDS[world]
+    sampling = {"scheduler": its["scheduler"], "steps": 25, "guidance_scale": its["guidance_scale"]}
     plan = Plan.model_validate(
         {
-            "name": "digits",
-            "reference": "digits",
-            "models": {"anchor": {"source": "digits:30", "beta": 30}},
-            "prompts": {"digits": {"source": "digits", "count": count, "draw_seed": 3, "seeds": "0:1"}},
-            "sampling": {"ancestral": {"scheduler": "euler-a", "steps": 25, "guidance_scale": 1.0}},
+            "name": world,
+            "reference": world,
+            "models": {"anchor": {"source": f"{world}:{its['anchor']}", "beta": its["anchor"]}},
+            "prompts": {"digits": {"source": world, "count": count, "draw_seed": 3, "seeds": "0:1"}},
+            "sampling": {"default": sampling},
             "methods": [{"method": "reference"}],
             "scores": ["legible", "bold", "colours"],
             "features": ["digits"],
@@ -290,12 +299,12 @@ def show(console: Console, found: dict[str, Any]) -> None:
     for name, row in found.get("neighbours", {}).items():
         if name != "problems":
             console.print(f"{name}: median {row['median regret']:.2%}, mean {row['mean regret']:.2%}", highlight=False)
-    if "digits" in found:
-        grid = found["digits"]["grid"]
+    for world in [world for world in WORLDS if world in found]:
+        grid = found[world]["grid"]
         for name in ("stopping", "all ten"):
-            part = found["digits"][name]
+            part = found[world][name]
             console.print(
-                f"digits, {name}: λ* = {part['lam']:g} [{part['low']:g}, {part['high']:g}] in {part['evaluations']} "
+                f"{world}, {name}: λ* = {part['lam']:g} [{part['low']:g}, {part['high']:g}] in {part['evaluations']} "
                 f"evaluations, the grid of {grid['lams']} says {grid['best']:g}; {part['check']}",
                 highlight=False,
             )
@@ -303,10 +312,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("part", choices=("closed", "neighbours", "digits", "show"))
+    options.add_argument("part", choices=("closed", "neighbours", *WORLDS, "show"))
     options.add_argument("--out", type=Path, default=Path("search-benchmark"), help="folder of what is kept")
-    options.add_argument("--count", type=int, help="problems, or prompts of the digits")
-    options.add_argument("--lams", type=int, default=41, help="λ of the digits' grid")
+    options.add_argument("--count", type=int, help="problems, or prompts of a world")
+    options.add_argument("--lams", type=int, help="λ of a world's grid")
     options.add_argument("--workers", type=int, default=cores(), help="processes that draw the digits")
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     chosen, console = options.parse_args(), Console()
@@ -318,8 +327,9 @@ def main() -> None:
             found["closed"] = closed(chosen.out, chosen.count or PROBLEMS)
         elif chosen.part == "neighbours":
             found["neighbours"] = neighbours(chosen.count or 50)
-        elif chosen.part == "digits":
-            found["digits"] = digits(chosen.out / "digits", chosen.workers, chosen.count or 120, chosen.lams)
+        elif chosen.part in WORLDS:
+            count, lams = chosen.count or WORLDS[chosen.part]["count"], chosen.lams or WORLDS[chosen.part]["lams"]
+            found[chosen.part] = shipped(chosen.part, chosen.out / chosen.part, chosen.workers, count, lams)
     if chosen.part != "show":
         settings = {"prompts": PROMPTS, "seeds": SEEDS, "steps": STEPS, "budget": BUDGET, "digits": GOAL_OF_DIGITS}
         write_json(chosen.json, {**found, "settings": settings, "versions": versions()})

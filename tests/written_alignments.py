@@ -153,7 +153,9 @@ def samples(folder: Path) -> Iterator[Written]:
     def of_student() -> object:
         dial = object.__new__(Dial)  # which is only asked for students of many λ
         sampler = Sampler(1, 1.0, 2)
-        return distillation.draw_samples(other, pipe(), dial, ["a seven"], sampler, settings, {"a": 1}, 0, silent)
+        return distillation.draw_samples(
+            other, pipe(), dial, ["a seven"], sampler, settings, {"a": 1}, (4, 8, 8), 0, silent
+        )
 
     of_student()
     yield Written("samples of a student", other / "samples-0000002.safetensors", of_student, "tensors", 8, other)

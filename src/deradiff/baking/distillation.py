@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from deradiff.algorithm.step import mixed, with_reference_weight
 from deradiff.alignment.base import Base, Conditions, EncodedPrompts
 from deradiff.alignment.data_order import passes, row_generators
 from deradiff.alignment.loop import train
-from deradiff.alignment.lora_targets import WIDER_TARGETS
+from deradiff.alignment.lora_targets import WIDEST_TARGETS
 from deradiff.alignment.objectives import squared_error
 from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.alignment.training import BatchPart, LossCurve, Report, TrainingPlan, TrainingRun
@@ -56,7 +56,7 @@ class Distillation:
 
     Args:
         lora_rank: of the LoRA that is trained on top of the interpolated weights; None trains all weights.
-        lora_targets: the layers it changes.
+        lora_targets: the layers it changes, by the endings of their names; what a model does not have is passed over.
         samples: of the realigned model, which the student is trained at. The last `held_out` only measure progress.
         held_out: see there.
         steps: of training, `batch` noised latents each.
@@ -64,7 +64,8 @@ class Distillation:
         accumulate: micro-batches of each step, for less memory.
         gradient_checkpointing: compute activations anew in the backward pass, for less memory still.
         learning_rate: at its peak; a cosine brings it down.
-        dropout: the share of rows that are trained without a prompt. Guidance needs the student to know that as well.
+        dropout: the share of rows that are trained without a prompt. Guidance needs the student to know that as well,
+            if it is by a second prediction.
         fold_guidance: train on the guided prediction instead: half the cost again, at one guidance scale for good.
         span: make one student for every λ between these two, told λ in the place of a guidance scale: see
             `lam_embedding`. Folds guidance in, for the pipeline then guides no more.
@@ -74,7 +75,7 @@ class Distillation:
     """
 
     lora_rank: int | None = 32
-    lora_targets: tuple[str, ...] = WIDER_TARGETS
+    lora_targets: tuple[str, ...] = WIDEST_TARGETS
     samples: int = 1024
     held_out: int = 64
     steps: int = 2000
@@ -135,16 +136,15 @@ def usual(reference: str) -> Distillation:
 # -- the teacher ------------------------------------------------------------------------------------------------------
 
 
-def lam_by_timestep(lams: Lams, scheduler: Any, steps: int) -> Float[Tensor, "anchor timestep"]:
-    """λ of every anchor at every timestep of the noise schedule.
+def lam_by_timestep(lams: Lams, scheduler: Any) -> Float[Tensor, "anchor timestep"]:
+    """λ of every anchor at every whole timestep of the noise schedule.
 
-    A λ that runs over steps is read at the steps of `scheduler`, a fresh one of `steps` steps, and between two of them
-    on the straight line: the clock by which samplers of that kind, of any number of steps, turn it.
+    A λ that runs over steps is read at the steps of `scheduler`, whose timesteps are set, and between two of them on
+    the straight line: the clock by which samplers of that kind, of any number of steps, turn it.
     """
     duration = int(scheduler.config.num_train_timesteps)
     if lams.is_constant:
         return lams.at(Progress(0.0, 0.0), 1).expand(-1, duration)
-    scheduler.set_timesteps(steps)
     known = np.unique(torch.as_tensor(scheduler.timesteps).double().cpu().numpy())  # ascending
     done = 1 - np.arange(1, len(known) + 1) / len(known)
     by_steps = np.interp(np.arange(duration), known, done)
@@ -152,37 +152,44 @@ def lam_by_timestep(lams: Lams, scheduler: Any, steps: int) -> Float[Tensor, "an
     return torch.cat(rows, dim=1)
 
 
-class _Mixture(nn.Module):
-    """Reference and anchors as one denoiser, which mixes each row at its own λ."""
+def lams_at(
+    table: Float[Tensor, "anchor timestep"], timesteps: Shaped[Tensor, " batch"]
+) -> Float[Tensor, "anchor batch"]:
+    """λ at these times, those of flows by the nearest whole one: `table` is from `lam_by_timestep`."""
+    return table[:, timesteps.round().long().clamp(max=table.shape[1] - 1)]
 
-    def __init__(self, denoisers: Denoisers, lams: Float[Tensor, "anchor batch"]) -> None:
+
+class _Model(nn.Module):
+    """One of the models of a mixture as a denoiser of its own."""
+
+    def __init__(self, denoisers: Denoisers, index: int) -> None:
         super().__init__()
-        self.denoisers, self.mixture_weights = denoisers, with_reference_weight(lams)
+        self.denoisers, self.index = denoisers, index
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
-        outputs = list(self.denoisers.predict(models, args, kwargs).values())
-        predictions = torch.stack([output.sample for output in outputs])
-        return type(outputs[0])(sample=mixed(predictions, self.mixture_weights[models]))
+        return self.denoisers.predict([self.index], args, kwargs)[self.index]
 
 
 class Teacher:
     """The mixed prediction `Σ w_k ε_k` of a reference and its anchors: what a realigned pipeline steps with."""
 
     def __init__(self, base: Base, denoisers: Denoisers) -> None:
-        self.base, self.denoisers = base, denoisers
+        self.base = base
+        self.models = [_Model(denoisers, index) for index in range(len(denoisers.names))]
 
     @torch.no_grad()
     def __call__(
         self,
         noisy: Float[Tensor, "batch *latent"],
-        timesteps: Int[Tensor, " batch"],
+        timesteps: Shaped[Tensor, " batch"],
         told: Conditions,
         lams: Float[Tensor, "anchor batch"],
     ) -> Float[Tensor, "batch *latent"]:
         """The prediction for each row at its own λ, without guidance, in single precision."""
-        shown = noisy.to(self.base.denoiser.dtype)
-        return self.base.call.predict(_Mixture(self.denoisers, lams), shown, timesteps, told).float()
+        shown, mixture_weights = noisy.to(self.base.denoiser.dtype), with_reference_weight(lams)
+        needed = [index for index, row in enumerate(mixture_weights) if row.any()]
+        predictions = [self.base.call.predict(self.models[index], shown, timesteps, told) for index in needed]
+        return mixed(torch.stack(predictions), mixture_weights[needed]).float()
 
 
 # -- the student ------------------------------------------------------------------------------------------------------
@@ -263,13 +270,15 @@ def draw_samples(
     sampler: Sampler,
     settings: Distillation,
     made_of: Mapping[str, Any],
+    shape: Sequence[int],
     seed: int,
     report: Report,
 ) -> RealignedSamples:
     """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
 
     Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
-    folder was begun with other settings than `made_of`, or a file in it is damaged.
+    folder was begun with other settings than `made_of`, a file in it is damaged, or the pipeline's latents do not have
+    the `shape` of those that it denoises.
     """
     begin_or_resume(folder, made_of, "set of drawn samples")
     count, parts = settings.samples, {}
@@ -284,6 +293,11 @@ def draw_samples(
             if lams is not None:
                 dial.lam = lams[rows].tolist()
             drawn = sampler.latents(pipe, [prompts[i] for i in numbers[rows].tolist()], seeds[rows])
+            if drawn.shape[1:] != torch.Size(shape):
+                raise ValueError(
+                    f"{type(pipe).__name__} gives latents of shape {tuple(drawn.shape[1:])} and denoises some of shape "
+                    f"{tuple(shape)}, so that a student cannot be trained on them: bake with method='interpolate'"
+                )
             with atomic_file(path) as temporary:
                 save_file({"latents": drawn.contiguous()}, temporary)
         parts[path] = rows_of(path, {"latents": None}, len(numbers[rows]), WHAT, CURE)
@@ -306,11 +320,14 @@ def distil(
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
 
-    The teacher's prediction is the mixture of noise predictions with the λ that belongs to t, guided where the settings
-    say so. An interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises what
-    `loop.train` raises.
+    The teacher's prediction is the mixture with the λ that belongs to t, of ε, v or velocity as the model predicts,
+    guided where the settings say so. An interrupted training goes on where it was, and ends with the weights of an
+    unbroken one. Raises what `loop.train` raises.
     """
-    told = EncodedPrompts.of(partial(conditions, base), prompts, partial(unconditional, base, 1), settings.per_pass)
+    encode = partial(conditions, base, guidance_scale=guidance)
+    nothing = partial(encode, [""]) if base.call.guidance_is_embedded else partial(unconditional, base, 1)
+    told = EncodedPrompts.of(encode, prompts, nothing, settings.per_pass)
+    dropout = 0 if settings.guided or base.call.guidance_is_embedded else settings.dropout
     trained_on = settings.samples - settings.held_out
     device, dtype = base.denoiser.device, student.dtype
 
@@ -320,7 +337,7 @@ def distil(
         chosen = torch.tensor(rows)
         clean = samples.latents[chosen].to(device)
         noise, t, dropped = base.noise_of(generators, clean.shape[1:], share)
-        own = lams[:, t] if samples.lams is None else samples.lams[chosen][None]
+        own = lams_at(lams, t) if samples.lams is None else samples.lams[chosen][None]
         t = t.to(device)
         noisy = base.noising.noised(clean, noise.to(device), t)
         numbers = samples.prompts[chosen]
@@ -336,7 +353,7 @@ def distil(
     def loss(model: nn.Module, _: torch.Generator, part: BatchPart) -> Tensor:
         generators = row_generators(run.seed, part.positions(settings.batch))
         rows = [int(torch.randint(trained_on, (1,), generator=g)) for g in generators]
-        return errors(model, rows, 0 if settings.guided else settings.dropout, generators).mean()
+        return errors(model, rows, dropout, generators).mean()
 
     def held_out_loss(model: nn.Module) -> float:
         held_out = range(trained_on, settings.samples)

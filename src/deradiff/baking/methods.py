@@ -13,9 +13,9 @@ from torch import nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress
-from deradiff.alignment.base import stable_diffusion
+from deradiff.alignment.base import Base
 from deradiff.alignment.training import TrainingRun
-from deradiff.anchors import Anchor, load_anchor
+from deradiff.anchors import Anchor, denoiser_of, load_anchor
 from deradiff.baking import outputs
 from deradiff.baking.distillation import (
     ADAPTER,
@@ -110,12 +110,18 @@ def distilled(
     """
     # Of other versions a warning tells: see `files.folders.begin_or_resume`.
     identity = {name: value for name, value in job.made_of.items() if name != "versions"}
-    base, guidance = stable_diffusion(job.pipe, "distillation"), sampler.guidance(job.pipe)
-    clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
+    base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
+    if settings.guided and base.call.guidance_is_embedded:
+        raise ValueError(
+            f"{type(job.pipe).__name__} tells its model the guidance scale, and guides no further: leave fold_guidance "
+            "and span out"
+        )
+    clock = base.call.prepared(type(job.pipe.scheduler).from_config(job.pipe.scheduler.config), sampler.steps)
     with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
         report = partial(job.report, "drawing samples")
-        samples = draw_samples(work / "samples", job.pipe, dial, prompts, sampler, settings, identity, job.seed, report)
-    lams = lam_by_timestep(job.lams, clock, sampler.steps)
+        shape, place = base.call.latent_shape(None), work / "samples"
+        samples = draw_samples(place, job.pipe, dial, prompts, sampler, settings, identity, shape, job.seed, report)
+    lams = lam_by_timestep(job.lams, clock)
     with job.anchors(load_anchor) as opened:
         anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
         start = dict(zip(job.lams.anchors, lams.mean(1).tolist(), strict=True))
@@ -148,7 +154,8 @@ def _save_student(
         parts = [(job.reference, anchor.adapter or "", lam) for anchor, lam in start]
         state = outputs.joined_loras([*parts, (student, ADAPTER, 1.0)])
         layers = {name: tensor.to(job.reference.dtype).contiguous() for name, tensor in state.items()}
-        job.pipe.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+        component = {f"{denoiser_of(job.pipe)[0]}_lora_layers": layers}
+        job.pipe.save_lora_weights(folder, safe_serialization=True, **component)
         return "lora"
     if settings.lora_rank is None:
         whole = Blend(student.to(job.reference.dtype), [])
