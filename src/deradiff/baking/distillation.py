@@ -5,7 +5,7 @@ of the realigned model's own samples. With guidance left outside it learns the m
 without, so that a pipeline can guide it as it likes: guidance and mixing are both linear, in whatever order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,8 +162,10 @@ class _Mixture(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         models = [k for k in range(len(self.mixture_weights)) if self.mixture_weights[k].any()]
         outputs = list(self.denoisers.predict(models, args, kwargs).values())
-        predictions = torch.stack([output.sample for output in outputs])
-        return type(outputs[0])(sample=mixed(predictions, self.mixture_weights[models]))
+        predictions = torch.stack([output[0] for output in outputs])
+        prediction = mixed(predictions, self.mixture_weights[models])
+        # Some pipelines ask for a plain tuple.
+        return (prediction,) if isinstance(outputs[0], tuple) else type(outputs[0])(sample=prediction)
 
 
 class Teacher:
@@ -261,21 +263,22 @@ def draw_samples(
     dial: Dial,
     prompts: Sequence[str],
     sampler: Sampler,
-    settings: Distillation,
+    count: int,
+    span: tuple[float, float] | None,
     made_of: Mapping[str, Any],
     seed: int,
     report: Report,
 ) -> RealignedSamples:
-    """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
+    """Fill `folder` with `count` samples of a realigned pipeline, or finish what an interrupted call began there.
 
-    Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
+    Prompts take turns. For a `span` of λ every sample has a λ of its own, uniform there. Raises `ValueError` where the
     folder was begun with other settings than `made_of`, or a file in it is damaged.
     """
     begin_or_resume(folder, made_of, "set of drawn samples")
-    count, parts = settings.samples, {}
+    parts = {}
     seeds, numbers, lams = seeds_for(seed, count, "own sample"), torch.arange(count) % len(prompts), None
-    if settings.span is not None:
-        low, high = settings.span
+    if span is not None:
+        low, high = span
         draws = [torch.rand(1, generator=g) for g in row_generators(seed, range(count), "λ")]
         lams = low + (high - low) * torch.cat(draws).double()
     for start in range(0, count, sampler.batch_size):
@@ -301,14 +304,16 @@ def distil(
     settings: Distillation,
     guidance: float | int,
     run: TrainingRun,
+    telling: Callable[[nn.Module, Float[Tensor, " batch"]], nn.Module] = TellingLam,
 ) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
 
     The teacher's prediction is the mixture of noise predictions with the λ that belongs to t, guided where the settings
-    say so. An interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises what
-    `loop.train` raises.
+    say so. Where samples have a λ each, `telling(student, λ)` is the student that predicts for these rows. An
+    interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises what `loop.train`
+    raises.
     """
     told = EncodedPrompts.of(partial(conditions, base), prompts, partial(unconditional, base, 1), settings.per_pass)
     trained_on = settings.samples - settings.held_out
@@ -320,7 +325,7 @@ def distil(
         chosen = torch.tensor(rows)
         clean = samples.latents[chosen].to(device)
         noise, t, dropped = base.noise_of(generators, clean.shape[1:], share)
-        own = lams[:, t] if samples.lams is None else samples.lams[chosen][None]
+        own = lams[:, t.long().clamp(max=lams.shape[1] - 1)] if samples.lams is None else samples.lams[chosen][None]
         t = t.to(device)
         noisy = base.noising.noised(clean, noise.to(device), t)
         numbers = samples.prompts[chosen]
@@ -329,7 +334,7 @@ def distil(
         if settings.guided and guidance != 1:
             without = told.rows(numbers, torch.ones_like(dropped), device)
             target = torch.lerp(teacher(noisy, t, without, own), target, guidance)
-        shown = model if samples.lams is None else TellingLam(model, samples.lams[chosen].to(device))
+        shown = model if samples.lams is None else telling(model, samples.lams[chosen].to(device))
         given = {name: rows.to(dtype) for name, rows in given.items()}
         return squared_error(base.call.predict(shown, noisy.to(dtype), t, given).float(), target)
 

@@ -114,7 +114,8 @@ def distilled(
     clock = type(job.pipe.scheduler).from_config(job.pipe.scheduler.config)
     with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
         report = partial(job.report, "drawing samples")
-        samples = draw_samples(work / "samples", job.pipe, dial, prompts, sampler, settings, identity, job.seed, report)
+        where, drawn = work / "samples", (settings.samples, settings.span)
+        samples = draw_samples(where, job.pipe, dial, prompts, sampler, *drawn, identity, job.seed, report)
     lams = lam_by_timestep(job.lams, clock, sampler.steps)
     with job.anchors(load_anchor) as opened:
         anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
