@@ -121,7 +121,7 @@ def extracted(job: BakingJob, settings: AsLora, prompts: Sequence[str], images: 
         if exact is not None and settings.rank is not None:
             return exact
         blend = Blend(job.reference, [(anchor, lams[anchor.name]) for anchor in anchors])
-        changes = []
+        changes: list[ModelChange] = []
         for number, known in enumerate(change_of(job.reference, blend.names, blend.difference, settings.rank), 1):
             changes[:] = [known]
             job.report("decomposing", number, len(blend.names), "")
