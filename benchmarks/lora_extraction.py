@@ -2,7 +2,8 @@
 
 Of the digits' anchor aligned hardest, whole (λ = 1): the error of images, in units of λ's own effect over final latents
 of held-out prompts, with its standard error, of LoRAs of several ranks and of the one that was looked for at 2%; in
-diffusers' names, which leave norms and biases out, before and after training, and in kohya's, which have them.
+diffusers' names, which leave norms and biases out, and in kohya's, which have them. With --train also of one that is
+trained from there.
 
 In memory: bytes of all tensors that a pipeline's denoiser and its loaded anchor hold, by a full anchor and by the LoRA,
 in units of the reference's. The same ratio for SDXL's shapes, where the layers are wider, without weights. Everything
@@ -65,7 +66,7 @@ def of_shapes(model: nn.Module, rank: int) -> float:
     return 1 + numbers / sum(parameter.numel() for parameter in model.parameters())
 
 
-def parts() -> Iterator[tuple[str, Any]]:
+def parts(training: bool) -> Iterator[tuple[str, Any]]:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         ranks = [
@@ -82,6 +83,8 @@ def parts() -> Iterator[tuple[str, Any]]:
             unet = UNet2DConditionModel(**SDXL_UNET)  # type: ignore[arg-type]
         shapes = {f"{rank}": of_shapes(unet, rank) for rank in SHARED_RANKS}
         yield "memory", {"digits": held, "SDXL's shapes, by rank": shapes}
+        if not training:
+            return
         trained = made(folder / "trained", AsLora(rank=32), method="distill", distillation=TRAINING)
         yield "trained", row(trained, rank=32, dialect="diffusers", distillation=asdict(TRAINING))
 
@@ -89,8 +92,10 @@ def parts() -> Iterator[tuple[str, Any]]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options.add_argument("--train", action="store_true", help="also train a LoRA from there: minutes more")
+    chosen = options.parse_args()
     with reproducible(1):
-        keep_parts(parts(), options.parse_args().json)
+        keep_parts(parts(chosen.train), chosen.json)
 
 
 if __name__ == "__main__":

@@ -133,26 +133,10 @@ def bake(
     require_room(out, outputs.size_of(pipe) if lora is None else 0)
     with outputs.baking_folder(out, method, force) as (folder, work):
         job.made_of.update(_made_of(job, name, method))
-        form: Form = "lora"
-        if method == "distill":
-            job.made_of.update(_trained_with(pipe, distillation, sampler, texts))
-        start = None
-        if lora is not None:
-            job.made_of["lora"] = asdict(lora)
-            start = as_lora(
-                job, folder, work, lora, distillation if method == "distill" else None, texts, images, sampler
-            )
-        elif method == "interpolate":
-            form = interpolated(job, folder)
-        else:
-            form = distilled(job, folder, work, distillation, texts, sampler)
-        worn = partial(wearing_lora, pipe, folder, lora.dialect) if lora else partial(wearing, pipe, folder, form)
-        cases = _cases(job.lams, method, distillation, worn)
-        if start is not None and lora is not None:
-            before = partial(wearing_lora, pipe, start, lora.dialect)
-            cases.append(
-                replace(cases[0], words=f"{cases[0].words}, before training,", worn=before, guidance_scale=None)
-            )
+        train = distillation if method == "distill" else None
+        if train is not None:
+            job.made_of.update(_trained_with(pipe, train, sampler, texts))
+        form, cases = _written(job, folder, work, lora, train, texts, images, sampler)
         judgements = _measured(job, folder, cases, held_out, images, sampler)
         how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
@@ -177,6 +161,34 @@ def _require_askable(pipe: Any, method: Method, distillation: Distillation) -> N
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
     if method == "interpolate" and distillation != Distillation():
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
+
+
+def _written(
+    job: BakingJob,
+    folder: Path,
+    work: Path,
+    lora: AsLora | None,
+    train: Distillation | None,
+    prompts: list[str],
+    images: int,
+    sampler: Sampler,
+) -> tuple[Form, list[Case]]:
+    """Bake into `folder`, and say what of it is to be judged."""
+    form: Form = "lora"
+    start = None
+    if lora is not None:
+        job.made_of["lora"] = asdict(lora)
+        start = as_lora(job, folder, work, lora, train, prompts, images, sampler)
+    elif train is None:
+        form = interpolated(job, folder)
+    else:
+        form = distilled(job, folder, work, train, prompts, sampler)
+    worn = partial(wearing_lora, job.pipe, folder, lora.dialect) if lora else partial(wearing, job.pipe, folder, form)
+    cases = _cases(job.lams, train, worn)
+    if start is not None and lora is not None:
+        before, words = partial(wearing_lora, job.pipe, start, lora.dialect), f"{cases[0].words}, before training,"
+        cases.append(replace(cases[0], words=words, worn=before, guidance_scale=None))
+    return form, cases
 
 
 def _measured(
@@ -311,11 +323,9 @@ def _said(lam: Any) -> str:
     return f"λ = {lam:g}" if not isinstance(lam, Schedule) else str(lam) if isinstance(lam, Constant) else f"λ {lam}"
 
 
-def _cases(
-    lams: Lams, method: Method, settings: Distillation, worn: Callable[[], AbstractContextManager[None]]
-) -> list[Case]:
+def _cases(lams: Lams, settings: Distillation | None, worn: Callable[[], AbstractContextManager[None]]) -> list[Case]:
     """At which λ a result is compared; the first is on the sheet."""
-    if method == "interpolate" or not settings.guided:
+    if settings is None or not settings.guided:
         return [Case(_words(lams), lams.raw, worn)]
     if settings.span is None:
         return [Case(_words(lams), lams.raw, worn, 1.0)]
