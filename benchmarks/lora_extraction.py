@@ -66,6 +66,17 @@ def of_shapes(model: nn.Module, rank: int) -> float:
     return 1 + numbers / sum(parameter.numel() for parameter in model.parameters())
 
 
+def memory(folder: Path) -> dict[str, Any]:
+    held = {"full anchor": weights_held(digits.anchor_path(BETA))}
+    for rank in RANKS:
+        out = folder / f"memory-{rank}"
+        bake(digits.load_pipeline(), digits.anchor_path(BETA), 1.0, out, lora=AsLora(rank=rank), images=0)
+        held[f"LoRA of rank {rank}"] = weights_held(out)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET)  # type: ignore[arg-type]
+    return {"digits": held, "SDXL's shapes, by rank": {f"{rank}": of_shapes(unet, rank) for rank in SHARED_RANKS}}
+
+
 def parts(training: bool) -> Iterator[tuple[str, Any]]:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -76,13 +87,7 @@ def parts(training: bool) -> Iterator[tuple[str, Any]]:
         ]
         yield "ranks", ranks
         yield f"error {LIMIT:g}", row(made(folder / "limit", AsLora(error=LIMIT, dialect="kohya")), dialect="kohya")
-        held = {"full anchor": weights_held(digits.anchor_path(BETA))}
-        for rank in RANKS:
-            held[f"LoRA of rank {rank}"] = weights_held(folder / f"diffusers-{rank}")
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**SDXL_UNET)  # type: ignore[arg-type]
-        shapes = {f"{rank}": of_shapes(unet, rank) for rank in SHARED_RANKS}
-        yield "memory", {"digits": held, "SDXL's shapes, by rank": shapes}
+        yield "memory", memory(folder)
         if not training:
             return
         trained = made(folder / "trained", AsLora(rank=32), method="distill", distillation=TRAINING)
@@ -93,9 +98,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options.add_argument("--train", action="store_true", help="also train a LoRA from there: minutes more")
+    options.add_argument("--memory", action="store_true", help="measure only the memory")
     chosen = options.parse_args()
-    with reproducible(1):
-        keep_parts(parts(chosen.train), chosen.json)
+    with reproducible(1), TemporaryDirectory() as folder:
+        keep_parts([("memory", memory(Path(folder)))] if chosen.memory else parts(chosen.train), chosen.json)
 
 
 if __name__ == "__main__":
