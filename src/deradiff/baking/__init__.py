@@ -123,11 +123,9 @@ def bake(
     _require_askable(pipe, method, distillation)
     where = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     job = _job(pipe, anchor, lam, where | {"allow_pickle": allow_pickle}, seed, report)
-    if lora is not None:
-        require_extractable(job.lams, lora, pipe, method == "distill", images, len(set(prompts)))
     _require_bakeable(job.lams, method, distillation if method == "distill" else None, pipe, job.reference)
-    if lora is not None and distillation.span is not None:
-        raise ValueError(f"a LoRA is not told λ, and a student for λ from {distillation.span[0]:g} is: leave span out")
+    if lora is not None:
+        _require_lora(job, lora, method, distillation, images, len(set(prompts)))
     texts, held_out = split_prompts(prompts, images, "distill" if lora and lora.error is not None else method)
     require_plain(job.reference, set())
     require_room(out, outputs.size_of(pipe) if lora is None else 0)
@@ -161,6 +159,15 @@ def _require_askable(pipe: Any, method: Method, distillation: Distillation) -> N
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
     if method == "interpolate" and distillation != Distillation():
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
+
+
+def _require_lora(
+    job: BakingJob, lora: AsLora, method: Method, distillation: Distillation, images: int, prompts: int
+) -> None:
+    """Raise `ValueError` for what one LoRA cannot have."""
+    require_extractable(job.lams, lora, job.pipe, method == "distill", images, prompts)
+    if distillation.span is not None:
+        raise ValueError(f"a LoRA is not told λ, and a student for λ from {distillation.span[0]:g} is: leave span out")
 
 
 def _written(
