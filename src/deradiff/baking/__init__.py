@@ -96,8 +96,7 @@ def bake(
         images: so many images are compared, from the noise of the seeds `seed`, `seed + 1`, ...; 0 leaves it out.
         sampler: how to sample, in training and for the comparison, with the scheduler that `pipe` has.
         distillation: how to train.
-        lora: make a LoRA of this rank, error and dialect, whose strength 1 is λ, in place of a whole pipeline. Trained
-            from there with "distill", on any pipeline that can be realigned and captured (`alignment.base`).
+        lora: make a LoRA whose strength 1 is λ in place of a whole pipeline, by "distill" trained from there.
         seed: decides all that is drawn.
         force: replace a baked model in `out`. What is none is never replaced.
         name: what the reference is called in card and record, its hub id or path by default.
@@ -124,7 +123,7 @@ def bake(
     where = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     job = _job(pipe, anchor, lam, where | {"allow_pickle": allow_pickle}, seed, report)
     _require_bakeable(job.lams, method, distillation if method == "distill" else None, pipe, job.reference)
-    if lora is not None:
+    if lora:
         _require_lora(job, lora, method, distillation, images, len(set(prompts)))
     texts, held_out = split_prompts(prompts, images, "distill" if lora and lora.error is not None else method)
     require_plain(job.reference, set())
@@ -132,8 +131,7 @@ def bake(
     with outputs.baking_folder(out, method, force) as (folder, work):
         job.made_of.update(_made_of(job, name, method))
         train = distillation if method == "distill" else None
-        if train is not None:
-            job.made_of.update(_trained_with(pipe, train, sampler, texts))
+        job.made_of.update(_trained_with(pipe, train, sampler, texts) if train else {})
         form, cases = _written(job, folder, work, lora, train, texts, images, sampler)
         judgements = _measured(job, folder, cases, held_out, images, sampler)
         how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
