@@ -148,13 +148,13 @@ def samples(folder: Path) -> Iterator[Written]:
     drawn()
     yield Written("own samples", out / "samples-0000000.safetensors", drawn, "tensors", 8, out)
 
-    other, settings = folder / "of-student", distillation.Distillation(samples=4, held_out=1, steps=1, batch=1)
+    other = folder / "of-student"
 
     def of_student() -> object:
         dial = object.__new__(Dial)  # which is only asked for students of many λ
         sampler = Sampler(1, 1.0, 2)
         return distillation.draw_samples(
-            other, pipe(), dial, ["a seven"], sampler, settings, {"a": 1}, (4, 8, 8), 0, silent
+            other, pipe(), dial, ["a seven"], sampler, 4, None, {"a": 1}, (4, 8, 8), 0, silent
         )
 
     of_student()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import deradiff.baking
 import tiny
 from deradiff.algorithm.schedules import Power
-from deradiff.baking import Baked, Distillation, Sampler
+from deradiff.baking import AsLora, Baked, Distillation, Sampler
 from deradiff.baking.distillation import SHIPPED
 from deradiff.cli import app
 from deradiff.worlds import digits
@@ -132,3 +132,16 @@ def test_the_digits_are_baked_by_weights_as_any_model_is(tmp_path: Path) -> None
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert (out / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_a_lora_is_asked_for(models: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+    words = ["-l", "1", "-o", str(tmp_path), *PROMPTS, "--as", "lora"]
+    assert run(models, *words, "--rank", "8", "--dialect", "kohya").exit_code == 0
+    assert asked["lora"] == AsLora(rank=8, dialect="kohya")
+    assert run(models, *words, "--error", "0.02").exit_code == 0
+    assert asked["lora"] == AsLora(error=0.02)
+    for wrong, value in ((["--rank", "8", "--error", "0.1"], "0.1"), (["--rank", "0"], "0"), (["--error", "1"], "1")):
+        refused = run(models, *words, *wrong)
+        assert refused.exit_code == 2 and value in refused.stderr
+    alone = run(models, "-l", "1", "-o", str(tmp_path), *PROMPTS, "--rank", "8")
+    assert alone.exit_code == 2 and "--as lora" in alone.stderr

@@ -5,8 +5,9 @@ mixture predicts. Either way the result says how far its images are from truly r
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,9 +21,12 @@ from deradiff.anchors import denoiser_of
 from deradiff.anchors.checks import unwrapped
 from deradiff.baking import outputs
 from deradiff.baking.cards import card
+from deradiff.baking.dialects import wearing_lora
 from deradiff.baking.distillation import Distillation
 from deradiff.baking.drawing import Sampler
+from deradiff.baking.extraction import AsLora, require_extractable, sentences
 from deradiff.baking.judging import Case, Form, Judgement, judge, wearing
+from deradiff.baking.lora_students import as_lora
 from deradiff.baking.methods import BakingJob, distilled, hashes, interpolated
 from deradiff.baking.weights import fingerprint, open_anchor, require_plain
 from deradiff.files.folders import require_room
@@ -34,7 +38,7 @@ from deradiff.sampling.dial import Lam, dial_of
 from deradiff.sampling.realignment import Source, realign
 from deradiff.sweep.jobs import Report
 
-__all__ = ["Baked", "Distillation", "Judgement", "Sampler", "bake"]
+__all__ = ["AsLora", "Baked", "Distillation", "Judgement", "Sampler", "bake"]
 
 Method = Literal["interpolate", "distill"]
 
@@ -52,6 +56,8 @@ class Baked:
     folder: Path
     form: Form
     judgements: list[Judgement]
+    said: list[str] = field(default_factory=list)
+    """Of a LoRA that was asked for: its ranks, and what it leaves out."""
 
 
 def bake(
@@ -65,6 +71,7 @@ def bake(
     images: int = 32,
     sampler: Sampler = Sampler(),  # noqa: B008 (frozen)
     distillation: Distillation = Distillation(),  # noqa: B008
+    lora: AsLora | None = None,
     seed: int = 0,
     force: bool = False,
     name: str | None = None,
@@ -83,12 +90,13 @@ def bake(
         out: a new or empty folder. It gets the model, its card (`README.md`), `baking.json` and a contact sheet.
         method: "interpolate" writes `(1 - Σλ) θ_0 + Σ λ θ`, a LoRA scaled and fused: exactly what a dial with
             `method="interpolate"` computes with. An anchor's files are read tensor by tensor, so that memory holds no
-            second model. "distill" trains a student from there, on Stable Diffusion and SDXL.
+            second model. "distill" trains a student from there, for the pipelines that can be aligned.
         prompts: for measuring how near the result comes; with "distill" also for training, less the last fifth, which
             are held out for measuring.
         images: so many images are compared, from the noise of the seeds `seed`, `seed + 1`, ...; 0 leaves it out.
         sampler: how to sample, in training and for the comparison, with the scheduler that `pipe` has.
         distillation: how to train.
+        lora: make a LoRA whose strength 1 is λ in place of a whole pipeline, by "distill" trained from there.
         seed: decides all that is drawn.
         force: replace a baked model in `out`. What is none is never replaced.
         name: what the reference is called in card and record, its hub id or path by default.
@@ -115,24 +123,23 @@ def bake(
     where = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
     job = _job(pipe, anchor, lam, where | {"allow_pickle": allow_pickle}, seed, report)
     _require_bakeable(job.lams, method, distillation if method == "distill" else None, pipe, job.reference)
-    texts, held_out = split_prompts(prompts, images, method)
+    if lora:
+        _require_lora(job, lora, method, distillation, images, len(set(prompts)))
+    texts, held_out = split_prompts(prompts, images, "distill" if lora and lora.error is not None else method)
     require_plain(job.reference, set())
-    require_room(out, outputs.size_of(pipe))
+    require_room(out, outputs.size_of(pipe) if lora is None else 0)
     with outputs.baking_folder(out, method, force) as (folder, work):
         job.made_of.update(_made_of(job, name, method))
-        if method == "interpolate":
-            form = interpolated(job, folder)
-        else:
-            job.made_of.update(_trained_with(pipe, distillation, sampler, texts))
-            form = distilled(job, folder, work, distillation, texts, sampler)
-        cases = _cases(job.lams, method, distillation)
-        judgements = _measured(job, folder, form, cases, held_out, images, sampler)
+        train = distillation if method == "distill" else None
+        job.made_of.update(_trained_with(pipe, train, sampler, texts) if train else {})
+        form, cases = _written(job, folder, work, lora, train, texts, images, sampler)
+        judgements = _measured(job, folder, cases, held_out, images, sampler)
         how = {"scheduler": type(pipe.scheduler).__name__, **asdict(sampler), "prompts": held_out, "seed": seed}
         (folder / "README.md").write_text(card(job.made_of, form, judgements, how), encoding="utf-8")
         judged = [judgement.record() for judgement in judgements]
         record = {"made_of": job.made_of, "form": form, "judged": judged, "drawn": how, **job.trained}
         write_json(folder / outputs.RECORD, record | {"card": "README.md", "files": inventory(folder)})
-    return Baked(out, form, judgements)
+    return Baked(out, form, judgements, sentences(job.made_of["lora"]) if lora else [])
 
 
 def _job(pipe: Any, anchor: Any, lam: Any, where: dict[str, Any], seed: int, report: Report) -> BakingJob:
@@ -152,10 +159,46 @@ def _require_askable(pipe: Any, method: Method, distillation: Distillation) -> N
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")
 
 
+def _require_lora(
+    job: BakingJob, lora: AsLora, method: Method, distillation: Distillation, images: int, prompts: int
+) -> None:
+    """Raise `ValueError` for what one LoRA cannot have."""
+    require_extractable(job.lams, lora, job.pipe, method == "distill", images, prompts)
+    if distillation.span is not None:
+        raise ValueError(f"a LoRA is not told λ, and a student for λ from {distillation.span[0]:g} is: leave span out")
+
+
+def _written(
+    job: BakingJob,
+    folder: Path,
+    work: Path,
+    lora: AsLora | None,
+    train: Distillation | None,
+    prompts: list[str],
+    images: int,
+    sampler: Sampler,
+) -> tuple[Form, list[Case]]:
+    """Bake into `folder`, and say what of it is to be judged."""
+    form: Form = "lora"
+    start = None
+    if lora is not None:
+        job.made_of["lora"] = asdict(lora)
+        start = as_lora(job, folder, work, lora, train, prompts, images, sampler)
+    elif train is None:
+        form = interpolated(job, folder)
+    else:
+        form = distilled(job, folder, work, train, prompts, sampler)
+    worn = partial(wearing_lora, job.pipe, folder, lora.dialect) if lora else partial(wearing, job.pipe, folder, form)
+    cases = _cases(job.lams, train, worn)
+    if start is not None and lora is not None:
+        before, words = partial(wearing_lora, job.pipe, start, lora.dialect), f"{cases[0].words}, before training,"
+        cases.append(replace(cases[0], words=words, worn=before, guidance_scale=None))
+    return form, cases
+
+
 def _measured(
     job: BakingJob,
     folder: Path,
-    form: Form,
     cases: Sequence[Case],
     prompts: Sequence[str],
     images: int,
@@ -167,7 +210,6 @@ def _measured(
     judgements, sheet = judge(
         job.pipe,
         partial(realign, job.pipe, job.sources, job.lams.raw, **job.where),
-        partial(wearing, job.pipe, folder, form),
         cases,
         [prompts[i % len(prompts)] for i in range(images)],
         range(job.seed, job.seed + images),
@@ -286,12 +328,12 @@ def _said(lam: Any) -> str:
     return f"λ = {lam:g}" if not isinstance(lam, Schedule) else str(lam) if isinstance(lam, Constant) else f"λ {lam}"
 
 
-def _cases(lams: Lams, method: Method, settings: Distillation) -> list[Case]:
+def _cases(lams: Lams, settings: Distillation | None, worn: Callable[[], AbstractContextManager[None]]) -> list[Case]:
     """At which λ a result is compared; the first is on the sheet."""
-    if method == "interpolate" or not settings.guided:
-        return [Case(_words(lams), lams.raw, None)]
+    if settings is None or not settings.guided:
+        return [Case(_words(lams), lams.raw, worn)]
     if settings.span is None:
-        return [Case(_words(lams), lams.raw, 1.0)]
+        return [Case(_words(lams), lams.raw, worn, 1.0)]
     own = float(lams.at(Progress(0.0, 0.0), 1))
     ends = [end for end in settings.span if end not in (own, 0.0)]
-    return [Case(f"λ = {value:g}", value, 1 + value) for value in (own, *ends)]
+    return [Case(f"λ = {value:g}", value, worn, 1 + value) for value in (own, *ends)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deradiff.baking.extraction import sentences
 from deradiff.baking.judging import Form, Judgement
 from deradiff.worlds import find
 
@@ -17,7 +18,7 @@ def card(made_of: Mapping[str, Any], form: Form, judged: Sequence[Judgement], ho
         f"tags: [deradiff, {'lora' if form == 'lora' else 'text-to-image'}]",
         "---",
         "",
-        f"# {base['name']}, realigned at {made_of['words']}, in one checkpoint",
+        f"# {base['name']}, realigned at {made_of['words']}, in one {'LoRA' if form == 'lora' else 'checkpoint'}",
         "",
         _method(made_of),
         "",
@@ -49,6 +50,13 @@ def _digests(digests: Mapping[str, str]) -> str:
 
 
 def _method(made_of: Mapping[str, Any]) -> str:
+    if lora := made_of.get("lora"):
+        done = "trained further to predict what the mixture predicts" if made_of["method"] == "distill" else "as it is"
+        lines = [f"{line[0].upper()}{line[1:]}." for line in sentences(lora)]
+        return (
+            "What λ changes of the weights as products of low rank, by singular value decomposition of every layer, "
+            f"{done}. Strength 1 is λ. {' '.join(lines)}"
+        )
     if made_of["method"] == "interpolate":
         return (
             "Interpolated weights, `(1 - Σλ) θ_0 + Σ λ θ`: to first order in the difference of the weights, the model "
@@ -68,6 +76,8 @@ def _usage(made_of: Mapping[str, Any], form: Form) -> list[str]:
     if form == "pipeline":
         return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("this folder"{absent})']
     loading = 'pipe.load_lora_weights("this folder")'
+    if (made_of.get("lora") or {}).get("dialect") == "peft":
+        loading = f'PeftModel.from_pretrained(pipe.{made_of["component"]}, "this folder")  # from peft'
     if world := find(base):
         return [
             f"from deradiff.worlds import {world.module}",

@@ -5,7 +5,7 @@ of the realigned model's own samples. With guidance left outside it learns the m
 without, so that a pipeline can guide it as it likes: guidance and mixing are both linear, in whatever order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -268,23 +268,24 @@ def draw_samples(
     dial: Dial,
     prompts: Sequence[str],
     sampler: Sampler,
-    settings: Distillation,
+    count: int,
+    span: tuple[float, float] | None,
     made_of: Mapping[str, Any],
     shape: Sequence[int],
     seed: int,
     report: Report,
 ) -> RealignedSamples:
-    """Fill `folder` with samples of a realigned pipeline, or finish what an interrupted call began there.
+    """Fill `folder` with `count` samples of a realigned pipeline, or finish what an interrupted call began there.
 
-    Prompts take turns. For a `span` every sample has a λ of its own, uniform there. Raises `ValueError` where the
+    Prompts take turns. For a `span` of λ every sample has a λ of its own, uniform there. Raises `ValueError` where the
     folder was begun with other settings than `made_of`, a file in it is damaged, or the pipeline's latents do not have
     the `shape` of those that it denoises.
     """
     begin_or_resume(folder, made_of, "set of drawn samples")
-    count, parts = settings.samples, {}
+    parts = {}
     seeds, numbers, lams = seeds_for(seed, count, "own sample"), torch.arange(count) % len(prompts), None
-    if settings.span is not None:
-        low, high = settings.span
+    if span is not None:
+        low, high = span
         draws = [torch.rand(1, generator=g) for g in row_generators(seed, range(count), "λ")]
         lams = low + (high - low) * torch.cat(draws).double()
     for start in range(0, count, sampler.batch_size):
@@ -315,14 +316,16 @@ def distil(
     settings: Distillation,
     guidance: float | int,
     run: TrainingRun,
+    telling: Callable[[nn.Module, Float[Tensor, " batch"]], nn.Module] = TellingLam,
 ) -> LossCurve:
     """Train `student` to predict what `teacher` does at noised `samples`, uniformly over the noise schedule.
 
         mean over (x_0, c), t, ε of  || student(x_t, t, c) - teacher(x_t, t, c) ||²,   x_t the noised x_0
 
     The teacher's prediction is the mixture with the λ that belongs to t, of ε, v or velocity as the model predicts,
-    guided where the settings say so. An interrupted training goes on where it was, and ends with the weights of an
-    unbroken one. Raises what `loop.train` raises.
+    guided where the settings say so. Where samples have a λ each, `telling(student, λ)` is the student that predicts
+    for these rows. An interrupted training goes on where it was, and ends with the weights of an unbroken one. Raises
+    what `loop.train` raises.
     """
     encode = partial(conditions, base, guidance_scale=guidance)
     nothing = partial(encode, [""]) if base.call.guidance_is_embedded else partial(unconditional, base, 1)
@@ -346,7 +349,7 @@ def distil(
         if settings.guided and guidance != 1:
             without = told.rows(numbers, torch.ones_like(dropped), device)
             target = torch.lerp(teacher(noisy, t, without, own), target, guidance)
-        shown = model if samples.lams is None else TellingLam(model, samples.lams[chosen].to(device))
+        shown = model if samples.lams is None else telling(model, samples.lams[chosen].to(device))
         given = {name: rows.to(dtype) for name, rows in given.items()}
         return squared_error(base.call.predict(shown, noisy.to(dtype), t, given).float(), target)
 

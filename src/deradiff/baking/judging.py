@@ -96,20 +96,24 @@ def wearing(pipe: Any, folder: Path, form: Form) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One λ that a checkpoint is judged at: in words, as a dial takes it, and the guidance that it then is called with.
+    """One λ at which something that was baked is judged.
 
-    `guidance_scale` is None where a pipeline guides what was baked as it guides the mixture.
+    Attributes:
+        words: λ in words.
+        lam: as a dial takes it.
+        worn: turns the pipeline into what was baked.
+        guidance_scale: that it then is called with; None where a pipeline guides it as it guides the mixture.
     """
 
     words: str
     lam: Any
-    guidance_scale: float | None
+    worn: Callable[[], AbstractContextManager[None]]
+    guidance_scale: float | None = None
 
 
 def judge(
     pipe: DiffusionPipeline,
     realigned: Callable[[], AbstractContextManager[Dial]],
-    baked: Callable[[], AbstractContextManager[None]],
     cases: Sequence[Case],
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -118,10 +122,11 @@ def judge(
 ) -> tuple[list[Judgement], Image.Image]:
     """A judgement for every case, and a sheet of the first one's images: reference, realigned, baked.
 
-    An image of every prompt, from the noise of its own seed. `realigned` and `baked` turn `pipe` into the one or the
-    other; never are both in memory.
+    An image of every prompt, from the noise of its own seed. `realigned` and a case's `worn` turn `pipe` into the one
+    or the other; never are both in memory.
     """
-    exact, pictures, shown = [], [], slice(0, SHOWN)
+    exact: list[Any] = []
+    pictures, shown = [], slice(0, SHOWN)
     total = 2 + 2 * len(cases)
     tick(0, total)
     with realigned() as dial:
@@ -130,18 +135,21 @@ def judge(
         pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown]))
         tick(1, total)
         for case in cases:
-            dial.lam = case.lam
-            exact.append(sampler.latents(pipe, prompts, seeds))
+            known = [latents for other, latents in zip(cases, exact, strict=False) if other.lam == case.lam]
+            if not known:
+                dial.lam = case.lam
+            exact.append(known[0] if known else sampler.latents(pipe, prompts, seeds))
             tick(1 + len(exact), total)
         dial.lam = cases[0].lam
         pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown]))
     judgements: list[Judgement] = []
-    with baked():
-        for case, latents in zip(cases, exact, strict=True):
+    for case, latents in zip(cases, exact, strict=True):
+        with case.worn():
             own = sampler.latents(pipe, prompts, seeds, case.guidance_scale)
-            judgements.append(compared(case.words, reference, latents, own))
-            tick(1 + len(exact) + len(judgements), total)
-        pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown], cases[0].guidance_scale))
+            if not judgements:
+                pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown], case.guidance_scale))
+        judgements.append(compared(case.words, reference, latents, own))
+        tick(1 + len(exact) + len(judgements), total)
     tick(total, total)
     columns = ["reference\nλ = 0", f"realigned\n{cases[0].words}", "baked\none checkpoint"]
     rows = [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts[shown], seeds[shown], strict=True)]

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams
 from deradiff.algorithm.schedules import Progress
@@ -20,6 +21,7 @@ from deradiff.baking import outputs
 from deradiff.baking.distillation import (
     ADAPTER,
     Distillation,
+    RealignedSamples,
     Teacher,
     accelerator_of,
     distil,
@@ -101,6 +103,32 @@ def interpolated(job: BakingJob, folder: Path) -> Form:
     return "pipeline"
 
 
+def identity_of(job: BakingJob) -> dict[str, Any]:
+    """What an interrupted work must have been begun with to go on."""
+    # Of other versions a warning tells: see `files.folders.begin_or_resume`.
+    return {name: value for name, value in job.made_of.items() if name != "versions"}
+
+
+def taught_on(
+    job: BakingJob, work: Path, base: Base, settings: Distillation, prompts: Sequence[str], sampler: Sampler
+) -> tuple[RealignedSamples, Float[Tensor, "anchor timestep"]]:
+    """The samples that a student is trained on, drawn into `work`, and λ at every timestep.
+
+    Raises `ValueError` for guidance that is to be folded into a model which is told it, and what `draw_samples` raises.
+    """
+    if settings.guided and base.call.guidance_is_embedded:
+        raise ValueError(
+            f"{type(job.pipe).__name__} tells its model the guidance scale, and guides no further: leave fold_guidance "
+            "and span out"
+        )
+    clock = base.call.prepared(type(job.pipe.scheduler).from_config(job.pipe.scheduler.config), sampler.steps)
+    shape, report = base.call.latent_shape(None), partial(job.report, "drawing samples")
+    with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
+        drawn = (settings.samples, settings.span, identity_of(job), shape, job.seed, report)
+        samples = draw_samples(work / "samples", job.pipe, dial, prompts, sampler, *drawn)
+    return samples, lam_by_timestep(job.lams, clock)
+
+
 def distilled(
     job: BakingJob, folder: Path, work: Path, settings: Distillation, prompts: Sequence[str], sampler: Sampler
 ) -> Form:
@@ -108,20 +136,8 @@ def distilled(
 
     What an interruption must not lose is in `work`; raises `ValueError` where that was begun with other settings.
     """
-    # Of other versions a warning tells: see `files.folders.begin_or_resume`.
-    identity = {name: value for name, value in job.made_of.items() if name != "versions"}
-    base, guidance = Base(job.pipe), sampler.guidance(job.pipe)
-    if settings.guided and base.call.guidance_is_embedded:
-        raise ValueError(
-            f"{type(job.pipe).__name__} tells its model the guidance scale, and guides no further: leave fold_guidance "
-            "and span out"
-        )
-    clock = base.call.prepared(type(job.pipe.scheduler).from_config(job.pipe.scheduler.config), sampler.steps)
-    with realign(job.pipe, dict(job.sources), job.lams.raw, **job.where) as dial:
-        report = partial(job.report, "drawing samples")
-        shape, place = base.call.latent_shape(None), work / "samples"
-        samples = draw_samples(place, job.pipe, dial, prompts, sampler, settings, identity, shape, job.seed, report)
-    lams = lam_by_timestep(job.lams, clock)
+    base, guidance, identity = Base(job.pipe), sampler.guidance(job.pipe), identity_of(job)
+    samples, lams = taught_on(job, work, base, settings, prompts, sampler)
     with job.anchors(load_anchor) as opened:
         anchors = [anchor for anchor in opened if isinstance(anchor, Anchor)]
         start = dict(zip(job.lams.anchors, lams.mean(1).tolist(), strict=True))

@@ -181,6 +181,17 @@ class Blend:
         else:
             yield _finite(_merged(layer, leaf, self._interpolated(name, ...), self._scales).to(own.dtype), name)
 
+    @torch.no_grad()
+    def difference(self, name: str) -> Tensor:
+        """The mixed tensor less the reference's, in single precision; zero for a buffer."""
+        own = self._own[name]
+        if name not in self._mixed:
+            return torch.zeros_like(own, dtype=torch.float32)
+        path, _, leaf = name.rpartition(".")
+        mixed = self._interpolated(name, ...)
+        layer = self._layers.get(path)
+        return (mixed if layer is None else _merged(layer, leaf, mixed, self._scales)) - own.float()
+
     def _interpolated(self, name: str, rows: Any) -> Tensor:
         """Of full weights, in single precision."""
         own = self._own[name][rows]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deradiff.baking import Distillation
 
 training_option = options.panel("Training (distill)")
+lora_option = options.panel("LoRA")
 TRAINING = (
     *("fold_guidance", "span", "lora_rank", "samples", "train_steps"),
     *("batch", "accumulate", "gradient_checkpointing", "learning_rate"),
@@ -32,6 +33,21 @@ def bake(
             "minutes for the digits, nearer."
         ),
     ] = "interpolate",
+    as_form: Annotated[
+        Literal["pipeline", "lora"] | None,
+        lora_option(
+            "--as", help="A whole pipeline, or a LoRA whose strength 1 is λ. By default what the method makes."
+        ),
+    ] = None,
+    rank: Annotated[int | None, lora_option(help="Of every layer of the LoRA.")] = None,
+    error: Annotated[
+        float | None,
+        lora_option(help="In place of a rank: as few numbers as keep the images' error below, such as 0.02 for 2%."),
+    ] = None,
+    dialect: Annotated[
+        Literal["diffusers", "kohya", "peft"],
+        lora_option(help="Whose names the LoRA has. kohya's, which ComfyUI reads, carry changes of norms, too."),
+    ] = "diffusers",
     schedule: Annotated[
         str, dial_option(help=f"How λ grows from noise to image (distill): {options.SCHEDULES}")
     ] = "constant",
@@ -97,6 +113,10 @@ def bake(
         if method == "interpolate" and not images:
             unused = ["prompt", "prompts", "steps", "guidance_scale", "seed", "batch_size"]
             arguments.refuse(context, unused, "of no use with --images 0, which samples nothing")
+        if as_form != "lora":
+            arguments.refuse(context, ["rank", "error", "dialect"], "of a LoRA: add --as lora")
+        elif method == "distill":
+            arguments.refuse(context, ["lora_rank", "span"], "of a whole pipeline; --rank is that of --as lora")
         texts = arguments.prompts(prompt or (), prompts) if prompt or prompts else ()
         with console.status("Loading torch and diffusers …"):
             terminal.pass_on_warnings()
@@ -125,6 +145,7 @@ def bake(
                 prompts=texts or (_own_prompts(reference) if images or method == "distill" else []),
                 sampler=baking.Sampler(steps, scale, batch_size),
                 distillation=_distillation(context, method, reference),
+                lora=baking.AsLora(rank, error, dialect) if as_form == "lora" else None,
                 seed=seed,
                 force=force,
                 name=reference,
@@ -132,6 +153,8 @@ def bake(
                 allow_pickle=allow_pickle,
                 report=report,
             )
+    for line in baked.said:
+        console.print(f"{line[0].upper()}{line[1:]}.", soft_wrap=True)
     for judgement in baked.judgements:
         console.print(f"{judgement.words[0].upper()}{judgement.words[1:]}.", soft_wrap=True)
     terminal.files([baked.folder])
