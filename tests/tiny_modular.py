@@ -1,7 +1,7 @@
 """The tiny pipelines as modular ones: blocks around the same components, from prompt embeddings to latents.
 
-`modular(kind)` gives one with a guider, which is called, and answers, as the others are; `call_of(kind)` the arguments of
-a call with two images or videos.
+`modular(kind)` gives one with a guider, which is called, and answers, as the others are; `call_of(kind)` the arguments
+of a call with two images or videos.
 """
 
 from collections.abc import Callable

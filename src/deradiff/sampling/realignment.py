@@ -170,7 +170,8 @@ def _require_known(method: str, path: str, text_encoder: str) -> None:
 def _require_free(pipe: Pipeline) -> None:
     """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already, or a scheduler cannot be."""
     for owner in owners_of(pipe):
-        raise DialError(f"this pipeline is already realigned, {owner!r}: turn its lam, or call its remove() first")
+        by = "dial" if isinstance(owner, Dial) else "guider"
+        raise DialError(f"this pipeline is already realigned, {owner!r}: turn {by}.lam, or call {by}.remove() first")
     if any(owner_of(scheduler) is not None for scheduler in schedulers_of(pipe)):
         raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
