@@ -30,8 +30,7 @@ from deradiff.files.inventory import inventory
 from deradiff.files.records import versions, write_png
 from deradiff.files.writing import write_json
 from deradiff.sampling.blocked_methods import DialError
-from deradiff.sampling.dial import Lam
-from deradiff.sampling.realigned_components import owners_of
+from deradiff.sampling.dial import Lam, dial_of
 from deradiff.sampling.realignment import Source, realign
 from deradiff.sweep.jobs import Report
 
@@ -147,7 +146,7 @@ def _job(pipe: Any, anchor: Any, lam: Any, where: dict[str, Any], seed: int, rep
 def _require_askable(pipe: Any, method: Method, distillation: Distillation) -> None:
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}; got {method!r}")
-    if owners_of(pipe):
+    if dial_of(pipe) is not None:
         raise DialError("this pipeline is realigned: call dial.remove() first, and give bake() the anchor and λ")
     if method == "interpolate" and distillation != Distillation():
         raise ValueError("interpolated weights are not trained: leave distillation out, or name method='distill'")

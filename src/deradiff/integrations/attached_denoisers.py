@@ -29,6 +29,9 @@ class AttachedDenoiser:
     that fails ends the turn, for a pipeline that an exception ends does not clean up.
     """
 
+    called = "guider"
+    """What messages call the handle with which it is removed."""
+
     def __init__(self, denoisers: Denoisers):
         self.denoisers = denoisers
         self._turn: tuple[int, int, Callable[[], None]] | None = None

@@ -17,18 +17,15 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import parse_lam
 from deradiff.algorithm.noise_levels import progress
 from deradiff.algorithm.schedules import Progress
-from deradiff.algorithm.step import mixed, with_reference_weight
+from deradiff.algorithm.step import with_reference_weight
 from deradiff.anchors import Anchor, load_anchor
 from deradiff.anchors.checks import Pipeline, unwrapped
-from deradiff.anchors.full_weights import DIAL
 from deradiff.integrations.attached_denoisers import (
     Attached,
     AttachedDenoiser,
@@ -36,6 +33,7 @@ from deradiff.integrations.attached_denoisers import (
     only_denoiser,
     require_affine,
 )
+from deradiff.integrations.guided_mixture import mixture_of
 from deradiff.integrations.guider_config import (
     plain_anchors,
     plain_guider,
@@ -50,6 +48,7 @@ from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.dial import Lam
 from deradiff.sampling.evaluation import wrong_count
 from deradiff.sampling.per_model import noise_from_here
+from deradiff.sampling.realigned_components import require_free
 from deradiff.sampling.realignment import Source
 
 _RESCALED = ("QwenImageTransformer2DModel",)
@@ -119,6 +118,8 @@ class RealignGuider(BaseGuidance):
         self._models: tuple[int, ...] = ()
         self._plan: list[tuple[int, str]] = []
         self._thread: int | None = None
+        self._steps: dict[int, int] = {}
+        """The last step of each thread's present run."""
         self._ended: Callable[[], None] | None = None
         """What ends the present turn of a model."""
         self.register_to_config(
@@ -167,8 +168,7 @@ class RealignGuider(BaseGuidance):
         require_affine(pipe.scheduler)
         denoiser = getattr(pipe, component)
         if self._attached.of(denoiser) is None:
-            if (owner := unwrapped(denoiser).__dict__.get(DIAL)) is not None:
-                raise DialError(f"this pipeline is already realigned, {owner!r}: call its remove() first")
+            require_free(unwrapped(denoiser))
             self._attached.add(Denoisers(unwrapped(denoiser), self._loaded(pipe, component), batched=False))
         self._attached.add_pipeline(pipe)
         return self
@@ -213,12 +213,16 @@ class RealignGuider(BaseGuidance):
             guider._enabled = enabled
 
     def __getattr__(self, name: str) -> Any:
+        guiders = self._with_setting(name)
+        return getattr(guiders[0], name) if guiders else super().__getattr__(name)
+
+    def _with_setting(self, name: str) -> tuple[BaseGuidance, ...]:
+        """The guiders inside, where `name` is a setting of theirs."""
         guiders = self.__dict__.get("guiders", ())
-        return getattr(guiders[0], name) if guiders and name in vars(guiders[0]) else super().__getattr__(name)
+        return guiders if guiders and name[0] != "_" and name in vars(guiders[0]) else ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        guiders = self.__dict__.get("guiders", ())
-        if guiders and name not in self.__dict__ and name in guiders[0].config and name in vars(guiders[0]):
+        if guiders := self._with_setting(name):
             for guider in guiders:
                 setattr(guider, name, value)
                 guider.register_to_config(**{name: value})
@@ -246,7 +250,7 @@ class RealignGuider(BaseGuidance):
         and where λ turned in mid-run to a model whose guider needs to have seen the earlier steps; `ValueError` for
         another scheduler than one whose step is affine in the prediction.
         """
-        begins = self._step is None or step <= self._step
+        begins = step <= self._steps.get(threading.get_ident(), step)
         if not begins:
             self._require_own_thread()
         self._end_turn()
@@ -258,6 +262,7 @@ class RealignGuider(BaseGuidance):
             require_affine(scheduler)
             self._attached.begin()
             self._thread = threading.get_ident()
+        self._steps[threading.get_ident()] = step
         here = Progress(0.0, 0.0) if self._lams.is_constant else progress(scheduler, timestep)
         weights = with_reference_weight(self._lams.at(here, self._lams.images or 1))
         # A guider with a memory has to see every step of its model, also those where a schedule is at λ = 0.
@@ -326,7 +331,7 @@ class RealignGuider(BaseGuidance):
 
         self._ended = end
         guider.prepare_models(denoiser)
-        own.give_turn(model, self._end_turn)
+        own.give_turn(model, self._break_off)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """The turn is over: adapters, and the hooks of the guider inside, are off again."""
@@ -335,6 +340,11 @@ class RealignGuider(BaseGuidance):
     def _end_turn(self) -> None:
         if self._ended is not None:
             self._ended()
+
+    def _break_off(self) -> None:
+        """The run failed."""
+        self._end_turn()
+        self._steps.pop(threading.get_ident(), None)
 
     def __call__(self, data: list[Any]) -> Any:
         """Each model's predictions guided by its own guider, and mixed."""
@@ -346,33 +356,21 @@ class RealignGuider(BaseGuidance):
             setattr(batch, self._identifier_key, identifier)
             turns[model].append(batch)
         guided = [self.guiders[model](batches) for model, batches in turns.items()]
-        return guided[0] if len(guided) == 1 else self._mixture(guided)
+        if self._lams.images not in (None, len(guided[0].pred)):
+            raise wrong_count(self._lams.images, len(guided[0].pred))
+        return guided[0] if len(guided) == 1 else mixture_of(guided, self._weights, self._rescales)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Not by itself: what is mixed are the predictions of several models, see `__call__`."""
         raise NotImplementedError("a RealignGuider mixes what its guiders return: call it with the prepared batches")
 
-    def _mixture(self, guided: list[Any]) -> GuiderOutput:
-        """Algorithm 1, line 12, of the models' guided predictions."""
-        images = len(guided[0].pred)
-        if self._lams.images not in (None, images):
-            raise wrong_count(self._lams.images, images)
-
-        def mix(predictions: list[Tensor | None]) -> Tensor | None:
-            present = [prediction for prediction in predictions if prediction is not None]
-            return mixed(torch.stack(present), self._weights) if len(present) == len(guided) else None
-
-        if self._rescales:
-            pred = mix([rescaled(output.pred, output.pred_cond) for output in guided])
-            pred_cond = pred
-        else:
-            pred, pred_cond = mix([output.pred for output in guided]), mix([output.pred_cond for output in guided])
-        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=mix([output.pred_uncond for output in guided]))
-
     def _abandon(self, plan: list[tuple[int, str]]) -> None:
-        """The batches of `plan` are gone; a later step has a plan of its own."""
-        if self._plan is plan:
-            self._end_turn()
+        """The batches of `plan` are gone, and where a turn of theirs is not over, the run failed.
+
+        A later step has a plan of its own.
+        """
+        if self._plan is plan and self._ended is not None:
+            self._break_off()
 
     def _require_own_thread(self) -> None:
         if self._thread != threading.get_ident():
@@ -380,8 +378,3 @@ class RealignGuider(BaseGuidance):
                 "two runs use this guider at once, from different threads: give each pipeline one of its own, made by "
                 "guider.new()"
             )
-
-
-def rescaled(pred: Tensor, pred_cond: Tensor) -> Tensor:
-    """`pred` at the norm of `pred_cond`, along the last axis, in the order in which Qwen-Image's blocks compute it."""
-    return pred * (torch.norm(pred_cond, dim=-1, keepdim=True) / torch.norm(pred, dim=-1, keepdim=True))

@@ -30,11 +30,12 @@ from deradiff.algorithm.step import Space, StepRecord, space_of
 from deradiff.algorithm.verdict import Verdict, verdict
 from deradiff.anchors import denoisers_of
 from deradiff.anchors.checks import Pipeline, unwrapped
+from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.evaluation import brought
 from deradiff.sampling.per_model import divided, foreign, is_divided
-from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component, owners_of
+from deradiff.sampling.realigned_components import RealignedComponent, as_given, lams_by_component
 from deradiff.sampling.realigned_steps import Method, RealignedSteps, Where
 from deradiff.sampling.reuse import Reuse, Reused, require_affine
 from deradiff.sampling.runs import Runs
@@ -394,4 +395,5 @@ class Dial:
 
 def dial_of(pipe: Pipeline) -> Dial | None:
     """The dial of a realigned pipeline, None for another."""
-    return next((owner for owner in owners_of(pipe) if isinstance(owner, Dial)), None)
+    owners = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
+    return next((owner for owner in owners if isinstance(owner, Dial)), None)

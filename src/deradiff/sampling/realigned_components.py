@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
-from deradiff.anchors.checks import Pipeline, denoisers_of, unwrapped
 from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling import blocked_methods
+from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.module_hook import hook_module
 from deradiff.sampling.per_model import alone, merged
@@ -104,10 +104,11 @@ def hook_denoisers(denoisers: Denoisers, owner: Any, call: Callable[..., Any]) -
     return hook_module(denoisers.reference, owner, call, methods)
 
 
-def owners_of(pipe: Pipeline) -> list[Any]:
-    """What answers for the pipeline's denoisers where they are realigned: a dial, or what a guider has attached."""
-    owners = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
-    return [owner for owner in owners if owner is not None]
+def require_free(denoiser: nn.Module) -> None:
+    """Raise `DialError` where a denoiser is realigned already, by a dial or by what a guider has attached."""
+    if (owner := denoiser.__dict__.get(DIAL)) is not None:
+        by = getattr(owner, "called", "dial")
+        raise DialError(f"this pipeline is already realigned, {owner!r}: turn {by}.lam, or call {by}.remove() first")
 
 
 def lams_by_component(lam: Any, anchors: Mapping[str, Sequence[str]]) -> dict[str, Lams]:

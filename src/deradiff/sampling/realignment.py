@@ -25,7 +25,7 @@ from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
 from deradiff.sampling.dial import Dial, Lam
-from deradiff.sampling.realigned_components import lams_by_component, owners_of
+from deradiff.sampling.realigned_components import lams_by_component, require_free
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
 from deradiff.sampling.scheduler_hook import owner_of, require_step, schedulers_of
@@ -169,9 +169,8 @@ def _require_known(method: str, path: str, text_encoder: str) -> None:
 
 def _require_free(pipe: Pipeline) -> None:
     """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already, or a scheduler cannot be."""
-    for owner in owners_of(pipe):
-        by = "dial" if isinstance(owner, Dial) else "guider"
-        raise DialError(f"this pipeline is already realigned, {owner!r}: turn {by}.lam, or call {by}.remove() first")
+    for denoiser in denoisers_of(pipe).values():
+        require_free(unwrapped(denoiser))
     if any(owner_of(scheduler) is not None for scheduler in schedulers_of(pipe)):
         raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
