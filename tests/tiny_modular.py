@@ -47,6 +47,8 @@ _OTHERWISE = ("guidance_scale", "true_cfg_scale", "output_type")
 def call_of(kind: str) -> dict[str, Any]:
     """The arguments of a call: two images, or videos."""
     call = {name: value for name, value in built(kind)[1].items() if name not in _OTHERWISE}
+    if kind == "sdxl":
+        call["num_inference_steps"] = 2  # its UNet costs most
     if kind == "flux2_klein_kv":
         call = {name: value for name, value in call.items() if name != "image"} | PROMPTS
     if kind == "flux":
