@@ -20,11 +20,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "tasks" / "guiders.md"
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, _ = built("sdxl")
-    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    plain: Any = built("sdxl")[0]
+    pipe: Any = StableDiffusionXLAutoBlocks().init_pipeline()
     parts = {name: part for name, part in plain.components.items() if part is not None}
     pipe.update_components(**{name: part for name, part in parts.items() if name in pipe.component_names})
-    perturbed(plain.unet, 1).save_pretrained(tmp_path / "aligned")
+    aligned: Any = perturbed(plain.unet, 1)
+    aligned.save_pretrained(tmp_path / "aligned")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModularPipeline, "from_pretrained", lambda name: pipe)
     code = "".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))

@@ -225,7 +225,8 @@ class RealignGuider(BaseGuidance):
         if guiders := self._with_setting(name):
             for guider in guiders:
                 setattr(guider, name, value)
-                guider.register_to_config(**{name: value})
+                if name in getattr(guider, "config", ()):
+                    guider.register_to_config(**{name: value})
             self.register_to_config(guider=plain_guider(guiders[0]))
         else:
             super().__setattr__(name, value)
