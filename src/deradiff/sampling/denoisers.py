@@ -50,7 +50,7 @@ class Denoisers:
         self.names = ("reference", *(anchor.name for anchor in anchors))
         self.own_embeddings = any(anchor.text_adapters for anchor in anchors)
         # Taken before the pipeline's calls are intercepted, or the reference's own evaluation would be intercepted too.
-        self._reference_call = reference._compiled_call_impl or reference._call_impl
+        self.reference_call = reference._compiled_call_impl or reference._call_impl
         self._parameters = list(inspect.signature(type(reference).forward).parameters)[1:]
         self._timestep = timestep_argument(self._parameters)
         self._mirrors = {a.name: Mirror(reference, a.module, a.name) for a in anchors if a.module is not None}
@@ -319,11 +319,11 @@ class Denoisers:
 
     def _call_reference(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not any(mirror.layers.differ for mirror in self._synced):
-            return self._reference_call(*args, **kwargs)
+            return self.reference_call(*args, **kwargs)
         with ExitStack() as stack:
             for mirror in self._synced:
                 stack.enter_context(mirror.layers.reference_watched())
-            return self._reference_call(*args, **kwargs)
+            return self.reference_call(*args, **kwargs)
 
     @torch.compiler.disable
     def _make_ready(self, models: Collection[int]) -> None:

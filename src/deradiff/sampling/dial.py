@@ -395,5 +395,5 @@ class Dial:
 
 def dial_of(pipe: Pipeline) -> Dial | None:
     """The dial of a realigned pipeline, None for another."""
-    dials = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
-    return next((dial for dial in dials if dial is not None), None)
+    owners = (unwrapped(denoiser).__dict__.get(DIAL) for denoiser in denoisers_of(pipe).values())
+    return next((owner for owner in owners if isinstance(owner, Dial)), None)

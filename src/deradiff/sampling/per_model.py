@@ -225,14 +225,19 @@ def same_noise(draws: bool, generator: Any = None) -> Iterator[Callable[[], None
         state = generator.get_state()
         yield lambda: generator.set_state(state) and None
     else:
-        state = torch.get_rng_state()
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        yield noise_from_here()
 
-        def rewind() -> None:
-            torch.set_rng_state(state)
-            torch.cuda.set_rng_state_all(devices)
 
-        yield rewind
+def noise_from_here() -> Callable[[], None]:
+    """What brings torch's global generators back to where they are now."""
+    state = torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def rewind() -> None:
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state_all(devices)
+
+    return rewind
 
 
 def _divide(tensor: Tensor, models: Sequence[int], origin: Any) -> PerModel:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deradiff.algorithm.lams import Lams, parse_lam
+from deradiff.anchors.full_weights import DIAL
 from deradiff.sampling import blocked_methods
+from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers, NonFinitePrediction
 from deradiff.sampling.module_hook import hook_module
 from deradiff.sampling.per_model import alone, merged
@@ -44,12 +46,7 @@ class RealignedComponent:
 
     def hook(self, dial: Any, call: Callable[..., Any]) -> Callable[[], None]:
         """From now on `call` answers for the reference; returns what undoes this."""
-        methods: dict[str, Callable[..., Any]] = {"_apply": self._apply, "fuse_lora": blocked_methods.fusing}
-        if any(anchor.adapter for anchor in self.denoisers.anchors):
-            methods["load_lora_adapter"] = self.denoisers.load_style
-            methods["save_pretrained"] = blocked_methods.saving
-            methods["fuse_qkv_projections"] = blocked_methods.fusing_projections
-        return hook_module(self.reference, dial, call, methods)
+        return hook_denoisers(self.denoisers, dial, call)
 
     def answer(self, run: Run, watching: bool, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the reference is called for, of every model that has a weight at this step of `run`.
@@ -83,14 +80,35 @@ class RealignedComponent:
             "float32; with λ outside [0, 1], one nearer to it"
         )
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Device and dtype: wherever the reference is sent, by whatever means, the anchors go too."""
-        module = type(self.reference)._apply(self.reference, *args, **kwargs)
-        for anchor in self.denoisers.anchors:
+
+def hook_denoisers(denoisers: Denoisers, owner: Any, call: Callable[..., Any]) -> Callable[[], None]:
+    """From now on `call` answers for the reference of `denoisers`, in the name of `owner`; returns what undoes this.
+
+    Wherever the reference is sent, whatever precision it is brought to, the anchors go too. What a realigned denoiser
+    cannot do is refused.
+    """
+
+    def apply(*args: Any, **kwargs: Any) -> nn.Module:
+        module = type(denoisers.reference)._apply(denoisers.reference, *args, **kwargs)
+        for anchor in denoisers.anchors:
             if anchor.module is not None:
                 anchor.module._apply(_staying(args[0], anchor.device), *args[1:], **kwargs)
-        self.denoisers.forget_blend()
+        denoisers.forget_blend()
         return module
+
+    methods: dict[str, Callable[..., Any]] = {"_apply": apply, "fuse_lora": blocked_methods.fusing}
+    if any(anchor.adapter for anchor in denoisers.anchors):
+        methods["load_lora_adapter"] = denoisers.load_style
+        methods["save_pretrained"] = blocked_methods.saving
+        methods["fuse_qkv_projections"] = blocked_methods.fusing_projections
+    return hook_module(denoisers.reference, owner, call, methods)
+
+
+def require_free(denoiser: nn.Module) -> None:
+    """Raise `DialError` where a denoiser is realigned already, by a dial or by what a guider has attached."""
+    if (owner := denoiser.__dict__.get(DIAL)) is not None:
+        by = getattr(owner, "called", "dial")
+        raise DialError(f"this pipeline is already realigned, {owner!r}: turn {by}.lam, or call {by}.remove() first")
 
 
 def lams_by_component(lam: Any, anchors: Mapping[str, Sequence[str]]) -> dict[str, Lams]:

@@ -24,8 +24,8 @@ from deradiff.anchors.checks import Pipeline, unwrapped
 from deradiff.sampling.blocked_methods import DialError
 from deradiff.sampling.denoisers import Denoisers
 from deradiff.sampling.devices import device_called
-from deradiff.sampling.dial import Dial, Lam, dial_of
-from deradiff.sampling.realigned_components import lams_by_component
+from deradiff.sampling.dial import Dial, Lam
+from deradiff.sampling.realigned_components import lams_by_component, require_free
 from deradiff.sampling.realigned_steps import Method, Where
 from deradiff.sampling.reuse import RESERVED, Reuse, require_affine
 from deradiff.sampling.scheduler_hook import owner_of, require_step, schedulers_of
@@ -169,8 +169,8 @@ def _require_known(method: str, path: str, text_encoder: str) -> None:
 
 def _require_free(pipe: Pipeline) -> None:
     """Raise `DialError` where the pipeline's denoiser or scheduler is realigned already, or a scheduler cannot be."""
-    if (dial := dial_of(pipe)) is not None:
-        raise DialError(f"this pipeline is already realigned, {dial!r}: turn dial.lam, or call dial.remove() first")
+    for denoiser in denoisers_of(pipe).values():
+        require_free(unwrapped(denoiser))
     if any(owner_of(scheduler) is not None for scheduler in schedulers_of(pipe)):
         raise DialError(
             "the pipeline's scheduler belongs to another realigned pipeline: give this one its own, "
@@ -184,17 +184,17 @@ def sources_by_component(anchor: Any, pipe: Pipeline) -> tuple[dict[str, dict[st
     """The anchors' sources by component and name, and whether each of them is to serve all components."""
     components = [*denoisers_of(pipe)]
     if len(components) == 1:
-        return {components[0]: _named(anchor)}, False
+        return {components[0]: named_sources(anchor)}, False
     if not isinstance(anchor, Mapping) or not {*anchor} & {*components}:
-        return {component: _named(anchor) for component in components}, True
+        return {component: named_sources(anchor) for component in components}, True
     if unknown := {*anchor} - {*components}:
         raise ValueError(f"anchors by component are for some of {components}; got {unknown.pop()!r} as well")
     if left := [component for component in components if component not in anchor]:
         warnings.warn(f"{' and '.join(left)} of this pipeline has no anchor and stays the reference's", stacklevel=3)
-    return {component: _named(anchor[component]) for component in components if component in anchor}, False
+    return {component: named_sources(anchor[component]) for component in components if component in anchor}, False
 
 
-def _named(anchor: Source | Mapping[str, Source]) -> dict[str, Source]:
+def named_sources(anchor: Source | Mapping[str, Source]) -> dict[str, Source]:
     """The anchors' sources by name. Raises `ValueError` for names that mean something else, and for no anchor."""
     sources = dict(anchor) if isinstance(anchor, Mapping) else {"anchor": anchor}
     if reserved := {*sources} & {*RESERVED}:
