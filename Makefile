@@ -36,7 +36,7 @@ lint: $(STAMP) ## ruff (rules and formatting), import-linter (which room may imp
 	@echo "==> import-linter"
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@echo "==> vermin"
-	@$(BIN)/vermin --quiet --no-tips --violations --target=3.11- src studies benchmarks tests
+	@$(BIN)/vermin --quiet --no-tips --violations --target=3.11- src studies benchmarks examples tests
 
 types: $(STAMP) ## mypy
 	@echo "==> mypy"

@@ -170,6 +170,7 @@ def standing_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             "HF_HUB_OFFLINE": False,
         }.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # which had read its own at import
         huggingface_hub.close_session()
         yield server
         huggingface_hub.close_session()

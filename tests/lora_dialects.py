@@ -1,7 +1,7 @@
 """Files of adapters as trainers write them, each with the weights that a denoiser has after it, computed by hand here.
 
 The names of keys were read in the trainers' own code: kohya's sd-scripts and musubi-tuner, OneTrainer, ai-toolkit,
-diffusion-pipe, DiffSynth-Studio, LyCORIS and ComfyUI.
+diffusion-pipe, DiffSynth-Studio, LyCORIS and ComfyUI, which reads VideoX-Fun's as well.
 """
 
 import json
@@ -318,6 +318,7 @@ DIALECTS: dict[str, Dialect] = {
     "musubi-tuner": Dialect(
         lora_file(published, UNET, KOHYA), "Flux, Flux.2, Qwen-Image, Z-Image, Wan, HunyuanVideo, HunyuanVideo 1.5"
     ),
+    "VideoX-Fun": Dialect(lora_file(published, flat("lora_unet__"), KOHYA), "Wan"),
     "OneTrainer": Dialect(onetrainer_file, "SD, SDXL, SD3, Flux, Chroma", left_out="bundle_emb"),
     "OneTrainer, newer": Dialect(
         lora_file(own_names, dotted("transformer."), KOHYA), "Qwen-Image, Z-Image, Chroma, HiDream, Sana, Flux.2"

@@ -39,7 +39,7 @@ GONE = {
 }
 
 
-@pytest.mark.parametrize("folder", ["src", "studies", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", ["src", "studies", "benchmarks", "examples", "tests"])
 def test_nothing_is_imported_that_newer_pythons_have_not(folder: str) -> None:
     imported = {
         name.partition(".")[0]

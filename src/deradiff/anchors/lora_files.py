@@ -39,8 +39,8 @@ _PEFT_ENDS = (
     re.compile(r"\.lora_(?:A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)$"),
     re.compile(r"\.lokr_(?:w[12](?:_[ab])?|t2)$"),
 )
-# What training with several processes, or compiled, puts into names.
-_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
+# What training with several processes, or compiled, puts into names; and VideoX-Fun, lora_unet__blocks_0.
+_WRAPPED = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.|(?<=^lora_unet_)_")
 # How the names of the parts begin that serve both models.
 _SHARED = re.compile(
     r"(?:lora_(?:prior_)?)?(?:te\d?|text_encoders\.\w+|text_encoder(?:_\d)?|text_model|clip_[lgh]|t5xxl|bundle_emb)"
