@@ -95,7 +95,7 @@ def test_settings_that_were_turned_are_saved_and_copied(lora, tmp_path):
     other = modular("sd3")
     other.update_components(guider=RealignGuider.from_pretrained(tmp_path).attach(other))
     assert torch.equal(sample(other, CALL), expected)
-    pipe.update_components(guider=guider.new(lam=0.0))
+    pipe.update_components(guider=guider.new(lam=0.0, pipe=pipe))
     assert torch.equal(sample(pipe, CALL), sample(modular("sd3", guider=ClassifierFreeGuidance(5.0)), CALL))
     assert guider.lam == Power(2)
 

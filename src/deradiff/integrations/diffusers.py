@@ -184,10 +184,11 @@ class RealignGuider(BaseGuidance):
         """A guider with the same settings but for `changes`, which shares the loaded anchors where these stay."""
         same = not {"anchor", "component", "anchor_subfolder", "anchor_revision"} & {*changes}
         kept = {"anchor": self._sources, "lam": self.lam, "guider": self.guiders[0]}
+        pipe = changes.pop("pipe", None)
         twin = type(self).from_config(self.config, **(kept | changes))
         if same:
             twin._attached = self._attached
-        return twin
+        return twin if pipe is None else twin.attach(pipe)
 
     def _loaded(self, pipe: Pipeline, component: str) -> list[Anchor]:
         anchors: list[Anchor] = []
