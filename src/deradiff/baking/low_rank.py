@@ -92,7 +92,7 @@ def change_of(
     for name in names:
         path, _, leaf = name.rpartition(".")
         delta = difference(name)
-        norm = float(delta.double().square().sum())
+        norm = float(delta.detach().double().square().sum())
         energy += norm
         if norm and leaf == "weight" and takes_lora(modules[path]):
             left, values, right = torch.linalg.svd(delta.flatten(1), full_matrices=False)
