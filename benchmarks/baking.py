@@ -1,47 +1,80 @@
-"""What baking costs and how near it comes, on the digits: python benchmarks/baking.py.
+"""What baking costs and how near it comes, on a world that ships: python benchmarks/baking.py [--world digits-flow].
 
 λ = ½ of the anchor aligned hardest, whose weights are farthest from the reference's. For interpolated weights and for a
 student: the distance of baked images from realigned ones in units of λ's own effect, over the final latents of held-out
 prompts, with its standard error; what baking took, in seconds and in seconds of a processor (one thread; other work on
 the machine stretches the former); and what sampling costs, in evaluations of a denoiser and as a ratio of times to the
-plain pipeline's, measured side by side. The table goes to benchmarks/baking.json.
+plain pipeline's, measured side by side. The table goes to benchmarks/baking.json, that of the flow digits to
+baking-digits-flow.json. The flow digits take far longer to draw and train: theirs is smaller.
 """
 
 import argparse
 import random
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 
 import deradiff
-from deradiff.baking import Sampler, split_prompts
+from deradiff.anchors import denoiser_of
+from deradiff.baking import Distillation, Sampler, split_prompts
 from deradiff.baking.distillation import SHIPPED
 from deradiff.cli import terminal
 from deradiff.files.records import versions
 from deradiff.files.writing import write_json
 from deradiff.sweep.jobs import reproducible
-from deradiff.worlds import digits
+from deradiff.worlds import digits, digits_flow
 from deradiff.worlds.digits import captions
 
-BETA, LAM = min(digits.BETAS), 0.5
-PROMPTS, IMAGES, SEED = 600, 100, 0
-SAMPLER = Sampler(steps=25, guidance_scale=digits.GUIDANCE, batch_size=50)
+LAM, SEED = 0.5, 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is baked on a world that ships, and how it is trained, sampled and compared."""
+
+    world: Any
+    prompts: int
+    images: int
+    distillation: Distillation
+    absent: tuple[str, ...] = ()
+    """Parts that the world's pipeline does not have."""
+
+    @property
+    def beta(self) -> float:
+        """Of the anchor aligned hardest."""
+        return float(min(self.world.BETAS))
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(steps=25, guidance_scale=self.world.GUIDANCE, batch_size=50)
+
+
+STUDIES = {
+    "digits": Study(digits, 600, 100, SHIPPED),
+    "digits-flow": Study(
+        digits_flow,
+        200,
+        32,
+        replace(SHIPPED, samples=256, held_out=32, steps=500, batch=16),
+        ("text_encoder_3", "tokenizer_3"),
+    ),
+}
 LIMIT = 15 * 60 * 2
 """Seconds of a processor in 15 minutes on two cores."""
 
 
-def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
+def baked(study: Study, method: Any, folder: Path, report: Any) -> dict[str, Any]:
     """One way of baking: what it took, how near it comes, what its result costs."""
-    pipe, prompts = digits.load_pipeline(), captions.sample_prompts(PROMPTS, seed=1)
+    pipe, prompts = study.world.load_pipeline(), captions.sample_prompts(study.prompts, seed=1)
     if method == "interpolate":
-        prompts = split_prompts(prompts, IMAGES, "distill")[1]  # the same are compared either way
+        prompts = split_prompts(prompts, study.images, "distill")[1]  # the same are compared either way
     wall, processor = time.perf_counter(), time.process_time()
     begun: list[tuple[float, float]] = []
 
@@ -52,17 +85,17 @@ def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
 
     found = deradiff.bake(
         pipe,
-        digits.anchor_path(BETA),
+        study.world.anchor_path(study.beta),
         LAM,
         folder,
         method=method,
         prompts=prompts,
-        images=IMAGES,
-        sampler=SAMPLER,
-        distillation=SHIPPED,
+        images=study.images,
+        sampler=study.sampler,
+        distillation=study.distillation if method == "distill" else Distillation(),
         seed=SEED,
         force=True,
-        name="digits",
+        name=study.world.WORLD.name,
         report=watch,
     )
     (judged,) = found.judgements
@@ -72,37 +105,42 @@ def baked(method: Any, folder: Path, report: Any) -> dict[str, Any]:
         "effect": asdict(judged.effect),
         "seconds": begun[0][0],
         "processor_seconds": begun[0][1],
-        "sampling": sampling_cost(folder),
+        "sampling": sampling_cost(study, folder),
     }
 
 
-def evaluations(pipe: Any) -> int:
+def evaluations(study: Study, pipe: Any) -> int:
     """Rows that the denoiser sees for one image."""
     rows: list[int] = []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    SAMPLER.latents(pipe, ["a seven"], [0])
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    hook = denoiser_of(pipe)[1].register_forward_pre_hook(count, with_kwargs=True)
+    study.sampler.latents(pipe, ["a seven"], [0])
     hook.remove()
     return sum(rows)
 
 
-def sampling_cost(folder: Path, rounds: int = 9) -> dict[str, Any]:
+def sampling_cost(study: Study, folder: Path, rounds: int = 9) -> dict[str, Any]:
     """Of the baked pipeline, beside the plain one: evaluations, and the median and quartiles of ratios of times.
 
     Times of a processor. The two take turns, and a ratio is of one round's.
     """
-    pipes: dict[str, Any] = {"plain": digits.load_pipeline(), "baked": StableDiffusionPipeline.from_pretrained(folder)}
+    made = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(study.absent))
+    pipes: dict[str, Any] = {"plain": study.world.load_pipeline(), "baked": made}
     prompts, seeds, ratios = ["a red seven on white paper"] * 16, range(16), []
     for number in range(rounds + 1):
         seconds = {}
         for name in random.Random(number).sample(list(pipes), 2):
             start = time.process_time()
-            SAMPLER.latents(pipes[name], prompts, seeds)
+            study.sampler.latents(pipes[name], prompts, seeds)
             seconds[name] = time.process_time() - start
         if number:
             ratios.append(seconds["baked"] / seconds["plain"])
     low, median, high = statistics.quantiles(ratios, n=4)
     return {
-        "evaluations": {name: evaluations(pipe) for name, pipe in pipes.items()},
+        "evaluations": {name: evaluations(study, pipe) for name, pipe in pipes.items()},
         "ratio": {"median": median, "quartiles": [low, high], "rounds": rounds},
     }
 
@@ -110,12 +148,14 @@ def sampling_cost(folder: Path, rounds: int = 9) -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, help="keep the baked models in this folder, and go on where it was")
-    options.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
+    options.add_argument("--world", choices=STUDIES, default="digits")
+    options.add_argument("--json", type=Path, help="in place of the file beside this one")
     chosen, console = options.parse_args(), Console()
+    study, other = STUDIES[chosen.world], "" if chosen.world == "digits" else f"-{chosen.world}"
     terminal.pass_on_warnings()
     with TemporaryDirectory() as temporary, reproducible(1), terminal.stages(console) as report:
         out = chosen.out or Path(temporary)
-        rows = [baked(method, out / method, report) for method in ("interpolate", "distill")]
+        rows = [baked(study, method, out / method, report) for method in ("interpolate", "distill")]
     weights, student = rows
     goals = {
         "a student's error is at most a third of the weights'": (
@@ -131,14 +171,14 @@ def main() -> None:
             1.0,
         ),
     }
-    show(console, rows, goals)
+    show(console, study, rows, goals)
     record = {
-        "anchor_beta": BETA,
+        "anchor_beta": study.beta,
         "lam": LAM,
-        "images": IMAGES,
-        "prompts": PROMPTS,
-        "sampler": asdict(SAMPLER),
-        "distillation": asdict(SHIPPED),
+        "images": study.images,
+        "prompts": study.prompts,
+        "sampler": asdict(study.sampler),
+        "distillation": asdict(study.distillation),
         "seed": SEED,
         "threads": 1,
         "rows": rows,
@@ -147,11 +187,11 @@ def main() -> None:
         },
         "versions": versions(),
     }
-    write_json(chosen.json, record)
+    write_json(chosen.json or Path(__file__).with_name(f"baking{other}.json"), record)
 
 
-def show(console: Console, rows: list[dict[str, Any]], goals: dict[str, tuple[float, float]]) -> None:
-    table = Table(title=f"Digits, λ = {LAM:g} of the anchor at β = {BETA:g}")
+def show(console: Console, study: Study, rows: list[dict[str, Any]], goals: dict[str, tuple[float, float]]) -> None:
+    table = Table(title=f"{study.world.WORLD.title}, λ = {LAM:g} of the anchor at β = {study.beta:g}")
     for heading in ("method", "error", "seconds", "of a processor", "evaluations", "time of sampling"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
