@@ -27,7 +27,7 @@ def outputs(notebook: Any) -> list[Any]:
 def pictures(notebook: Any) -> list[Image.Image]:
     """All pictures that the cells have drawn, decoded."""
     encoded = [output["data"]["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
-    decoded = [Image.open(io.BytesIO(base64.b64decode(data))) for data in encoded]
+    decoded: list[Image.Image] = [Image.open(io.BytesIO(base64.b64decode(data))) for data in encoded]
     for picture in decoded:
         picture.load()
     return decoded
@@ -77,7 +77,8 @@ def test_digits_run(tmp_path: Path) -> None:
 
 def test_sdxl_runs_on_a_tiny_stand_in(tmp_path: Path) -> None:
     """The cells as they are but for the steps: the hub they talk to has tiny models under the published names."""
-    pipe, aligned, _ = make("sdxl")
+    parts: tuple[Any, ...] = make("sdxl")
+    pipe, aligned, _ = parts
     pipe.save_pretrained(tmp_path / "reference", variant="fp16")
     aligned.save_pretrained(tmp_path / "aligned" / "unet")
     made = writer.notebook("sdxl")
