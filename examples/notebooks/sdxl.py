@@ -49,13 +49,14 @@ print(dial)
 
 # %%
 prompt = "a typhoon in a teacup, studio photograph"
+steps = 30
 
 
 def draw(lam, seed=0, prompt=prompt):
     """One picture at this λ; equal seeds give equal noise."""
     dial.lam = lam
     noise = torch.Generator().manual_seed(seed)
-    return pipe(prompt, num_inference_steps=30, guidance_scale=5.0, generator=noise).images[0]
+    return pipe(prompt, num_inference_steps=steps, guidance_scale=5.0, generator=noise).images[0]
 
 
 lams = [0, 0.25, 0.5, 0.75, 1, 1.25]
@@ -109,5 +110,5 @@ print(baked.judgements[0].words)
 
 half = StableDiffusionXLPipeline.from_pretrained("sdxl-half", dtype=dtype).to(device)
 noise = torch.Generator().manual_seed(0)
-image = half(prompt, num_inference_steps=30, guidance_scale=5.0, generator=noise).images[0]
+image = half(prompt, num_inference_steps=steps, guidance_scale=5.0, generator=noise).images[0]
 show([sweep[2], image], ["λ = ½", "baked"])
