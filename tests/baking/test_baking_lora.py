@@ -128,6 +128,12 @@ def test_kohyas_names_carry_norms_and_biases_too(tmp_path: Path) -> None:
     few = sum(p.ndim < 2 for p in aligned.parameters())
     assert any(f"{few} changes of norms and biases" in line for line in said)
     assert any(f"{few} norms and biases are left out" in line for line in plain)
+    # diffusers refuses those changes in these names.
+    cards = {
+        dialect: (tmp_path / dialect / "README.md").read_text(encoding="utf-8") for dialect in ("kohya", "diffusers")
+    }
+    assert "load_lora_weights" not in cards["kohya"] and "deradiff.realign" in cards["kohya"]
+    assert "load_lora_weights" in cards["diffusers"]
 
 
 def test_kohyas_names_of_sdxl_are_the_published_ones(tmp_path: Path) -> None:
@@ -214,7 +220,7 @@ def test_a_lora_is_trained_from_its_decomposition_and_both_errors_are_told(tmp_p
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({}, naming("None")),
+        ({}, naming("rank", "error")),
         ({"rank": 4, "error": 0.1}, naming(4, 0.1)),
         ({"rank": 0}, naming("rank", 0)),
         ({"rank": -2}, naming("rank", -2)),

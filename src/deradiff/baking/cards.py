@@ -76,16 +76,21 @@ def _usage(made_of: Mapping[str, Any], form: Form) -> list[str]:
     if form == "pipeline":
         return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("this folder"{absent})']
     loading = 'pipe.load_lora_weights("this folder")'
-    if (made_of.get("lora") or {}).get("dialect") == "peft":
+    dialect = (made_of.get("lora") or {}).get("dialect")
+    if dialect == "peft":
         loading = f'PeftModel.from_pretrained(pipe.{made_of["component"]}, "this folder")  # from peft'
+    first = []
+    if dialect == "kohya":  # diffusers refuses changes of norms and biases in these names
+        first, loading = ["import deradiff"], 'deradiff.realign(pipe, "this folder")  # or the LoRA loader of ComfyUI'
     if world := find(base):
         return [
+            *first,
             f"from deradiff.worlds import {world.module}",
             "",
             f"pipe = {world.module}.load_pipeline()",
             loading,
         ]
-    return [f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("{base}"{absent})', loading]
+    return [*first, f"from diffusers import {kind}", "", f'pipe = {kind}.from_pretrained("{base}"{absent})', loading]
 
 
 def _calling(made_of: Mapping[str, Any]) -> list[str]:

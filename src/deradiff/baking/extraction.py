@@ -54,9 +54,10 @@ class AsLora:
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.error is None):
-            raise ValueError(
-                f"a LoRA of rank {self.rank} and an error of {self.error}: name one of the two, the other follows"
+            said = (
+                "neither its rank nor its error" if self.rank is None else f"rank {self.rank} and error {self.error:g}"
             )
+            raise ValueError(f"a LoRA with {said} named: name one of the two, and the other follows")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"a LoRA of rank {self.rank} has no weights: name 1 or more")
         if self.error is not None and not 0 < finite(self.error, "the error") < 1:
