@@ -17,7 +17,7 @@ from deradiff.files.disks import DiskFull, naming_a_full_disk, standing
 from deradiff.files.locks import PRIVATE, discard, taken
 from deradiff.files.reading import Record, read
 from deradiff.files.records import read_png, versions, write_png
-from deradiff.files.writing import write_json
+from deradiff.files.writing import with_usual_rights, write_json
 
 
 class FolderSettings(Record):
@@ -114,6 +114,7 @@ def assembled(folder: Path, private: Path, record: str) -> Iterator[Path]:
         discard(built)
         raise
     discard(private / _COMPLETE)
+    with_usual_rights(built)
     built.rename(private / _COMPLETE)
     finish_moving(folder, private, record)
 

@@ -26,6 +26,7 @@ def atomic_file(
     try:
         with naming_a_full_disk(path):
             yield temporary
+            with_usual_rights(temporary)
             put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,9 +43,27 @@ def atomic_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
         with naming_a_full_disk(path):
             temporary.mkdir(parents=True)
             yield temporary
+            with_usual_rights(temporary)
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def with_usual_rights(path: Path) -> None:
+    """Give a file, or all in a folder, the rights of any new one: safetensors makes files for their owner alone."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_mode & 0o777 == _OWN:
+            file.chmod(_USUAL)
+
+
+def _umask() -> int:
+    """That of the process, which can only be read by setting it."""
+    before = os.umask(0)
+    os.umask(before)
+    return before
+
+
+_OWN, _USUAL = 0o600, 0o666 & ~_umask()
 
 
 def _temporary(path: Path, within: Path | None) -> Path:
