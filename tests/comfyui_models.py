@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from comfyui_host import require_comfyui
 from torch import Tensor
+
+from comfyui_host import require_comfyui
 
 UNET = {
     "image_size": 32,

@@ -6,12 +6,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import comfyui_host
 import pytest
 import torch
-from comfyui_models import FAMILIES, Drawing, conditioning, draw, model, noise
 from torch import Tensor
 
+import comfyui_host
+from comfyui_models import FAMILIES, Drawing, conditioning, draw, model, noise
 from deradiff.algorithm.schedules import Constant, Power, Schedule
 from deradiff.integrations.comfyui.lora_files import with_lora_weights
 from deradiff.integrations.comfyui.nodes import NODES

@@ -30,7 +30,7 @@ class HostError(ImportError):
 
 
 def require_host() -> None:
-    """Raise `HostError` where ComfyUI is not there, or lacks what is needed; log where it is not one that was tested."""
+    """Raise `HostError` where ComfyUI lacks what is needed; log where it is a version that was not tested."""
     from importlib import import_module
 
     missing = []
@@ -45,8 +45,8 @@ def require_host() -> None:
     tested = ", ".join(TESTED)
     if missing:
         raise HostError(
-            f"deradiff's nodes were tested with ComfyUI {tested}. This one ({version}) lacks {', '.join(missing)}: it is "
-            "too old, or too new, for this version of deradiff. Update whichever is older"
+            f"deradiff's nodes were tested with ComfyUI {tested}. This one ({version}) lacks {', '.join(missing)}: "
+            "it is too old, or too new, for this version of deradiff. Update whichever is older"
         )
     if version not in TESTED:
         logging.info("deradiff's nodes were tested with ComfyUI %s; this is %s", tested, version)
@@ -95,8 +95,8 @@ def require_latents(latents: Any, model: Any) -> None:
     channels = getattr(model.latent_format, "latent_channels", None)
     if channels is not None and latents.ndim >= 4 and latents.shape[1] != channels:
         raise ValueError(
-            f"the latents have {latents.shape[1]} channels, and {type(model).__name__} takes {channels}: encode the image "
-            "with this model's own VAE, or take the empty latent image that belongs to it"
+            f"the latents have {latents.shape[1]} channels, and {type(model).__name__} takes {channels}: encode the "
+            "image with this model's own VAE, or take the empty latent image that belongs to it"
         )
 
 

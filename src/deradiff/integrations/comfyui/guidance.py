@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deradiff.integrations.comfyui.options import additions, with_additions
+from deradiff.integrations.comfyui.options import additions
 from deradiff.integrations.comfyui.predictions import ALIGNED, MixedRun
 from deradiff.integrations.comfyui.runs import mixture
 from deradiff.sampling.reuse import REFERENCE
@@ -106,6 +106,6 @@ class Guidance:
     def _refuse_past(self, network: torch.nn.Module, arguments: Any) -> None:
         if not self._inside:
             raise ValueError(
-                "this sampler evaluates the reference model itself, past its guider: what it makes of that would not be "
-                "realigned. Take another sampler, or the plain model"
+                "this sampler evaluates the reference model itself, past its guider: what it makes of that would not "
+                "be realigned. Take another sampler, or the plain model"
             )

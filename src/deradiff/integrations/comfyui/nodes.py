@@ -59,9 +59,8 @@ class NodeDescription:
 
 
 LINEAR = (
-    "Each model's own guided prediction is mixed, with whatever guidance it has: CFG, rescaled or not. Options set behind "
-    "this node (RescaleCFG, a shift) act on both models. Latents are mixed as denoised ones, which is Algorithm 1 exactly "
-    "where a sampler's step is linear in the prediction: of all but dpm_adaptive, which chooses its steps by it"
+    "Each model's own guided prediction is mixed, with whatever guidance it has: CFG, rescaled or not. Options set "
+    "behind this node (RescaleCFG, a shift) act on both models; so no kind of guidance is approximated"
 )
 
 REFERENCE = NodeInput("reference", "MODEL", "The model as it was before alignment: λ = 0")
@@ -84,22 +83,22 @@ DIAL = (
     NodeInput(
         "parameter",
         "FLOAT",
-        "The schedule's number: the exponent of power; of step, the part of the run at the end that is aligned (0 to 1); "
-        "how steep the sigmoid is (10)",
+        "The schedule's number: the exponent of power; of step, the part of the run at the end that is aligned (0 to "
+        "1); how steep the sigmoid is (10)",
         {"default": 2.0, "min": 0.0, "max": 100.0, "step": 0.05, "round": 0.0001},
     ),
     NodeInput(
         "method",
         "COMBO",
-        "mixture: both models' predictions, two evaluations a step. interpolate: one model with interpolated weights, half "
-        "the cost and inexact, for a model and its LoRA",
+        "mixture: both models' predictions, two evaluations a step. interpolate: one model with interpolated weights, "
+        "half the cost and inexact, for a model and its LoRA",
         {"options": ["mixture", "interpolate"], "default": "mixture"},
     ),
     NodeInput(
         "tolerance",
         "FLOAT",
-        "0 is exact. Above, predictions are carried over between steps, with at most about this error relative to λ's own "
-        "effect (0.05): up to nearly half the cost. For samplers that evaluate once a step",
+        "0 is exact. Above, predictions are carried over between steps, with at most about this error relative to λ's "
+        "own effect (0.05): up to nearly half the cost. For samplers that evaluate once a step",
         {"default": 0.0, "min": 0.0, "max": 0.9, "step": 0.01, "round": 0.0001},
     ),
     NodeInput("curve", CURVE, "λ over the run from Realign Curve, multiplied by lam, in place of schedule", {}, False),

@@ -50,14 +50,14 @@ def realigned(reference: Any, aligned: Any, dial: Dial) -> Any:
         shared = LoraParts(added_patches(reference, aligned), additions(aligned.model_options, reference.model_options))
         if not shared.patches and not shared.options:
             logging.warning(
-                "deradiff: both inputs are the same model with the same weights, so that λ changes nothing. Connect the "
-                "aligned checkpoint, or the reference with its LoRA"
+                "deradiff: both inputs are the same model with the same weights, so that λ changes nothing. Connect "
+                "the aligned checkpoint, or the reference with its LoRA"
             )
             return model
     elif dial.method == "interpolate":
         raise ValueError(
-            "interpolated weights need a model and its LoRA, which share their weights: these are two checkpoints. Take "
-            "the method mixture, or merge them by ModelMergeSimple"
+            "interpolated weights need a model and its LoRA, which share their weights: these are two checkpoints. "
+            "Take the method mixture, or merge them by ModelMergeSimple"
         )
     else:
         model.set_additional_models(key, [aligned])
@@ -111,6 +111,7 @@ class RealignedSampling:
         self._key, self._dial, self._lora, self._fixed = key, dial, lora, fixed
 
     def __call__(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
+        """Run what the host asks for; raises `ValueError` for what cannot be realigned."""
         shapes = named.pop("latent_shapes", None)
         more = {} if shapes is None else {"latent_shapes": shapes}
         asked = Sampling(*arguments, **named)

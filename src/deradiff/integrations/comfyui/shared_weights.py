@@ -34,8 +34,8 @@ def added_patches(reference: Any, aligned: Any) -> dict[str, list[Patch]]:
             added[name] = more
     if missing:
         raise ValueError(
-            f"both inputs are clones of one {type(reference.model).__name__} with LoRAs of their own, so they share one "
-            f"set of weights and the one loaded last would win ({len(missing)} layers, the first is {missing[0]}). "
+            f"both inputs are clones of one {type(reference.model).__name__} with LoRAs of their own, so they share "
+            f"one set of weights and the one loaded last would win ({len(missing)} layers, the first is {missing[0]}). "
             "Start both from the same model: connect it as reference, and the same with further LoRAs (or Realign "
             "LoRA) as aligned. Or load the checkpoint a second time, by a second loader node whose file is a copy"
         )
@@ -130,6 +130,7 @@ class WeightFunction:
         self._shared, self._name, self._patches = shared, name, patches
 
     def __call__(self, weight: Tensor) -> Tensor:
+        """The weight with the patches at the strength that is set."""
         strength = self._shared.strength
         if not strength:
             return weight
