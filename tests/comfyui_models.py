@@ -25,7 +25,7 @@ UNET = {
     "adm_in_channels": None,
 }
 
-MMDIT = {
+MMDIT: dict[str, Any] = {
     "in_channels": 16,
     "patch_size": 2,
     "out_channels": 16,

@@ -53,9 +53,12 @@ def asked_of(run: MixedRun, sigmas: list[float]) -> list[list[str]]:
     asked: list[list[str]] = []
     for sigma in sigmas:
         asked.append([])
-        run.denoised(
-            torch.ones(1, 2), sigma, lambda name: asked[-1].append(name) or torch.full((1, 2), float(len(name)))
-        )
+
+        def evaluate(name: str) -> torch.Tensor:
+            asked[-1].append(name)
+            return torch.full((1, 2), float(len(name)))
+
+        run.denoised(torch.ones(1, 2), sigma, evaluate)
     return asked
 
 

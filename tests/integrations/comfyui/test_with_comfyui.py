@@ -3,16 +3,22 @@
 `make test-comfyui COMFYUI=path` gives the checkout; without one these tests are skipped.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import comfyui_host
 from comfyui_models import FAMILIES, Drawing, conditioning, draw, model, noise
 from deradiff.algorithm.schedules import Constant, Power, Schedule
+from deradiff.integrations.comfyui.installing import SOURCE
 from deradiff.integrations.comfyui.lora_files import with_lora_weights
 from deradiff.integrations.comfyui.nodes import NODES
 from deradiff.integrations.comfyui.realigned_model import realigned
@@ -72,8 +78,6 @@ def by_hand(reference: Any, aligned: Any, drawing: Drawing, lam: Schedule) -> Te
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "heun", "ddpm"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_ends_are_the_hosts_own_sampling_bit_by_bit(family: str, sampler: str) -> None:
-    if (family, sampler) == ("ddpm", "flux"):
-        pytest.skip("DDPM's step is not for flows")
     reference, aligned = model(family, 1), model(family, 2)
     drawing = Drawing(family, sampler, batch=2)
     plain, other = draw(reference, drawing), draw(aligned, drawing)
@@ -250,7 +254,7 @@ def test_the_same_model_twice_is_warned_of(caplog: pytest.LogCaptureFixture) -> 
 
 def test_loras_for_other_models_are_refused() -> None:
     reference = model("sd15", 1)
-    with pytest.raises(ValueError, match="other.safetensors.*BaseModel"):
+    with pytest.raises(ValueError, match=r"other\.safetensors.*BaseModel"):
         with_lora_weights(reference, lora("flux"), 1.0, "other.safetensors")
     wide = {
         name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) if "up" in name else tensor
@@ -308,3 +312,25 @@ def test_the_current_api_and_the_mappings_say_the_same() -> None:
         old, new = classes[node.GET_SCHEMA().node_id], node.INPUT_TYPES()
         assert {k: list(v) for k, v in old.INPUT_TYPES().items() if v} == {k: list(v) for k, v in new.items() if v}
         assert list(old.RETURN_TYPES) == list(node.RETURN_TYPES) and titles[node.GET_SCHEMA().node_id]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "images", "node", "lam"),
+    [
+        ("two-checkpoints", 1, "RealignModel", 0.5),
+        ("lora-strip", 5, "RealignLora", 0.5),
+        ("annealed-guider", 1, "RealignGuider", 0.8),
+    ],
+)
+def test_a_workflow_runs_from_json_to_png(workflow: str, images: int, node: str, lam: float, tmp_path: Path) -> None:
+    """Through ComfyUI's loader of custom nodes, its executor and its SaveImage; the PNG says λ."""
+    program = Path(__file__).with_name("run_workflow.py")
+    file = SOURCE / "example_workflows" / f"{workflow}.json"
+    done = subprocess.run([sys.executable, program, tmp_path, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    written = sorted(tmp_path.glob("*.png"))
+    assert len(written) == images and len({path.read_bytes() for path in written}) == images
+    with Image.open(written[0]) as image:
+        prompt = json.loads(image.info["prompt"])
+        assert json.loads(image.info["workflow"])["nodes"]
+    assert [step["inputs"]["lam"] for step in prompt.values() if step["class_type"] == node] == [lam]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from deradiff.integrations.comfyui.checks import require_host
-from deradiff.integrations.comfyui.nodes import NODES, NodeDescription, NodeInput
+from deradiff.integrations.comfyui.nodes import CATEGORY, NODES, NodeDescription, NodeInput
 
 
 def comfy_entrypoint() -> Any:
@@ -16,8 +16,11 @@ def comfy_entrypoint() -> Any:
     require_host()
     from comfy_api.latest import ComfyExtension, io
 
-    class RealignExtension(ComfyExtension):  # type: ignore[misc]
+    class RealignExtension(ComfyExtension):
+        """What ComfyUI asks for the nodes."""
+
         async def get_node_list(self) -> list[Any]:
+            """The nodes, as classes of the host's."""
             return [_comfy_node(io, node) for node in NODES]
 
     return RealignExtension()
@@ -30,8 +33,6 @@ def class_mappings() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _comfy_node(io: Any, node: NodeDescription) -> Any:
-    from deradiff.integrations.comfyui.nodes import CATEGORY
-
     def define_schema(cls: Any) -> Any:
         outputs = [
             io.Custom(output.type).Output(id=output.name, display_name=output.name, tooltip=output.tooltip)
@@ -43,7 +44,7 @@ def _comfy_node(io: Any, node: NodeDescription) -> Any:
             category=CATEGORY,
             description=node.description,
             inputs=[_input(io, field) for field in node.inputs],
-            outputs=[output for output in outputs],
+            outputs=outputs,
         )
 
     def execute(cls: Any, **inputs: Any) -> Any:
@@ -74,8 +75,6 @@ def _input(io: Any, field: NodeInput) -> Any:
 
 
 def _mapped_class(node: NodeDescription) -> Any:
-    from deradiff.integrations.comfyui.nodes import CATEGORY
-
     def input_types(cls: Any) -> dict[str, Any]:
         kinds: dict[str, dict[str, Any]] = {"required": {}, "optional": {}}
         for field in node.inputs:
