@@ -2,9 +2,10 @@
 
     COMFYUI=path python benchmarks/comfyui.py
 
-Two SD1.5-shaped random models in a checkout of ComfyUI on the CPU, with its own KSampler: a run of either and a realigned
-one at λ = ½ by turns. "overhead" is the realigned run's processor time over the sum of both, less one, from the fastest of twenty turns each.
-"lora" is the same of a LoRA that is switched, against the model and one with the LoRA merged.
+Two SD1.5-shaped random models in a checkout of ComfyUI on the CPU, with its own KSampler: a run of either and a
+realigned one at λ = ½ by turns. "overhead" is the realigned run's processor time over the sum of both, less one, from
+the fastest of twenty turns each. "lora" is the same of a LoRA that is switched, against the model and one with the LoRA
+merged.
 """
 
 import sys
