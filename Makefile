@@ -9,10 +9,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lint types docs docs-serve tests test-all build bench bench-align clean
+.PHONY: help install demo test check format lint types docs docs-serve tests test-all test-comfyui build bench bench-align clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## the environment in .venv, from constraints.txt (the other commands do this when needed)
 
@@ -56,6 +56,12 @@ tests: $(STAMP) ## pytest alone
 
 test-all: $(STAMP) ## every case of every test, the slow ones too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --all-cases
+
+# ComfyUI's own packages must be there, in .venv or named by PYTHONPATH: einops torchsde aiohttp yarl av spandrel kornia
+# alembic SQLAlchemy psutil pydantic-settings. torchvision has a stand-in; nothing of ComfyUI is changed.
+test-comfyui: $(STAMP) ## the nodes in a checkout of ComfyUI: make test-comfyui COMFYUI=path (minutes)
+	@test -n "$(COMFYUI)" || { echo "Name the checkout: make test-comfyui COMFYUI=path"; exit 2; }
+	@OMP_NUM_THREADS=1 COMFYUI="$(COMFYUI)" $(BIN)/python -m pytest tests/integrations/comfyui
 
 format: $(STAMP) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix

@@ -6,7 +6,7 @@ instead is which entry of `scheduler.timesteps` the run has come to.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -143,11 +143,18 @@ def impacts(scheduler: SchedulerMixin) -> list[float]:
     scaled by about the signal's share, which makes it the angle, `d atan(σ)`.
     """
     at = [log_snr_at(scheduler, i, t) for i, t in enumerate(scheduler.timesteps.tolist())]
-    if any(math.isnan(snr) for snr in at):
-        return [1.0] * len(at)
     epsilon = scheduler.config.get("prediction_type", "epsilon") == "epsilon" and "sigma_data" not in scheduler.config
-    epsilon &= not type(scheduler).__name__.startswith("FlowMatch")
-    along = [_position(snr, epsilon) for snr in at] + [0.0]
+    return impacts_at(at, epsilon and not type(scheduler).__name__.startswith("FlowMatch"))
+
+
+def impacts_at(log_snrs: Sequence[float], epsilon: bool) -> list[float]:
+    """`impacts` of steps that are taken from these log(α²/σ²), of a predicted ε or of something else.
+
+    All alike where one is NaN.
+    """
+    if any(math.isnan(snr) for snr in log_snrs):
+        return [1.0] * len(log_snrs)
+    along = [_position(snr, epsilon) for snr in log_snrs] + [0.0]
     lengths = [abs(b - a) for a, b in pairwise(along)]
     # Schedulers that evaluate twice at a timestep make no step at one of the two: neighbours share.
     return [(lengths[max(i - 1, 0)] + length) / 2 for i, length in enumerate(lengths)]

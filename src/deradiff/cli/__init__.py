@@ -8,7 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 from deradiff import __version__
-from deradiff.cli import align, bake, cost, demo, doctor, examine, experiment, generate, search, studio, study, terminal
+from deradiff.cli import (
+    align,
+    bake,
+    comfyui,
+    cost,
+    demo,
+    doctor,
+    examine,
+    experiment,
+    generate,
+    search,
+    studio,
+    study,
+    terminal,
+)
 
 
 class Commands(TyperGroup):
@@ -46,6 +60,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(align.align)
 app.command()(bake.bake)
+app.command()(comfyui.comfyui)
 app.command()(cost.cost)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
