@@ -7,6 +7,7 @@ at each workflow with Chromium (the system's, or the one that CHROMIUM names). N
 comfyui-frontend-package.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -23,10 +24,16 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from comfyui_host import torchvision_stand_in
-
 from deradiff.integrations.comfyui.installing import SOURCE, install
 
 IMAGES = Path(__file__).parent / "images"
+MODELS = (
+    "checkpoints/sd_xl_base_1.0.safetensors",
+    "checkpoints/dpo-sdxl.safetensors",
+    "checkpoints/sd3.5_medium.safetensors",
+    "checkpoints/sd3.5_medium_flow_grpo.safetensors",
+    "loras/dpo-sdxl-lora.safetensors",
+)
 FIT = """async (workflow) => {
     await app.loadGraphData(workflow);
     const nodes = app.graph._nodes;
@@ -52,6 +59,9 @@ def main() -> None:
         (base / "comfy" / "samplers.py").touch()
         (base / "nodes.py").touch()
         install(base)
+        for name in MODELS:  # a page does not know nodes that have no file to choose
+            (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+            (base / "models" / name).touch()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -68,7 +78,9 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=options)
             page = browser.new_page(viewport={"width": 1440, "height": 820})
             page.goto(f"http://127.0.0.1:{port}/")
-            page.wait_for_function("window.app?.graph?._nodes?.length > 0 || window.app?.extensionManager", timeout=120_000)
+            page.wait_for_function(
+                "window.app?.graph?._nodes?.length > 0 || window.app?.extensionManager", timeout=120_000
+            )
             page.wait_for_timeout(4000)
             for file in sorted((SOURCE / "example_workflows").glob("*.json")):
                 look(page, file, base)
@@ -94,8 +106,6 @@ def wait_for(address: str, process: Any, log: Path) -> None:
 
 def look(page: Any, file: Path, folder: Path) -> None:
     """Open a workflow, and keep what the page shows."""
-    import json
-
     page.evaluate(FIT, json.loads(file.read_text()))
     page.wait_for_timeout(1500)
     page.keyboard.press("Escape")
