@@ -2,13 +2,14 @@
 
     COMFYUI=path python docs/draw_comfyui.py
 
-Starts the checkout's server on this machine alone, on the CPU, with the nodes installed in a temporary folder, and looks
-at each workflow with Chromium (the system's, or the one that CHROMIUM names). Needs what `make test-comfyui` needs, and
-comfyui-frontend-package.
+Starts the checkout's server on this machine alone, on the CPU, with the nodes installed in a temporary folder and empty
+files for the models that the workflows name, and looks at each with Chromium (the system's, or the one that CHROMIUM
+names). Needs what `make test-comfyui` needs, and comfyui-frontend-package.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -59,6 +60,7 @@ def main() -> None:
         (base / "comfy" / "samplers.py").touch()
         (base / "nodes.py").touch()
         install(base)
+        name_models(base / "models")
         for name in MODELS:  # a page does not know nodes that have no file to choose
             (base / "models" / name).parent.mkdir(parents=True, exist_ok=True)
             (base / "models" / name).touch()
@@ -88,6 +90,15 @@ def main() -> None:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def name_models(folder: Path) -> None:
+    """Empty files under the names that the workflows have, or the page marks their loaders as wrong."""
+    for kind in ("checkpoints", "loras"):
+        (folder / kind).mkdir(parents=True)
+        for file in (SOURCE / "example_workflows").glob("*.json"):
+            for name in re.findall(r'"([^"]+\.safetensors)"', file.read_text(encoding="utf-8")):
+                (folder / kind / name).touch()
 
 
 def wait_for(address: str, process: Any, log: Path) -> None:
