@@ -22,13 +22,13 @@ from comfyui_models import UNET, Drawing, draw, model
 from deradiff.algorithm.schedules import Constant
 from deradiff.integrations.comfyui.lora_files import with_lora_weights
 from deradiff.integrations.comfyui.realigned_model import realigned
-from deradiff.integrations.comfyui.runs import Dial
+from deradiff.integrations.comfyui.runs import DialSettings
 
 OUT = Path(__file__).with_suffix(".json")
 TURNS = 20
 WIDE = {"model_channels": 192, "num_heads": 4}
 DRAWING = Drawing("sd15", steps=4)
-HALF = Dial((Constant(0.5),))
+HALF = DialSettings((Constant(0.5),))
 
 
 def checkpoints() -> dict[str, Any]:

@@ -43,5 +43,9 @@ def torchvision_stand_in() -> str:
     package = folder / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text("from torchvision import transforms\n")
-    (package / "transforms.py").write_text("")
+    transforms = package / "transforms"
+    transforms.mkdir()
+    (transforms / "__init__.py").write_text("")
+    # What spandrel imports: without its nodes the page does not know which node loads which kind of model.
+    (transforms / "functional.py").write_text("InterpolationMode = rotate = normalize = None\n")
     return str(folder)

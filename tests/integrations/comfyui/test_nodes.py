@@ -12,7 +12,7 @@ from deradiff.integrations.comfyui import checks, installing
 from deradiff.integrations.comfyui.nodes import NODES, dial_of, realign_curve, realign_strip
 from deradiff.integrations.comfyui.options import additions, with_additions
 from deradiff.integrations.comfyui.predictions import MixedRun
-from deradiff.integrations.comfyui.runs import Dial, RunClock, mixture, noise_in, without_noise
+from deradiff.integrations.comfyui.runs import DialSettings, RunClock, mixture, noise_in, without_noise
 from deradiff.sampling.reuse import INTERPOLATE, Reuse
 
 WORKFLOWS = sorted((installing.SOURCE / "example_workflows").glob("*.json"))
@@ -65,18 +65,18 @@ def asked_of(run: MixedRun, sigmas: list[float]) -> list[list[str]]:
 def test_models_without_weight_are_not_evaluated() -> None:
     sigmas = clock(10.0, 5.0, 2.0, 0.0)
     for lam, models in ((0.0, ["reference"]), (1.0, ["aligned"]), (0.5, ["reference", "aligned"])):
-        run = MixedRun(Dial((Constant(lam),)), Constant(lam), sigmas, False, False)
+        run = MixedRun(DialSettings((Constant(lam),)), Constant(lam), sigmas, False, False)
         assert asked_of(run, [10.0, 5.0]) == [models, models]
-    power = MixedRun(Dial((Power(2),)), Power(2), sigmas, False, False)
+    power = MixedRun(DialSettings((Power(2),)), Power(2), sigmas, False, False)
     assert asked_of(power, [10.0, 5.0]) == [["reference"], ["reference", "aligned"]]
-    blended = Dial((Constant(0.5),), "interpolate")
+    blended = DialSettings((Constant(0.5),), "interpolate")
     assert asked_of(MixedRun(blended, Constant(0.5), sigmas, False, True), [10.0]) == [[INTERPOLATE]]
 
 
 def test_reuse_evaluates_the_carrier_alone_in_between() -> None:
     sigmas = [10.0, 8.0, 6.0, 4.0, 2.0]
     run = MixedRun(
-        Dial((Constant(0.25),), reuse=Reuse(every=2, carrier="reference")),
+        DialSettings((Constant(0.25),), reuse=Reuse(every=2, carrier="reference")),
         Constant(0.25),
         clock(*sigmas, 0.0),
         False,
@@ -88,7 +88,7 @@ def test_reuse_evaluates_the_carrier_alone_in_between() -> None:
 
 
 def test_the_dial_reads_what_the_nodes_have() -> None:
-    assert dial_of(0.5) == Dial((Constant(0.5),))
+    assert dial_of(0.5) == DialSettings((Constant(0.5),))
     assert dial_of(0.5, "power", 3.0).schedules == (Power(3, 0.5),)
     assert dial_of(0.5, tolerance=0.1).reuse == Reuse(tolerance=0.1)
     assert dial_of(0.5, "power", strip=(0.0, 1.5)).schedules == (Power(2, 0.0), Power(2, 1.5))

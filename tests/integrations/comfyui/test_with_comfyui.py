@@ -22,7 +22,7 @@ from deradiff.integrations.comfyui.installing import SOURCE
 from deradiff.integrations.comfyui.lora_files import with_lora_weights
 from deradiff.integrations.comfyui.nodes import NODES
 from deradiff.integrations.comfyui.realigned_model import realigned
-from deradiff.integrations.comfyui.runs import Dial
+from deradiff.integrations.comfyui.runs import DialSettings
 from deradiff.sampling.reuse import Reuse
 
 pytestmark = pytest.mark.skipif(comfyui_host.PATH is None, reason=comfyui_host.WITHOUT)
@@ -34,7 +34,7 @@ def host() -> None:
 
 
 def at(reference: Any, aligned: Any, *lams: float, **dial: Any) -> Any:
-    return realigned(reference, aligned, Dial(tuple(map(Constant, lams)), **dial))
+    return realigned(reference, aligned, DialSettings(tuple(map(Constant, lams)), **dial))
 
 
 def by_hand(reference: Any, aligned: Any, drawing: Drawing, lam: Schedule) -> Tensor:
@@ -92,7 +92,7 @@ def test_the_ends_are_the_hosts_own_sampling_bit_by_bit(family: str, sampler: st
 def test_the_mixture_is_algorithm_1_by_hand(family: str, lam: Schedule) -> None:
     reference, aligned = model(family, 1), model(family, 2)
     drawing = Drawing(family)
-    ours = draw(realigned(reference, aligned, Dial((lam,))), drawing)
+    ours = draw(realigned(reference, aligned, DialSettings((lam,))), drawing)
     right = by_hand(reference, aligned, drawing, lam)
     assert (ours - right).norm() <= 1e-5 * right.norm()
 

@@ -171,14 +171,14 @@ def dial_of(
     values: Any = None,
     strip: tuple[float, ...] | None = None,
 ) -> Any:
-    """What the nodes' widgets say of λ, as a `Dial`. Raises `ValueError` for what is outside its range."""
-    from deradiff.integrations.comfyui.runs import Dial, schedule_of
+    """What the nodes' widgets say of λ, as a `DialSettings`. Raises `ValueError` for what is outside its range."""
+    from deradiff.integrations.comfyui.runs import DialSettings, schedule_of
     from deradiff.sampling.reuse import Reuse
 
     shape = schedule_of(1.0, schedule, parameter, curve, values)
     lams = (lam,) if strip is None else strip
     schedules = tuple(Constant(number) if shape == Constant(1.0) else shape.scaled(number) for number in lams)
-    return Dial(schedules, method, Reuse(tolerance=tolerance) if tolerance else None)
+    return DialSettings(schedules, method, Reuse(tolerance=tolerance) if tolerance else None)
 
 
 NODES = (

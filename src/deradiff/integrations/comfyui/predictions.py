@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deradiff.algorithm.schedules import Constant, Schedule
-from deradiff.integrations.comfyui.runs import Dial, RunClock, mixture, noise_in, weights_of, without_noise
+from deradiff.integrations.comfyui.runs import DialSettings, RunClock, mixture, noise_in, weights_of, without_noise
 from deradiff.sampling.reuse import INTERPOLATE, REFERENCE, PredictionEstimator, Reused
 
 ALIGNED = "aligned"
@@ -30,7 +30,7 @@ class MixedRun:
     one. `flow` says that latents are `(1 - σ) x_0 + σ ε`.
     """
 
-    dial: Dial
+    dial: DialSettings
     schedule: Schedule
     clock: RunClock
     flow: bool

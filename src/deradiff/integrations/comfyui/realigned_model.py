@@ -24,7 +24,7 @@ from deradiff.integrations.comfyui.checks import require_compatible, require_lat
 from deradiff.integrations.comfyui.guidance import Ask, Guidance, Options
 from deradiff.integrations.comfyui.options import additions, with_additions
 from deradiff.integrations.comfyui.predictions import ALIGNED, MixedRun
-from deradiff.integrations.comfyui.runs import Dial, RunClock
+from deradiff.integrations.comfyui.runs import DialSettings, RunClock
 from deradiff.integrations.comfyui.shared_weights import Patch, SharedWeights, added_patches
 from deradiff.sampling.reuse import INTERPOLATE, REFERENCE
 
@@ -32,7 +32,7 @@ KEY = "deradiff"
 """What the wrappers' keys begin with."""
 
 
-def realigned(reference: Any, aligned: Any, dial: Dial) -> Any:
+def realigned(reference: Any, aligned: Any, dial: DialSettings) -> Any:
     """The reference (a clone of it) whose predictions are mixed with those of `aligned`.
 
     `aligned` may be a clone of `reference` with further LoRAs: these are then switched, and memory holds the weights
@@ -47,7 +47,9 @@ def realigned(reference: Any, aligned: Any, dial: Dial) -> Any:
     model, key = reference.clone(), f"{KEY} {uuid4()}"
     shared = None
     if reference.is_clone(aligned):
-        shared = LoraParts(added_patches(reference, aligned), additions(aligned.model_options, reference.model_options))
+        shared = AddedParts(
+            added_patches(reference, aligned), additions(aligned.model_options, reference.model_options)
+        )
         if not shared.patches and not shared.options:
             logging.warning(
                 "deradiff: both inputs are the same model with the same weights, so that λ changes nothing. Connect "
@@ -66,7 +68,7 @@ def realigned(reference: Any, aligned: Any, dial: Dial) -> Any:
 
 
 @dataclass(frozen=True)
-class LoraParts:
+class AddedParts:
     """What makes the aligned model of the reference: weight patches, and options."""
 
     patches: dict[str, list[Patch]]
@@ -107,7 +109,7 @@ class Sampling:
 class RealignedSampling:
     """The wrapper around a run: one run for every λ of a strip."""
 
-    def __init__(self, key: str, dial: Dial, lora: LoraParts | None, fixed: Fixed) -> None:
+    def __init__(self, key: str, dial: DialSettings, lora: AddedParts | None, fixed: Fixed) -> None:
         self._key, self._dial, self._lora, self._fixed = key, dial, lora, fixed
 
     def __call__(self, executor: Any, *arguments: Any, **named: Any) -> Tensor:
@@ -216,7 +218,7 @@ class ReferenceRun:
         return noise
 
 
-def _with_switched_layers(guider: Any, mixed: MixedRun, run: Callable[[], Tensor], lora: LoraParts) -> Tensor:
+def _with_switched_layers(guider: Any, mixed: MixedRun, run: Callable[[], Tensor], lora: AddedParts) -> Tensor:
     """The run, with the LoRA's part switched at every evaluation."""
     layers = SharedWeights(lora.patches)
 

@@ -31,7 +31,7 @@ CLOSE = 1e-4
 
 
 @dataclass(frozen=True)
-class Dial:
+class DialSettings:
     """What a realigned model does: λ over the run, how, and with what error.
 
     Several `schedules` are a strip: a run for each of them, from one noise.
