@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import deradiff
@@ -24,7 +23,7 @@ from deradiff.alignment.data_order import row_generators
 from deradiff.alignment.sampling import conditions, unconditional
 from deradiff.alignment.training import TrainingRun
 from deradiff.anchors import load_anchor
-from deradiff.baking import Distillation, Sampler, bake, outputs
+from deradiff.baking import Distillation, Sampler, bake
 from deradiff.baking.distillation import (
     SHIPPED,
     RealignedSamples,
@@ -119,33 +118,6 @@ def test_lam_is_embedded_as_a_plain_pipeline_embeds_its_guidance_scale() -> None
     pipe, _, _ = tiny.make("sd")
     lams = torch.tensor([-0.3, 0.0, 0.25, 1.7])
     tiny.assert_close(lam_embedding(lams), pipe.get_guidance_scale_embedding(lams, embedding_dim=256))
-
-
-def test_a_sum_of_loras_is_a_lora() -> None:
-    pipe, _, _ = tiny.make("sd")
-    other, _, _ = tiny.make("sd")
-    pipe.unet.load_lora_adapter(lora_weights(lora(pipe.unet)), prefix=None, adapter_name="a")
-    # Other layers, another rank, another scale.
-    more = lora(other.unet, ("to_v", "conv1", "proj_in"), r=7, lora_alpha=3)
-    other.unet.load_lora_adapter(lora_weights(more), prefix=None, adapter_name="b")
-    assert outputs.can_be_joined(pipe.unet, ["a"])
-    state = outputs.joined_loras([(pipe.unet, "a", 0.3), (other.unet, "b", -1.2)])
-    assert {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name} == {11}
-    changes: dict[str, torch.Tensor] = {}
-    for model, adapter, scale in ((pipe.unet, "a", 0.3), (other.unet, "b", -1.2)):
-        for path, layer in model.named_modules():
-            if adapter in getattr(layer, "lora_A", {}):
-                changes[path] = changes.get(path, 0) + scale * layer.get_delta_weight(adapter)
-    for path, change in changes.items():
-        down, up = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
-        tiny.assert_close(torch.einsum("or,ri...->oi...", up.flatten(1), down), change.detach())
-    assert len(state) == 2 * len(changes)
-
-
-def test_a_dora_is_no_lora_to_be_added() -> None:
-    pipe, _, _ = tiny.make("sd")
-    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], use_dora=True), "dora")
-    assert not outputs.can_be_joined(pipe.unet, ["dora"])
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from baked import FAST, played
 from deradiff.algorithm.schedules import Power
 from deradiff.anchors import load_anchor
 from deradiff.anchors.checks import base_tensors
-from deradiff.baking import AsLora, Distillation, Sampler, bake, extraction
+from deradiff.baking import AsLora, Distillation, Sampler, bake, extraction, outputs
 from deradiff.baking.dialects import WEIGHTS, Dialect, write_lora
 from deradiff.baking.low_rank import change_of
 from deradiff.files.disks import DiskFull
@@ -43,6 +43,36 @@ def with_lora(kind: str, folder: Path) -> torch.Tensor:
     pipe, _, call = tiny.make(kind)
     pipe.load_lora_weights(folder)
     return tiny.sample(pipe, call)
+
+
+# -- a sum of LoRAs --------------------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_loras_is_a_lora() -> None:
+    pipe, _, _ = tiny.make("sd")
+    other, _, _ = tiny.make("sd")
+    pipe.unet.load_lora_adapter(lora_weights(lora(pipe.unet)), prefix=None, adapter_name="a")
+    # Other layers, another rank, another scale.
+    more = lora(other.unet, ("to_v", "conv1", "proj_in"), r=7, lora_alpha=3)
+    other.unet.load_lora_adapter(lora_weights(more), prefix=None, adapter_name="b")
+    assert outputs.can_be_joined(pipe.unet, ["a"])
+    state = outputs.joined_loras([(pipe.unet, "a", 0.3), (other.unet, "b", -1.2)])
+    assert {tensor.shape[0] for name, tensor in state.items() if "lora_A" in name} == {11}
+    changes: dict[str, torch.Tensor] = {}
+    for model, adapter, scale in ((pipe.unet, "a", 0.3), (other.unet, "b", -1.2)):
+        for path, layer in model.named_modules():
+            if adapter in getattr(layer, "lora_A", {}):
+                changes[path] = changes.get(path, 0) + scale * layer.get_delta_weight(adapter)
+    for path, change in changes.items():
+        down, up = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
+        tiny.assert_close(torch.einsum("or,ri...->oi...", up.flatten(1), down), change.detach())
+    assert len(state) == 2 * len(changes)
+
+
+def test_a_dora_is_no_lora_to_be_added() -> None:
+    pipe, _, _ = tiny.make("sd")
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], use_dora=True), "dora")
+    assert not outputs.can_be_joined(pipe.unet, ["dora"])
 
 
 # -- the decomposition -------------------------------------------------------------------------------------------------

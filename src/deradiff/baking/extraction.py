@@ -232,10 +232,13 @@ def _smallest(
         lost = sum(name not in rest for name in change.rest)
         raise ValueError(
             f"no rank brings the error to {limit:g}: with all that factors can carry it is {whole.value:.2%} ± "
-            f"{whole.error:.2%}. Weights scaled by λ are the mixture to first order only, and {lost} norms and biases "
-            f"({change.share_of_rest:.2%} of the change's squared norm) are "
-            f"{'left out' if lost else 'all in the file'}. Allow a larger error, train a LoRA of a given rank "
-            "(method='distill')"
+            f"{whole.error:.2%}. Weights scaled by λ are the mixture to first order only"
+            + (
+                f", and {lost} norms and biases ({change.share_of_rest:.2%} of the change's squared norm) are left out"
+                if lost
+                else ""
+            )
+            + ". Allow a larger error, train a LoRA of a given rank (method='distill')"
             + ("" if settings.dialect == "kohya" else ", or take the dialect 'kohya', which has names for them")
         )
     low, high = math.log(LEAST), math.log(MOST)

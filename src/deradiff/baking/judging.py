@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,13 +144,14 @@ def judge(
         dial.lam = cases[0].lam
         pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown]))
     judgements: list[Judgement] = []
-    for case, latents in zip(cases, exact, strict=True):
-        with case.worn():
-            own = sampler.latents(pipe, prompts, seeds, case.guidance_scale)
-            if not judgements:
-                pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown], case.guidance_scale))
-        judgements.append(compared(case.words, reference, latents, own))
-        tick(1 + len(exact) + len(judgements), total)
+    for worn, judged in groupby(zip(cases, exact, strict=True), key=lambda pair: pair[0].worn):
+        with worn():
+            for case, latents in judged:
+                own = sampler.latents(pipe, prompts, seeds, case.guidance_scale)
+                if not judgements:
+                    pictures.append(sampler.pictures(pipe, prompts[shown], seeds[shown], case.guidance_scale))
+                judgements.append(compared(case.words, reference, latents, own))
+                tick(1 + len(exact) + len(judgements), total)
     tick(total, total)
     columns = ["reference\nλ = 0", f"realigned\n{cases[0].words}", "baked\none checkpoint"]
     rows = [f"{prompt}\nseed {seed}" for prompt, seed in zip(prompts[shown], seeds[shown], strict=True)]

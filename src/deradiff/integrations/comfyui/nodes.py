@@ -58,7 +58,7 @@ class NodeDescription:
     run: Callable[..., tuple[Any, ...]]
 
 
-LINEAR = (
+GUIDED = (
     "Each model's own guided prediction is mixed, with whatever guidance it has: CFG, rescaled or not. Options set "
     "behind this node (RescaleCFG, a shift) act on both models; so no kind of guidance is approximated"
 )
@@ -121,7 +121,7 @@ GUIDANCE = (
         "cfg", "FLOAT", "Guidance, of each model by itself", {"default": 7.0, "min": 0.0, "max": 100.0, "step": 0.1}
     ),
 )
-REALIGNED = NodeOutput("realigned", "MODEL", "The mixture, for KSampler and every guider. " + LINEAR)
+REALIGNED = NodeOutput("realigned", "MODEL", "The mixture, for KSampler and every guider. " + GUIDED)
 
 
 def realign_model(reference: Any, aligned: Any, **dial: Any) -> tuple[Any]:
@@ -185,7 +185,7 @@ NODES = (
     NodeDescription(
         "RealignModel",
         "Realign Model",
-        "The strength of an alignment as a dial between two models, for KSampler and every other sampler. " + LINEAR,
+        "The strength of an alignment as a dial between two models, for KSampler and every other sampler. " + GUIDED,
         (REFERENCE, ALIGNED, *DIAL),
         (REALIGNED,),
         realign_model,
@@ -193,7 +193,7 @@ NODES = (
     NodeDescription(
         "RealignGuider",
         "Realign Guider",
-        "The strength of an alignment as a dial between two models, for SamplerCustomAdvanced. " + LINEAR,
+        "The strength of an alignment as a dial between two models, for SamplerCustomAdvanced. " + GUIDED,
         (REFERENCE, ALIGNED, *GUIDANCE, *DIAL),
         (NodeOutput("guider", "GUIDER", "For SamplerCustomAdvanced"),),
         realign_guider,
@@ -202,7 +202,7 @@ NODES = (
         "RealignLora",
         "Realign LoRA",
         "A LoRA whose strength mixes predictions, not weights; the model is in memory once. The LoRA's part for text "
-        "encoders is left out, so that both models see the same prompt. " + LINEAR,
+        "encoders is left out, so that both models see the same prompt. " + GUIDED,
         (
             REFERENCE,
             NodeInput("lora_name", "COMBO", "The LoRA that aligns the model (.safetensors)", {}, files="loras"),
