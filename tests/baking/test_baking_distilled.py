@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import deradiff
 import tiny
 from anchor_files import lora, lora_weights
+from deradiff import baking
 from deradiff.algorithm.lams import parse_lam
 from deradiff.algorithm.schedules import Power, Schedule, Step
 from deradiff.algorithm.step import mixed
@@ -299,9 +300,18 @@ def test_a_lora_anchor_is_distilled_into_one_lora(tmp_path: Path) -> None:
         tiny.assert_close(images, tiny.sample(pipe, call), 1e-4)
 
 
-def test_a_student_for_a_span_is_told_lam_by_a_plain_pipeline(tmp_path: Path) -> None:
+def test_a_student_for_a_span_is_told_lam_by_a_plain_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    wearing = baking.wearing
+
+    def counted(*asked: Any) -> Any:
+        loaded.append(asked)
+        return wearing(*asked)
+
+    monkeypatch.setattr(baking, "wearing", counted)
     done = baked(tmp_path, span=(0.0, 1.5), lam=0.5, images=2)
     assert [judgement.lam for judgement in done.judgements] == ["λ = 0.5", "λ = 1.5"]
+    assert len(loaded) == 1
     assert "guidance_scale=1 + λ" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
