@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import oracle
 from deradiff import realign
 from deradiff.algorithm.schedules import Power, Step
+from deradiff.sampling.scheduler_hook import schedulers_of
 from messages import naming
 from tiny import Counter, assert_close, denoiser, distance, make, sample, with_denoiser
 
@@ -223,3 +224,19 @@ def test_one_evaluation_of_each_model_per_step():
     with realign(pipe, anchor, 0.37), Counter(denoiser(pipe)) as reference, Counter(anchor) as anchors:
         latents: Tensor = sample(pipe, call)
     assert (reference.number, anchors.number, len(latents)) == (STEPS, STEPS, 2)
+
+
+@pytest.mark.attack("two threads, one dial")
+def test_a_pipeline_may_set_attributes_while_another_thread_looks_for_its_schedulers() -> None:
+    pipe: Any = make("sd")[0]
+
+    class Part:
+        """Asked what it is, it has something set on the pipeline, as a call in another thread may."""
+
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            setattr(pipe, f"_set_{len(vars(pipe))}", None)
+            return Part
+
+    pipe._part = Part()
+    assert schedulers_of(pipe) == [pipe.scheduler]

@@ -42,7 +42,8 @@ def require_step(scheduler: SchedulerMixin) -> None:
 
 def schedulers_of(pipe: Pipeline) -> list[SchedulerMixin]:
     """All schedulers of a pipeline, the one called `scheduler` last."""
-    own = {name: part for name, part in vars(pipe).items() if isinstance(part, SchedulerMixin)}
+    # Copied first: the pipeline may be drawing in another thread, and its calls set attributes.
+    own = {name: part for name, part in [*vars(pipe).items()] if isinstance(part, SchedulerMixin)}
     return [own[name] for name in sorted(own, key=lambda name: name == "scheduler")]
 
 
